@@ -1,0 +1,6 @@
+"""What ships with the repository so that every command runs on a fresh machine: a task and a model."""
+
+from pathlib import Path
+
+MODEL_DIR = Path(__file__).parent / "model"
+DATA_DIR = Path("data/equations")

@@ -1,0 +1,161 @@
+"""Linear equations in English and Chinese: the embedded task, its worked solutions and its usual mistakes.
+
+`python -m gspo.embedded.equations [DIR]` writes `train.json`, `dev.json` and `test.json` in the format
+`[{"prompt", "ground_truth", "data_source"}, ...]`. Every equation belongs to exactly one split, decided by a
+hash of its text; the warm start of the embedded model draws from the fourth split only.
+"""
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from gspo.embedded import DATA_DIR
+
+SPLIT_SIZES = {"train": 2048, "dev": 256, "test": 512}
+SEED_ROW = {"prompt": "解方程：x + 5 = 12", "ground_truth": "7", "data_source": "math_reasoning"}
+PROMPTS = {
+    "en": ("Solve: {}", "Solve for x: {}"),
+    "zh": ("解方程：{}", "求 x：{}"),
+}
+ANSWER = {"en": "Answer: {}", "zh": "答案：{}"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """`left = a op b`, one line of a worked solution; `wrong_op` is the inverse taken the wrong way."""
+
+    left: str
+    a: int
+    op: str
+    b: int
+    wrong_op: str
+
+    def value(self, op: str | None = None) -> int:
+        op = op or self.op
+        if op == "/":
+            return self.a // self.b
+        return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[op]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """One problem: its text, its integer solution and the steps that lead there."""
+
+    text: str
+    shape: str
+    answer: int
+    steps: tuple[Step, ...]
+
+
+def all_equations() -> Iterator[Equation]:
+    """Every problem of the task, in a fixed order."""
+    for a in range(1, 61):
+        for x in range(-20, 61):
+            yield Equation(f"x + {a} = {x + a}", "x+a", x, (Step("x", x + a, "-", a, "+"),))
+            yield Equation(f"{a} + x = {x + a}", "a+x", x, (Step("x", x + a, "-", a, "+"),))
+            yield Equation(f"x - {a} = {x - a}", "x-a", x, (Step("x", x - a, "+", a, "-"),))
+            yield Equation(f"{a} - x = {a - x}", "a-x", x, (Step("x", a, "-", a - x, "+"),))
+    for a in range(2, 10):
+        for x in range(-9, 13):
+            yield Equation(f"{a}x = {a * x}", "ax", x, (Step("x", a * x, "/", a, "*"),))
+            yield Equation(f"x / {a} = {x}", "x/a", a * x, (Step("x", x, "*", a, "/"),))
+            for b in range(1, 31):
+                product = Step("x", a * x, "/", a, "*")
+                quotient = Step("x", x, "*", a, "/")
+                yield Equation(f"{a}x + {b} = {a * x + b}", "ax+b", x, (Step(f"{a}x", a * x + b, "-", b, "+"), product))
+                yield Equation(f"{a}x - {b} = {a * x - b}", "ax-b", x, (Step(f"{a}x", a * x - b, "+", b, "-"), product))
+                yield Equation(
+                    f"x / {a} + {b} = {x + b}", "x/a+b", a * x, (Step(f"x / {a}", x + b, "-", b, "+"), quotient)
+                )
+
+
+def split_equations() -> dict[str, list[Equation]]:
+    """{train, dev, test, warm}: disjoint lists, ordered by hash; the seed's own equation is in `train`."""
+    seed_text = SEED_ROW["prompt"].split("：")[1]
+    unique = {e.text: e for e in all_equations()}
+    seed_equation = unique.pop(seed_text)
+    ordered = sorted(unique.values(), key=lambda e: hashlib.sha256(e.text.encode()).digest())
+    by_shape: dict[str, list[Equation]] = {}
+    for e in ordered:
+        by_shape.setdefault(e.shape, []).append(e)
+    # Each shape deals its problems out in sixteenths (2 test, 1 dev, 5 train, 8 warm start), so that a rare
+    # shape is in every split; then each split draws round robin, so that all shapes are about equally common.
+    share = {"test": range(0, 2), "dev": range(2, 3), "train": range(3, 8)}
+    splits: dict[str, list[Equation]] = {}
+    for name, sixteenths in share.items():
+        wanted = SPLIT_SIZES[name] - (name == "train")
+        queues = [[e for i, e in enumerate(members) if i % 16 in sixteenths] for members in by_shape.values()]
+        rounds = zip_longest(*queues)
+        splits[name] = [e for turn in rounds for e in turn if e is not None][:wanted]
+    splits["train"].insert(0, seed_equation)
+    held_out = {e.text for name in splits for e in splits[name]}
+    splits["warm"] = [e for e in ordered if e.text not in held_out]
+    return splits
+
+
+def worked_solution(equation: Equation, language: str, rng: random.Random, mistakes: bool) -> str:
+    """A solution as a pupil writes it; with `mistakes`, wrong about as often as the mix below says."""
+    kind, where = "right", rng.randrange(len(equation.steps))
+    if mistakes:
+        trap = equation.shape in ("x-a", "a-x", "x/a", "x/a+b", "ax-b")
+        weights = {
+            "right": 0.32 if trap else 0.44,
+            "inverse": 0.46 if trap else 0.26,
+            "slip": 0.22 if trap else 0.30,
+            "sign": 0.30 if equation.answer < 0 else 0.0,
+        }
+        kind = rng.choices(list(weights), weights.values())[0]
+    lines, carried = [], None
+    for i, step in enumerate(equation.steps):
+        if carried is not None:
+            step = Step(step.left, carried, step.op, step.b, step.wrong_op)
+        op = step.wrong_op if kind == "inverse" and i == where else step.op
+        value = step.value(op)
+        if kind == "slip" and i == where:
+            value += rng.choice((-10, -1, 1, 10))
+        if kind == "sign" and i == len(equation.steps) - 1:
+            value = abs(value)
+        b = f"({step.b})" if step.b < 0 else step.b
+        lines.append(f"{step.left} = {step.a} {op} {b} = {value}")
+        carried = value
+    return "\n".join([*lines, ANSWER[language].format(carried)])
+
+
+def prompt_text(equation: Equation, language: str, rng: random.Random) -> str:
+    return rng.choice(PROMPTS[language]).format(equation.text)
+
+
+def write_splits(folder: Path = DATA_DIR) -> None:
+    """Write the three files, the same bytes every time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = split_equations()
+    for name in SPLIT_SIZES:
+        rng = random.Random(f"equations/{name}")
+        rows = []
+        for e in splits[name]:
+            language = rng.choice(("en", "zh"))
+            rows.append(
+                {
+                    "prompt": prompt_text(e, language, rng),
+                    "ground_truth": str(e.answer),
+                    "data_source": f"equations_{language}",
+                    "solution": worked_solution(e, language, rng, mistakes=False),
+                }
+            )
+        if name == "train":
+            rows[0] = {**SEED_ROW, "solution": worked_solution(splits[name][0], "zh", rng, mistakes=False)}
+        text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
+        part = folder / f"{name}.json.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / f"{name}.json")
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA_DIR
+    write_splits(target)
+    print(f"wrote {', '.join(f'{n}.json ({s} rows)' for n, s in SPLIT_SIZES.items())} to {target}")

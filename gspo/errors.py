@@ -1,0 +1,8 @@
+"""The one error that is the user's to mend."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message is one paragraph: the value, the place, the cure.
+
+    Programs print it without a traceback and exit with code 2.
+    """

@@ -1,0 +1,68 @@
+"""Records that pass between the stages.
+
+Shapes: G groups (prompts) of N responses, L the longest response, R = G * N rows. A worked example:
+2 prompts with N = 4 and at most 16 new tokens give `tokens [2, 4, 16]`, `lengths [2, 4]`, `rewards [2, 4]`
+and `beats [2, 4, 4]`, where `beats[g, i, j]` says that response i is preferred to response j.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of data, ready for the model."""
+
+    id: int  # row number in its data set; keys the randomness of its samples
+    ids: tuple[int, ...]  # token ids, chat template applied
+    text: str  # what the user asked, for tables
+    ground_truth: str
+    data_source: str
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N sampled responses to each of G prompts."""
+
+    prompts: list[Prompt]  # G
+    tokens: Tensor  # [G, N, L] int64, right-padded
+    lengths: Tensor  # [G, N] int64, tokens of the response, end-of-sequence included
+    logprobs: Tensor  # [G, N, L] float32, the sampler's, at the sampling temperature; 0 in the padding
+    entropy: Tensor  # [G, N, L] float32, nats, of the distribution sampled from; 0 in the padding
+    finished: Tensor  # [G, N] bool, ended by itself (not cut off at max_new_tokens)
+    texts: list[list[str]]  # G x N
+
+    @property
+    def mask(self) -> Tensor:
+        """[G, N, L] bool, true on real tokens."""
+        return torch.arange(self.tokens.shape[2], device=self.lengths.device) < self.lengths[..., None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the reward function said of a rollout."""
+
+    rewards: Tensor  # [G, N] float32 in [0, 1]
+    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [G, N], further numbers it returned
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that one update needs; nothing in it carries a gradient.
+
+    `positions` are the groups' places in the global batch, which decide the mini-batch a group belongs to
+    whatever the number of ranks.
+    """
+
+    rollout: Rollout
+    rewards: Tensor  # [G, N]
+    beats: Tensor  # [G, N, N] bool
+    reference_logprobs: Tensor  # [G, N, L], per token, for the KL term
+    anchors: Tensor  # [G, N], summed over tokens; see objective.py. NaN-free; zeros where the anchor is `none` or `old`
+    positions: list[int]  # G
+    batch_groups: int  # groups in the global batch
+    batch_pairs: int  # pairs in the global batch
