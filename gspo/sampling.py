@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gspo import config
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -21,6 +23,13 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     max_new_tokens: int = 64
+
+    @classmethod
+    def of(cls, cfg: config.Rollout) -> "Sampling":
+        return cls(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.max_new_tokens)
+
+    def greedy(self) -> "Sampling":
+        return Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens)
 
 
 def _mix(x: Tensor) -> Tensor:

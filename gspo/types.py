@@ -41,6 +41,14 @@ class Rollout:
         """[G, N, L] bool, true on real tokens."""
         return torch.arange(self.tokens.shape[2], device=self.lengths.device) < self.lengths[..., None]
 
+    def select(self, groups: list[int]) -> "Rollout":
+        """The same, for some of the groups, no wider than they need."""
+        lengths = self.lengths[groups]
+        width = int(lengths.max()) if groups else 0
+        tokens, logprobs, entropy = (x[groups, :, :width] for x in (self.tokens, self.logprobs, self.entropy))
+        prompts, texts = [self.prompts[g] for g in groups], [self.texts[g] for g in groups]
+        return Rollout(prompts, tokens, lengths, logprobs, entropy, self.finished[groups], texts)
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -62,7 +62,7 @@ def build_tokenizer(warm: list[Equation]) -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         eos_token="<|end|>",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=256,
+        model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
 
@@ -141,7 +141,7 @@ def main() -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=END,

@@ -1,0 +1,74 @@
+"""What the programs share: the way they fail, and what they say at the end."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gspo.config import Config
+from gspo.distributed import World
+from gspo.errors import UserError
+from gspo.evaluation import table
+from gspo.progress import is_main, say
+
+PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run a program: a user's mistake is one paragraph on stderr and exit code 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except UserError as e:
+        if is_main():
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if is_main():
+            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)
+
+
+def check_launch(cfg: Config, world: World) -> None:
+    """UserError when the configuration asks for other ranks than torchrun started."""
+    wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
+    if wanted and wanted != world.size:
+        raise UserError(
+            f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
+            f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... or ./train.sh --n_gpus {wanted}."
+        )
+    if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
+        if is_main():
+            print(
+                "warning: with top_p, top_k or min_p the sampled distribution is not the one that is trained.",
+                flush=True,
+            )
+
+
+def final_words(folder: Path, checkpoint: Path) -> str:
+    """The table of the run, before against after, and what to type next."""
+    reports = {}
+    for name in ("before", "after"):
+        file = folder / f"eval_{name}.json"
+        if file.exists():
+            reports[name] = json.loads(file.read_text(encoding="utf-8"))
+    lines = []
+    if reports:
+        first = next(iter(reports.values()))
+        lines = [
+            f"\n{first['prompts']} held-out prompts, {first['samples']} samples each, 95 % intervals",
+            table(reports),
+        ]
+    else:
+        lines = ["\nno data.test_files or data.val_files: nothing was evaluated"]
+    return "\n".join(
+        [
+            *lines,
+            "\nnext:",
+            f"  curves     {PYTHON} -m tensorboard.main --logdir {folder / 'tensorboard'}",
+            f"  evaluate   {PYTHON} eval.py {checkpoint}",
+            f"  use        transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
+            f"  samples    {folder / 'samples.jsonl'}",
+        ]
+    )

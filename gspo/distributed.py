@@ -1,0 +1,225 @@
+"""Ranks, meshes, sharding: the only home of torch.distributed. Everything works, unchanged, on one process.
+
+Layout: every rank trains its share of the prompts on FSDP2 shards over all ranks. Sampling never runs through the
+shards (that would gather the weights once a token): each rank has a whole copy, or, with tensor parallelism, each
+group of `tp` neighbouring ranks shares one.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from gspo.errors import UserError
+from gspo.model import decoder_layers
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `mesh` is None when there is no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def positions(self, count: int, tp: int = 1) -> list[int]:
+        """The places of a global batch that this rank works on; with tp > 1, that its whole group of tp ranks does.
+
+        Strided, so that any contiguous mini-batch of the global batch is spread evenly.
+        """
+        first = self.rank - self.rank % tp
+        return [p for p in range(count) if first <= p % self.size < first + tp]
+
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        return max(self.gather(value))
+
+    def sum(self, value: float) -> float:
+        return sum(self.gather(value))
+
+    def gather(self, value: Any) -> list[Any]:
+        """[value of rank 0, value of rank 1, ...], on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def collect(self, places: list[int], rows: Tensor) -> Tensor:
+        """Rows [G, ...] that belong at `places` of a whole -> the whole, on the CPU, on every rank."""
+        pairs = [pair for part in self.gather((places, rows.cpu())) for pair in zip(*part, strict=True)]
+        return torch.stack([row for _, row in sorted(pairs, key=lambda pair: pair[0])])
+
+    def main_first(self, make: Callable[[], Any]) -> Any:
+        """Run `make` on every rank, on rank 0 before the others; a UserError there is raised everywhere."""
+        mine = []
+        self.from_main(lambda: mine.append(make()))
+        return mine[0] if mine else make()
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """Run `make` on rank 0 only and give everyone its result; a UserError there is raised everywhere."""
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [(make(), None)]
+            except UserError as e:
+                outcome = [(None, str(e))]
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        result, error = outcome[0]
+        if error is not None:
+            raise UserError(error)
+        return result
+
+
+@contextmanager
+def session() -> Iterator[World]:
+    """Join the process group that torchrun describes, if any; leave it at the end."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        cores, local = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, cores // local))
+    mesh = None
+    if size > 1 or device.type == "cuda":  # on one GPU too: the offloaded reference is an FSDP module
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        alone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **alone)
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("fsdp",))
+    try:
+        yield World(rank, size, device, mesh)
+    finally:
+        if mesh is not None:
+            dist.destroy_process_group()
+
+
+def _shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
+    options = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
+    }
+    for layer in decoder_layers(model):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def shard_policy(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
+    """fp32 master weights, sharded over all ranks, computing in `dtype`; one process: the whole model."""
+    if world.size == 1:
+        return model.to(world.device)
+    return _shard(model, world, dtype, offload=False)
+
+
+def shard_reference(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
+    """A frozen model; with `offload` its shards live on the CPU between uses."""
+    model.requires_grad_(False)
+    if world.mesh is None or (world.size == 1 and not offload):
+        return model.to(world.device)
+    return _shard(model, world, dtype, offload)
+
+
+def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
+    """A whole copy on the device, or one spread over `tp` ranks by the plan transformers publishes for it.
+
+    Returns the model and, with tp > 1, the function by which a group's ranks agree on the tokens drawn.
+    """
+    model.requires_grad_(False)
+    if tp == 1:
+        return model.to(world.device), None
+    check_tensor_parallel(model.config, world.size, tp)
+    mesh = init_device_mesh(world.device.type, (world.size // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    plan = {name: styles[style]() for name, style in model.config.base_model_tp_plan.items() if style in styles}
+    model.to(world.device)
+    parallelize_module(model.base_model, mesh, plan)
+    group, source = mesh.get_group(), dist.get_global_rank(mesh.get_group(), 0)
+
+    def agree(tokens: Tensor) -> Tensor:
+        dist.broadcast(tokens, src=source, group=group)
+        return tokens
+
+    return model, agree
+
+
+def check_tensor_parallel(model_config: Any, world_size: int, tp: int) -> None:
+    """UserError when `tp` fits neither the ranks nor the model."""
+    c, key = model_config.get_text_config(), f"rollout.tensor_model_parallel_size = {tp}"
+    if world_size % tp:
+        raise UserError(
+            f"{key} does not divide the {world_size} processes of this run; start torchrun with a multiple."
+        )
+    if not getattr(c, "base_model_tp_plan", None):
+        raise UserError(f"{key}: transformers publishes no tensor-parallel plan for {c.model_type}; use 1.")
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    if c.num_attention_heads % tp or heads % tp or c.intermediate_size % tp:
+        raise UserError(
+            f"{key} does not divide this model's {c.num_attention_heads} / {heads} heads; use a smaller one."
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a shard (all ranks must call this together); a plain tensor is returned as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    if tensor.device.type == "cpu" and tensor.device_mesh.device_type == "cuda":  # offloaded: gather on the device
+        tensor = tensor.to("cuda")
+    return tensor.detach().full_tensor()
+
+
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that `like` holds on this rank, as the same kind of tensor. No communication."""
+    if not isinstance(like, DTensor):
+        return full.to(like.device, like.dtype)
+    on_mesh = full.to(like.device_mesh.device_type, like.dtype)
+    replicated = DTensor.from_local(on_mesh, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=like.placements).to(like.device)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """target <- source, parameter by parameter, whatever the two's sharding and dtypes."""
+    for (name, p), (other, q) in zip(source.named_parameters(), target.named_parameters(), strict=True):
+        assert name == other, (name, other)
+        if isinstance(p, DTensor) and isinstance(q, DTensor) and p.device_mesh == q.device_mesh:
+            q.to_local().copy_(p.to_local())
+        elif isinstance(q, DTensor):
+            q.to_local().copy_(shard_like(whole(p), q).to_local())
+        else:
+            q.copy_(whole(p))
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put whole tensors, named as in `named_parameters()`, into a model of any sharding."""
+    for name, p in model.named_parameters():
+        part = shard_like(weights[name], p)
+        (p.to_local() if isinstance(p, DTensor) else p).copy_(part.to_local() if isinstance(part, DTensor) else part)
+
+
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """{name: whole tensor on the CPU}, tied parameters once. Every rank calls this; those that `keep` get the result."""
+    weights = {}
+    for name, p in model.named_parameters():
+        full = whole(p)
+        if keep:
+            weights[name] = full.cpu().contiguous()
+    return weights

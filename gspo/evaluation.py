@@ -1,0 +1,120 @@
+"""Sampling and scoring held-out prompts, and the numbers of the table with their 95 % intervals."""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import comb, sqrt
+from typing import Any
+
+import numpy as np
+
+from gspo.distributed import World
+from gspo.reward import Scorer
+from gspo.reward_func import extract_answer
+from gspo.rollout import EVAL, GREEDY, Sampler
+from gspo.sampling import Sampling
+from gspo.types import Prompt
+
+CORRECT_AT = 1.0 - 1e-6  # an answer is correct when its reward is full
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was sampled for P prompts: n answers each, and one greedy answer."""
+
+    sources: list[str]  # P
+    rewards: np.ndarray  # [P, n]
+    greedy: np.ndarray  # [P]
+    final: list[list[str]]  # P x n, the final answers, for the majority vote
+
+
+def answer(
+    sampler: Sampler, scorer: Scorer, prompts: list[Prompt], n: int, sampling: Sampling, world: World
+) -> Answers:
+    """n sampled answers and a greedy one to every prompt, shared out over the ranks; all ranks get all the answers."""
+    positions, sampled = sampler.generate_share(prompts, n, sampling, world, purpose=EVAL)
+    _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY)
+    rewards, greedy = scorer(sampled).rewards.tolist(), scorer(best).rewards.tolist()
+    finals = [[text for text in texts] for texts in sampled.texts]
+    rows = [row for part in world.gather(list(zip(positions, rewards, greedy, finals, strict=True))) for row in part]
+    rows.sort(key=lambda row: row[0])
+    return Answers(
+        [p.data_source for p in prompts],
+        np.array([row[1] for row in rows]),
+        np.array([row[2][0] for row in rows]),
+        [row[3] for row in rows],
+    )
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased pass@k from n samples, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
+    assert k <= n
+    return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def majority_reward(rewards: np.ndarray, final: list[str]) -> float:
+    """The reward of the most frequent final answer; among equals, the mean of theirs."""
+    counts = Counter(final)
+    most = max(counts.values())
+    winners = [a for a, c in counts.items() if c == most]
+    return float(np.mean([np.mean([r for r, f in zip(rewards, final, strict=True) if f == a]) for a in winners]))
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n independent yes / no outcomes (Wilson 1927)."""
+    z, p = 1.959964, successes / n
+    centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over prompts, the same every time."""
+    index = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarise(answers: Answers) -> dict[str, Any]:
+    """{metric: value, ..., "interval": {metric: [low, high]}} over these prompts."""
+    correct = answers.rewards >= CORRECT_AT
+    n = answers.rewards.shape[1]
+    greedy = answers.greedy >= CORRECT_AT
+    per_prompt = {
+        f"pass@{k}": np.array([pass_at_k(n, int(c), k) for c in correct.sum(1)]) for k in (1, 2, 4, 8, 16, 32) if k <= n
+    }
+    votes = zip(correct, answers.final, strict=True)
+    per_prompt[f"maj@{n}"] = np.array([majority_reward(c.astype(float), f) for c, f in votes])
+    per_prompt["reward_mean"] = answers.rewards.mean(1)
+    result: dict[str, Any] = {"prompts": len(answers.sources), "samples": n, "greedy": float(greedy.mean())}
+    interval = {"greedy": list(wilson(greedy.sum(), len(greedy)))}
+    for name, values in per_prompt.items():
+        result[name] = float(values.mean())
+        interval[name] = list(bootstrap(values))
+    return result | {"interval": interval}
+
+
+def report(answers: Answers) -> dict[str, Any]:
+    """The summary over everything, and by data source where there are several."""
+    result = summarise(answers)
+    names = sorted(set(answers.sources))
+    if len(names) > 1:
+        result["by_data_source"] = {}
+        for name in names:
+            rows = [i for i, s in enumerate(answers.sources) if s == name]
+            part = Answers(
+                [name] * len(rows), answers.rewards[rows], answers.greedy[rows], [answers.final[i] for i in rows]
+            )
+            result["by_data_source"][name] = summarise(part)
+    return result
+
+
+def table(columns: dict[str, dict[str, Any]]) -> str:
+    """Reports side by side as text: a line a metric, each value with its interval."""
+    metrics = [k for k in next(iter(columns.values()))["interval"]]
+    cells = [["", *columns]]
+    for m in metrics:
+        row = [m]
+        for r in columns.values():
+            row.append(f"{r[m]:.3f} [{r['interval'][m][0]:.3f}, {r['interval'][m][1]:.3f}]" if m in r else "")
+        cells.append(row)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

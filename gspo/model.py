@@ -1,0 +1,124 @@
+"""Policies, samplers and references: transformers causal language models, opened the same way everywhere."""
+
+import contextlib
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as hf_logging
+
+from gspo.embedded import MODEL_DIR
+from gspo.errors import UserError
+
+hf_logging.set_verbosity_error()
+hf_logging.disable_progress_bar()
+
+
+def resolve_path(path: str | None) -> str:
+    """The folder or hub name to load; the embedded model where none is named."""
+    return str(MODEL_DIR) if path is None else str(path)
+
+
+def _refuse(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    what = "cannot be opened as a model folder" if Path(path).exists() else "is no folder here and cannot be fetched"
+    return UserError(f"model.path = {path!r} {what}: {reason}. Give a Hugging Face folder or name, or leave it empty.")
+
+
+def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal LM on the CPU, in `dtype`, in eval mode, where it stays: a policy trained with dropout would not be
+    the one that samples. Raises UserError when it cannot be had."""
+    name = resolve_path(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+    except Exception as e:  # transformers and the hub raise a dozen kinds
+        raise _refuse(name, e) from e
+    model.config.use_cache = False
+    return model.eval()
+
+
+def load_tokenizer(path: str | None) -> Any:
+    """The model's fast tokenizer. Raises UserError when it cannot be had."""
+    name = resolve_path(path)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as e:
+        raise _refuse(name, e) from e
+
+
+def generation_ids(model: nn.Module, tokenizer: Any) -> tuple[set[int], int]:
+    """(every id that ends an answer, the padding id), from generation_config, config and tokenizer together."""
+    ends: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        ends |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+    if not ends:
+        raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json.")
+    pad = tokenizer.pad_token_id
+    return ends, min(ends) if pad is None else pad
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers: what is sharded and checkpointed one by one."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
+    assert stacks, f"no stack of {model.config.num_hidden_layers} layers in {type(model).__name__}"
+    return stacks[0]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    for layer in decoder_layers(model):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def load_model_config(path: str | None) -> Any:
+    """The model's configuration alone. Raises UserError when it cannot be had."""
+    name = resolve_path(path)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as e:
+        raise _refuse(name, e) from e
+
+
+def architecture(folder: str) -> dict[str, Any]:
+    """What two models must share for one's weights to fit the other."""
+    c = load_model_config(folder).get_text_config()
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    return {name: getattr(c, name, None) for name in names}
+
+
+def save_pretrained(folder: Path, source: str, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
+    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
+
+    `weights` are whole tensors named as in the model's `named_parameters()`; `source` is the folder or name the
+    model came from, whose config and generation config are kept.
+    """
+    config = AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    config_dtype = next(iter(weights.values())).dtype
+    skeleton.config.dtype = config_dtype
+    with contextlib.suppress(OSError):  # not every model has one
+        skeleton.generation_config = GenerationConfig.from_pretrained(source)
+    state = dict(weights)
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():  # tied names, which parameters list once
+        if name not in state:
+            twin = next((n for n, p in skeleton.named_parameters() if p is tensor), None)
+            if twin is not None:
+                state[name] = state[twin]
+    skeleton.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    written["architectures"] = [type(skeleton).__name__]
+    (folder / "config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

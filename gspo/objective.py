@@ -1,0 +1,145 @@
+"""The objective: pure functions of log-probabilities, anchors and rewards. No models, no ranks.
+
+Notation: l_i = log pi_T(y_i | x), the response's summed log-probability at the sampling temperature, [G, N];
+a_i its frozen anchor; s_i = beta (l_i - a_i) / n_i the implicit reward; D_ij = 1 where r_i - r_j > margin.
+All normalisers are counted over the whole mini-batch before it is cut into micro-batches or ranks (`Counts`), so the
+parts add up to the same loss however it is cut.
+
+To add an algorithm: write one function of this signature and one line of `ALGORITHMS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gspo import config
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What is fixed about G groups of N responses while the policy moves."""
+
+    anchors: Tensor  # [G, N]
+    rewards: Tensor  # [G, N]
+    beats: Tensor  # [G, N, N] bool
+    lengths: Tensor  # [G, N]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Global counts: what a part must know about the whole."""
+
+    groups: int  # B, groups in the mini-batch this gradient step is for, over all ranks
+    pairs_per_group: float  # mean over the batch
+
+
+def implicit_rewards(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
+    """s_i = beta (l_i - a_i) / n_i, [G, N]; n_i is 1 (`sum`) or the response's length (`mean`). DPO, eq. 5."""
+    norm = 1.0 if cfg.length_norm == "sum" else groups.lengths.clamp_min(1).to(logprobs)
+    return cfg.preference_beta * (logprobs - groups.anchors.to(logprobs)) / norm
+
+
+def pair_normalizer(beats: Tensor, kind: str, pairs_per_group: float) -> Tensor:
+    """Z_g [G]: what a group's pair losses are divided by. Never zero."""
+    n = beats.shape[-1]
+    own = beats.sum((1, 2)).double().clamp_min(1.0)
+    constant = torch.full_like(own, max(n * (n - 1) / 2, 1.0))
+    return {
+        "constant": constant,
+        "batch": torch.full_like(own, max(pairs_per_group, 1e-12)),
+        "group": own,
+        "sqrt": (constant * own).sqrt(),
+    }[kind]
+
+
+def preference_loss(s: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
+    """-log sigma(s_w - s_l) over all pairs (DPO, eq. 7).
+
+    L_p = (1/B) sum_g (1/Z_g) sum_ij w_ij D_ij softplus(s_j - s_i).
+    """
+    weights = groups.beats.to(s)
+    if cfg.pair_weight == "gap":
+        weights = weights * (groups.rewards[:, :, None] - groups.rewards[:, None, :]).to(s)
+    losses = weights * F.softplus(s[:, None, :] - s[:, :, None])
+    z = pair_normalizer(groups.beats, cfg.normalizer, counts.pairs_per_group).to(s)
+    return (losses.sum((1, 2)) / z).sum() / counts.groups
+
+
+def ranking_loss(s: Tensor, groups: Groups, counts: Counts) -> Tensor:
+    """A margin-gated Plackett-Luce likelihood, safe with ties.
+
+    L_r = (1/B) sum_g (1/|I|) sum_{i in I} [logsumexp(s_i, {s_j : D_ij = 1}) - s_i], I = those that beat someone.
+    """
+    behind = (s[:, None, :] - s[:, :, None]).masked_fill(~groups.beats, -torch.inf)  # [G, i, j] = s_j - s_i
+    per_winner = torch.cat([torch.zeros_like(s)[..., None], behind], -1).logsumexp(-1)  # 0 for who beats nobody
+    winners = groups.beats.any(-1).sum(-1).clamp_min(1)
+    return (per_winner.sum(-1) / winners).sum() / counts.groups
+
+
+def winner_nll(logprobs: Tensor, groups: Groups, counts: Counts) -> Tensor:
+    """Mean negative log-likelihood per token of the responses that beat someone, against likelihood displacement."""
+    wins = groups.beats.any(-1).to(logprobs)
+    per_token = -logprobs / groups.lengths.clamp_min(1)
+    return ((wins * per_token).sum(-1) / wins.sum(-1).clamp_min(1)).sum() / counts.groups
+
+
+def gspo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """logprobs [G, N] -> the weighted terms {name: scalar}, whose sum is minimised."""
+    s = implicit_rewards(logprobs, groups, cfg)
+    terms = {"preference": preference_loss(s, groups, cfg, counts)}
+    if cfg.use_ranking_loss:
+        terms["ranking"] = cfg.ranking_coef * ranking_loss(s, groups, counts)
+    if cfg.nll_coef:
+        terms["nll"] = cfg.nll_coef * winner_nll(logprobs, groups, counts)
+    return terms
+
+
+ALGORITHMS: dict[str, Callable[[Tensor, Groups, config.Objective, Counts], dict[str, Tensor]]] = {
+    "gspo": gspo,
+}
+
+
+def coefficients(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
+    """c_i = dL/dl_i [G, N] at these log-probs: all that the loss ever tells the network."""
+    leaf = logprobs.detach().double().requires_grad_()
+    loss = sum(ALGORITHMS[cfg.algorithm](leaf, groups, cfg, counts).values())
+    return torch.autograd.grad(loss, leaf)[0].to(logprobs)
+
+
+def kl_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, n: int, counts: Counts) -> Tensor:
+    """k2 per token, (1/(B N)) sum_i sum_t 0.5 d^2, d = log pi - log pi_ref; its gradient is the reverse KL's.
+
+    logprobs, reference, mask [R, L]; source: joschu.net/blog/kl-approx.html and arXiv 2506.09477 on k2 in the loss.
+    """
+    d = torch.where(mask, logprobs - reference, 0.0)
+    return 0.5 * d.square().sum() / (counts.groups * n)
+
+
+def frozen_loss(
+    logprobs: Tensor, old: Tensor, coefs: Tensor, mask: Tensor, weights: Tensor, cfg: config.Objective
+) -> Tensor:
+    """PPO's clip on our coefficients: -sum_t w_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), A = -c.
+
+    rho_t = pi / pi_old. logprobs, old, mask, weights [R, L]; coefs [R].
+    At rho = 1 and w = 1 its gradient is exactly sum_i c_i grad l_i. Source: PPO, arXiv 1707.06347, eq. 7.
+    """
+    advantage = -coefs[:, None]
+    ratio = torch.where(mask, logprobs - old, 0.0).exp()
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    return -(gain * weights * mask).sum()
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """The k3 estimate of KL(pi || pi_ref) per token, exp(-d) - 1 + d: never negative. The metric, not the loss."""
+    d = logprobs - reference
+    return torch.exp(-d) - 1 + d
+
+
+def pair_accuracy(s: Tensor, beats: Tensor) -> float:
+    """How many pairs the implicit rewards s [G, N] order as the rewards do; an exact tie counts one half."""
+    gap = s[:, :, None] - s[:, None, :]
+    return float((beats * ((gap > 0).double() + 0.5 * (gap == 0).double())).sum())

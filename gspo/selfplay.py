@@ -1,0 +1,103 @@
+"""Self-play: the selves that play, when rounds begin, and how often the present self beats the previous one."""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gspo.batching import micro_batches
+from gspo.config import Config
+from gspo.distributed import World, copy_weights, shard_policy, shard_reference, shard_sampler
+from gspo.logprobs import rollout_logprobs
+from gspo.model import checkpoint_activations, compute_dtype, generation_ids, load_model
+from gspo.pairs import preferences
+from gspo.types import Rollout
+
+
+class Selves:
+    """The policy, the copy of it that samples, and the frozen selves it is measured against.
+
+    `frozen` holds `opponent` (the policy as it stood when the round began) and / or `initial`, whichever the anchor and
+    the KL reference need; where they are the same model it is held once.
+    """
+
+    def __init__(self, cfg: Config, world: World, tokenizer: Any, weights_from: Path | None = None):
+        self.cfg, self.world = cfg, world
+        self.dtype = compute_dtype(cfg.model.precision, world.device)
+        self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
+        self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
+
+        initial = load_model(cfg.model.path)
+        self.end_ids, self.pad_id = generation_ids(initial, tokenizer)
+        self.frozen = {name: self._freeze(copy.deepcopy(initial)) for name in {self.kl_to, self.anchor_to} - {None}}
+        policy = initial if weights_from is None else load_model(str(weights_from))
+        tp = cfg.rollout.tensor_model_parallel_size
+        shared = world.size == 1 and self.dtype == torch.float32
+        sampler = policy if shared else copy.deepcopy(policy).to(self.dtype)
+        if cfg.model.gradient_checkpointing:
+            checkpoint_activations(policy)
+        self.policy = shard_policy(policy, world, self.dtype)
+        self.sampler, self.agree = (policy, None) if shared else shard_sampler(sampler, world, tp)
+
+    def _freeze(self, model: nn.Module) -> nn.Module:
+        return shard_reference(model, self.world, self.dtype, self.cfg.reference.param_offload)
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for whole models; sharded ones carry their own policy."""
+        if self.world.size > 1 or self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.dtype)
+
+    def refresh_sampler(self) -> None:
+        if self.sampler is not self.policy:
+            copy_weights(self.policy, self.sampler)
+
+    def new_opponent(self) -> None:
+        """A new round begins: the opponent becomes the policy as it stands now."""
+        if "opponent" in self.frozen:
+            copy_weights(self.policy, self.frozen["opponent"])
+
+    def logprobs_under(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """[G, N, L] log-probs of a rollout under one of the selves; every rank must call this."""
+        o = self.cfg.optim
+        parts = micro_batches(
+            rollout,
+            list(range(len(rollout.prompts))),
+            budget=2 * o.micro_batch_tokens,  # no activations are kept
+            max_rows=None if o.micro_batch_responses is None else 2 * o.micro_batch_responses,
+            whole_groups=False,
+        )
+        temperature, count = self.cfg.rollout.temperature, self.world.max(len(parts))
+        return rollout_logprobs(model, rollout, parts, count, temperature, self.pad_id, self.autocast)
+
+    def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """-> (log-probs under the KL reference [G, N, L], anchors [G, N]; zeros for `none` and `old`)."""
+        under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
+        if self.anchor_to is None:
+            return under[self.kl_to], torch.zeros_like(rollout.logprobs[..., 0])
+        return under[self.kl_to], under[self.anchor_to].double().sum(-1).float()
+
+    def initial(self) -> nn.Module:
+        """The model that training started from; opened again where it is not held."""
+        return self.frozen.get("initial") or self._freeze(load_model(self.cfg.model.path))
+
+
+def round_of(step: int, total_steps: int, rounds: int) -> int:
+    """The round that `step` belongs to: round k starts at step floor(k S / R)."""
+    starts = [k * total_steps // rounds for k in range(rounds)]
+    return max(k for k, start in enumerate(starts) if start <= step)
+
+
+def win_rate(mine: Tensor, theirs: Tensor, margin: float) -> tuple[float, float]:
+    """(win rate, tie share) over all cross pairs on the same prompts; a gap within the margin counts one half.
+
+    mine [P, N], theirs [P, M] rewards.
+    """
+    n = mine.shape[1]
+    both = preferences(torch.cat([mine, theirs], 1), margin)
+    wins, losses = both[:, :n, n:], both[:, n:, :n].transpose(1, 2)
+    ties = ~(wins | losses)
+    return float((wins.double() + 0.5 * ties.double()).mean()), float(ties.double().mean())

@@ -1,0 +1,225 @@
+"""Curves: tensorboard, `metrics.jsonl`, the console line, sample tables, and warnings when a curve leaves its range.
+
+`GLOSSARY` is the one list of what every metric means; the README's table is printed from it
+(`python -m gspo.tracking`).
+"""
+
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from gspo.config import Config, Health
+from gspo.pairs import chosen_rejected
+from gspo.progress import is_main, say
+from gspo.types import Experience
+
+GLOSSARY = {
+    "reward_mean": "mean reward of the sampled answers (should rise)",
+    "reward_max": "mean over prompts of the best answer's reward (should rise)",
+    "preference_accuracy": "share of pairs that the implicit rewards order rightly (healthy above 0.6)",
+    "kl_divergence": "KL to the reference, nats per token, k3 estimate (healthy 0.001 to 0.1)",
+    "ranking_loss": "the ranking term, before its weight is applied (should fall)",
+    "loss/total": "the loss that is minimised",
+    "loss/preference": "its preference term",
+    "loss/ranking": "its ranking term, weighted",
+    "loss/kl": "its KL term, weighted",
+    "loss/nll": "its winners' likelihood term, weighted (off by default)",
+    "pairs/per_group": "preference pairs a prompt",
+    "pairs/groups_without": "share of prompts whose answers give no pair: nothing to learn from them",
+    "pairs/gap_std": "standard deviation over pairs of the implicit reward gap",
+    "response/length_mean": "tokens an answer",
+    "response/length_max": "longest answer",
+    "response/cutoff": "share of answers cut off at max_new_tokens",
+    "entropy": "entropy of the sampled distribution, nats per token",
+    "grad_norm": "gradient norm before clipping, mean over the step's updates",
+    "skipped_updates": "updates skipped because the gradient was not finite",
+    "learning_rate": "AdamW step size",
+    "round": "self-play round, from 0",
+    "win_rate": "once a round: how often answers beat the previous self's on held-out prompts; ties count half",
+    "win_rate/ties": "share of ties in it",
+    "kl_to_initial": "once a round: KL to the initial model on held-out prompts, nats per token",
+    "heldout/reward_mean": "once a round: mean reward on held-out prompts",
+    "mismatch": "mean |sampler - trainer| log-prob of the same token",
+    "tokens_per_second": "sampled tokens a second, over the whole step",
+    "tokens_sampled": "sampled tokens since the start",
+    "time/rollout": "seconds sampling",
+    "time/reward": "seconds scoring",
+    "time/reference": "seconds for the reference's log-probs",
+    "time/update": "seconds for forward, backward and optimizer",
+    "time/step": "seconds for the whole step",
+    "memory/peak_gib": "peak memory: of the GPU, or of the process on CPU",
+}
+SEED_FIVE = ("reward_mean", "reward_max", "preference_accuracy", "kl_divergence", "ranking_loss")
+PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healthy high)
+    "reward_mean (healthy: rises)": ("reward_mean", None, None),
+    "reward_max (healthy: rises)": ("reward_max", None, None),
+    "preference_accuracy (healthy: above 0.6)": ("preference_accuracy", "preference_accuracy_min", None),
+    "kl_divergence (healthy: 0.001 to 0.1)": ("kl_divergence", "kl_divergence_min", "kl_divergence_max"),
+    "ranking_loss (healthy: falls)": ("ranking_loss", None, None),
+}
+
+
+class HealthCheck:
+    """Says once, with the cure, when a metric has been out of its range for `patience` steps in a row."""
+
+    def __init__(self, cfg: Health):
+        self.cfg, self.streak, self.told = cfg, defaultdict(int), set()
+
+    def check(self, metrics: dict[str, float]) -> list[str]:
+        """New warnings; each kind is given once a run."""
+        c, get = self.cfg, metrics.get
+        noisy = "check the reward function, raise objective.margin to filter noisy pairs, or lower optim.learning_rate"
+        tests = {
+            "preference_accuracy": (
+                get("preference_accuracy", 1.0) < c.preference_accuracy_min,
+                f"preference_accuracy is below {c.preference_accuracy_min}: {noisy}",
+            ),
+            "kl_high": (
+                get("kl_divergence", 0.0) > c.kl_divergence_max,
+                f"kl_divergence is above {c.kl_divergence_max}: raise objective.kl_coef or lower optim.learning_rate",
+            ),
+            "kl_low": (
+                get("kl_divergence", math.inf) < c.kl_divergence_min and get("round_step", 0) > 20,
+                f"kl_divergence is below {c.kl_divergence_min}: the policy hardly moves; raise optim.learning_rate",
+            ),
+            "mismatch": (
+                get("mismatch", 0.0) > c.mismatch_max,
+                f"sampler and trainer disagree by more than {c.mismatch_max} nats a token: use model.precision=fp32",
+            ),
+            "cutoff": (
+                get("response/cutoff", 0.0) > c.cutoff_max,
+                f"more than {c.cutoff_max:.0%} of the answers are cut off: raise rollout.max_new_tokens",
+            ),
+            "pairs": (
+                get("pairs/groups_without", 0.0) > 1 - c.paired_groups_min,
+                f"fewer than {c.paired_groups_min:.0%} of the prompts give a pair: raise rollout.n, lower "
+                "objective.margin, or choose harder (or easier) prompts",
+            ),
+        }
+        news = []
+        for kind, (bad, text) in tests.items():
+            self.streak[kind] = self.streak[kind] + 1 if bad else 0
+            if self.streak[kind] == c.patience and kind not in self.told:
+                self.told.add(kind)
+                news.append(text)
+        return news
+
+
+class Tracker:
+    """Writes the run's curves. On ranks other than 0 it writes nothing."""
+
+    def __init__(self, folder: Path, cfg: Config, start_step: int):
+        self.folder, self.cfg, self.active = folder, cfg, is_main()
+        self.health, self.last_line = HealthCheck(cfg.health), 0.0
+        if not self.active:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut_after(folder / name, start_step)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.board.add_custom_scalars({"GSPO": {title: ["Multiline", _tags(*spec)] for title, spec in PAGE.items()}})
+
+    def log(self, step: int, metrics: dict[str, float], total_steps: int) -> None:
+        """One object in metrics.jsonl, one point on every curve, one line on the console. `step` counts from 1."""
+        if not self.active:
+            return
+        row = {"step": step, **{k: v for k, v in metrics.items() if k in GLOSSARY or k.startswith("reward/")}}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, step)
+        for _, low, high in PAGE.values():
+            for bound in filter(None, (low, high)):
+                self.board.add_scalar(f"healthy/{bound}", getattr(self.cfg.health, bound), step)
+        for warning in self.health.check(metrics):
+            say(f"warning, step {step}: {warning}.")
+        self._line(step, row, total_steps)
+
+    def _line(self, step: int, row: dict[str, float], total_steps: int) -> None:
+        now = time.monotonic()
+        if now - self.last_line < 2.0 and step not in (1, total_steps):
+            return
+        self.last_line = now
+        say(
+            f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  reward {row['reward_mean']:.3f}  "
+            f"best {row['reward_max']:.3f}  pairs {row['pairs/per_group']:.1f}  "
+            f"accuracy {row.get('preference_accuracy', math.nan):.2f}  kl {row['kl_divergence']:.4f}  "
+            f"length {row['response/length_mean']:.1f}  {row['tokens_per_second']:.0f} tok/s  "
+            f"{row['time/step']:.2f} s"
+        )
+
+    def samples(self, step: int, exp: Experience, count: int) -> None:
+        """Prompts, responses, rewards, who was chosen over whom: samples.jsonl, and the first as tensorboard text."""
+        if not self.active:
+            return
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as f:
+            for g in range(min(count, len(exp.rollout.prompts))):
+                prompt, texts = exp.rollout.prompts[g], exp.rollout.texts[g]
+                pairs = chosen_rejected(exp.beats[g], exp.rewards[g])
+                row = {
+                    "step": step,
+                    "prompt": prompt.text,
+                    "ground_truth": prompt.ground_truth,
+                    "responses": texts,
+                    "rewards": [round(r, 6) for r in exp.rewards[g].tolist()],
+                    "chosen": texts[pairs[0][0]] if pairs else None,
+                    "rejected": texts[pairs[0][1]] if pairs else None,
+                }
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if g < 2 and (step == 1 or step % 10 == 0):
+                    self.board.add_text(f"samples/{g}", _table(row), step)
+
+    def note(self, text: str, step: int) -> None:
+        if self.active:
+            self.board.add_text("evaluation", text, step)
+
+    def close(self) -> None:
+        if self.active:
+            self.board.close()
+
+
+def _tags(name: str, low: str | None, high: str | None) -> list[str]:
+    return [f"^{name}$", *(f"^healthy/{bound}$" for bound in (low, high) if bound)]
+
+
+def _table(row: dict[str, Any]) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", "<br>")
+
+    lines = [
+        f"**{cell(row['prompt'])}** (answer {cell(row['ground_truth'])})",
+        "",
+        "| reward | response | |",
+        "|---|---|---|",
+    ]
+    for text, reward in sorted(zip(row["responses"], row["rewards"], strict=True), key=lambda x: -x[1]):
+        mark = "chosen" if text == row["chosen"] else "rejected" if text == row["rejected"] else ""
+        lines.append(f"| {reward:g} | {cell(text)} | {mark} |")
+    return "\n".join(lines)
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a half-written last line: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    print("| metric | meaning |\n|---|---|")
+    for name, meaning in GLOSSARY.items():
+        print(f"| `{name}` | {meaning} |")

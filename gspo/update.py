@@ -1,0 +1,197 @@
+"""Experience -> optimizer steps, with gradients that depend neither on micro-batches nor on the number of ranks.
+
+The loss enters the network only through c_i = dL/dl_i and a per-token KL. With one optimizer step a rollout, and
+groups that fit a micro-batch whole, the exact loss is evaluated in one forward and one backward (`live`). Otherwise a
+pass without gradients gives every l_i, the c_i are frozen, and each optimizer step minimises a clipped ratio to the
+policy that sampled (`frozen`); at the first step that is the same gradient.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gspo.batching import Row, micro_batches, take_rows
+from gspo.config import Config
+from gspo.distributed import World
+from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs
+from gspo.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
+from gspo.types import Experience
+
+
+@dataclass
+class Update:
+    """What an update did, on this rank; `logprobs` are the policy's before it moved."""
+
+    logprobs: Tensor  # [G, N, L]
+    terms: dict[str, float] = field(default_factory=dict)  # this rank's share of each loss term, before the update
+    grad_norms: list[float] = field(default_factory=list)
+    skipped: int = 0  # optimizer steps not taken because the gradient was not finite
+
+
+def make_optimizer(policy: nn.Module, cfg: Config) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in policy.parameters() if p.ndim > 1]
+    vectors = [p for p in policy.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": cfg.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=1e-8)
+
+
+def learning_rate(step: int, total: int, cfg: Config) -> float:
+    """Linear warm-up, then constant, or linear / cosine down to `min_lr_ratio` at the last step."""
+    o = cfg.optim
+    if step < o.warmup_steps:
+        return o.learning_rate * (step + 1) / o.warmup_steps
+    progress = (step - o.warmup_steps) / max(1, total - 1 - o.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
+        o.schedule
+    ]
+    return o.learning_rate * (o.min_lr_ratio + (1.0 - o.min_lr_ratio) * shape)
+
+
+class Updater:
+    """Owns nothing but references to the policy and its optimizer; `run` is one call per rollout."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        cfg: Config,
+        world: World,
+        pad_id: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.policy, self.optimizer, self.cfg, self.world = policy, optimizer, cfg, world
+        self.pad_id, self.autocast = pad_id, autocast
+
+    def cut(self, exp: Experience, groups: list[int], whole_groups: bool) -> list[list[Row]] | None:
+        o = self.cfg.optim
+        return micro_batches(
+            exp.rollout,
+            groups,
+            budget=o.micro_batch_tokens,
+            max_rows=o.micro_batch_responses,
+            whole_groups=whole_groups,
+        )
+
+    def run(self, exp: Experience, lr: float) -> Update:
+        """All optimizer steps for one rollout."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        o, everything = self.cfg.optim, list(range(len(exp.rollout.prompts)))
+        whole = self.cut(exp, everything, whole_groups=True)
+        live = o.epochs_per_rollout * o.minibatches == 1 and self.world.max(int(whole is None)) == 0
+        update = Update(torch.zeros_like(exp.rollout.logprobs))
+        if live:
+            self._live_step(exp, whole, update)
+        else:
+            parts = self.cut(exp, everything, whole_groups=False)
+            update.logprobs = rollout_logprobs(
+                self.policy,
+                exp.rollout,
+                parts,
+                self.world.max(len(parts)),
+                self.cfg.rollout.temperature,
+                self.pad_id,
+                self.autocast,
+            )
+            for _ in range(o.epochs_per_rollout):
+                for k in range(o.minibatches):
+                    self._frozen_step(exp, k, update)
+        update.terms = self._terms(exp, update.logprobs)
+        return update
+
+    def groups_of(self, exp: Experience, rows: list[int], logprobs: Tensor) -> Groups:
+        """The fixed part of these groups; the anchor `old` is where the policy stands now, logprobs [G, N]."""
+        anchors = logprobs.detach() if self.cfg.objective.anchor == "old" else exp.anchors[rows]
+        return Groups(anchors, exp.rewards[rows], exp.beats[rows], exp.rollout.lengths[rows])
+
+    def _counts(self, exp: Experience, groups: int) -> Counts:
+        return Counts(groups, exp.batch_pairs / max(1, exp.batch_groups))
+
+    def _live_step(self, exp: Experience, parts: list[list[Row]], update: Update) -> None:
+        cfg, n = self.cfg.objective, exp.rollout.tokens.shape[1]
+        counts = self._counts(exp, exp.batch_groups)
+
+        def loss_of(rows: list[Row], logprobs: Tensor, mask: Tensor) -> Tensor:
+            members = [g for g, i in rows if i == 0]
+            summed = logprobs.double().sum(-1).view(len(members), n)
+            update.logprobs[members, :, : logprobs.shape[1]] = logprobs.detach().view(len(members), n, -1)
+            terms = ALGORITHMS[cfg.algorithm](summed, self.groups_of(exp, members, summed), cfg, counts)
+            return sum(terms.values()) + self._kl(exp, rows, logprobs, mask, counts)
+
+        self._descend(exp, parts, loss_of, update)
+
+    def _frozen_step(self, exp: Experience, k: int, update: Update) -> None:
+        o, cfg = self.cfg.optim, self.cfg.objective
+        size = [p * o.minibatches // exp.batch_groups for p in range(exp.batch_groups)].count(k)
+        if size == 0:  # fewer groups than mini-batches
+            return
+        members = [g for g, p in enumerate(exp.positions) if p * o.minibatches // exp.batch_groups == k]
+        counts = self._counts(exp, size)
+        summed = update.logprobs.double().sum(-1)
+        every = list(range(len(exp.positions)))
+        coefs = coefficients(summed, self.groups_of(exp, every, summed), cfg, counts).float()
+        several = o.epochs_per_rollout * o.minibatches > 1
+        drift = (update.logprobs - exp.rollout.logprobs).exp().clamp_max(cfg.max_mismatch_weight)
+        weights = drift if several else torch.ones_like(drift)
+
+        def loss_of(rows: list[Row], logprobs: Tensor, mask: Tensor) -> Tensor:
+            g, i = (list(x) for x in zip(*rows, strict=True))
+            width = logprobs.shape[1]
+            old, w = update.logprobs[g, i, :width], weights[g, i, :width]
+            surrogate = frozen_loss(logprobs, old, coefs[g, i], mask, w, cfg)
+            return surrogate + self._kl(exp, rows, logprobs, mask, counts)
+
+        self._descend(exp, self.cut(exp, members, whole_groups=False), loss_of, update)
+
+    def _kl(self, exp: Experience, rows: list[Row], logprobs: Tensor, mask: Tensor, counts: Counts) -> Tensor | float:
+        if not self.cfg.objective.kl_coef:
+            return 0.0
+        g, i = (list(x) for x in zip(*rows, strict=True))
+        reference = exp.reference_logprobs[g, i, : logprobs.shape[1]]
+        return self.cfg.objective.kl_coef * kl_loss(logprobs, reference, mask, exp.rollout.tokens.shape[1], counts)
+
+    def _terms(self, exp: Experience, logprobs: Tensor) -> dict[str, float]:
+        """This rank's share of each loss term at the log-probs [G, N, L] before the update."""
+        every, n = list(range(len(exp.positions))), logprobs.shape[1]
+        counts, summed = self._counts(exp, exp.batch_groups), logprobs.double().sum(-1)
+        terms = ALGORITHMS[self.cfg.objective.algorithm](
+            summed, self.groups_of(exp, every, summed), self.cfg.objective, counts
+        )
+        kl = kl_loss(logprobs, exp.reference_logprobs, exp.rollout.mask, n, counts)
+        return {name: float(value) for name, value in (terms | {"kl": self.cfg.objective.kl_coef * kl}).items()}
+
+    def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: Callable, update: Update) -> None:
+        """Accumulate the gradient over micro-batches, clip it, take one optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        temperature = self.cfg.rollout.temperature
+        for k in range(self.world.max(len(parts))):
+            with self.autocast():
+                if k < len(parts):
+                    prompts, tokens, lengths = take_rows(exp.rollout, parts[k])
+                    logprobs, _ = response_logprobs(self.policy, prompts, tokens, lengths, temperature, self.pad_id)
+                else:
+                    logprobs = idle_forward(self.policy, temperature, self.pad_id, self.world.device)
+            if k < len(parts):
+                mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+                loss = loss_of(parts[k], logprobs, mask)
+            else:
+                loss = 0.0 * logprobs.sum()
+            (loss * self.world.size).backward()  # FSDP averages over ranks; our parts are meant to be summed
+        self._step(update)
+
+    def _step(self, update: Update) -> None:
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.optim.grad_clip)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        update.grad_norms.append(norm)
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            update.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)

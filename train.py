@@ -1,0 +1,153 @@
+"""Group Self-Play Preference Optimization: the training loop.
+
+    python train.py --config configs/quick.yaml [section.key=value ...]
+    torchrun --nproc_per_node=8 train.py --config configs/standard.yaml [...]
+
+data -> rollout -> reward -> pairs -> log-probs -> objective -> update -> log, then the next step; when a self-play
+round ends, the policy becomes its own opponent. This file is where the stages meet.
+"""
+
+import argparse
+
+import torch
+
+from gspo import checkpoint as ckpt
+from gspo.cli import check_launch, final_words, guarded
+from gspo.config import Config, load_config
+from gspo.data import Batches, load_splits
+from gspo.distributed import World, session
+from gspo.evaluation import answer, report
+from gspo.measure import Clock, Meter, kl_to, observe, peak_memory_gib
+from gspo.model import load_model_config, load_tokenizer
+from gspo.pairs import preferences
+from gspo.progress import say
+from gspo.reward import Scorer
+from gspo.rollout import EVAL, Sampler
+from gspo.sampling import Sampling
+from gspo.selfplay import Selves, round_of, win_rate
+from gspo.tracking import Tracker
+from gspo.types import Experience, Rollout, Scores
+from gspo.update import Updater, learning_rate, make_optimizer
+
+
+def train(cfg: Config, world: World) -> None:
+    """Run, or resume, one training run: from its configuration to its final table."""
+    check_launch(cfg, world)
+    tokenizer = load_tokenizer(cfg.model.path)
+    scorer = Scorer(cfg.reward)
+    splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(cfg.model.path)))
+    batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
+    total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
+
+    folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
+    state = ckpt.load_state(resume) if resume else ckpt.State()
+    selves = Selves(cfg, world, tokenizer, weights_from=resume)
+    optimizer = make_optimizer(selves.policy, cfg)
+    if resume:
+        ckpt.restore(resume, selves.policy, optimizer, selves.frozen, state)
+        say(f"{resume}: {state.step} of {total} steps done")
+    updater = Updater(selves.policy, optimizer, cfg, world, selves.pad_id, selves.autocast)
+    sampler = Sampler(
+        selves.sampler,
+        tokenizer,
+        world.device,
+        max_slots=cfg.rollout.max_slots,
+        seed=cfg.trainer.seed,
+        tp=cfg.rollout.tensor_model_parallel_size,
+        agree=selves.agree,
+    )
+    sampling, tracker = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step)
+
+    def test(name: str) -> None:
+        """Greedy and sampled accuracy on the test prompts, kept as a file of the run."""
+        selves.refresh_sampler()
+        result = report(answer(sampler, scorer, splits.test, cfg.eval.n, sampling, world))
+        if world.is_main:
+            ckpt.write_json(folder / f"{name}.json", {"step": state.step, **result})
+
+    def end_round(step: int) -> dict[str, float]:
+        """The present self meets the previous one on held-out prompts, and takes its place as the opponent."""
+        if not splits.val:
+            return {}
+        selves.refresh_sampler()
+        places, rollout = sampler.generate_share(splits.val, cfg.rollout.n, sampling, world, purpose=EVAL, step=step)
+        rewards = world.collect(places, scorer(rollout).rewards)
+        metrics = {"heldout/reward_mean": float(rewards.mean())}
+        if state.round_rewards is not None:
+            before = torch.tensor(state.round_rewards)
+            metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
+            metrics["kl_to_initial"] = kl_to(selves, selves.initial(), rollout, world)
+        state.round_rewards = rewards.tolist()
+        return metrics
+
+    if state.step == 0:
+        if splits.test and cfg.eval.before_and_after:
+            test("eval_before")
+        end_round(0)
+
+    while state.step < total:
+        step, clock = state.step, Clock(world.device)
+        batch = batches[step]
+        with clock("rollout"):
+            selves.refresh_sampler()
+            places, rollout = sampler.generate_share(batch, cfg.rollout.n, sampling, world, step=step)
+        with clock("reward"):
+            scores = scorer(rollout)
+        with clock("reference"):
+            experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
+        with clock("update"):
+            update = updater.run(experience, lr := learning_rate(step, total, cfg))
+
+        state.step, last = step + 1, step + 1 == total
+        state.count_bad(update.skipped, cfg.health.max_bad_steps)
+        metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state()))
+        state.tokens_sampled += int(metrics["tokens"])
+        metrics |= {"learning_rate": lr, "round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
+        if last or round_of(step + 1, total, cfg.selfplay.rounds) > state.round:
+            metrics |= end_round(step + 1)
+            if not last:
+                selves.new_opponent()
+                state.round += 1
+        metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
+        tracker.log(state.step, metrics, total)
+        tracker.samples(state.step, experience, cfg.trainer.sample_rows)
+        if last or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
+            ckpt.save(folder / "checkpoints", state, selves.policy, optimizer, selves.frozen, tokenizer, cfg, world)
+
+    if splits.test and cfg.eval.before_and_after and ckpt.needs_test(folder, "eval_after", state.step, world):
+        test("eval_after")
+    tracker.close()
+    if world.is_main:
+        say(final_words(folder, ckpt.latest(folder / "checkpoints")))
+
+
+def gather_experience(
+    rollout: Rollout, places: list[int], scores: Scores, selves: Selves, batch_groups: int, cfg: Config, world: World
+) -> Experience:
+    """Rewards -> pairs, and the log-probs that the objective measures from."""
+    reference, anchors = selves.reference(rollout)
+    beats = preferences(scores.rewards, cfg.objective.margin)
+    return Experience(
+        rollout,
+        scores.rewards.to(world.device),
+        beats.to(world.device),
+        reference,
+        anchors,
+        places,
+        batch_groups,
+        batch_pairs=int(world.sum(int(beats.sum()))),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/standard.yaml", help="YAML preset (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
+    args = parser.parse_args()
+    cfg = load_config(args.config, args.overrides)
+    with session() as world:
+        train(cfg, world)
+
+
+if __name__ == "__main__":
+    guarded(main)
