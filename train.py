@@ -30,15 +30,18 @@ from gspo.types import Experience, Rollout, Scores
 from gspo.update import Updater, learning_rate, make_optimizer
 
 
-def train(cfg: Config, world: World) -> None:
+def train(cfg: Config, world: World, check_only: bool = False) -> None:
     """Run, or resume, one training run: from its configuration to its final table."""
-    check_launch(cfg, world)
     tokenizer = load_tokenizer(cfg.model.path)
     scorer = Scorer(cfg.reward)
     splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(cfg.model.path)))
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
 
+    if check_only:
+        return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
+
+    check_launch(cfg, world)
     folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
     state = ckpt.load_state(resume) if resume else ckpt.State()
     selves = Selves(cfg, world, tokenizer, weights_from=resume)
@@ -142,11 +145,12 @@ def gather_experience(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/standard.yaml", help="YAML preset (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
     with session() as world:
-        train(cfg, world)
+        train(cfg, world, check_only=args.check)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,17 @@ def guarded(main: Callable[[], None]) -> None:
 
 
 def check_launch(cfg: Config, world: World) -> None:
-    """UserError when the configuration asks for other ranks than torchrun started."""
+    """UserError when the configuration asks for other ranks than torchrun started; notes on what may surprise."""
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
     if wanted and wanted != world.size:
         raise UserError(
             f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
             f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... or ./train.sh --n_gpus {wanted}."
+        )
+    if cfg.model.path is None and cfg.optim.learning_rate < 1e-5:
+        say(
+            f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; the "
+            "embedded one hardly moves with it and likes 3e-4."
         )
     if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
         if is_main():

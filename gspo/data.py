@@ -164,7 +164,7 @@ class Splits:
     test: list[Prompt]
 
 
-def load_splits(cfg: Config, tokenizer: Any, model_config: Any) -> Splits:
+def load_splits(cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bool = False) -> Splits:
     """The prompts that the configuration names; the embedded equations where it names none."""
     files = {"train": cfg.data.train_files, "val": cfg.data.val_files, "test": cfg.data.test_files}
     if not files["train"]:
@@ -175,7 +175,7 @@ def load_splits(cfg: Config, tokenizer: Any, model_config: Any) -> Splits:
     limits = {"val": cfg.eval.round_prompts, "test": cfg.eval.prompts, "train": None}
     loaded = {}
     for name, given in files.items():
-        wanted = given and limits[name] != 0
+        wanted = given and limits[name] != 0 and (name == "test" or not only_test)
         loaded[name] = _load(given, tokenizer, model_config, cfg, limits[name]) if wanted else []
     return Splits(**loaded)
 

@@ -34,7 +34,7 @@ def answer(
     positions, sampled = sampler.generate_share(prompts, n, sampling, world, purpose=EVAL)
     _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY)
     rewards, greedy = scorer(sampled).rewards.tolist(), scorer(best).rewards.tolist()
-    finals = [[text for text in texts] for texts in sampled.texts]
+    finals = [[extract_answer(text) for text in texts] for texts in sampled.texts]
     rows = [row for part in world.gather(list(zip(positions, rewards, greedy, finals, strict=True))) for row in part]
     rows.sort(key=lambda row: row[0])
     return Answers(

@@ -13,6 +13,7 @@ no `eval`, no signals, no state: any thread may call it. A response, however lon
 because only its last `MAX_RESPONSE` characters are read and every pattern below is linear in them.
 """
 
+import operator
 import re
 from fractions import Fraction
 
@@ -53,7 +54,7 @@ def get_preference_pairs(
 
 def extract_answer(solution_str: str) -> str:
     """The final answer as written, whitespace and a closing period apart: what a majority vote counts."""
-    return _final_answer(_clean(solution_str))[0].strip(" .\n")
+    return _final_answer(_clean(solution_str))[0].strip().rstrip(".")
 
 
 # ---- the three components ----
@@ -86,32 +87,35 @@ def format_quality(solution_str: str) -> float:
 _CHARACTERS = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width ！ to ～
 _CHARACTERS |= str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "。": ". ", "、": ", "})
 _CHARACTERS |= str.maketrans("", "", "$¥￥€£`")
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\[,;:! ]|\\left\b|\\right\b|\\[()\[\]]", ""),
-        (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1"),
-        (r"\\[dt]frac", r"\\frac"),
-        (r"\\frac\{([-\d.]+)\}\{([\d.]+)\}", r" \1/\2"),
-        (r"\\times|\\cdot", "*"),
-        (r"\\div", "/"),
-        (r"\\%|\bpercent\b", "%"),
-        (r"\{,\}", ","),
-        (r"(?<![\w)])\*\*|\*\*(?![\w(])", ""),  # bold, while 2**3 stays
-    )
-]
+_REWRITES = {
+    r"\\[,;:! ]|\\left\b|\\right\b|\\[()\[\]]|\^\\circ|\^\{\\circ\}|°": "",
+    r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}": r" \1",
+    r"\\[dt]frac": r"\\frac",
+    r"\\frac\{([-\d.]+)\}\{([\d.]+)\}": r" \1/\2",
+    r"\\frac(\d)(\d)": r" \1/\2",
+    r"(?<=\d) and (?=\d+/\d)": " ",
+    r"\\times|\\cdot": "*",
+    r"\\div": "/",
+    r"\\%|\bpercent\b": "%",
+    r"\{,\}": ",",
+    r"(?<![\w)])\*\*|\*\*(?![\w(])": "",  # bold, while 2**3 stays
+}
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"((?:(?<![\w)])[-+] ?)?)(?:(\d+) (?=\d+ ?/))?({_DIGITS})(?: ?/ ?({_DIGITS}))?( ?%)?")
+# sign, the 3 of 3 1/2, numerator, denominator, percent
+_NUMBER = re.compile(rf"((?:(?<![\w)])[-+] ?)?)(?:(\d+) (?=\d+ ?/ ?\d))?({_DIGITS})(?: ?/ ?({_DIGITS}))?( ?%)?")
 _MARK = re.compile(r"(?:\banswers?|答案)\s*(?:is\b|are\b|[:=是为])[\s:]*", re.IGNORECASE)
-_BARE = re.compile(r"\s*(?:[a-z] ?= ?)?[-+.\d]", re.IGNORECASE)
+_LIST = re.compile(r"(?=[-+.\d]|[a-z] ?=)(?:\b[a-z] ?=|[^=])*$", re.IGNORECASE)  # "3 clips", "x = 1 or x = 2"
+_PROSE = re.compile(r"[^\W\d_]{2}|[=\n]")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 _SEPARATOR = re.compile(r"[;或和]|,(?!\d{3}(?!\d))|\bor\b|\band\b")
-# What may stand beside a number without changing it: words, but no single letter, which may be a variable.
+# Words may stand beside a number, but no single letter, which may be a variable, and none that changes it.
 _WORDS_BEFORE = re.compile(r"(?:[a-z]{2,} |[一-鿿] ?)*")
-_WORDS_AFTER = re.compile(r"(?: [a-z]{2,}| ?[一-鿿])*")
-# ... and the words that do change it.
-_OPERATORS = ("of", "times", "twice", "double", "half", "plus", "minus", "by", "root", "sqrt", "not", *"以加减乘除的之")
-_SCALES = re.compile(r" ?(?:dozen|hundred|thousand|million|billion|trillion|pi\b|[万亿百]|千(?![米克瓦]))")
+_WORDS_AFTER = re.compile(r"(?:[ckm]m|[km]g|ml)?(?: [a-z]{2,}| ?[一-鿿])*")
+_OPERATORS = ("of", "times", "twice", "double", "half", "plus", "minus", "by", "root", "sqrt", "not", *"以加减乘除的")
+_SCALES = re.compile(
+    r" ?(?:dozen|hundred|thousand|million|billion|trillion|pi\b|[万亿百]|千(?![米克瓦]))|[a-z]\b", re.IGNORECASE
+)
+_SCALED_NUMBER = re.compile(f"{_NUMBER.pattern}(?:{_SCALES.pattern})?", re.IGNORECASE)
 
 
 def _clean(text: str) -> str:
@@ -120,9 +124,9 @@ def _clean(text: str) -> str:
         tail = text[-MAX_RESPONSE:]
         text = tail.partition("\n")[2] or tail  # a calculation cut in half could look false
     text = text.rpartition("</think>")[2].translate(_CHARACTERS)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return text
+    for pattern, replacement in _REWRITES.items():
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
 
 
 def _final_answer(text: str) -> tuple[str, bool]:
@@ -138,10 +142,10 @@ def _final_answer(text: str) -> tuple[str, bool]:
         text = text[marks[-1].end() :]
     if hashes or marks:
         return _SENTENCE_END.split(text, maxsplit=1)[0], True
-    if _BARE.match(text) and _values(text):
+    if not _PROSE.search(text) or (_LIST.match(text) and _numbers(text)):
         return text, True
-    numbers = [found.group() for found in _NUMBER.finditer(text)]
-    return (numbers[-1] if numbers else text), False
+    found = [number.group() for number in _SCALED_NUMBER.finditer(text)]
+    return (found[-1] if found else text), False
 
 
 def _boxed(text: str) -> str | None:
@@ -155,23 +159,22 @@ def _boxed(text: str) -> str | None:
 
 def _parts(answer: str) -> set[str]:
     """The answer as a set of comparable texts: its numbers where it is a list of numbers, else the one text."""
-    return _values(answer) or {"".join(answer.casefold().rpartition("=")[2].split()).strip(".")} - {""}
+    text = " ".join(answer.casefold().split()).rstrip(" .")
+    return _numbers(text) or {re.sub(r"(?<!\w) | (?!\w)", "", text.rpartition("=")[2])} - {""}
 
 
-def _values(answer: str) -> set[str] | None:
+def _numbers(text: str) -> set[str] | None:
     """{"1", "7/2"} for "x = 1 or x = 3.5"; {"x=1", "y=2"} for "x = 1, y = 2"; None unless all are numbers."""
-    if len(answer) > MAX_ANSWER:
+    if len(text) > MAX_ANSWER:
         return None
-    values, names = [], []
-    for part in _SEPARATOR.split(" ".join(answer.casefold().split()).strip(" .\\{}")):
-        name, _, value = part.strip().rpartition("=")
-        values.append(_number(value.strip()))
-        names.append(name.strip(" _{}0123456789"))
-    if None in values:
-        return None
-    if len({*names} - {""}) < 2:
-        return {*values}
-    return {f"{name}={value}" for name, value in zip(names, values, strict=True)}
+    equations = [part.strip().rpartition("=") for part in _SEPARATOR.split(text.strip(" \\{}"))]
+    names = [name.strip(" _{}0123456789") for name, _, _ in equations]
+    numbers = [_number(value.strip()) for _, _, value in equations]
+    if None in numbers:
+        whole = _number(text)  # the "and" of "72 clips in April and May"
+        return {whole} if whole else None
+    several = len({*names} - {""}) > 1
+    return {f"{name}={number}" if several else number for name, number in zip(names, numbers, strict=True)}
 
 
 def _number(text: str) -> str | None:
@@ -180,25 +183,18 @@ def _number(text: str) -> str | None:
     if len(found) != 1:
         return None
     before, after = text[: found[0].start()], text[found[0].end() :]
-    if not _WORDS_BEFORE.fullmatch(before) or not _WORDS_AFTER.fullmatch(after) or _changed(before, after):
+    if not _WORDS_BEFORE.fullmatch(before) or not _WORDS_AFTER.fullmatch(after) or _is_changed(before, after):
         return None
     sign, whole, numerator, denominator, percent = found[0].groups()
-    if whole and not denominator:
-        return None
-    try:
-        value = Fraction(whole or 0) + _fraction(numerator) / _fraction(denominator or "1")
-    except ZeroDivisionError:
+    value = _evaluate(f"{whole or 0} + {numerator} / {denominator or 1}")
+    if value is None:
         return None
     return f"{-value if '-' in sign else value}{'%' if percent else ''}"
 
 
-def _fraction(digits: str) -> Fraction:
-    return Fraction(digits.replace(",", ""))
-
-
-def _changed(before: str, after: str) -> bool:
+def _is_changed(before: str, after: str) -> bool:
     """Whether a word beside a number makes it another one: `half of 6`, `3 million`."""
-    return before.rstrip().endswith(_OPERATORS) or bool(_SCALES.match(after))
+    return before.rstrip().casefold().endswith(_OPERATORS) or bool(_SCALES.match(after))
 
 
 # ---- checking the calculations ----
@@ -206,9 +202,15 @@ def _changed(before: str, after: str) -> bool:
 _ANNOTATION = re.compile(r"<<([^<>\n]*)>>")  # GSM8K: 48/2 = <<48/2=24>>24
 _BULLET = re.compile(r"^[ \t]*(?:[-*+•]|\d+[.)])[ \t]+", re.MULTILINE)
 _LETTER_TIMES = re.compile(r"(?<=\d) ?x ?(?=\d)")
-_ARITHMETIC = "0123456789.,+-*/() \t"
-_CLAUSE = re.compile(r"[.,]\s")
+# Each character has one way to match, so a long run cannot make the search explode.
+_ARITHMETIC = r"((?:[-+*/()\d \t]|[.,]\d)+)"
+# `7 - 10` of "he has 7 - 10", nothing of "3x + 4": what touches an expression may belong to it.
+_AT_END = re.compile(rf"(?:^|[\n:;\[<]|[.,]\s|[一-鿿]|[a-z]{{2}}[ \t](?=[ \t]*[\d(])){_ARITHMETIC}$", re.IGNORECASE)
+# `24` of "24 clips in May", nothing of "24x", "24%" or "24 - x".
+_AT_START = re.compile(rf"{_ARITHMETIC}(?=$|[\n;!>\]]|[,.](?!\d)|[一-鿿]|(?<=[ \t])\(?[a-z]{{2}})", re.IGNORECASE)
 _TOKEN = re.compile(rf"{_DIGITS}|\S")
+_BINDING = {"+": 1, "-": 1, "*": 2, "/": 2}
+_APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def _verdicts(text: str) -> list[bool]:
@@ -216,84 +218,43 @@ def _verdicts(text: str) -> list[bool]:
     text = "\n".join(_ANNOTATION.findall(text)) or text
     sides = _LETTER_TIMES.sub("*", _BULLET.sub("", text)).split("=")
     verdicts = []
-    for left, right in zip(sides, sides[1:]):
-        stated = [_expression_at_end(left), _expression_at_start(right)]
-        stated.sort(key=_is_bare)  # the calculation first, its result second
-        if _is_bare(stated[0]):
+    for left, right in zip(sides[:-1], sides[1:], strict=True):
+        end, start = _AT_END.search(left[-MAX_CALCULATION:]), _AT_START.match(right[:MAX_CALCULATION])
+        if not end or not start or _is_changed(end.string[: end.start(1)], right[start.end() :]):
             continue
-        value, result = _evaluate(stated[0]), _evaluate(stated[1])
-        if value is not None and result is not None:
-            # A rounded result holds, an integer has nothing to round.
-            slack = max(abs(value) / 100, Fraction(1, 100)) if value.denominator > 1 else 0
-            verdicts.append(abs(value - result) <= slack)
+        # The calculation first, its result second.
+        stated = sorted((end[1].strip(), start[1].strip()), key=lambda side: not re.search(r"[-+*/]", side[1:]))
+        value, result = map(_evaluate, stated)
+        if value is None or result is None or not re.search(r"[-+*/]", stated[0][1:]):
+            continue
+        # A rounded result holds, but an integer has nothing to round.
+        slack = max(abs(value) / 100, Fraction(1, 100)) if value.denominator > 1 else 0
+        verdicts.append(abs(value - result) <= slack)
     return verdicts
-
-
-def _expression_at_end(text: str) -> str:
-    """`7 - 10` of "so he has 7 - 10"; "" where what stands before may belong to it, as in "3x + 4"."""
-    before = text.rstrip(_ARITHMETIC)
-    clauses = _CLAUSE.split(text[len(before) :])
-    run, apart = clauses[-1], len(clauses) > 1
-    if run.count("(") > run.count(")"):
-        run, apart = run.partition("(")[2], True
-    if apart or not before or before[-1] in "\n:;[<":
-        return run.strip()
-    a_word = re.search(r"(?:[a-z]{2}|[一-鿿])$", before[-2:], re.IGNORECASE)
-    touching = run[:1] not in (" ", "\t") and before[-1].isascii()
-    if not a_word or touching or run.lstrip()[:1] in ("+", "-") or _changed(before, ""):
-        return ""
-    return run.strip()
-
-
-def _expression_at_start(text: str) -> str:
-    """`24` of "24 clips in May"; "" where what follows may belong to it, as in "24x" or "24%"."""
-    after = text.lstrip(_ARITHMETIC)
-    clauses = _CLAUSE.split(text[: len(text) - len(after)])
-    run = clauses[0]
-    if run.count(")") > run.count("("):
-        return run.rpartition(")")[0].strip()
-    if len(clauses) > 1 or not after or after[0] in "\n;!>]":
-        return run.strip().rstrip(".,")
-    a_word = re.match(r"[a-z]{2}|[一-鿿]", after, re.IGNORECASE)
-    touching = run[-1:] not in (" ", "\t") and after[0].isascii()
-    return "" if not a_word or touching or _changed("", after) else run.strip()
-
-
-def _is_bare(expression: str) -> bool:
-    return not any(sign in expression.lstrip("-") for sign in "+-*/")
 
 
 def _evaluate(expression: str) -> Fraction | None:
     """The exact value of numbers under + - * / and parentheses; None for anything else."""
-    if len(expression) > MAX_CALCULATION or expression.count("(") > MAX_NESTING:
+    if len(expression) >= MAX_CALCULATION or expression.count("(") > MAX_NESTING:
         return None
     tokens = _TOKEN.findall(expression)[::-1]  # the next one is the last
 
-    def total() -> Fraction:
-        value = product()
-        while tokens and tokens[-1] in "+-":
-            value = value + product() if tokens.pop() == "+" else value - product()
-        return value
-
-    def product() -> Fraction:
-        value = factor()
-        while tokens and tokens[-1] in "*/":
-            value = value * factor() if tokens.pop() == "*" else value / factor()
-        return value
-
-    def factor() -> Fraction:
+    def operand(binding: int) -> Fraction:
+        """The value up to the first operator that binds no tighter than `binding`."""
         token = tokens.pop()
-        if token == "-":
-            return -factor()
-        if token != "(":
-            return _fraction(token)
-        value = total()
-        if tokens.pop() != ")":
-            raise ValueError
+        if token == "(":
+            value = operand(0)
+            if tokens.pop() != ")":
+                raise ValueError
+        else:
+            value = -operand(2) if token == "-" else Fraction(token.replace(",", ""))
+        while tokens and _BINDING.get(tokens[-1], 0) > binding:
+            sign = tokens.pop()
+            value = _APPLY[sign](value, operand(_BINDING[sign]))
         return value
 
     try:
-        value = total()
+        value = operand(0)
     except (IndexError, ValueError, ZeroDivisionError):
         return None
     return None if tokens else value

