@@ -47,9 +47,10 @@ def options() -> argparse.Namespace:
 
 def configure(args: argparse.Namespace, model: Path | None) -> Config:
     """The run's configuration, if the model is a run's checkpoint, changed by what the command line gives."""
-    run_config = model.parent.parent / "config.yaml" if model and (model / "trainer").is_dir() else None
-    cfg = load_config(run_config if run_config and run_config.exists() else None)
-    if run_config is None and not args.data:
+    run_config = model.resolve().parent.parent / "config.yaml" if model else None
+    from_run = run_config is not None and run_config.exists()
+    cfg = load_config(run_config if from_run else None)
+    if not from_run and not args.data:
         cfg.rollout.max_new_tokens = 64  # the embedded task
     given = {
         "eval.n": args.n,

@@ -31,24 +31,20 @@ def guarded(main: Callable[[], None]) -> None:
 
 
 def check_launch(cfg: Config, world: World) -> None:
-    """UserError when the configuration asks for other ranks than torchrun started; notes on what may surprise."""
+    """UserError when the configuration wants other ranks than torchrun started; notes on what may surprise."""
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
-    if wanted and wanted != world.size:
+    if wanted not in (0, world.size):
         raise UserError(
             f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
-            f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... or ./train.sh --n_gpus {wanted}."
+            f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... (or ./train.sh --n_gpus)."
         )
     if cfg.model.path is None and cfg.optim.learning_rate < 1e-5:
         say(
-            f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; the "
-            "embedded one hardly moves with it and likes 3e-4."
+            f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "
+            "the embedded one hardly moves with it and likes 3e-4."
         )
     if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
-        if is_main():
-            print(
-                "warning: with top_p, top_k or min_p the sampled distribution is not the one that is trained.",
-                flush=True,
-            )
+        say("warning: with top_p, top_k or min_p the distribution that is sampled is not the one that is trained.")
 
 
 def final_words(folder: Path, checkpoint: Path) -> str:

@@ -216,7 +216,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """{name: whole tensor on the CPU}, tied parameters once. Every rank calls this; those that `keep` get the result."""
+    """{name: whole tensor on the CPU}, tied parameters once. Every rank calls it, those that `keep` get the result."""
     weights = {}
     for name, p in model.named_parameters():
         full = whole(p)

@@ -35,7 +35,7 @@ def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     the one that samples. Raises UserError when it cannot be had."""
     name = resolve_path(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as e:  # transformers and the hub raise a dozen kinds
         raise _refuse(name, e) from e
     model.config.use_cache = False

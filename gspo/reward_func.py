@@ -100,7 +100,7 @@ _REWRITES = {
     r"\{,\}": ",",
     r"(?<![\w)])\*\*|\*\*(?![\w(])": "",  # bold, while 2**3 stays
 }
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 # sign, the 3 of 3 1/2, numerator, denominator, percent
 _NUMBER = re.compile(rf"((?:(?<![\w)])[-+] ?)?)(?:(\d+) (?=\d+ ?/ ?\d))?({_DIGITS})(?: ?/ ?({_DIGITS}))?( ?%)?")
 _MARK = re.compile(r"(?:\banswers?|答案)\s*(?:is\b|are\b|[:=是为])[\s:]*", re.IGNORECASE)
@@ -179,13 +179,13 @@ def _numbers(text: str) -> set[str] | None:
 
 def _number(text: str) -> str | None:
     """The one number of `text`, exact ("7/2" for 3.5, "50%" apart from "50"); None if it is not that plain."""
-    found = list(_NUMBER.finditer(text))
-    if len(found) != 1:
+    found = _NUMBER.search(text)
+    if not found:
         return None
-    before, after = text[: found[0].start()], text[found[0].end() :]
+    before, after = text[: found.start()], text[found.end() :]
     if not _WORDS_BEFORE.fullmatch(before) or not _WORDS_AFTER.fullmatch(after) or _is_changed(before, after):
         return None
-    sign, whole, numerator, denominator, percent = found[0].groups()
+    sign, whole, numerator, denominator, percent = found.groups()
     value = _evaluate(f"{whole or 0} + {numerator} / {denominator or 1}")
     if value is None:
         return None
@@ -219,8 +219,8 @@ def _verdicts(text: str) -> list[bool]:
     sides = _LETTER_TIMES.sub("*", _BULLET.sub("", text)).split("=")
     verdicts = []
     for left, right in zip(sides[:-1], sides[1:], strict=True):
-        end, start = _AT_END.search(left[-MAX_CALCULATION:]), _AT_START.match(right[:MAX_CALCULATION])
-        if not end or not start or _is_changed(end.string[: end.start(1)], right[start.end() :]):
+        end, start = _AT_END.search(left), _AT_START.match(right)
+        if not end or not start or _is_changed(left[: end.start(1)], right[start.end() :]):
             continue
         # The calculation first, its result second.
         stated = sorted((end[1].strip(), start[1].strip()), key=lambda side: not re.search(r"[-+*/]", side[1:]))

@@ -26,7 +26,8 @@ CASES = {
     "72": {
         1.0: [
             *("72", "72.", "72.0", "$72", "+72", "７２", "0072", "144/2", "**72**", "72 clips", "x = 72", "#### 72"),
-            *(r"\boxed{72}", r"\boxed{\boxed{72}}", r"\boxed{72\text{ clips}}", r"\boxed{\frac{144}{2}}"),
+            *("72 pieces", "Answer: 72km", r"\boxed{72^\circ}", "it is on pages 70-72", r"\boxed{72}"),
+            *(r"\boxed{\boxed{72}}", r"\boxed{72\text{ clips}}", r"\boxed{\frac{144}{2}}"),
             *("The answer is 72 clips.", "**Answer:** 72", "Answer:\n72", "答案是72", "答案为72个夹子。", "答案：７２"),
             "Answer: Natalia sold 72 clips altogether in April and May.",
             "<think>The answer is 5, no, \\boxed{6}.</think>It is 72.",
@@ -44,9 +45,11 @@ CASES = {
             "#### 72\nBut then \\boxed{5}",
             "48 + 24 = 72\n#### 5",
         ],
-        0.0: ["", "I do not know", "72? Rather 5", "She has 72 million", "\\boxed{}", "Answer:", "We get 72 from 5"],
+        0.0: ["", "I do not know", "72, no, 5", "She gets 72x", "She has 72 million", "\\boxed{}", "Answer:"],
     },
     "1000": {1.0: ["1,000", "$1,000.00", r"\boxed{1{,}000}", r"\boxed{1,\!000}"], 0.1: ["#### 1,00", "#### 1,0000"]},
+    "2": {0.1: ["Answer: x + 2", "Answer: 2 + x", "Answer: 2 x^3"]},
+    "": {0.0: ["", r"\boxed{}"]},
     "7/2": {
         1.0: ["3.5", "7 / 2", r"\frac{7}{2}", r"\boxed{\dfrac72}", "3 1/2", r"\boxed{3\frac{1}{2}}"],
         0.1: ["31/2"],
@@ -55,7 +58,7 @@ CASES = {
     "50%": {1.0: ["50 %", "Answer: 50 percent", r"\boxed{50\%}"], 0.1: ["50", "#### 0.5"]},
     "-9": {1.0: ["-9", "−9", "答案：－9", "Answer: -$9", "x = -9"], 0.1: ["9", "答案：9"]},
     "3, 5": {
-        1.0: ["5, 3", "x = 3 or x = 5", "x = 3 或 x = 5", r"\boxed{\{3, 5\}}", "Answer: 3 and 5.", "3、5"],
+        1.0: ["5, 3", "3、5", "x = 3 or x = 5", "x = 3 or 5", "3 或 5", r"\boxed{\{3, 5\}}", "Answer: 3 and 5."],
         0.5: ["3", "Answer: x = 5"],
         0.1: ["4", "3, 4", "3, 5, 7"],
     },
@@ -89,7 +92,7 @@ FALSE = "\n1 + 1 = 3"  # judged beside a text, it gives 0.5 if the text holds, 0
         *("5 - (-3) = 8", "6 * (2 + 1) = 18", "2 + 3 * 4 = 14", "9 - 4 - 3 = 2", "８ / ２ = ４", "- 48/2 = 24 clips"),
         *("$1,000 * 2 = $2,000.", r"48 \times 2 = 96", r"\frac{48}{2} = 24", "**48/2 = 24**", "2. 48/2 = 24"),
         *("10/3 = 3.33", "2/3 = 0.67", "1/200 = 0.01", "x / 3 = 7 - 10 = -3", "共48/2=24个", "she sold 48 / 2 = 24"),
-        *("first 12, 3 + 4 = 7", "48/2 = <<48/2=24>>24 of 5 + 5 = 11"),
+        *("first 12, 3 + 4 = 7", "48/2 = <<48/2=24>>24, and 5 + 5 = 11", "100/7 = 14.2", "48/2 = 24 (clips)"),
     ],
 )
 def test_a_true_calculation_is_seen_to_hold(text):
@@ -102,7 +105,7 @@ def test_a_true_calculation_is_seen_to_hold(text):
     [
         *("12 - 5 = 8", "48/2 = 24.1", "10/3 = 3", "2 + 3 * 4 = 20", "9 - 4 - 3 = 8", "8 / 4 / 2 = 4", "-3 * 3 = 9"),
         *("25 = 48/2", "x = 7 - 10 = 3", "共48/2=25个", "she sold 48 / 2 = 25 clips", "48/2 = <<48/2=25>>24"),
-        *("first 12, 3 + 4 = 8", "(2 + 3) * 4 = 14", "1/200 = 0.02"),
+        *("first 12, 3 + 4 = 8", "(2 + 3) * 4 = 14", "1/200 = 0.02", "100/7 = 14"),
     ],
 )
 def test_a_false_calculation_is_seen(text):
@@ -113,9 +116,10 @@ def test_a_false_calculation_is_seen(text):
     "text",
     [
         *("x + 5 = 12", "3x + 4 = 19", "x - 5 = 3", "20% of 50 + 3 = 13", "half of 48 + 2 = 26", "Twice 5 + 3 = 13"),
-        *("12 = 3x", "12 / 4 = 3x", "12 / 4 = 1.2y", "192 / 1.2 = 1.2Y / 1.2", "2**3 = 8", "2^3 + 1 = 9", "5 = 15"),
+        *("12 = 3x", "12 / 4 = 3x", "12 / 4 = 1.2y", "192 / 1.2 = 1.2Y / 1.2", "2**3 + 1 = 9", "2^3 + 1 = 9", "5 = 15"),
         *("f(3) + 2 = 9", "2(3) = 5", "4 * 3 = 1 dozen", "Is 5 + 3 = 9?", "3 apples + 5 = 8", "5 + 3 >= 7", "1/0 = 5"),
-        *("12 x 1 and 1/4 = 15", "50% + 1 = 3", "√9 + 1 = 4", "= 5 =", "<think>5 + 3 = 9</think>"),
+        *("12 x 1 and 1/4 = 15", "50% + 1 = 3", "5 + = 8", "12 / 4 = 3xy", "8 apples - 5 + 1 = 4", "√9 + 1 = 4"),
+        *("= 5 =", "<think>5 + 3 = 9</think>"),
         *("(" * 50 + "1 + 1" + ")" * 50 + " = 3", "1" + " + 1" * 100 + " = 3", "9" * 150 + " + 1 = 2"),
     ],
 )
@@ -129,28 +133,15 @@ def test_reasoning_quality_is_the_share_that_holds():
     assert reasoning_quality("2 * 3 = 3 + 3 = 7") == 0.5
 
 
-@pytest.mark.parametrize(
-    ("quality", "responses"),
-    [
-        (
-            1.0,
-            [
-                "5",
-                "x = 5",
-                "5 clips",
-                "3, 5",
-                r"so \boxed{5}",
-                "so\n#### 5",
-                "so the answer is 5",
-                "答案：5",
-                "答案是5",
-            ],
-        ),
-        (0.0, ["", "so 5", "5 + 3 = 8", "x is 5", r"so \boxed{}", "so\n####", "so the answer is", "5 or 8 it may be"]),
-    ],
-)
-def test_format_quality(quality, responses):
-    assert [format_quality(text) for text in responses] == [quality] * len(responses)
+MARKED = [
+    *("5", "x = 5", "5 clips", "3, 5", r"so \boxed{5}", "so\n#### 5", "so the answer is 5", "答案：5", "那么答案为5"),
+]
+UNMARKED = ["", "so 5", "5 + 3 = 8", "x is 5", r"so \boxed{}", "so\n####", "so the answer is", "5 is less than 8"]
+
+
+def test_format_quality():
+    assert [text for text in MARKED + UNMARKED if format_quality(text) == 1.0] == MARKED
+    assert [text for text in MARKED + UNMARKED if format_quality(text) == 0.0] == UNMARKED
 
 
 def test_extract_answer_gives_it_as_written():
@@ -191,25 +182,12 @@ def test_embedded_solutions(language):
     assert seen[1.0] > 50 and seen[0.1] > 50
 
 
-ENDLESS = [  # each costs minutes or memory if read without a limit, evaluated, or matched by a careless pattern
-    *("9**9**9**9 = 5", "9^9^9^9 = 5", "2" + "*9999999999" * 100_000 + " = 1", "((((1+1)" * 100_000 + " = 2"),
-    *(
-        "\\boxed{" * 100_000,
-        "1" * 1_000_000,
-        "1,111" * 200_000 + "x",
-        "1 + " * 300_000 + "= 1",
-        "- " * 500_000 + "1 = 1",
-    ),
-    *(
-        "1 1/" * 250_000,
-        "\n" * 1_000_000,
-        " " * 1_000_000 + "=",
-        "个" * 1_000_000,
-        "ab " * 300_000 + "1",
-        "=" * 1_000_000,
-    ),
-    *("<<1" * 300_000, "\\text{" * 200_000, "answer is " * 100_000, "answer" + " " * 1_000_000, "a=" * 500_000 + "1"),
-    "1e999999999",
+ENDLESS = [  # dear when evaluated, read without a limit, or matched by a careless pattern
+    *("9**9**9**9 = 5", "9^9^9^9 = 5", "1e999999999", "2" + "*9999999999" * 100_000 + " = 1"),
+    *("so " + "1 " * 5_000 + "!= 1", "((((1+1)" * 100_000 + " = 2", "1 + " * 300_000 + "= 1", "- " * 500_000 + "1 = 1"),
+    *("\\boxed{" * 100_000, "1" * 1_000_000, "1,111" * 200_000 + "x", "1 1/" * 250_000, "=" * 1_000_000),
+    *("\n" * 1_000_000, " " * 1_000_000 + "=", "个" * 1_000_000, "ab " * 300_000 + "1", "a=" * 500_000 + "1"),
+    *("<<1" * 300_000, "\\text{" * 200_000, "answer is " * 100_000, "answer" + " " * 1_000_000),
 ]
 
 
@@ -219,8 +197,18 @@ def test_odd_responses_cost_little_in_any_thread():
         answered = pool.map(lambda text: compute_score("any", text + "\nAnswer: 72", "72"), ENDLESS)
     assert set(alone) <= {0.0, 0.1}
     assert set(answered) <= {1.0, 0.5}  # the end of the longest response is read
+    assert correctness("72", 72) == 1.0
+    assert correctness("3, 5" + ", 5" * 99, "3, 5") == 0.0  # so long a list is no answer
     assert correctness("9" * 5_000, "9" * 5_000) == 1.0
     assert correctness("9" * 5_000, "9" * 4_999 + "8") == 0.0
+
+
+def test_only_the_end_is_read_from_a_line_start():
+    end = "\n#### 72"
+    cut = "x" * (reward_func.MAX_RESPONSE - len("2 + 5 = 17\n" + end))
+    assert compute_score("any", "12 + 5 = 17\n" + cut + end, "72") == 1.0
+    assert compute_score("any", "12 + 5 = 71\n" + cut + end, "72") == 1.0
+    assert compute_score("any", "12 + 5 = 71\n" + cut[1:] + end, "72") == 0.5
 
 
 def test_ranking_is_by_score_then_index():

@@ -1,0 +1,73 @@
+"""The learning curves of a run as one picture: `python -m gspo.plot outputs/quick docs/learning_curve.png`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from gspo.cli import guarded
+from gspo.errors import UserError
+from gspo.tracking import SEED_FIVE
+
+HEALTHY = {"preference_accuracy": (0.6, None), "kl_divergence": (0.001, 0.1)}
+INK, SOFT, BAND = "#1f4e79", "#9db8d2", "#e6f2e6"
+
+
+def smooth(values: list[float], span: int = 9) -> list[float]:
+    """Running mean over up to `span` neighbours."""
+    half = span // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
+
+
+def draw(run: Path, out: Path) -> None:
+    """A panel for each of the five curves, raw and smoothed, with healthy ranges, round starts and test scores."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as e:
+        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt.") from e
+    try:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except OSError as e:
+        raise UserError(f"{run} is no run folder: {e.strerror} ({run / 'metrics.jsonl'}).") from e
+    figure, axes = plt.subplots(1, 5, figsize=(16, 3), layout="constrained")
+    starts = [b["step"] for a, b in zip(rows, rows[1:], strict=False) if a["round"] != b["round"]]
+    for axis, name in zip(axes, SEED_FIVE, strict=True):
+        points = [(r["step"], r[name]) for r in rows if name in r]
+        steps, values = [p[0] for p in points], [p[1] for p in points]
+        if name in HEALTHY:
+            low, high = HEALTHY[name]
+            axis.axhspan(low, high if high is not None else 1.0, color=BAND, zorder=0)
+        axis.plot(steps, values, color=SOFT, linewidth=0.8)
+        axis.plot(steps, smooth(values), color=INK, linewidth=1.8)
+        for start in starts:
+            axis.axvline(start, color="#888888", linewidth=0.8, linestyle=":")
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("step", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[3].set_yscale("log")
+    title = f"{run.name}: {rows[-1]['step']} steps"
+    reports = [run / f"eval_{name}.json" for name in ("before", "after")]
+    if all(r.exists() for r in reports):
+        before, after = (json.loads(r.read_text(encoding="utf-8")) for r in reports)
+        title += f"; on {after['prompts']} unseen problems pass@1 {before['pass@1']:.2f} to {after['pass@1']:.2f}"
+        title += f", greedy {before['greedy']:.2f} to {after['greedy']:.2f}"
+    figure.suptitle(title, fontsize=11)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    draw(args.run, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,42 @@
+"""Tiny random models of the families people bring, in fp32."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+EXTRA = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "phi3": {},
+    "olmo2": {},
+    "gpt_neox": {},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.5},
+}
+FAMILIES = list(EXTRA)
+
+
+def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**SMALL, **EXTRA[family]})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # larger than at initialisation, so that log-probs differ between tokens
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(8.0)
+    return model.float().eval()

@@ -1,0 +1,48 @@
+"""Shared by the tests: the embedded model, tiny random architectures, and a way to run programs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from gspo.model import load_tokenizer
+
+    return load_tokenizer(None)
+
+
+@pytest.fixture()
+def embedded_model():
+    from gspo.model import load_model
+
+    return load_model(None)
+
+
+@pytest.fixture()
+def run_program(tmp_path):
+    """Run `python ARGS` from the repository, output folder in tmp_path; returns the finished process."""
+
+    def run(*args, timeout=240, env=None):
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **(env or {})},
+        )
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,52 @@
+"""A program for test_distributed.py: the gradient of one step, gathered whole, under any number of ranks.
+
+torchrun --nproc_per_node=K tests/one_gradient.py OUT.safetensors [section.key=value ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from gspo.config import load_config
+from gspo.data import Batches, load_splits
+from gspo.distributed import session, whole
+from gspo.model import load_model_config, load_tokenizer
+from gspo.reward import Scorer
+from gspo.rollout import Sampler
+from gspo.sampling import Sampling
+from gspo.selfplay import Selves
+from gspo.update import Updater, make_optimizer
+from train import gather_experience
+
+
+def main() -> None:
+    out, cfg = Path(sys.argv[1]), load_config("configs/quick.yaml", sys.argv[2:])
+    with session() as world:
+        tokenizer = load_tokenizer(None)
+        splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
+        batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed)[0]
+        selves = Selves(cfg, world, tokenizer)
+        optimizer = make_optimizer(selves.policy, cfg)
+        tp = cfg.rollout.tensor_model_parallel_size
+        sampler = Sampler(selves.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=selves.agree)
+        places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world)
+        experience = gather_experience(rollout, places, Scorer(cfg.reward)(rollout), selves, len(batch), cfg, world)
+        gradient = {}
+
+        def keep_gradient() -> None:
+            for name, p in selves.policy.named_parameters():
+                gradient[name] = whole(p.grad).cpu().clone().contiguous()
+
+        optimizer.step = keep_gradient
+        Updater(selves.policy, optimizer, cfg, world, selves.pad_id, selves.autocast).run(experience, lr=0.0)
+        texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), strict=True)))
+        if world.is_main:
+            save_file(gradient, out)
+            rows = sorted(row for part in texts for row in part)
+            out.with_suffix(".json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Rows of both schemas, mistakes told by file, row and field, and an order that depends on the seed alone."""
+
+import copy
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from gspo.config import load_config
+from gspo.data import Batches, encode, load_prompts, load_splits, parse_row, read_rows
+from gspo.embedded.equations import SEED_ROW
+from gspo.errors import UserError
+from gspo.model import load_model_config
+from gspo.types import Prompt
+
+VERL_ROW = {
+    "data_source": "openai/gsm8k",
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+    "extra_info": {"split": "train", "index": 9},
+}
+GOOD = {"prompt": "1 + 1?", "ground_truth": "2", "data_source": "sums"}
+
+
+@pytest.fixture()
+def write(tmp_path):
+    def write(content, name="rows.json"):
+        path = tmp_path / name
+        if not isinstance(content, str | bytes):
+            content = json.dumps(content, ensure_ascii=False)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture()
+def load(tokenizer):
+    def load(*files, max_prompt_length=100, **options):
+        return load_prompts(list(files), tokenizer, max_prompt_length=max_prompt_length, **options)
+
+    return load
+
+
+def ids_of(tokenizer, text):
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# ---- the two schemas, the three formats ----
+
+
+def test_the_seeds_example_from_its_own_text(write, load, tokenizer):
+    text = '[\n  {\n    "prompt": "解方程：x + 5 = 12",\n    "ground_truth": "7",\n'
+    text += '    "data_source": "math_reasoning"\n  }\n]\n'
+    ids = ids_of(tokenizer, "<|user|>解方程：x + 5 = 12<|assistant|>")
+    assert load(write(text)) == [Prompt(0, ids, "解方程：x + 5 = 12", "7", "math_reasoning", {})]
+
+
+def test_a_verl_row(write, load, tokenizer):
+    ids = ids_of(tokenizer, "<|system|>Be brief.<|user|>2 + 2?<|assistant|>")
+    extra = {"split": "train", "index": 9}
+    assert load(write([VERL_ROW])) == [Prompt(0, ids, "2 + 2?", "4", "openai/gsm8k", extra)]
+
+
+def test_jsonl_with_empty_lines_holds_the_same_as_json(write, load):
+    lines = "\n".join(["", json.dumps(GOOD), "  ", json.dumps(VERL_ROW), ""])
+    assert load(write(lines, "rows.jsonl")) == load(write([GOOD, VERL_ROW]))
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is None, reason="reading parquet is optional")
+def test_parquet_holds_the_same_as_json(tmp_path, write, load):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([VERL_ROW]), tmp_path / "rows.parquet")
+    assert load(str(tmp_path / "rows.parquet")) == load(write([VERL_ROW]))
+    with pytest.raises(UserError, match="bad.parquet is not a parquet file"):
+        load(write(b"PAR?", "bad.parquet"))
+
+
+@pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is here")
+def test_parquet_without_pyarrow_names_the_cure(write, load):
+    with pytest.raises(UserError, match=r"rows\.parquet: .*pip install pyarrow"):
+        load(write(b"PAR1", "rows.parquet"))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(write, load, name):
+    rows = [GOOD] if name == "rows.json" else GOOD
+    assert load(write(b"\xef\xbb\xbf" + json.dumps(rows).encode(), name)) == load(write([GOOD]))
+
+
+@pytest.mark.parametrize(("truth", "text"), [(7, "7"), (-3, "-3"), (0.5, "0.5"), ("1/2", "1/2"), (0, "0")])
+def test_a_number_may_be_the_ground_truth_in_both_schemas(truth, text):
+    for row in ({**GOOD, "ground_truth": truth}, {**VERL_ROW, "reward_model": {"ground_truth": truth}}):
+        assert parse_row(row, "row")[1] == text
+
+
+def test_fields_that_may_be_left_out():
+    _, _, source, extra = parse_row({"prompt": "a", "ground_truth": "b", "extra_info": None, "solution": "c"}, "row")
+    assert (source, extra) == ("unknown", {"solution": "c"})
+
+
+def test_ids_count_rows_over_files_and_a_limit_stops_early(write, load):
+    a, b = (
+        write([{**GOOD, "prompt": c} for c in "abc"], "a.json"),
+        write([{**GOOD, "prompt": c} for c in "de"], "b.json"),
+    )
+    assert [(p.id, p.text) for p in load(a, b)] == list(enumerate("abcde"))
+    assert [p.text for p in load(a, b, limit=4)] == ["a", "b", "c", "d"]
+    assert [p.text for p in load(a, "not/read.json", limit=2)] == ["a", "b"]
+
+
+# ---- what is wrong is named ----
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "got"),
+    [
+        (5, "prompt", "got 5"),
+        (None, "prompt", "got None"),
+        (["a"], "prompt", "got ['a']"),
+        ({"ground_truth": "1"}, "'prompt'", "got nothing"),
+        ({"prompt": " \n", "ground_truth": "1"}, "'prompt'", r"got ' \n'"),
+        ({"prompt": 3, "ground_truth": "1"}, "'prompt'", "got 3"),
+        ({"prompt": [], "ground_truth": "1"}, "'prompt'", "got []"),
+        ({"prompt": ["hi"], "ground_truth": "1"}, "'prompt'", "got ['hi']"),
+        ({"prompt": [{"role": "user"}], "ground_truth": "1"}, "'prompt'", "got [{'role': 'user'}]"),
+        ({"prompt": [{"content": "hi"}], "ground_truth": "1"}, "'prompt'", "got [{'content': 'hi'}]"),
+        ({"prompt": [{"role": "user", "content": ["hi"]}], "ground_truth": "1"}, "'prompt'", "{role, content}"),
+        ({"prompt": "a"}, "'ground_truth'", "got nothing"),
+        ({"prompt": "a", "ground_truth": None}, "'ground_truth'", "got None"),
+        ({"prompt": "a", "ground_truth": ["1"]}, "'ground_truth'", "got ['1']"),
+        ({"prompt": "a", "answer": "1"}, "'ground_truth'", "got nothing"),
+        ({"prompt": "a", "reward_model": "1"}, "'reward_model'", "got '1'"),
+        ({"prompt": "a", "reward_model": {"style": "rule"}}, "'reward_model'", "got {'style': 'rule'}"),
+        ({"prompt": "a", "ground_truth": "1", "data_source": 5}, "'data_source'", "got 5"),
+        ({"prompt": "a", "ground_truth": "1", "extra_info": "x"}, "'extra_info'", "got 'x'"),
+    ],
+)
+def test_a_malformed_row_names_file_row_and_field(write, load, row, field, got):
+    path = write([GOOD, row])
+    with pytest.raises(UserError) as e:
+        load(path)
+    assert str(e.value).startswith(f"{path}, row 2: ")
+    assert field in str(e.value) and got in str(e.value)
+    path = write(f"{json.dumps(GOOD)}\n\n{json.dumps(row)}", "rows.jsonl")
+    with pytest.raises(UserError) as e:
+        load(path)
+    assert str(e.value).startswith(f"{path}, line 3: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "said"),
+    [
+        ("", "rows.json", "rows.json is not valid JSON"),
+        ('[{"prompt": "a"', "rows.json", "rows.json is not valid JSON"),
+        (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "rows.json", "name it .jsonl"),
+        (json.dumps(GOOD), "rows.json", "rows.json holds a JSON dict; a list of rows is needed"),
+        (f"{json.dumps(GOOD)}\n{{", "rows.jsonl", "rows.jsonl, line 2 is not valid JSON"),
+        ('[{"prompt": "größer"}]'.encode("latin-1"), "rows.json", "rows.json is not UTF-8 text (byte 15)"),
+        ('{"prompt": "größer"}'.encode("latin-1"), "rows.jsonl", "rows.jsonl is not UTF-8 text"),
+        ("[]", "rows.json", "no prompts in "),
+        ("", "rows.jsonl", "no prompts in "),
+    ],
+)
+def test_a_malformed_file_is_named(write, load, content, name, said):
+    path = write(content, name)
+    with pytest.raises(UserError) as e:
+        load(path)
+    assert said in str(e.value) and path in str(e.value)
+
+
+def test_a_lone_surrogate_is_named_like_any_malformed_row(write, load):
+    path = write('[{"prompt": "\\ud800", "ground_truth": "1"}]')
+    with pytest.raises(UserError, match=r"rows\.json, row 1: "):
+        load(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "no.json", tmp_path / "no.jsonl", tmp_path):
+        with pytest.raises(UserError) as e:
+            list(read_rows(path))
+        assert str(e.value).startswith(f"data file {path}: ")
+
+
+# ---- length ----
+
+
+def test_a_prompt_of_exactly_the_allowed_length_is_kept_and_one_token_more_is_an_error(write, load, tokenizer):
+    path = write([GOOD, {**GOOD, "prompt": "x" * 30}])
+    length = len(ids_of(tokenizer, f"<|user|>{'x' * 30}<|assistant|>"))
+    assert len(load(path, max_prompt_length=length)) == 2
+    with pytest.raises(UserError) as e:
+        load(path, max_prompt_length=length - 1)
+    assert f"{path}, row 2: the prompt has {length} tokens, data.max_prompt_length is {length - 1}" in str(e.value)
+    assert "data.overlong=drop" in str(e.value)
+
+
+def test_dropped_prompts_are_counted_and_leave_the_other_ids_alone(write, load, capsys):
+    path = write([{**GOOD, "prompt": p} for p in ("a", "x" * 90, "b", "y" * 90)])
+    assert [(p.id, p.text) for p in load(path, max_prompt_length=20, overlong="drop")] == [(0, "a"), (2, "b")]
+    assert "dropped 2 prompts longer than 20 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no prompts in .*4 dropped as too long"):
+        load(path, max_prompt_length=2, overlong="drop")
+
+
+def test_a_tokenizer_with_ids_outside_the_model_is_refused(write, load):
+    with pytest.raises(UserError, match="row 1: .*ids outside the model's 10"):
+        load(write([GOOD]), vocab_size=10)
+
+
+# ---- the chat template ----
+
+
+@pytest.mark.parametrize(
+    ("messages", "system", "text"),
+    [
+        ([("user", "hi")], None, "<|user|>hi<|assistant|>"),
+        ([("user", "hi")], "Be brief.", "<|system|>Be brief.<|user|>hi<|assistant|>"),
+        ([("system", "Own."), ("user", "hi")], "Be brief.", "<|system|>Own.<|user|>hi<|assistant|>"),
+        (
+            [("user", "a"), ("assistant", "b"), ("user", "c")],
+            "S",
+            "<|system|>S<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>",
+        ),
+    ],
+)
+def test_encoding_is_the_chat_templates_text(tokenizer, messages, system, text):
+    messages = [{"role": role, "content": content} for role, content in messages]
+    ids = encode(messages, tokenizer, system, {})
+    assert ids == ids_of(tokenizer, text) and tokenizer.decode(ids) == text
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|system|>")) == text.count("<|system|>")
+
+
+def test_template_arguments_are_passed_on_and_without_a_template_the_text_stands_alone(tokenizer):
+    other, messages = copy.deepcopy(tokenizer), [{"role": "user", "content": "hi"}]
+    other.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking %}...{% endif %}"
+    assert other.decode(encode(messages, other, None, {"enable_thinking": True})) == "hi..."
+    other.chat_template = None
+    assert other.decode(encode(messages, other, "Be brief.", {})) == "Be brief.\nhi"
+
+
+def test_a_template_that_refuses_the_messages_names_the_row(write, tokenizer):
+    other = copy.deepcopy(tokenizer)  # as Gemma's does
+    other.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"row 1: .*System role not supported"):
+        load_prompts([write([VERL_ROW])], other, max_prompt_length=100)
+
+
+# ---- the splits of a run ----
+
+
+@pytest.fixture()
+def splits(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)  # the embedded data is written below the working directory
+
+    def splits(*overrides, **options):
+        return load_splits(load_config(None, overrides), tokenizer, load_model_config(None), **options)
+
+    return splits
+
+
+def test_without_files_the_embedded_equations_are_written_and_read(splits, tmp_path):
+    found = splits()
+    assert [len(part) for part in (found.train, found.val, found.test)] == [2048, 64, 512]
+    first = found.train[0]
+    assert {"prompt": first.text, "ground_truth": first.ground_truth, "data_source": first.data_source} == SEED_ROW
+    assert sorted(p.name for p in Path("data/equations").iterdir()) == ["dev.json", "test.json", "train.json"]
+
+
+def test_limits_and_own_files(splits, write):
+    mine = write([{**GOOD, "prompt": c} for c in "abcd"])
+    found = splits("eval.prompts=3", "eval.round_prompts=2", f"data.train_files={mine}", f"data.val_files={mine}")
+    assert [[p.text for p in part] for part in (found.train, found.val, found.test)] == [
+        ["a", "b", "c", "d"],
+        ["a", "b"],
+        ["a", "b", "c"],  # val_files, where there are no test_files
+    ]
+    found = splits("eval.round_prompts=0", f"data.train_files={mine}", f"data.test_files={mine}")
+    assert (len(found.train), found.val, len(found.test)) == (4, [], 4)
+    found = splits(f"data.train_files={mine}")
+    assert (len(found.train), found.val, found.test) == (4, [], [])
+    assert not Path("data").exists()
+
+
+def test_only_the_test_split_where_no_more_is_wanted(splits, write):
+    mine = write([GOOD])
+    found = splits(f"data.train_files={mine}", f"data.test_files={mine}", "data.val_files=no.json", only_test=True)
+    assert (found.train, found.val, len(found.test)) == ([], [], 1)
+
+
+def test_prompt_and_answer_must_fit_the_models_positions(splits, write):
+    mine = f"data.train_files={write([{**GOOD, 'prompt': 'x' * 30}])}"
+    (prompt,) = splits(mine).train
+    room = 2048 - len(prompt.ids)
+    assert len(splits(mine, f"rollout.max_new_tokens={room}").train) == 1
+    with pytest.raises(UserError) as e:
+        splits(mine, f"rollout.max_new_tokens={room + 1}")
+    assert f"rollout.max_new_tokens = {room + 1}" in str(e.value) and "2048 positions" in str(e.value)
+
+
+# ---- the order ----
+
+
+def some(count):
+    return [Prompt(i, (i,), str(i), "", "") for i in range(count)]
+
+
+def order(batches, steps):
+    return [[p.id for p in batches[step]] for step in steps]
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 4), (8, 4), (3, 5), (5, 1)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_covers_every_prompt_once_and_its_last_batch_is_what_is_left(count, size, shuffle):
+    batches = Batches(some(count), size, seed=0, shuffle=shuffle)
+    for epoch in range(3):
+        parts = order(batches, range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch))
+        assert sorted(i for part in parts for i in part) == list(range(count))
+        assert [len(part) for part in parts] == [size] * (count // size) + [count % size] * (count % size > 0)
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    forwards, resumed = Batches(some(50), 8, seed=1), Batches(some(50), 8, seed=1)
+    expected = order(forwards, range(20))
+    assert order(resumed, [19, 3, 3, 7, 0]) == [expected[i] for i in (19, 3, 3, 7, 0)]
+
+
+def test_every_seed_and_every_epoch_has_its_own_order():
+    orders = [tuple(order(Batches(some(50), 50, seed), [epoch])[0]) for seed in range(5) for epoch in range(5)]
+    assert len(set(orders)) == 25
+
+
+def test_without_shuffling_the_order_is_the_files():
+    assert order(Batches(some(5), 2, seed=3, shuffle=False), range(4)) == [[0, 1], [2, 3], [4], [0, 1]]

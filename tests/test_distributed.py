@@ -1,0 +1,83 @@
+"""Several gloo processes do what one does: same samples, same rewards, same gradient."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gspo.distributed import World
+
+FEW = ("data.train_batch_size=7", "optim.grad_clip=1e9")
+
+
+def launch(run_program, ranks, program, *args):
+    done = run_program(
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program, *args, timeout=280,
+        env={"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def gradient(run_program, folder, ranks, *overrides):
+    out = folder / f"{ranks}.safetensors"
+    if ranks == 1:
+        done = run_program("tests/one_gradient.py", out, *FEW, *overrides, env={"PYTHONPATH": "."})
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        launch(run_program, ranks, "tests/one_gradient.py", out, *FEW, *overrides)
+    return load_file(out), json.loads(out.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim.minibatches=1", "optim.epochs_per_rollout=1"),
+        # one response a forward: unequal work, frozen coefficients
+        (
+            "optim.minibatches=1",
+            "optim.epochs_per_rollout=1",
+            "optim.micro_batch_responses=3",
+            "objective.normalizer=batch",
+        ),
+    ],
+    ids=["live", "frozen"],
+)
+def test_two_ranks_sample_score_and_differentiate_as_one(run_program, tmp_path, overrides):
+    """7 prompts on 2 ranks: an uneven share. Gradients to 1e-5 of their largest entry."""
+    one, samples = gradient(run_program, tmp_path, 1, *overrides)
+    two, same = gradient(run_program, tmp_path, 2, *overrides)
+    assert same == samples and len(samples) == 7
+    assert one.keys() == two.keys()
+    for name in one:
+        scale = one[name].abs().max()
+        assert scale > 0 and (one[name] - two[name]).abs().max() <= 1e-5 * scale, name
+
+
+def test_tensor_parallel_sampling_gives_the_tokens_of_one_process(run_program, tmp_path):
+    _, samples = gradient(run_program, tmp_path, 1)
+    _, same = gradient(run_program, tmp_path, 2, "rollout.tensor_model_parallel_size=2")
+    assert same == samples
+
+
+def test_one_prompt_on_two_ranks_neither_hangs_nor_differs(run_program, tmp_path):
+    """A rank without any work still takes part in every collective."""
+    few = (
+        "data.train_batch_size=1",
+        "optim.minibatches=1",
+        "optim.epochs_per_rollout=1",
+        "rollout.n=8",
+        "trainer.seed=3",
+    )
+    one, samples = gradient(run_program, tmp_path, 1, *few)
+    two, same = gradient(run_program, tmp_path, 2, *few)
+    assert same == samples and any(r != samples[0][2][0] for r in samples[0][2]), "the group needs a pair"
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-5 * one[name].abs().max(), name
+
+
+def test_positions_partition_the_batch_and_tensor_parallel_groups_share():
+    worlds = [World(rank, 4, torch.device("cpu"), None) for rank in range(4)]
+    assert [w.positions(6) for w in worlds] == [[0, 4], [1, 5], [2], [3]]
+    assert [w.positions(6, tp=2) for w in worlds] == [[0, 1, 4, 5], [0, 1, 4, 5], [2, 3], [2, 3]]

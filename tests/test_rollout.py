@@ -1,0 +1,107 @@
+"""The sampler against plain transformers, and what a sample may not depend on."""
+
+import pytest
+import torch
+from architectures import FAMILIES, tiny_model
+from transformers import GenerationConfig
+
+from gspo.logprobs import response_logprobs
+from gspo.rollout import EVAL, Sampler
+from gspo.sampling import Sampling, choose, sample_keys, uniforms
+from gspo.types import Prompt
+
+
+def prompts_of(sizes, offset=5):
+    return [Prompt(10 + i, tuple(range(offset + i, offset + i + size)), "", "", "") for i, size in enumerate(sizes)]
+
+
+class Tokens:
+    """A tokenizer for models without one: ids as words."""
+
+    eos_token_id, pad_token_id, chat_template = 1, 0, None
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+def sampler_for(model, **kwargs):
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    return Sampler(model, Tokens(), torch.device("cpu"), **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_and_log_probs_equal_plain_transformers(family):
+    """Every next token is the arg max of an unpadded, uncached forward over all that came before."""
+    model = tiny_model(family)
+    rollout = sampler_for(model).generate(prompts_of((3, 11, 7)), 2, Sampling(temperature=0.0, max_new_tokens=10))
+    for g, prompt in enumerate(rollout.prompts):
+        n = int(rollout.lengths[g, 0])
+        answer = rollout.tokens[g, 0, :n].tolist()
+        logits = model(input_ids=torch.tensor([[*prompt.ids, *answer]])).logits[0, len(prompt.ids) - 1 : -1].float()
+        assert logits.argmax(-1).tolist() == answer
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(rollout.logprobs[g, 0, :n], expected, rtol=1e-4, atol=1e-4)
+        assert rollout.tokens[g, 0].equal(rollout.tokens[g, 1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_sampler_and_trainer_agree_on_log_probs(family):
+    model = tiny_model(family)
+    rollout = sampler_for(model).generate(prompts_of((4, 9)), 5, Sampling(temperature=0.8, max_new_tokens=12))
+    rows = [p for p in rollout.prompts for _ in range(5)]
+    logprobs, entropy = response_logprobs(
+        model, rows, rollout.tokens.flatten(0, 1), rollout.lengths.flatten(), 0.8, pad_id=0
+    )
+    torch.testing.assert_close(rollout.logprobs.flatten(0, 1), logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rollout.entropy.flatten(0, 1), entropy, rtol=1e-4, atol=1e-4)
+    assert rollout.lengths.unique().numel() > 1, "lengths should differ, or the test says little"
+
+
+def test_a_sample_depends_on_nothing_but_its_key(embedded_model, tokenizer):
+    """Batch mates, slots, order: the same answers, token for token."""
+    texts = ["Solve: x + 5 = 12", "解方程：3x - 4 = 20", "Solve for x: 40 - x = 7", "求 x：x / 3 + 10 = 7"]
+    encode = lambda t: tuple(tokenizer(f"<|user|>{t}<|assistant|>")["input_ids"])  # noqa: E731
+    prompts = [Prompt(i, encode(t), t, "", "") for i, t in enumerate(texts)]
+    sampling = Sampling(0.9, max_new_tokens=32)
+    make = lambda slots: Sampler(embedded_model, tokenizer, torch.device("cpu"), max_slots=slots, seed=3)  # noqa: E731
+    whole = make(256).generate(prompts, 6, sampling, step=2)
+    one_at_a_time = make(6).generate(prompts, 6, sampling, step=2)
+    reversed_order = make(12).generate(prompts[::-1], 6, sampling, step=2)
+    alone = make(256).generate([prompts[2]], 6, sampling, step=2)
+    assert one_at_a_time.texts == whole.texts
+    assert reversed_order.texts[::-1] == whole.texts
+    assert alone.texts[0] == whole.texts[2]
+    assert make(256).generate(prompts, 4, sampling, step=2).texts == [t[:4] for t in whole.texts]
+    assert make(256).generate(prompts, 6, sampling, step=3).texts != whole.texts
+    assert make(256).generate(prompts, 6, sampling, step=2, purpose=EVAL).texts != whole.texts
+
+
+def test_answers_end_at_the_first_end_token_and_are_cut_at_the_limit():
+    model = tiny_model("llama")
+    rollout = sampler_for(model).generate(prompts_of((3, 5)), 64, Sampling(1.5, max_new_tokens=20))
+    for answer, length, finished in zip(
+        rollout.tokens.flatten(0, 1), rollout.lengths.flatten(), rollout.finished.flatten(), strict=True
+    ):
+        body = answer[: int(length)].tolist()
+        assert 1 not in body[:-1] and (body[-1] == 1) == bool(finished)
+        assert finished or length == 20
+        assert not answer[int(length) :].any()
+    assert 0 < rollout.finished.float().mean() < 1
+
+
+def test_first_tokens_follow_the_softmax_at_the_temperature():
+    """Chi-square over 20,000 samples of the first token of one prompt."""
+    model = tiny_model("llama")
+    n, prompt = 20_000, prompts_of((6,))[0]
+    logits = model(input_ids=torch.tensor([prompt.ids])).logits[0, -1].detach().float()
+    keys = sample_keys(0, 0, 0, torch.full((n,), prompt.id), torch.arange(n))
+    tokens, _, _ = choose(logits.expand(n, -1), uniforms(keys, 0), Sampling(0.8))
+    rollout = sampler_for(model).generate([prompt], 500, Sampling(0.8, max_new_tokens=1))
+    assert rollout.tokens[0, :, 0].equal(tokens[:500])
+    p = (logits / 0.8).softmax(-1).double()
+    common = p * n >= 5
+    observed = torch.bincount(tokens, minlength=97).double()
+    seen = torch.cat([observed[common], observed[~common].sum()[None]])
+    wanted = torch.cat([p[common] * n, (p[~common] * n).sum()[None]])
+    chi2, dof = float(((seen - wanted) ** 2 / wanted.clamp_min(1e-9)).sum()), len(seen) - 1
+    assert chi2 < dof + 4 * (2 * dof) ** 0.5
