@@ -13,7 +13,7 @@ config=configs/standard.yaml n_gpus=1 nnodes=1
 settings=() overrides=()
 for name in ROLLOUT_N SELF_PLAY_ROUNDS PREFERENCE_BETA MARGIN USE_RANKING_LOSS TRAIN_BATCH_SIZE LEARNING_RATE \
             TOTAL_EPOCHS ROLLOUT_TEMPERATURE; do
-  [ -z "${!name:-}" ] || settings+=("${name,,}=${!name}")
+  [ -z "${!name:-}" ] || settings+=("$(echo "$name" | tr "[:upper:]" "[:lower:]")=${!name}")
 done
 while [ $# -gt 0 ]; do
   case "$1" in

@@ -30,7 +30,7 @@ from gspo.progress import say
 FREE_TO_CHANGE = re.compile(
     r"trainer\.(max_steps|total_epochs|save_freq|keep_last|resume|sample_rows|output_dir|n_gpus|nnodes)$"
     r"|health\.|eval\.|data\.test_files$|rollout\.(max_slots|tensor_model_parallel_size)$|reference\.param_offload$"
-    r"|optim\.micro_batch_|model\.gradient_checkpointing$"
+    r"|optim\.micro_batch_|model\.(gradient_checkpointing|attention)$"
 )
 
 

@@ -32,6 +32,9 @@ class Model:
     precision: Literal["auto", "fp32", "bf16"] = opt(
         "auto", "compute type; weights and optimizer stay fp32. auto: bf16 on CUDA, fp32 on CPU"
     )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = opt(
+        "auto", "auto: what transformers chooses for the model; flash_attention_2 needs flash-attn"
+    )
     gradient_checkpointing: bool = opt(
         False, "recompute activations in the backward pass: less memory, a third more time"
     )
@@ -253,14 +256,14 @@ def coerce(value: Any, kind: Any, key: str, place: str) -> Any:
     if kind is int and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             if float(value) == int(float(value)):
-                return int(float(value))
+                return value if isinstance(value, int) else int(float(value))
         except (ValueError, OverflowError):
             pass
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-6 as a string
             if math.isfinite(float(value)):
                 return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if kind is str and isinstance(value, str | int | float):
         return str(value)
@@ -332,6 +335,19 @@ def read_yaml(path: Path) -> dict:
     return tree or {}
 
 
+def _typed(key: str, text: str) -> Any:
+    """What was typed after the equals sign, read as YAML; what is to be a text stays as it is."""
+    target = canonical(key, "command line")
+    if not text or text == "null":
+        return None
+    if target and PARAMETERS[target].type in (str, str | None):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Defaults <- YAML <- `a.b=c` overrides. Raises UserError."""
     config = Config()
@@ -343,11 +359,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"command line: {item!r} is not of the form section.key=value.")
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
-            value = text
-        set_value(config, key, value, "command line")
+        set_value(config, key, _typed(key, text), "command line")
     config.trainer.run_name = config.trainer.run_name or "run"
     if Path(config.trainer.run_name).name != config.trainer.run_name or config.trainer.run_name in (
         "checkpoints",

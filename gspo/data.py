@@ -29,7 +29,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
         elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         try:
@@ -37,7 +37,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
                         except json.JSONDecodeError as e:
                             raise UserError(f"{path}, line {number} is not valid JSON: {e}.") from e
         else:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list):
                 raise UserError(f"{path} holds a JSON {type(rows).__name__}; a list of rows is needed: [{{...}}, ...].")
             for number, row in enumerate(rows, 1):
@@ -132,7 +132,10 @@ def load_prompts(
         if limit is not None and len(prompts) == limit:
             break
         messages, truth, source, extra = parse_row(row, place)
-        ids = encode(messages, tokenizer, system_prompt, chat_template_kwargs or {})
+        try:
+            ids = encode(messages, tokenizer, system_prompt, chat_template_kwargs or {})
+        except Exception as e:  # templates refuse roles, tokenizers refuse half characters; both raise many kinds
+            raise UserError(f"{place}: the tokenizer refuses this prompt: {' '.join(str(e).split()):.200}.") from e
         if not ids or (vocab_size is not None and max(ids) >= vocab_size):
             raise UserError(
                 f"{place}: the tokenizer gives no ids, or ids outside the model's {vocab_size}; wrong tokenizer?"
@@ -172,6 +175,10 @@ def load_splits(cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bo
     if any(not Path(f).exists() and Path(f).parent == DATA_DIR for given in files.values() for f in given):
         equations.write_splits()
     files["test"] = files["test"] or files["val"]
+    if only_test and not files["test"]:
+        raise UserError(
+            "nothing to evaluate on: data.test_files and data.val_files are empty; give eval.py --data FILE."
+        )
     limits = {"val": cfg.eval.round_prompts, "test": cfg.eval.prompts, "train": None}
     loaded = {}
     for name, given in files.items():

@@ -96,7 +96,8 @@ def session() -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        cores, local = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores // local))
     mesh = None
     if size > 1 or device.type == "cuda":  # on one GPU too: the offloaded reference is an FSDP module

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -52,6 +53,9 @@ class Meter:
             for name, value in maxima.items():
                 whole.max(name, value)
         values = {name: total / count for name, (total, count) in whole.means.items() if count}
+        if "gap_squares" in values:
+            variance = values.pop("gap_squares") - values.pop("gap_sum") ** 2
+            values["pairs/gap_std"] = math.sqrt(max(0.0, variance))
         return values | whole.sums | whole.maxima
 
 
@@ -80,7 +84,8 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def kl_to(selves: Selves, other: nn.Module, rollout: Rollout, world: World) -> float:

@@ -5,6 +5,7 @@ The function is called by keyword, as the seed and verl do:
 It returns a number in [0, 1], or a dict with `score` whose other numbers are logged as `reward/<name>`.
 """
 
+import contextlib
 import importlib.util
 import math
 import sys
@@ -42,12 +43,20 @@ def _where(error: BaseException, path: Path) -> str:
     """`KeyError: 'x' (line 12)`: the error and the line of the user's file it came through."""
     line, trace = None, error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
+        if trace.tb_frame.f_code.co_filename == str(path.absolute()):
             line = trace.tb_lineno
         trace = trace.tb_next
     if line is None and isinstance(error, SyntaxError):
         line = error.lineno
     return f"{type(error).__name__}: {error}" + (f" (line {line})" if line else "")
+
+
+def _number(value: Any) -> float | None:
+    """A number of Python, numpy or torch as a float; None for anything else."""
+    with contextlib.suppress(Exception):  # an array of several has no item(), 10**400 is no float
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if isinstance(value, int | float) else None
+    return None
 
 
 class Scorer:
@@ -91,13 +100,13 @@ class Scorer:
                 f"to the prompt {prompt.text[:80]!r} (ground truth {prompt.ground_truth[:40]!r})."
             ) from e
         extra: dict[str, float] = {}
+        score = value
         if isinstance(value, dict):
-            extra = {k: float(v) for k, v in value.items() if k != "score" and isinstance(v, int | float)}
-            value = value.get("score")
-        if isinstance(value, bool | int | float) or (hasattr(value, "item") and getattr(value, "size", 1) == 1):
-            number = float(value)
-            if 0.0 <= number <= 1.0:
-                return number, extra
+            extra = {k: x for k, v in value.items() if k != "score" and (x := _number(v)) is not None}
+            score = value.get("score")
+        number = _number(score)
+        if number is not None and 0.0 <= number <= 1.0:
+            return number, extra
         raise UserError(
             f"{self.path}: {self.name} returned {value!r:.60} for the response {text[:80]!r}; "
             "it must return a number from 0 to 1, or a dict whose 'score' is one."

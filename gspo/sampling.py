@@ -87,7 +87,7 @@ def choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
     logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    entropy = torch.special.entr(logprobs.exp()).sum(-1)  # 0 where a logit is -inf
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
     else:

@@ -30,10 +30,10 @@ class Selves:
         self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
         self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 
-        initial = load_model(cfg.model.path)
+        initial = load_model(cfg.model.path, attention=cfg.model.attention)
         self.end_ids, self.pad_id = generation_ids(initial, tokenizer)
         self.frozen = {name: self._freeze(copy.deepcopy(initial)) for name in {self.kl_to, self.anchor_to} - {None}}
-        policy = initial if weights_from is None else load_model(str(weights_from))
+        policy = initial if weights_from is None else load_model(str(weights_from), attention=cfg.model.attention)
         tp = cfg.rollout.tensor_model_parallel_size
         shared = world.size == 1 and self.dtype == torch.float32
         sampler = policy if shared else copy.deepcopy(policy).to(self.dtype)
@@ -82,7 +82,9 @@ class Selves:
 
     def initial(self) -> nn.Module:
         """The model that training started from; opened again where it is not held."""
-        return self.frozen.get("initial") or self._freeze(load_model(self.cfg.model.path))
+        return self.frozen.get("initial") or self._freeze(
+            load_model(self.cfg.model.path, attention=self.cfg.model.attention)
+        )
 
 
 def round_of(step: int, total_steps: int, rounds: int) -> int:

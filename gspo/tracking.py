@@ -22,7 +22,7 @@ GLOSSARY = {
     "reward_mean": "mean reward of the sampled answers (should rise)",
     "reward_max": "mean over prompts of the best answer's reward (should rise)",
     "preference_accuracy": "share of pairs that the implicit rewards order rightly (healthy above 0.6)",
-    "kl_divergence": "KL to the reference, nats per token, k3 estimate (healthy 0.001 to 0.1)",
+    "kl_divergence": "KL to the reference, nats per token, k3 estimate (healthy 0.001 to 0.1); 0 when a round begins",
     "ranking_loss": "the ranking term, before its weight is applied (should fall)",
     "loss/total": "the loss that is minimised",
     "loss/preference": "its preference term",
@@ -31,7 +31,7 @@ GLOSSARY = {
     "loss/nll": "its winners' likelihood term, weighted (off by default)",
     "pairs/per_group": "preference pairs a prompt",
     "pairs/groups_without": "share of prompts whose answers give no pair: nothing to learn from them",
-    "pairs/gap_std": "standard deviation over pairs of the implicit reward gap",
+    "pairs/gap_std": "standard deviation over pairs of the implicit reward gap: above 1, the sigmoid saturates",
     "response/length_mean": "tokens an answer",
     "response/length_max": "longest answer",
     "response/cutoff": "share of answers cut off at max_new_tokens",
@@ -54,6 +54,7 @@ GLOSSARY = {
     "time/step": "seconds for the whole step",
     "memory/peak_gib": "peak memory: of the GPU, or of the process on CPU",
 }
+KL_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
 SEED_FIVE = ("reward_mean", "reward_max", "preference_accuracy", "kl_divergence", "ranking_loss")
 PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healthy high)
     "reward_mean (healthy: rises)": ("reward_mean", None, None),
@@ -69,10 +70,13 @@ class HealthCheck:
 
     def __init__(self, cfg: Health):
         self.cfg, self.streak, self.told = cfg, defaultdict(int), set()
+        self.round, self.round_age = None, 0
 
     def check(self, metrics: dict[str, float]) -> list[str]:
         """New warnings; each kind is given once a run."""
         c, get = self.cfg, metrics.get
+        self.round_age = self.round_age + 1 if get("round", 0.0) == self.round else 1
+        self.round = get("round", 0.0)
         noisy = "check the reward function, raise objective.margin to filter noisy pairs, or lower optim.learning_rate"
         tests = {
             "preference_accuracy": (
@@ -84,7 +88,7 @@ class HealthCheck:
                 f"kl_divergence is above {c.kl_divergence_max}: raise objective.kl_coef or lower optim.learning_rate",
             ),
             "kl_low": (
-                get("kl_divergence", math.inf) < c.kl_divergence_min and get("round_step", 0) > 20,
+                get("kl_divergence", math.inf) < c.kl_divergence_min and self.round_age > KL_GRACE,
                 f"kl_divergence is below {c.kl_divergence_min}: the policy hardly moves; raise optim.learning_rate",
             ),
             "mismatch": (
@@ -208,7 +212,7 @@ def _cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # texts may hold other line ends
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

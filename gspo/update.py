@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gspo.batching import Row, micro_batches, take_rows
 from gspo.config import Config
-from gspo.distributed import World
+from gspo.distributed import World, whole
 from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs
 from gspo.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
 from gspo.types import Experience
@@ -83,11 +82,11 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         o, everything = self.cfg.optim, list(range(len(exp.rollout.prompts)))
-        whole = self.cut(exp, everything, whole_groups=True)
-        live = o.epochs_per_rollout * o.minibatches == 1 and self.world.max(int(whole is None)) == 0
+        uncut = self.cut(exp, everything, whole_groups=True)
+        live = o.epochs_per_rollout * o.minibatches == 1 and self.world.max(int(uncut is None)) == 0
         update = Update(torch.zeros_like(exp.rollout.logprobs))
         if live:
-            self._live_step(exp, whole, update)
+            self._live_step(exp, uncut, update)
         else:
             parts = self.cut(exp, everything, whole_groups=False)
             update.logprobs = rollout_logprobs(
@@ -187,8 +186,7 @@ class Updater:
 
     def _step(self, update: Update) -> None:
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.optim.grad_clip)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.optim.grad_clip)))
         update.grad_norms.append(norm)
         if math.isfinite(norm):
             self.optimizer.step()

@@ -294,6 +294,11 @@ def test_only_the_test_split_where_no_more_is_wanted(splits, write):
     assert (found.train, found.val, len(found.test)) == ([], [], 1)
 
 
+def test_nothing_to_evaluate_on_is_told(splits, write):
+    with pytest.raises(UserError, match=r"data\.test_files"):
+        splits(f"data.train_files={write([GOOD])}", only_test=True)
+
+
 def test_prompt_and_answer_must_fit_the_models_positions(splits, write):
     mine = f"data.train_files={write([{**GOOD, 'prompt': 'x' * 30}])}"
     (prompt,) = splits(mine).train

@@ -100,7 +100,7 @@ def test_report_by_data_source_is_the_summary_of_its_rows():
         Answers(["en"] * 2, ANSWERS.rewards[rows], ANSWERS.greedy[rows], [ANSWERS.final[i] for i in rows])
     )
     assert (en["prompts"], en["pass@4"], en["greedy"]) == (2, 0.5, 0.5)
-    assert (zh["prompts"], zh["pass@4"], zh["reward_mean"]) == (1, 1.0, pytest.approx(1.7 / 4))
+    assert (zh["prompts"], zh["pass@4"], zh["maj@4"], zh["reward_mean"]) == (1, 1.0, 0.25, pytest.approx(1.7 / 4))
     assert {k: v for k, v in r.items() if k != "by_data_source"} == summarise(ANSWERS)
 
 
