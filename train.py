@@ -34,14 +34,15 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     """Run, or resume, one training run: from its configuration to its final table."""
     tokenizer = load_tokenizer(cfg.model.path)
     scorer = Scorer(cfg.reward)
-    splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(cfg.model.path)))
+    model_config = load_model_config(cfg.model.path)
+    splits = world.main_first(lambda: load_splits(cfg, tokenizer, model_config))
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
 
+    check_launch(cfg, model_config, world, started=not check_only)
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
 
-    check_launch(cfg, world)
     folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
     state = ckpt.load_state(resume) if resume else ckpt.State()
     selves = Selves(cfg, world, tokenizer, weights_from=resume)
@@ -106,11 +107,12 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state()))
         state.tokens_sampled += int(metrics["tokens"])
         metrics |= {"learning_rate": lr, "round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
-        if last or round_of(step + 1, total, cfg.selfplay.rounds) > state.round:
+        now = round_of(step + 1, total, cfg.selfplay.rounds)
+        if last or now > state.round:
             metrics |= end_round(step + 1)
-            if not last:
-                selves.new_opponent()
-                state.round += 1
+        if now > state.round:
+            selves.new_opponent()
+            state.round = now
         metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
         tracker.log(state.step, metrics, total)
         tracker.samples(state.step, experience, cfg.trainer.sample_rows)

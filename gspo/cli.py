@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gspo.config import Config
-from gspo.distributed import World
+from gspo.distributed import World, check_tensor_parallel
 from gspo.errors import UserError
 from gspo.evaluation import table
 from gspo.progress import is_main, say
@@ -30,10 +31,11 @@ def guarded(main: Callable[[], None]) -> None:
         os._exit(130)
 
 
-def check_launch(cfg: Config, world: World) -> None:
+def check_launch(cfg: Config, model_config: Any, world: World, started: bool = True) -> None:
     """UserError when the configuration wants other ranks than torchrun started; notes on what may surprise."""
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
-    if wanted not in (0, world.size):
+    check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
+    if started and wanted not in (0, world.size):
         raise UserError(
             f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
             f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... (or ./train.sh --n_gpus)."

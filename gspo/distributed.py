@@ -146,7 +146,6 @@ def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, C
     model.requires_grad_(False)
     if tp == 1:
         return model.to(world.device), None
-    check_tensor_parallel(model.config, world.size, tp)
     mesh = init_device_mesh(world.device.type, (world.size // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
     plan = {name: styles[style]() for name, style in model.config.base_model_tp_plan.items() if style in styles}
@@ -163,6 +162,8 @@ def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, C
 
 def check_tensor_parallel(model_config: Any, world_size: int, tp: int) -> None:
     """UserError when `tp` fits neither the ranks nor the model."""
+    if tp == 1:
+        return
     c, key = model_config.get_text_config(), f"rollout.tensor_model_parallel_size = {tp}"
     if world_size % tp:
         raise UserError(
