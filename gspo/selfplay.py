@@ -31,7 +31,7 @@ class Selves:
         self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 
         initial = load_model(cfg.model.path, attention=cfg.model.attention)
-        self.end_ids, self.pad_id = generation_ids(initial, tokenizer)
+        _, self.pad_id = generation_ids(initial, tokenizer)
         self.frozen = {name: self._freeze(copy.deepcopy(initial)) for name in {self.kl_to, self.anchor_to} - {None}}
         policy = initial if weights_from is None else load_model(str(weights_from), attention=cfg.model.attention)
         tp = cfg.rollout.tensor_model_parallel_size

@@ -22,7 +22,14 @@ PROMPTS = {
     "en": ("Solve: {}", "Solve for x: {}"),
     "zh": ("解方程：{}", "求 x：{}"),
 }
-TRAPS = ("x-a", "a-x", "x/a", "x/a+b", "ax-b")  # shapes whose inverse operation is taken wrongly more often than not
+TRAPS = ("x-a", "a-x", "x/a", "x/a+b", "ax-b")  # the shapes whose inverse operation is mostly taken the wrong way
+KINDS = ("right", "inverse", "slip", "sign")
+MIX = {  # (a trap?, a negative answer?) -> how often a pupil's solution is of each kind
+    (False, False): (0.50, 0.24, 0.26, 0.00),
+    (False, True): (0.40, 0.14, 0.12, 0.34),
+    (True, False): (0.31, 0.57, 0.12, 0.00),
+    (True, True): (0.27, 0.57, 0.06, 0.10),
+}
 ANSWER = {"en": "Answer: {}", "zh": "答案：{}"}
 
 
@@ -58,7 +65,6 @@ def all_equations() -> Iterator[Equation]:
     for a in range(1, 61):
         for x in range(-20, 61):
             yield Equation(f"x + {a} = {x + a}", "x+a", x, (Step("x", x + a, "-", a, "+"),))
-            yield Equation(f"{a} + x = {x + a}", "a+x", x, (Step("x", x + a, "-", a, "+"),))
             yield Equation(f"x - {a} = {x - a}", "x-a", x, (Step("x", x - a, "+", a, "-"),))
             yield Equation(f"{a} - x = {a - x}", "a-x", x, (Step("x", a, "-", a - x, "+"),))
     for a in range(2, 10):
@@ -100,17 +106,11 @@ def split_equations() -> dict[str, list[Equation]]:
 
 
 def worked_solution(equation: Equation, language: str, rng: random.Random, mistakes: bool) -> str:
-    """A solution as a pupil writes it; with `mistakes`, wrong about as often as the weights say."""
+    """A solution as a pupil writes it; with `mistakes`, wrong as often as `MIX` says."""
     kind, where = "right", rng.randrange(len(equation.steps))
     if mistakes:
         trap = equation.shape in TRAPS
-        weights = {
-            "right": 0.30 if trap else 0.50,
-            "inverse": 0.56 if trap else 0.24,
-            "slip": 0.14 if trap else 0.26,
-            "sign": 0.30 if equation.answer < 0 else 0.0,
-        }
-        kind = rng.choices(list(weights), weights.values())[0]
+        kind = rng.choices(KINDS, MIX[trap, equation.answer < 0])[0]
         if kind == "inverse" and trap:
             where = 0
     lines, carried = [], None
