@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that spin while they wait lose the processor when anything else runs on the machine: with one busy
-# neighbour on two cores a training step was six times slower (docs/decisions.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that spin long while they wait lose the processor when anything else runs on the machine; threads that never
+# spin are slower on a quiet one. A short spin is good at both (docs/decisions.md has the figures).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")

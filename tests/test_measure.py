@@ -1,0 +1,60 @@
+"""The numbers of a step against hand-computed ones, and merged over ranks as if there were one."""
+
+import math
+
+import pytest
+import torch
+
+from gspo.config import Objective
+from gspo.measure import Meter, observe
+from gspo.pairs import preferences
+from gspo.types import Experience, Prompt, Rollout, Scores
+from gspo.update import Update
+
+REWARDS = torch.tensor([[1.0, 0.0], [0.1, 0.1]])
+LENGTHS = torch.tensor([[2, 1], [3, 3]])
+LOGPROBS = torch.tensor([[[-1.0, -2, 0], [-4, 0, 0]], [[-1, -1, -1], [-2, -2, -2]]])
+REFERENCE = torch.tensor([[[-1.5, -2, 0], [-4, 0, 0]], [[-1, -1, -1], [-2, -2, -1]]])
+
+
+def step(groups=(0, 1)):
+    """Two prompts of two answers; `groups` is the part that a rank sees."""
+    g = list(groups)
+    prompts = [Prompt(i, (1,), "", "", "") for i in g]
+    sampled = (LOGPROBS + 0.01 * (torch.arange(3) < LENGTHS[..., None]))[g]
+    entropy = 0.5 * (torch.arange(3) < LENGTHS[..., None]).float()[g]
+    finished = torch.tensor([[True, True], [True, False]])[g]
+    rollout = Rollout(prompts, LENGTHS[g], LENGTHS[g], sampled, entropy, finished, [["", ""]] * len(g))
+    anchors = REFERENCE.sum(-1)[g]
+    exp = Experience(rollout, REWARDS[g], preferences(REWARDS[g], 0.1), REFERENCE[g], anchors, g, 2, 1)
+    parts = {"acc": torch.tensor([[1.0, 0.0], [math.nan, 1.0]])[g]}
+    update = Update(LOGPROBS[g], {"preference": 0.25 * len(g)}, [1.0, 3.0])
+    return observe(exp, Scores(REWARDS[g], parts), update, Objective(preference_beta=0.2))
+
+
+def test_one_rank_by_hand():
+    m = Meter.merge([step().state()])
+    assert m["reward_mean"] == pytest.approx((1.0 + 0.0 + 0.1 + 0.1) / 4)
+    assert m["reward_max"] == pytest.approx((1.0 + 0.1) / 2)
+    assert m["reward/acc"] == pytest.approx(2 / 3), "what a response did not report is not counted"
+    assert (m["pairs/per_group"], m["pairs/groups_without"]) == (0.5, 0.5)
+    assert (m["response/length_mean"], m["response/length_max"], m["response/cutoff"]) == (9 / 4, 3, 1 / 4)
+    assert m["tokens"] == 9 and m["entropy"] == pytest.approx(0.5)
+    assert m["mismatch"] == pytest.approx(0.01, rel=1e-3)
+    # Two tokens differ from the reference: d = 0.5 and d = -1; k3 = exp(-d) - 1 + d.
+    assert m["kl_divergence"] == pytest.approx((math.exp(-0.5) - 0.5 + math.exp(1.0) - 2.0) / 9)
+    # The only pair: s = 0.2 * (0.5, 0), so the winner leads by 0.1.
+    assert m["preference_accuracy"] == 1.0 and m["pairs/gap_std"] == pytest.approx(0.0, abs=1e-6)
+    assert m["ranking_loss"] == pytest.approx(math.log(1 + math.exp(-0.1)) / 2, rel=1e-6)
+    assert m["grad_norm"] == 2.0 and m["loss/total"] == m["loss/preference"] == 0.5
+
+
+def test_two_ranks_merge_to_the_numbers_of_one():
+    one, two = Meter.merge([step().state()]), Meter.merge([step([0]).state(), step([1]).state()])
+    assert two == pytest.approx(one)
+
+
+def test_a_rank_without_prompts_changes_nothing():
+    alone, with_idle = Meter.merge([step().state()]), Meter.merge([step().state(), step([]).state()])
+    idle = {k: v for k, v in with_idle.items() if k != "grad_norm"}
+    assert idle == pytest.approx({k: v for k, v in alone.items() if k != "grad_norm"})
