@@ -241,6 +241,13 @@ def test_the_ranges_bounds_are_healthy_and_so_is_a_step_without_pairs():
     assert check.check({"kl_divergence": 0.02}) == []
 
 
+def test_the_accuracy_of_the_last_few_pairs_is_no_illness():
+    """When hardly a group pairs, the warning is about that; what is left is what the policy gets wrong."""
+    few = {"preference_accuracy": 0.1, "pairs/groups_without": 0.9, "kl_divergence": 0.02}
+    (news,) = warnings(HealthCheck(Health(patience=1)), [few])
+    assert len(news) == 1 and "give a pair" in news[0]
+
+
 def test_ranges_come_from_the_configuration():
     check = HealthCheck(Health(patience=1, preference_accuracy_min=0.9, kl_divergence_max=0.01))
     (news,) = warnings(check, [{}])
