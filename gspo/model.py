@@ -25,7 +25,7 @@ def resolve_path(path: str | None) -> str:
 
 
 def _refuse(path: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:300].rstrip(".")
     what = "cannot be opened as a model folder" if Path(path).exists() else "is no folder here and cannot be fetched"
     return UserError(f"model.path = {path!r} {what}: {reason}. Give a Hugging Face folder or name, or leave it empty.")
 
