@@ -13,6 +13,7 @@ from gspo.cli import check_launch, final_words, guarded
 from gspo.config import load_config
 from gspo.distributed import World
 from gspo.errors import UserError
+from gspo.model import load_model_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,7 +90,7 @@ def a_world(size=1):
 )
 def test_another_number_of_processes_than_asked_for_is_refused(overrides, size, wanted):
     with pytest.raises(UserError) as e:
-        check_launch(load_config(None, overrides), a_world(size))
+        check_launch(load_config(None, overrides), load_model_config(None), a_world(size))
     assert f"asks for {wanted} processes, this run has {size}" in str(e.value) and "torchrun" in str(e.value)
 
 
@@ -106,7 +107,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(overrides, size, 
     ],
 )
 def test_what_may_surprise_is_said_and_nothing_else(capsys, overrides, size, said):
-    check_launch(load_config(None, overrides), a_world(size))
+    check_launch(load_config(None, overrides), load_model_config(None), a_world(size))
     out = capsys.readouterr().out
     assert bool(out) == bool(said)
     assert [part for part in said if part not in out] == []
