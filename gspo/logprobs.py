@@ -31,11 +31,10 @@ def pad_rows(prompts: list[Prompt], tokens: Tensor, lengths: Tensor, pad_id: int
 
 def response_logprobs(
     model: nn.Module, prompts: list[Prompt], tokens: Tensor, lengths: Tensor, temperature: float, pad_id: int
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """log pi_T(y_t | x, y_<t) of every response token, where pi_T = softmax(logits / T).
 
-    prompts: one a row (R of them), tokens [R, L], lengths [R] -> log-probs [R, L] float32 and entropies [R, L]
-    float32 (detached, nats), both zero in the padding.
+    prompts: one a row (R of them), tokens [R, L], lengths [R] -> log-probs [R, L] float32, zero in the padding.
     """
     ids, mask = pad_rows(prompts, tokens, lengths, pad_id)
     width = tokens.shape[1]
@@ -47,12 +46,9 @@ def response_logprobs(
         logits_to_keep=width + 1,
     ).logits[:, :-1]
     logits = logits.float() / temperature
-    lse = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, tokens[..., None]).squeeze(-1) - lse
-    with torch.no_grad():
-        entropy = lse - (torch.softmax(logits, -1) * logits).sum(-1)
+    logprobs = logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
     real = torch.arange(width, device=tokens.device) < lengths[:, None]
-    return torch.where(real, logprobs, 0.0), torch.where(real, entropy, 0.0)
+    return torch.where(real, logprobs, 0.0)
 
 
 @torch.no_grad()
@@ -76,7 +72,7 @@ def rollout_logprobs(
                 idle_forward(model, temperature, pad_id, out.device)
                 continue
             prompts, tokens, lengths = take_rows(rollout, parts[k])
-            logprobs, _ = response_logprobs(model, prompts, tokens, lengths, temperature, pad_id)
+            logprobs = response_logprobs(model, prompts, tokens, lengths, temperature, pad_id)
         g, i = zip(*parts[k], strict=True)
         out[list(g), list(i), : logprobs.shape[1]] = logprobs
     return out
@@ -88,4 +84,4 @@ def idle_forward(model: nn.Module, temperature: float, pad_id: int, device: torc
     token = torch.full((1, 1), pad_id, device=device)
     return response_logprobs(
         model, [nobody], token, torch.ones(1, dtype=torch.long, device=device), temperature, pad_id
-    )[0]
+    )

@@ -173,7 +173,7 @@ class Updater:
             with self.autocast():
                 if k < len(parts):
                     prompts, tokens, lengths = take_rows(exp.rollout, parts[k])
-                    logprobs, _ = response_logprobs(self.policy, prompts, tokens, lengths, temperature, self.pad_id)
+                    logprobs = response_logprobs(self.policy, prompts, tokens, lengths, temperature, self.pad_id)
                 else:
                     logprobs = idle_forward(self.policy, temperature, self.pad_id, self.world.device)
             if k < len(parts):

@@ -49,11 +49,12 @@ def test_sampler_and_trainer_agree_on_log_probs(family):
     model = tiny_model(family)
     rollout = sampler_for(model).generate(prompts_of((4, 9)), 5, Sampling(temperature=0.8, max_new_tokens=12))
     rows = [p for p in rollout.prompts for _ in range(5)]
-    logprobs, entropy = response_logprobs(
-        model, rows, rollout.tokens.flatten(0, 1), rollout.lengths.flatten(), 0.8, pad_id=0
-    )
+    logprobs = response_logprobs(model, rows, rollout.tokens.flatten(0, 1), rollout.lengths.flatten(), 0.8, pad_id=0)
     torch.testing.assert_close(rollout.logprobs.flatten(0, 1), logprobs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(rollout.entropy.flatten(0, 1), entropy, rtol=1e-4, atol=1e-4)
+    row = rollout.tokens[0, 0, : rollout.lengths[0, 0]]
+    ids = torch.tensor([[*rollout.prompts[0].ids, *row.tolist()]])
+    logp = (model(input_ids=ids).logits[0, len(rollout.prompts[0].ids) - 1 : -1] / 0.8).log_softmax(-1)
+    torch.testing.assert_close(rollout.entropy[0, 0, : len(row)], -(logp.exp() * logp).sum(-1), rtol=1e-4, atol=1e-4)
     assert rollout.lengths.unique().numel() > 1, "lengths should differ, or the test says little"
 
 
