@@ -64,7 +64,7 @@ def final_words(folder: Path, checkpoint: Path) -> str:
             table(reports),
         ]
     else:
-        lines = ["\nno data.test_files or data.val_files: nothing was evaluated"]
+        lines = ["\nnothing was evaluated (eval.before_and_after, data.test_files)"]
     return "\n".join(
         [
             *lines,

@@ -116,6 +116,7 @@ def _shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) ->
     options = {
         "mesh": world.mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "reshard_after_forward": True,  # the root too: parameters are shards whenever we look at them
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
     for layer in decoder_layers(model):

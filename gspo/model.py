@@ -108,8 +108,6 @@ def save_pretrained(folder: Path, source: str, weights: dict[str, torch.Tensor],
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    config_dtype = next(iter(weights.values())).dtype
-    skeleton.config.dtype = config_dtype
     with contextlib.suppress(OSError):  # not every model has one
         skeleton.generation_config = GenerationConfig.from_pretrained(source)
     state = dict(weights)
@@ -121,5 +119,5 @@ def save_pretrained(folder: Path, source: str, weights: dict[str, torch.Tensor],
     skeleton.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
-    written["architectures"] = [type(skeleton).__name__]
+    written |= {"architectures": [type(skeleton).__name__], "dtype": str(next(iter(weights.values())).dtype)[6:]}
     (folder / "config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

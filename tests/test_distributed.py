@@ -77,6 +77,23 @@ def test_one_prompt_on_two_ranks_neither_hangs_nor_differs(run_program, tmp_path
         assert (one[name] - two[name]).abs().max() <= 1e-5 * one[name].abs().max(), name
 
 
+def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program, tmp_path):
+    """Weights, moments and opponent after two rounds; then one process takes over."""
+    args = ("--config", "configs/quick.yaml", *FEW, "eval.before_and_after=false", "eval.round_prompts=4")
+    launch(run_program, 2, "train.py", *args, "trainer.max_steps=4", f"trainer.output_dir={tmp_path}/two")
+    done = run_program("train.py", *args, "trainer.max_steps=4", f"trainer.output_dir={tmp_path}/one")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in ("model", "trainer/optimizer", "trainer/opponent"):
+        one, two = (
+            load_file(tmp_path / f"{x}/quick/checkpoints/step_000004/{file}.safetensors") for x in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    again = run_program("train.py", *args, "trainer.max_steps=5", f"trainer.output_dir={tmp_path}/two")
+    assert again.returncode == 0 and "4 of 5 steps done" in again.stdout, again.stderr[-3000:]
+
+
 def test_positions_partition_the_batch_and_tensor_parallel_groups_share():
     worlds = [World(rank, 4, torch.device("cpu"), None) for rank in range(4)]
     assert [w.positions(6) for w in worlds] == [[0, 4], [1, 5], [2], [3]]

@@ -14,10 +14,13 @@ def test_an_export_reopens_with_the_same_logits(family, tmp_path, tokenizer):
     """Named parameters of a live model -> folder -> from_pretrained: equal bits, tied heads included."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "source")
+    config = (tmp_path / "source" / "config.json").read_text()
+    (tmp_path / "source" / "config.json").write_text(config.replace('"float32"', '"bfloat16"'))  # as published
     weights = {name: p.detach() * 1.01 for name, p in model.named_parameters()}
     save_pretrained(tmp_path / "export", str(tmp_path / "source"), weights, tokenizer)
     again = load_model(str(tmp_path / "export"))
     assert type(again) is type(model)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").dtype == torch.float32
     for name, p in again.named_parameters():
         assert p.equal(weights[name]), name
     with torch.no_grad():
