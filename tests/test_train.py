@@ -64,10 +64,11 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_killed_in_the_middle_ends_bit_for_bit_the_same(uninterrupted, run_program, tmp_path):
+    """Killed in the second round, when the opponent is no longer the initial model."""
     whole, _ = uninterrupted
     process = start(*SMALL, f"trainer.output_dir={tmp_path}")
     deadline = time.monotonic() + 200
-    while not (tmp_path / "quick/checkpoints/step_000002").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "quick/checkpoints/step_000004").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
