@@ -1,9 +1,9 @@
-"""Rebuild the embedded base model, bit for bit: `make base-model`, about 12 minutes on two cores.
+"""Rebuild the embedded base model, bit for bit: `make base-model`, under 20 minutes on two cores.
 
 A supervised warm start of a 0.6 M-parameter Llama on worked solutions, right ones and usual mistakes mixed
 (`equations.worked_solution`). The result can calculate but often picks the wrong operation: self-play can mend that.
 
-Bit-for-bit holds on x86-64 with AVX2 and the pinned torch: vendor libraries are held to AVX2 code paths and two
+Bit for bit is meant for x86-64 with AVX2 and the pinned torch: vendor libraries are held to AVX2 code paths and two
 threads, whatever the machine offers.
 """
 
