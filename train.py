@@ -74,7 +74,9 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         if not splits.val:
             return {}
         selves.refresh_sampler()
-        places, rollout = sampler.generate_share(splits.val, cfg.rollout.n, sampling, world, purpose=EVAL, step=step)
+        places, rollout = sampler.generate_share(
+            splits.val, cfg.rollout.n, sampling, world, purpose=EVAL, step=step, on_group=scorer.begin
+        )
         rewards = world.collect(places, scorer(rollout).rewards)
         metrics = {"heldout/reward_mean": float(rewards.mean())}
         if state.round_rewards is not None:
@@ -94,7 +96,9 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         batch = batches[step]
         with clock("rollout"):
             selves.refresh_sampler()
-            places, rollout = sampler.generate_share(batch, cfg.rollout.n, sampling, world, step=step)
+            places, rollout = sampler.generate_share(
+                batch, cfg.rollout.n, sampling, world, step=step, on_group=scorer.begin
+            )
         with clock("reward"):
             scores = scorer(rollout)
         with clock("reference"):

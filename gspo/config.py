@@ -70,6 +70,14 @@ class Reward:
     path: str | None = opt(None, "your file with compute_score; empty: gspo/reward_func.py")
     name: str = opt("compute_score", "the function's name in that file")
     reward_kwargs: dict[str, Any] = opt({}, "further keyword arguments for it")
+    workers: int | None = opt(None, "processes that call it, a rank; empty: the rank's share of the cores", ge=1)
+    timeout_s: float = opt(10.0, "a call that takes longer is ended", gt=0.0)
+    on_error: Literal["zero", "skip_group", "stop"] = opt(
+        "zero", "what a response scores when the call raises, hangs or returns no score"
+    )
+    memory_gib: float = opt(4.0, "memory of one of its processes; 0: no limit", ge=0.0)
+    concurrency: int = opt(16, "calls at the same time in one process, for async functions", ge=1)
+    check_rows: int = opt(16, "training rows whose gold answer it must score above a wrong one; 0: no check", ge=0)
 
 
 @dataclass
@@ -138,6 +146,7 @@ class Health:
     kl_divergence_max: float = opt(0.1, "warn above", gt=0.0)
     mismatch_max: float = opt(0.02, "warn above: mean |sampler - trainer| log-prob", gt=0.0)
     cutoff_max: float = opt(0.1, "warn above: share of answers cut off", gt=0.0)
+    reward_faults_max: float = opt(0.05, "warn above: share of reward calls that failed", ge=0.0, le=1.0)
     paired_groups_min: float = opt(0.2, "warn below: share of groups with a pair", ge=0.0, le=1.0)
     patience: int = opt(5, "steps in a row outside the range before the warning", ge=1)
     max_bad_steps: int = opt(5, "non-finite updates in a row before the run stops", ge=1)

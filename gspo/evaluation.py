@@ -6,13 +6,15 @@ from math import comb, sqrt
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gspo.distributed import World
 from gspo.reward import Scorer
 from gspo.reward_func import extract_answer
 from gspo.rollout import EVAL, GREEDY, Sampler
 from gspo.sampling import Sampling
-from gspo.types import Prompt
+from gspo.types import Prompt, Rollout, Scores
 
 CORRECT_AT = 1.0 - 1e-6  # an answer is correct when its reward is full
 
@@ -23,26 +25,53 @@ class Answers:
 
     sources: list[str]  # P
     rewards: np.ndarray  # [P, n]
-    greedy: np.ndarray  # [P]
+    correct: np.ndarray  # [P, n] bool
+    greedy: np.ndarray  # [P] bool, of the greedy answer
     final: list[list[str]]  # P x n, the final answers, for the majority vote
+    faults: int = 0  # calls of the reward function that failed
 
 
 def answer(
     sampler: Sampler, scorer: Scorer, prompts: list[Prompt], n: int, sampling: Sampling, world: World
 ) -> Answers:
     """n sampled answers and a greedy one to every prompt, shared out over the ranks; all ranks get all the answers."""
-    positions, sampled = sampler.generate_share(prompts, n, sampling, world, purpose=EVAL)
-    _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY)
-    rewards, greedy = scorer(sampled).rewards.tolist(), scorer(best).rewards.tolist()
-    finals = [[extract_answer(text) for text in texts] for texts in sampled.texts]
-    rows = [row for part in world.gather(list(zip(positions, rewards, greedy, finals, strict=True))) for row in part]
-    rows.sort(key=lambda row: row[0])
-    return Answers(
-        [p.data_source for p in prompts],
-        np.array([row[1] for row in rows]),
-        np.array([row[2][0] for row in rows]),
-        [row[3] for row in rows],
+    places, sampled = sampler.generate_share(prompts, n, sampling, world, purpose=EVAL, on_group=scorer.begin)
+    scores = scorer(sampled)
+    _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY, on_group=scorer.begin)
+    greedy = scorer(best)
+    mine = zip(
+        places,
+        scores.rewards.tolist(),
+        correct_of(scores).tolist(),
+        correct_of(greedy).flatten().tolist(),
+        finals_of(scores, sampled),
+        strict=True,
     )
+    rows = sorted((row for part in world.gather(list(mine)) for row in part), key=lambda row: row[0])
+    _, rewards, correct, best_correct, finals = zip(*rows, strict=True)
+    return Answers(
+        [prompts[place].data_source for place in range(len(prompts))],
+        np.array(rewards),
+        np.array(correct),
+        np.array(best_correct),
+        list(finals),
+        faults=sum(world.gather(scores.faults + greedy.faults)),
+    )
+
+
+def correct_of(scores: Scores) -> Tensor:
+    """[G, n] bool: what the reward function says (`acc`), or else whether the reward is full."""
+    full = scores.rewards >= CORRECT_AT
+    acc = scores.parts.get("acc")
+    return full if acc is None else torch.where(acc.isnan(), full, acc > 0.5)
+
+
+def finals_of(scores: Scores, sampled: Rollout) -> list[list[str]]:
+    """G x n final answers: those the reward function read (`pred`), or else ours."""
+    return [
+        [extract_answer(text) if pred is None else pred for text, pred in zip(*group, strict=True)]
+        for group in zip(sampled.texts, scores.predictions, strict=True)
+    ]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -75,9 +104,8 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
 
 def summarise(answers: Answers) -> dict[str, Any]:
     """{metric: value, ..., "interval": {metric: [low, high]}} over these prompts."""
-    correct = answers.rewards >= CORRECT_AT
+    correct, greedy = answers.correct, answers.greedy
     n = answers.rewards.shape[1]
-    greedy = answers.greedy >= CORRECT_AT
     per_prompt = {
         f"pass@{k}": np.array([pass_at_k(n, int(c), k) for c in correct.sum(1)]) for k in (1, 2, 4, 8, 16, 32) if k <= n
     }
@@ -95,13 +123,19 @@ def summarise(answers: Answers) -> dict[str, Any]:
 def report(answers: Answers) -> dict[str, Any]:
     """The summary over everything, and by data source where there are several."""
     result = summarise(answers)
+    if answers.faults:
+        result["reward_faults"] = answers.faults
     names = sorted(set(answers.sources))
     if len(names) > 1:
         result["by_data_source"] = {}
         for name in names:
             rows = [i for i, s in enumerate(answers.sources) if s == name]
             part = Answers(
-                [name] * len(rows), answers.rewards[rows], answers.greedy[rows], [answers.final[i] for i in rows]
+                [name] * len(rows),
+                answers.rewards[rows],
+                answers.correct[rows],
+                answers.greedy[rows],
+                [answers.final[i] for i in rows],
             )
             result["by_data_source"][name] = summarise(part)
     return result

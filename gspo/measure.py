@@ -99,8 +99,12 @@ def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objecti
     """This rank's part of every metric that follows from one step's data."""
     meter, rollout = Meter(), exp.rollout
     g, n = exp.rewards.shape
-    meter.mean("reward_mean", float(exp.rewards.sum()), g * n)
-    meter.mean("reward_max", float(exp.rewards.amax(1).sum()) if g else 0.0, g)
+    kept = [i for i in range(g) if i not in scores.skipped]
+    meter.mean("reward_mean", float(scores.rewards[kept].sum()), len(kept) * n)
+    meter.mean("reward_max", float(scores.rewards[kept].amax(1).sum()) if kept else 0.0, len(kept))
+    meter.sum("reward/errors", scores.errors)
+    meter.sum("reward/timeouts", scores.timeouts)
+    meter.mean("reward/faults", scores.faults, scores.calls)
     for name, values in scores.parts.items():
         known = values[~values.isnan()]
         meter.mean(f"reward/{name}", float(known.sum()), known.numel())

@@ -1,17 +1,20 @@
 """Scoring responses with the default reward function or the user's own file.
 
 The function is called by keyword, as the seed and verl do:
-`compute_score(data_source=..., solution_str=..., ground_truth=..., extra_info=..., **reward_kwargs)`.
-It returns a number in [0, 1], or a dict with `score` whose other numbers are logged as `reward/<name>`.
+`compute_score(data_source=..., solution_str=..., ground_truth=..., extra_info=..., **reward_kwargs)`, plain or async.
+It returns a number in [0, 1], or a dict with `score`; its other numbers are logged as `reward/<name>`, and `acc` and
+`pred` feed evaluation. A module-level `rank_responses(responses, ground_truth, data_source)` goes before it and scores
+a whole group at once.
+
+It runs in processes of its own (reward_pool.py). What it does wrong is counted and told; what a response without a
+score gets is `reward.on_error`.
 """
 
-import contextlib
-import importlib.util
-import math
+import os
 import sys
-from collections.abc import Callable
+import weakref
+from concurrent.futures import Future
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,95 +22,148 @@ import torch
 from gspo import reward_func
 from gspo.config import Reward
 from gspo.errors import UserError
-from gspo.progress import track
+from gspo.progress import say, track
+from gspo.reward_pool import Outcome, Pool, Settings
 from gspo.types import Prompt, Rollout, Scores
 
-
-def load_module(path: Path) -> ModuleType:
-    """Import the user's file; UserError when it is missing or does not import."""
-    if not path.is_file():
-        raise UserError(f"reward.path = {str(path)!r}: no such file. It must be a Python file with compute_score.")
-    spec = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"reward.path = {str(path)!r} is not a Python file (.py).")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        raise UserError(f"{path} does not import: {_where(e, path)}.") from e
-    return module
-
-
-def _where(error: BaseException, path: Path) -> str:
-    """`KeyError: 'x' (line 12)`: the error and the line of the user's file it came through."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path.absolute()):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    if line is None and isinstance(error, SyntaxError):
-        line = error.lineno
-    return f"{type(error).__name__}: {error}" + (f" (line {line})" if line else "")
-
-
-def _number(value: Any) -> float | None:
-    """A number of Python, numpy or torch as a float; None for anything else."""
-    with contextlib.suppress(Exception):  # an array of several has no item(), 10**400 is no float
-        value = value.item() if hasattr(value, "item") else value
-        return float(value) if isinstance(value, int | float) else None
-    return None
+PRINTED_LINES, LINE_WIDTH = 50, 300  # of what the function prints; the rest is dropped
 
 
 class Scorer:
-    """Calls the reward function on every response of a rollout."""
+    """Calls the reward function on every response of a rollout, in parallel."""
 
     def __init__(self, cfg: Reward):
-        self.path = Path(cfg.path) if cfg.path else Path(reward_func.__file__)
-        module = load_module(self.path) if cfg.path else reward_func
-        self.function: Callable[..., Any] = getattr(module, cfg.name, None)
-        self.kwargs = cfg.reward_kwargs
-        if not callable(self.function):
-            raise UserError(f"{self.path} has no function {cfg.name!r}; write one or set reward.name.")
-        self.name = cfg.name
+        self.cfg = cfg
+        path = Path(cfg.path).absolute() if cfg.path else Path(reward_func.__file__)
+        if not path.is_file():
+            raise UserError(f"reward.path = {cfg.path!r}: no such file. It must be a Python file with compute_score.")
+        if path.suffix != ".py":
+            raise UserError(f"reward.path = {cfg.path!r} is not a Python file (.py).")
+        self.path = path
+        # The default's components are worth a curve each; compute_score itself returns a number, as the seed says.
+        name = cfg.name if cfg.path or cfg.name != "compute_score" else "score_parts"
+        settings = Settings(
+            str(path),
+            name,
+            cfg.timeout_s,
+            cfg.memory_gib,
+            cfg.concurrency,
+            groups=bool(cfg.path) and cfg.name == "compute_score",
+        )
+        self.pool = Pool(settings, cfg.workers or _cores(), _Printed())
+        self.name = "rank_responses" if self.pool.ranks else cfg.name
+        self.begun: dict[int, list[Future[Outcome]]] = {}
+        self.told: set[str] = set()
+        self.close = weakref.finalize(self, self.pool.close)
+
+    def begin(self, place: int, prompt: Prompt, texts: list[str]) -> None:
+        """Start scoring group `place` of the rollout that is still being sampled."""
+        self.begun[place] = self._submit(prompt, texts)
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """-> rewards [G, N] float32 on the CPU. UserError when the function raises or returns no number in [0, 1]."""
-        rewards, parts = [], []
-        for prompt, texts in track(list(zip(rollout.prompts, rollout.texts, strict=True)), "scoring"):
-            for text in texts:
-                score, extra = self.score(prompt, text)
-                rewards.append(score)
-                parts.append(extra)
-        shape = (len(rollout.prompts), rollout.tokens.shape[1])
-        names = sorted({name for extra in parts for name in extra})
-        table = {name: torch.tensor([e.get(name, math.nan) for e in parts]).view(shape) for name in names}
-        return Scores(torch.tensor(rewards, dtype=torch.float32).view(shape), table)
+        """Wait for what was begun, score the rest. UserError with reward.on_error = stop when a call has a fault."""
+        begun, self.begun = self.begun, {}
+        return self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1])
 
-    def score(self, prompt: Prompt, text: str) -> tuple[float, dict[str, float]]:
-        """One response -> (score in [0, 1], further numbers)."""
-        try:
-            value = self.function(
-                data_source=prompt.data_source,
-                solution_str=text,
-                ground_truth=prompt.ground_truth,
-                extra_info=prompt.extra_info,
-                **self.kwargs,
-            )
-        except Exception as e:
-            raise UserError(
-                f"{self.path}: {self.name} raised {_where(e, self.path)} on the response {text[:80]!r} "
-                f"to the prompt {prompt.text[:80]!r} (ground truth {prompt.ground_truth[:40]!r})."
-            ) from e
-        extra: dict[str, float] = {}
-        score = value
-        if isinstance(value, dict):
-            extra = {k: x for k, v in value.items() if k != "score" and (x := _number(v)) is not None}
-            score = value.get("score")
-        number = _number(score)
-        if number is not None and 0.0 <= number <= 1.0:
-            return number, extra
-        raise UserError(
-            f"{self.path}: {self.name} returned {value!r:.60} for the response {text[:80]!r}; "
-            "it must return a number from 0 to 1, or a dict whose 'score' is one."
+    def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores:
+        """Score N texts for each of G prompts, wherever they come from: rewards [G, N] float32."""
+        return self._collect(prompts, texts, {}, len(texts[0]) if texts else 0)
+
+    def _submit(self, prompt: Prompt, texts: list[str]) -> "list[Future[Outcome]]":
+        given = {"ground_truth": prompt.ground_truth, "data_source": prompt.data_source, **self.cfg.reward_kwargs}
+        if not self.pool.ranks or self.pool.takes is None or "extra_info" in self.pool.takes:
+            given["extra_info"] = prompt.extra_info
+        if self.pool.ranks:
+            return [self.pool.submit({"responses": texts, **given})]
+        return [self.pool.submit({"solution_str": text, **given}) for text in texts]
+
+    def _collect(self, prompts: list[Prompt], texts: list[list[str]], begun: dict[int, Any], n: int) -> Scores:
+        groups = list(zip(prompts, texts, strict=True))
+        futures = [begun.get(g) or self._submit(*group) for g, group in enumerate(groups)]
+        table = _Table(len(groups), n)
+        for g, (prompt, group) in enumerate(track(groups, "scoring")):
+            for i, future in enumerate(futures[g]):
+                outcome = future.result()
+                answers = group if self.pool.ranks else [group[i]]
+                if outcome.fault:
+                    self._tell(outcome, prompt, answers)
+                table.enter(g, range(len(group)) if self.pool.ranks else [i], outcome)
+        return table.scores(skip_groups=self.cfg.on_error == "skip_group")
+
+    def _tell(self, outcome: Outcome, prompt: Prompt, texts: list[str]) -> None:
+        """Say once what is wrong, with the traceback; or stop."""
+        text = (
+            f"{self.path}: {self.name} {outcome.said}, on the response {texts[0][:80]!r}"
+            f"{f' and {len(texts) - 1} more' if len(texts) > 1 else ''} to the prompt {prompt.text[:80]!r} "
+            f"(ground truth {prompt.ground_truth[:40]!r})."
         )
+        if outcome.fault == "timeout":
+            text += " If it needs longer: reward.timeout_s."
+        if self.cfg.on_error == "stop":
+            raise UserError(text)
+        if outcome.kind in self.told:
+            return
+        self.told.add(outcome.kind)
+        effect = {"zero": "it scores 0", "skip_group": "its group is left out"}[self.cfg.on_error]
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        trace = f"\n{outcome.trace.rstrip()}" if outcome.trace else ""
+        note = f"({effect}, reward.on_error; told once, counted in reward/{outcome.fault}s)"
+        print(f"{rank}warning: {text} {note}{trace}", file=sys.stderr, flush=True)
+
+
+class _Table:
+    """Outcomes -> Scores."""
+
+    def __init__(self, g: int, n: int):
+        self.rewards, self.faulty = torch.zeros(g, n), torch.zeros(g, n, dtype=torch.bool)
+        self.parts: dict[str, torch.Tensor] = {}
+        self.predictions: list[list[str | None]] = [[None] * n for _ in range(g)]
+        self.counts = {"calls": 0, "errors": 0, "timeouts": 0}
+
+    def enter(self, g: int, places: Any, outcome: Outcome) -> None:
+        self.counts["calls"] += 1
+        if outcome.fault:
+            self.counts[f"{outcome.fault}s"] += 1
+            self.faulty[g, list(places)] = True
+            return
+        if "scores" in outcome.reply:
+            self.rewards[g] = torch.tensor(outcome.reply["scores"])
+            return
+        (i,) = places
+        self.rewards[g, i] = outcome.reply["score"]
+        self.predictions[g][i] = outcome.reply["pred"]
+        for name, value in outcome.reply["parts"].items():
+            if name not in self.parts:
+                self.parts[name] = torch.full_like(self.rewards, torch.nan)
+            self.parts[name][g, i] = value
+
+    def scores(self, skip_groups: bool) -> Scores:
+        # All rewards of a group alike is what no objective learns from.
+        skipped = self.faulty.any(1).nonzero().flatten().tolist() if skip_groups else []
+        self.rewards[skipped] = 0.0
+        parts = dict(sorted(self.parts.items()))
+        return Scores(self.rewards, parts, self.predictions, skipped, **self.counts)
+
+
+class _Printed:
+    """Shows the first lines of what a reward function prints."""
+
+    def __init__(self) -> None:
+        self.left, self.part = PRINTED_LINES, ""
+
+    def __call__(self, text: str) -> None:
+        if self.left <= 0:
+            return
+        lines = (self.part + text[: PRINTED_LINES * LINE_WIDTH]).split("\n")
+        self.part = lines.pop()[:LINE_WIDTH]
+        for line in lines[: self.left]:
+            say(f"reward function: {line[:LINE_WIDTH]}")
+        self.left -= len(lines)
+        if self.left <= 0:
+            say(f"reward function: (it prints more than {PRINTED_LINES} lines; the rest is not shown)")
+
+
+def _cores() -> int:
+    """This rank's share of the processor."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

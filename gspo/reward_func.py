@@ -25,10 +25,19 @@ MAX_RESPONSE, MAX_ANSWER, MAX_CALCULATION, MAX_NESTING = 16_000, 200, 120, 16
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
     """1.0, 0.5, 0.1 or 0.0, by the table above."""
+    return score_parts(data_source, solution_str, ground_truth, extra_info)["score"]
+
+
+def score_parts(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None
+) -> dict[str, float]:
+    """The score, and the components that make it: {"score", "correct", "reasoning", "format"}."""
     correct = correctness(solution_str, ground_truth)
-    if correct == 1.0 and reasoning_quality(solution_str) == 1.0:
-        return 1.0
-    return 0.5 if correct > 0.0 else 0.1 * format_quality(solution_str)
+    reasoning, marked = reasoning_quality(solution_str), format_quality(solution_str)
+    score = 0.5 if correct > 0.0 else 0.1 * marked
+    if correct == 1.0 and reasoning == 1.0:
+        score = 1.0
+    return {"score": score, "correct": correct, "reasoning": reasoning, "format": marked}
 
 
 def rank_responses(responses: list[str], ground_truth: str, data_source: str) -> list[tuple[int, float]]:

@@ -18,6 +18,7 @@ from gspo.sampling import Sampling, choose, sample_keys, uniforms
 from gspo.types import Prompt, Rollout
 
 TRAIN, EVAL, GREEDY = 0, 1, 2  # purposes: samples for one never equal those for another
+OnGroup = Callable[[int, Prompt, list[str]], None]
 COMPACT_BELOW = 0.6  # finished answers are dropped from the batch when the living ones are fewer than this share
 
 
@@ -41,18 +42,38 @@ class Sampler:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[Prompt], n: int, sampling: Sampling, *, purpose: int = TRAIN, step: int = 0
+        self,
+        prompts: list[Prompt],
+        n: int,
+        sampling: Sampling,
+        *,
+        purpose: int = TRAIN,
+        step: int = 0,
+        on_group: OnGroup | None = None,
     ) -> Rollout:
-        """Sample n answers to each prompt: a Rollout [G, n, L] on the sampler's device, in the prompts' order."""
+        """Sample n answers to each prompt: a Rollout [G, n, L] on the sampler's device, in the prompts' order.
+
+        `on_group(place, prompt, texts)` is called as soon as the n answers to a prompt have ended, while others go on.
+        """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # alike lengths pad least
         per_batch = max(1, self.max_slots // n)
         batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
         rows: dict[int, tuple[Tensor, ...]] = {}
+        texts: dict[int, list[str]] = {}
         for batch in track(batches, "sampling"):
-            parts = self._generate_batch([prompts[i] for i in batch], n, sampling, purpose, step)
+
+            def ended(k: int, tokens: Tensor, lengths: Tensor, batch: list[int] = batch) -> None:
+                i = batch[k]
+                texts[i] = self._texts(tokens, lengths)
+                if on_group:
+                    on_group(i, prompts[i], texts[i])
+
+            parts = self._generate_batch([prompts[i] for i in batch], n, sampling, purpose, step, ended)
             for k, i in enumerate(batch):
                 rows[i] = tuple(part[k * n : (k + 1) * n] for part in parts)
-        return self._collect(prompts, n, [rows[i] for i in range(len(prompts))])
+        return self._collect(
+            prompts, n, [rows[i] for i in range(len(prompts))], [texts[i] for i in range(len(prompts))]
+        )
 
     def generate_share(
         self,
@@ -63,19 +84,37 @@ class Sampler:
         *,
         purpose: int = TRAIN,
         step: int = 0,
+        on_group: OnGroup | None = None,
     ) -> tuple[list[int], Rollout]:
         """This rank's share of the prompts, as places in the list, and its answers to them.
 
-        Ranks that share one tensor-parallel model generate the share of all of them together.
+        Ranks that share one tensor-parallel model generate the share of all of them together; `on_group` hears of
+        this rank's own, with their places in its Rollout.
         """
         together, mine = world.positions(len(prompts), self.tp), world.positions(len(prompts))
-        rollout = self.generate([prompts[p] for p in together], n, sampling, purpose=purpose, step=step)
+
+        def own(i: int, prompt: Prompt, texts: list[str]) -> None:
+            if together[i] in mine:
+                on_group(mine.index(together[i]), prompt, texts)
+
+        rollout = self.generate(
+            [prompts[p] for p in together], n, sampling, purpose=purpose, step=step, on_group=own if on_group else None
+        )
         return mine, rollout if together == mine else rollout.select([together.index(p) for p in mine])
 
     def _generate_batch(
-        self, prompts: list[Prompt], n: int, sampling: Sampling, purpose: int, step: int
+        self,
+        prompts: list[Prompt],
+        n: int,
+        sampling: Sampling,
+        purpose: int,
+        step: int,
+        ended: Callable[[int, Tensor, Tensor], None],
     ) -> tuple[Tensor, ...]:
-        """-> tokens, logprobs, entropy [B * n, max_new_tokens], lengths [B * n], finished [B * n]."""
+        """-> tokens, logprobs, entropy [B * n, max_new_tokens], lengths [B * n], finished [B * n].
+
+        `ended(k, tokens [n, max_new_tokens], lengths [n])` is called once for each prompt.
+        """
         logits, cache, mask = self._prefill(prompts)
         cache.batch_repeat_interleave(n)
         logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
@@ -90,6 +129,7 @@ class Sampler:
         entropy = torch.zeros(count, longest, device=self.device)
         lengths = torch.zeros(count, dtype=torch.long, device=self.device)
         finished = torch.zeros(count, dtype=torch.bool, device=self.device)
+        told = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         slots = torch.arange(count, device=self.device)  # row of each sequence still in the batch
         for position in range(longest):
             u = None if sampling.temperature == 0 else uniforms(keys[slots], position)
@@ -104,6 +144,10 @@ class Sampler:
             finished[slots] |= torch.isin(token, ends)
             keep = ~finished[slots]
             still = int(keep.sum())
+            if still < len(living):
+                for k in (finished.view(-1, n).all(1) & ~told).nonzero().flatten().tolist():
+                    ended(k, tokens[k * n : (k + 1) * n], lengths[k * n : (k + 1) * n])
+                    told[k] = True
             if still == 0 or position == longest - 1:
                 break
             if still < COMPACT_BELOW * len(slots):
@@ -111,6 +155,8 @@ class Sampler:
                 slots, token, mask = slots[keep], token[keep], mask[keep]
             mask = torch.cat([mask, mask.new_ones(len(slots), 1)], 1)
             logits = self._decode(token, mask, cache)
+        for k in (~told).nonzero().flatten().tolist():  # cut off
+            ended(k, tokens[k * n : (k + 1) * n], lengths[k * n : (k + 1) * n])
         return tokens, logprobs, entropy, lengths, finished
 
     def _prefill(self, prompts: list[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
@@ -144,20 +190,20 @@ class Sampler:
         )
         return out.logits[:, -1]
 
-    def _collect(self, prompts: list[Prompt], n: int, rows: list[tuple[Tensor, ...]]) -> Rollout:
+    def _texts(self, tokens: Tensor, lengths: Tensor) -> list[str]:
+        """Answers [n, L] as text, without end-of-sequence tokens."""
+        answers = zip(tokens.tolist(), lengths.tolist(), strict=True)
+        kept = [[t for t in answer[:length] if t not in self.end_ids] for answer, length in answers]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+
+    def _collect(
+        self, prompts: list[Prompt], n: int, rows: list[tuple[Tensor, ...]], texts: list[list[str]]
+    ) -> Rollout:
         if not prompts:
             empty = torch.zeros(0, n, 0, device=self.device)
             none = torch.zeros(0, n, dtype=torch.long, device=self.device)
             return Rollout([], empty.long(), none, empty, empty, none.bool(), [])
         tokens, logprobs, entropy, lengths, finished = (torch.stack(parts) for parts in zip(*rows, strict=True))
         width = int(lengths.max())
-        texts = [
-            [
-                self.tokenizer.decode([t for t in answer[:length] if t not in self.end_ids], skip_special_tokens=True)
-                for answer, length in zip(group, group_lengths, strict=True)
-            ]
-            for group, group_lengths in zip(tokens.tolist(), lengths.tolist(), strict=True)
-        ]
-        cut = (x[..., :width].clone() for x in (tokens, logprobs, entropy))
-        tokens, logprobs, entropy = cut
+        tokens, logprobs, entropy = (x[..., :width].clone() for x in (tokens, logprobs, entropy))
         return Rollout(prompts, tokens, lengths, logprobs, entropy, finished, texts)

@@ -24,6 +24,12 @@ GLOSSARY = {
     "preference_accuracy": "share of pairs that the implicit rewards order rightly (healthy above 0.6)",
     "kl_divergence": "KL to the reference, nats per token, k3 estimate (healthy 0.001 to 0.1); 0 when a round begins",
     "ranking_loss": "the ranking term, before its weight is applied (should fall)",
+    "reward/correct": "of the default reward: share of right final answers (a list may be half right)",
+    "reward/reasoning": "of the default reward: share of the stated calculations that hold",
+    "reward/format": "of the default reward: share of answers that are clearly marked",
+    "reward/errors": "calls of the reward function that raised, returned no score or took their process with them",
+    "reward/timeouts": "calls of the reward function that were ended for taking longer than reward.timeout_s",
+    "reward/faults": "share of calls that did either",
     "loss/total": "the loss that is minimised",
     "loss/preference": "its preference term",
     "loss/ranking": "its ranking term, weighted",
@@ -100,6 +106,11 @@ class HealthCheck:
             "cutoff": (
                 get("response/cutoff", 0.0) > c.cutoff_max,
                 f"more than {c.cutoff_max:.0%} of the answers are cut off: raise rollout.max_new_tokens",
+            ),
+            "faults": (
+                get("reward/faults", 0.0) > c.reward_faults_max,
+                f"more than {c.reward_faults_max:.0%} of the reward function's calls fail: mend it, or raise "
+                "reward.timeout_s",
             ),
             "pairs": (
                 starved,

@@ -54,8 +54,17 @@ class Rollout:
 class Scores:
     """What the reward function said of a rollout."""
 
-    rewards: Tensor  # [G, N] float32 in [0, 1]
-    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [G, N], further numbers it returned
+    rewards: Tensor  # [G, N] float32 in [0, 1], on the CPU
+    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [G, N], its further numbers; NaN where none
+    predictions: list[list[str | None]] = field(default_factory=list)  # G x N, the final answers it read (`pred`)
+    skipped: list[int] = field(default_factory=list)  # groups left out for a fault of the function; they score 0
+    errors: int = 0  # calls that raised, returned no score, or took their process with them
+    timeouts: int = 0  # calls that took too long
+    calls: int = 0
+
+    @property
+    def faults(self) -> int:
+        return self.errors + self.timeouts
 
 
 @dataclass(frozen=True)

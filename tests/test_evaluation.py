@@ -1,11 +1,32 @@
 """The numbers of the table: against enumeration, published intervals and hand counts."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from gspo.evaluation import Answers, bootstrap, majority_reward, pass_at_k, report, summarise, table, wilson
+from gspo.config import Reward
+from gspo.distributed import World
+from gspo.evaluation import (
+    Answers,
+    answer,
+    bootstrap,
+    correct_of,
+    finals_of,
+    majority_reward,
+    pass_at_k,
+    report,
+    summarise,
+    table,
+    wilson,
+)
+from gspo.reward import Scorer
+from gspo.rollout import Sampler
+from gspo.sampling import Sampling
+from gspo.types import Prompt, Rollout, Scores
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
@@ -67,7 +88,8 @@ def test_majority_by_hand(rewards, final, expected):
 ANSWERS = Answers(
     sources=["en", "zh", "en"],
     rewards=np.array([[1.0, 1.0, 0.1, 0.0], [1.0, 0.5, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]]),
-    greedy=np.array([1.0, 0.5, 0.0]),
+    correct=np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool),
+    greedy=np.array([True, False, False]),
     final=[["7", "7", "5", "?"], ["1", "1", "2", "2"], ["a", "b", "c", "d"]],
 )
 
@@ -87,8 +109,36 @@ def test_summary_by_hand():
 
 
 def test_a_reward_just_below_full_is_not_correct():
-    answers = Answers(["a"], np.array([[0.99, 1.0 - 1e-9]]), np.array([0.999]), [["1", "1"]])
-    assert (summarise(answers)["pass@1"], summarise(answers)["greedy"]) == (0.5, 0.0)
+    assert correct_of(Scores(torch.tensor([[0.99, 1.0 - 1e-9, 1.0]]))).tolist() == [[False, True, True]]
+
+
+def test_acc_goes_before_the_reward_where_the_function_gives_it():
+    acc = {"acc": torch.tensor([[1.0, 0.0, math.nan]])}
+    assert correct_of(Scores(torch.tensor([[0.3, 1.0, 1.0]]), acc)).tolist() == [[True, False, True]]
+
+
+def test_pred_goes_before_our_reading_of_the_answer():
+    none = torch.zeros(1, 2)
+    rollout = Rollout([], none, none, none, none, none, [["#### 7", "#### 5"]])
+    assert finals_of(Scores(none, predictions=[["seven", None]]), rollout) == [["seven", "5"]]
+
+
+def test_answers_end_to_end_with_acc_pred_and_a_fault(tokenizer, embedded_model, tmp_path, capfd):
+    """A function that calls every second answer right whatever its reward, and fails on the rest of one prompt."""
+    (tmp_path / "r.py").write_text(
+        "def compute_score(solution_str, ground_truth, **_):\n"
+        "    if ground_truth == '3': raise ValueError\n"
+        "    return {'score': 0.5, 'acc': ground_truth == '1', 'pred': 'p' + ground_truth}\n"
+    )
+    prompts = [Prompt(i, tuple(tokenizer("x + 1 = 2")["input_ids"]), "", str(i), f"s{i % 2}") for i in range(1, 4)]
+    sampler = Sampler(embedded_model, tokenizer, torch.device("cpu"))
+    scorer = Scorer(Reward(path=str(tmp_path / "r.py"), workers=1))
+    world = World(0, 1, torch.device("cpu"), None)
+    got = answer(sampler, scorer, prompts, 2, Sampling(max_new_tokens=4), world)
+    assert got.sources == ["s1", "s0", "s1"] and got.rewards.tolist() == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]
+    assert got.correct.tolist() == [[True, True], [False, False], [False, False]]
+    assert got.greedy.tolist() == [True, False, False] and got.final[:2] == [["p1", "p1"], ["p2", "p2"]]
+    assert got.faults == 3 and report(got)["reward_faults"] == 3
 
 
 def test_report_by_data_source_is_the_summary_of_its_rows():
@@ -97,7 +147,13 @@ def test_report_by_data_source_is_the_summary_of_its_rows():
     en, zh = r["by_data_source"].values()
     rows = [0, 2]
     assert en == summarise(
-        Answers(["en"] * 2, ANSWERS.rewards[rows], ANSWERS.greedy[rows], [ANSWERS.final[i] for i in rows])
+        Answers(
+            ["en"] * 2,
+            ANSWERS.rewards[rows],
+            ANSWERS.correct[rows],
+            ANSWERS.greedy[rows],
+            [ANSWERS.final[i] for i in rows],
+        )
     )
     assert (en["prompts"], en["pass@4"], en["greedy"]) == (2, 0.5, 0.5)
     assert (zh["prompts"], zh["pass@4"], zh["maj@4"], zh["reward_mean"]) == (1, 1.0, 0.25, pytest.approx(1.7 / 4))
@@ -105,7 +161,7 @@ def test_report_by_data_source_is_the_summary_of_its_rows():
 
 
 def test_one_source_is_not_listed_twice():
-    assert "by_data_source" not in report(Answers(["en"] * 3, ANSWERS.rewards, ANSWERS.greedy, ANSWERS.final))
+    assert "by_data_source" not in report(replace(ANSWERS, sources=["en"] * 3))
 
 
 def test_the_table_holds_every_value_in_aligned_columns():
@@ -123,7 +179,7 @@ def test_the_table_holds_every_value_in_aligned_columns():
 
 
 def test_a_metric_that_one_column_lacks_leaves_its_cell_empty():
-    fewer = summarise(Answers(["x"], np.array([[1.0]]), np.array([1.0]), [["7"]]))
+    fewer = summarise(Answers(["x"], np.array([[1.0]]), np.array([[True]]), np.array([True]), [["7"]]))
     lines = table({"many": summarise(ANSWERS), "few": fewer}).splitlines()
     by_name = {line.split()[0]: line for line in lines[1:]}
     assert by_name["pass@1"].count("[") == 2 and by_name["pass@4"].count("[") == 1

@@ -17,9 +17,7 @@ LOGPROBS = torch.tensor([[[-1.0, -2, 0], [-4, 0, 0]], [[-1, -1, -1], [-2, -2, -2
 REFERENCE = torch.tensor([[[-1.5, -2, 0], [-4, 0, 0]], [[-1, -1, -1], [-2, -2, -1]]])
 
 
-def step(groups=(0, 1)):
-    """Two prompts of two answers; `groups` is the part that a rank sees."""
-    g = list(groups)
+def an_experience(g):
     prompts = [Prompt(i, (1,), "", "", "") for i in g]
     sampled = (LOGPROBS + 0.01 * (torch.arange(3) < LENGTHS[..., None]))[g]
     entropy = 0.5 * (torch.arange(3) < LENGTHS[..., None]).float()[g]
@@ -28,8 +26,14 @@ def step(groups=(0, 1)):
     rollout = Rollout(prompts, tokens, LENGTHS[g], sampled, entropy, finished, [["", ""]] * len(g))
     anchors = REFERENCE.sum(-1)[g]
     exp = Experience(rollout, REWARDS[g], preferences(REWARDS[g], 0.1), REFERENCE[g], anchors, g, 2, 1)
+    return exp, Update(LOGPROBS[g], {"preference": 0.25 * len(g)}, [1.0, 3.0])
+
+
+def step(groups=(0, 1)):
+    """Two prompts of two answers; `groups` is the part that a rank sees."""
+    g = list(groups)
+    exp, update = an_experience(g)
     parts = {"acc": torch.tensor([[1.0, 0.0], [math.nan, 1.0]])[g]}
-    update = Update(LOGPROBS[g], {"preference": 0.25 * len(g)}, [1.0, 3.0])
     return observe(exp, Scores(REWARDS[g], parts), update, Objective(preference_beta=0.2))
 
 
@@ -59,3 +63,11 @@ def test_a_rank_without_prompts_changes_nothing():
     alone, with_idle = Meter.merge([step().state()]), Meter.merge([step().state(), step([]).state()])
     idle = {k: v for k, v in with_idle.items() if k != "grad_norm"}
     assert idle == pytest.approx({k: v for k, v in alone.items() if k != "grad_norm"})
+
+
+def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():
+    exp, update = an_experience([0, 1])
+    scores = Scores(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), skipped=[1], errors=1, timeouts=2, calls=12)
+    m = Meter.merge([observe(exp, scores, update, Objective()).state()] * 2)
+    assert (m["reward_mean"], m["reward_max"]) == (0.5, 1.0)
+    assert (m["reward/errors"], m["reward/timeouts"], m["reward/faults"]) == (2, 4, 6 / 24)

@@ -1,6 +1,7 @@
 """The user's reward function: how it is found and called, what it may return, and how its faults are told."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +18,24 @@ SIGNATURE = "def compute_score(data_source, solution_str, ground_truth, extra_in
 
 @pytest.fixture()
 def scorer(tmp_path):
+    """Make a scorer from the body of a function; faults raise, unless `on_error` says otherwise."""
+    made = []
+
     def scorer(body, signature=SIGNATURE, **settings):
         path = tmp_path / "my_reward.py"
         path.write_text(signature + "".join(f"    {line}\n" for line in body.splitlines()), encoding="utf-8")
-        return Scorer(Reward(path=str(path), **settings))
+        made.append(Scorer(Reward(path=str(path), **{"on_error": "stop", "workers": 1, **settings})))
+        return made[-1]
 
-    return scorer
+    yield scorer
+    for each in made:
+        each.close()
+
+
+def ask(scorer, text, prompt=PROMPT):
+    """One response -> (reward, {name: number})."""
+    scores = scorer.score_texts([prompt], [[text]])
+    return scores.rewards.item(), {name: part.item() for name, part in scores.parts.items()}
 
 
 def a_rollout(*texts, prompts=None):
@@ -47,7 +60,12 @@ def test_the_default_is_the_seeds_function():
     texts = ["#### 7", "3 + 4 = 8\n#### 7", "#### 5", "who knows"]
     scores = Scorer(Reward())(a_rollout(texts, texts[::-1]))
     assert scores.rewards.tolist() == [pytest.approx([1.0, 0.5, 0.1, 0.0]), pytest.approx([0.0, 0.1, 0.5, 1.0])]
-    assert scores.rewards.dtype == torch.float32 and scores.parts == {}
+    assert scores.rewards.dtype == torch.float32
+    assert {name: part[0].tolist() for name, part in scores.parts.items()} == {
+        "correct": [1.0, 1.0, 0.0, 0.0],
+        "reasoning": [1.0, 0.0, 1.0, 1.0],
+        "format": [1.0, 1.0, 1.0, 0.0],
+    }
 
 
 def test_every_response_is_scored_with_its_own_prompt(scorer):
@@ -57,47 +75,48 @@ def test_every_response_is_scored_with_its_own_prompt(scorer):
 
 
 def test_it_is_called_by_keyword_with_all_that_is_known(scorer):
-    ask = scorer(
+    my = scorer(
         "assert (data_source, solution_str, ground_truth) == ('math_reasoning', 'seven', '7')\n"
         "assert extra_info == {'index': 3} and bonus == 0.25 and names == ['a']\n"
         "return bonus",
         "def compute_score(*, names, bonus, extra_info, ground_truth, solution_str, data_source):\n",
         reward_kwargs={"bonus": 0.25, "names": ["a"]},
     )
-    assert ask.score(PROMPT, "seven") == (0.25, {})
+    assert ask(my, "seven") == (0.25, {})
 
 
 def test_another_function_of_the_file_by_name(scorer):
-    ask = scorer("return 1.0", "def compute_score(**_):\n    return 0.0\n\n\ndef judge(**_):\n", name="judge")
-    assert ask.score(PROMPT, "") == (1.0, {})
+    my = scorer("return 1.0", "def compute_score(**_):\n    return 0.0\n\n\ndef judge(**_):\n", name="judge")
+    assert ask(my, "") == (1.0, {})
 
 
 def test_the_file_may_hold_dataclasses_and_import_the_default(scorer):
     head = "from dataclasses import dataclass\nfrom gspo.reward_func import correctness\n"
     head += "@dataclass\nclass R:\n    a: int\n"
-    assert scorer("return correctness(solution_str, ground_truth)", head + SIGNATURE).score(PROMPT, "7") == (1.0, {})
+    assert ask(scorer("return correctness(solution_str, ground_truth)", head + SIGNATURE), "7") == (1.0, {})
 
 
-@pytest.mark.parametrize(
-    ("value", "reward"),
-    [
-        ("1", 1.0),
-        ("0", 0.0),
-        ("0.5", 0.5),
-        ("True", 1.0),
-        ("np.float64(0.5)", 0.5),
-        ("np.float32(0.5)", 0.5),
-        ("np.int64(1)", 1.0),
-        ("np.bool_(True)", 1.0),
-        ("np.array(0.5)", 0.5),
-        ("np.array([0.5])", 0.5),
-        ("torch.tensor(0.5)", 0.5),
-        ("{'score': 0.5}", 0.5),
-        ("{'score': np.float32(0.5)}", 0.5),
-    ],
-)
-def test_a_number_from_0_to_1_in_any_dress(scorer, value, reward):
-    assert scorer(f"return {value}", "import numpy as np\nimport torch\n" + SIGNATURE).score(PROMPT, "") == (reward, {})
+GOOD = {
+    "1": 1.0,
+    "0": 0.0,
+    "0.5": 0.5,
+    "True": 1.0,
+    "np.float64(0.5)": 0.5,
+    "np.float32(0.5)": 0.5,
+    "np.int64(1)": 1.0,
+    "np.bool_(True)": 1.0,
+    "np.array(0.5)": 0.5,
+    "np.array([0.5])": 0.5,
+    "torch.tensor(0.5)": 0.5,
+    "{'score': 0.5}": 0.5,
+    "{'score': np.float32(0.5)}": 0.5,
+}
+
+
+def test_a_number_from_0_to_1_in_any_dress(scorer):
+    values = f"import numpy as np\nimport torch\nVALUES = {{{', '.join(f'{v!r}: {v}' for v in GOOD)}}}\n"
+    my = scorer("return VALUES[solution_str]", values + SIGNATURE)
+    assert my.score_texts([PROMPT], [list(GOOD)]).rewards.tolist() == [list(GOOD.values())]
 
 
 def test_the_numbers_beside_the_score_become_parts(scorer):
@@ -160,51 +179,52 @@ def test_a_function_that_raises_tells_line_response_and_prompt(scorer):
 def test_the_line_told_is_the_last_one_in_the_users_file(scorer):
     head = "import json\n\n\ndef read(text):\n    return json.loads(text)\n\n\n"
     with pytest.raises(UserError, match=r"JSONDecodeError: .* \(line 5\)"):
-        scorer("return read(solution_str)", head + SIGNATURE).score(PROMPT, "{")
+        ask(scorer("return read(solution_str)", head + SIGNATURE), "{")
 
 
 def test_a_path_relative_to_the_working_folder_tells_its_lines_too(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(SIGNATURE + "    return 1 / 0\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(line 2\)"):
-        Scorer(Reward(path="./my_reward.py")).score(PROMPT, "")
+        ask(Scorer(Reward(path="./my_reward.py", on_error="stop")), "")
 
 
 def test_a_function_that_takes_other_names_is_told_by_the_name(scorer):
-    with pytest.raises(UserError, match="TypeError: .*unexpected keyword argument 'data_source'"):
-        scorer("return 1.0", "def compute_score(text, gold):\n").score(PROMPT, "")
+    with pytest.raises(UserError, match="TypeError: .*unexpected keyword argument"):
+        ask(scorer("return 1.0", "def compute_score(text, gold):\n"), "")
 
 
-@pytest.mark.parametrize(
-    ("value", "told"),
-    [
-        ("float('nan')", "nan"),
-        ("float('inf')", "inf"),
-        ("None", "None"),
-        ("'0.5'", "'0.5'"),
-        ("1.5", "1.5"),
-        ("-0.1", "-0.1"),
-        ("1.0000001", "1.0000001"),
-        ("[1.0]", "[1.0]"),
-        ("np.array([0.5, 0.5])", "array([0.5, 0.5])"),
-        ("np.float64('nan')", "nan"),
-        ("np.str_('best')", "'best'"),
-        ("10**400", "1000"),
-        ("1j", "1j"),
-        ("{'score': 1.5}", "1.5"),
-        ("{'score': None}", "None"),
-        ("{'reward': 0.5}", "{'reward': 0.5}"),
-        ("{}", "{}"),
-    ],
-)
-def test_what_is_no_number_from_0_to_1_is_told_with_the_value(scorer, value, told):
-    ask = scorer(f"return {value}", "import numpy as np\n" + SIGNATURE)
-    with pytest.raises(UserError) as e:
-        ask.score(PROMPT, "the response")
-    said = re.search(
-        r"my_reward\.py: compute_score returned (.*) for the response 'the response'; it must", str(e.value)
-    )
-    assert said and told in said[1]
+BAD = {
+    "float('nan')": "nan",
+    "float('inf')": "inf",
+    "None": "None",
+    "'0.5'": "'0.5'",
+    "1.5": "1.5",
+    "-0.1": "-0.1",
+    "1.0000001": "1.0000001",
+    "[1.0]": "[1.0]",
+    "np.array([0.5, 0.5])": "array([0.5, 0.5])",
+    "np.float64('nan')": "nan",
+    "np.str_('best')": "'best'",
+    "10**400": "1000",
+    "1j": "1j",
+    "{'score': 1.5}": "1.5",
+    "{'score': None}": "None",
+    "{'reward': 0.5}": "{'reward': 0.5}",
+    "{}": "{}",
+}
+
+
+def test_what_is_no_number_from_0_to_1_is_told_with_the_value(scorer):
+    values = f"import numpy as np\nVALUES = {{{', '.join(f'{v!r}: {v}' for v in BAD)}}}\n"
+    my = scorer("return VALUES[solution_str]", values + SIGNATURE)
+    for value, told in BAD.items():
+        with pytest.raises(UserError) as e:
+            ask(my, value)
+        said = re.search(
+            r"my_reward\.py: compute_score returned (.*); it must return a number from 0 to 1", str(e.value)
+        )
+        assert said and told in said[1]
 
 
 def test_the_default_function_survives_what_a_model_may_write():
@@ -213,4 +233,114 @@ def test_the_default_function_survives_what_a_model_may_write():
 
 
 def test_the_default_file_may_be_given_by_path():
-    assert Scorer(Reward(path=reward_func.__file__)).score(PROMPT, "#### 7") == (1.0, {})
+    assert ask(Scorer(Reward(path=reward_func.__file__)), "#### 7") == (1.0, {})
+
+
+# ---- on_error: what a response without a score gets ----
+
+MIXED = "if solution_str == 'bad':\n    raise ValueError(ground_truth)\nreturn float(solution_str)"
+
+
+def test_zero_scores_the_response_0_counts_it_and_tells_each_kind_once(scorer, capfd):
+    my = scorer(MIXED, on_error="zero")
+    scores = my(a_rollout(["1", "bad", "0.5"], ["bad", "bad", "x"]))
+    assert scores.rewards.tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    assert (scores.calls, scores.errors, scores.timeouts, scores.faults, scores.skipped) == (6, 4, 0, 4, [])
+    told = capfd.readouterr().err
+    assert told.count("warning:") == 2 and "(line 3)" in told and "(line 4)" in told, "two lines, two kinds"
+    assert "'bad'" in told and "Traceback" not in told and "raise ValueError(ground_truth)" in told
+    my(a_rollout(["bad", "x"]))
+    assert capfd.readouterr().err == ""
+
+
+def test_skip_group_leaves_the_whole_group_without_contrast(scorer):
+    scores = scorer(MIXED, on_error="skip_group")(a_rollout(["1", "bad"], ["1", "0.5"]))
+    assert scores.rewards.tolist() == [[0.0, 0.0], [1.0, 0.5]] and scores.skipped == [0]
+
+
+def test_stop_names_the_response(scorer):
+    with pytest.raises(UserError, match="ValueError: 7 .line 3., on the response 'bad' to the prompt 'x . 5 = 12"):
+        scorer(MIXED, on_error="stop")(a_rollout(["1", "bad"]))
+
+
+def test_a_call_that_hangs_is_counted_and_told_with_the_cure(scorer, capfd):
+    my = scorer("while solution_str == 'bad':\n    pass\nreturn 1.0", on_error="zero", timeout_s=0.3)
+    scores = my(a_rollout(["1", "bad", "1"]))
+    assert scores.rewards.tolist() == [[1.0, 0.0, 1.0]] and (scores.errors, scores.timeouts) == (0, 1)
+    told = capfd.readouterr().err
+    assert re.search(r"took longer than 0.3 s \(line [23]\)", told) and "reward.timeout_s" in told
+
+
+def test_what_it_prints_is_shown_and_cut(scorer, capfd):
+    my = scorer("print('seen', solution_str)\nreturn 1.0")
+    my(a_rollout([str(i) for i in range(80)]))
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[0] == "reward function: seen 0" and shown[49] == "reward function: seen 49"
+    assert len(shown) == 51 and "the rest is not shown" in shown[50]
+
+
+# ---- what was begun while others were sampled ----
+
+
+def test_groups_begun_early_are_not_scored_again(scorer, tmp_path):
+    log = tmp_path / "calls"
+    my = scorer(f"open({str(log)!r}, 'a').write(solution_str + ' ')\nreturn float(solution_str)")
+    my.begin(1, PROMPT, ["0.25", "0.75"])
+    assert my(a_rollout(["0", "1"], ["0.25", "0.75"])).rewards.tolist() == [[0, 1], [0.25, 0.75]]
+    assert sorted(log.read_text().split()) == ["0", "0.25", "0.75", "1"]
+    my(a_rollout(["0", "1"], ["0.5", "0.5"]))
+    assert log.read_text().split()[4:] == ["0", "1", "0.5", "0.5"], "nothing of the last rollout is left"
+
+
+# ---- a ranking of the user's ----
+
+RANKS = "def rank_responses(responses, ground_truth, data_source):\n"
+
+
+def test_a_rank_responses_in_the_file_scores_whole_groups(scorer):
+    """The longest is best: no response has a score of its own."""
+    my = scorer(
+        "order = sorted(range(len(responses)), key=lambda i: -len(responses[i]))\n"
+        "return [(i, 1.0 - place / len(order)) for place, i in enumerate(order)]",
+        "def compute_score(**_):\n    raise SystemError\n\n\n" + RANKS,
+    )
+    my.begin(1, PROMPT, ["aaaa", "b"])
+    scores = my(a_rollout(["a", "bbb"], ["aaaa", "b"]))
+    assert scores.rewards.tolist() == [[0.5, 1.0], [1.0, 0.5]] and scores.calls == 2
+
+
+def test_it_gets_extra_info_and_kwargs_where_it_takes_them(scorer):
+    head = "def rank_responses(responses, ground_truth, data_source, extra_info, bonus):\n"
+    my = scorer("return [(0, bonus), (1, extra_info['index'] / 4)]", head, reward_kwargs={"bonus": 0.125})
+    assert my(a_rollout(["a", "b"])).rewards.tolist() == [[0.125, 0.75]]
+
+
+NO_RANKING = "[(0, 1)] | [(0, 1), (0, 0.5)] | [(0, 1), (2, 0.5)] | [(0, 2), (1, 0)] | None | [1.0, 0.5]"
+NO_RANKING += "| [(0, 1), (1, 0), (1, 0)] | [(0, None), (1, 1)] | [(0, float('nan')), (1, 1)]"
+
+
+@pytest.mark.parametrize("value", NO_RANKING.split("|"))
+def test_a_ranking_that_misses_or_doubles_a_response_is_a_fault(scorer, value):
+    my = scorer(f"return {value}", RANKS, on_error="skip_group")
+    scores = my(a_rollout(["a", "b"]))
+    assert (scores.errors, scores.skipped) == (1, [0])
+
+
+def test_a_copy_of_the_default_file_scores_each_response_by_its_own_compute_score(tmp_path):
+    source = Path(reward_func.__file__).read_text(encoding="utf-8")
+    changed = source.replace(
+        'return score_parts(data_source, solution_str, ground_truth, extra_info)["score"]', "return 0.25"
+    )
+    assert changed != source
+    (tmp_path / "copy.py").write_text(changed, encoding="utf-8")
+    my = Scorer(Reward(path=str(tmp_path / "copy.py"), workers=1))
+    assert not my.pool.ranks and ask(my, "#### 7") == (0.25, {})
+
+
+# ---- for evaluation ----
+
+
+def test_pred_is_kept_as_the_answer_that_was_read(scorer):
+    my = scorer("return {'score': 1, 'pred': 7 if solution_str else None, 'acc': False}")
+    scores = my(a_rollout(["a", ""]))
+    assert scores.predictions == [["7", None]] and scores.parts["acc"].tolist() == [[0.0, 0.0]]

@@ -5,6 +5,7 @@ import torch
 from architectures import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
+from gspo.distributed import World
 from gspo.logprobs import response_logprobs
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling, choose, sample_keys, uniforms
@@ -106,3 +107,40 @@ def test_first_tokens_follow_the_softmax_at_the_temperature():
     wanted = torch.cat([p[common] * n, (p[~common] * n).sum()[None]])
     chi2, dof = float(((seen - wanted) ** 2 / wanted.clamp_min(1e-9)).sum()), len(seen) - 1
     assert chi2 < dof + 4 * (2 * dof) ** 0.5
+
+
+def test_every_group_is_told_of_once_with_its_texts_when_its_last_answer_ends(monkeypatch):
+    """... and before the sampler has decoded what the longer groups still need."""
+    sampler, told, decoded = sampler_for(tiny_model("llama"), max_slots=12), {}, [0]
+    decode = sampler._decode
+
+    def counted(*args):
+        decoded[0] += 1
+        return decode(*args)
+
+    monkeypatch.setattr(sampler, "_decode", counted)
+
+    def on_group(place, prompt, texts):
+        assert place not in told
+        told[place] = (prompt.id, texts, decoded[0])
+
+    sizes = (3, 9, 5, 7, 4)
+    rollout = sampler.generate(prompts_of(sizes), 3, Sampling(1.5, max_new_tokens=40), on_group=on_group)
+    assert {place: texts for place, (_, texts, _) in told.items()} == dict(enumerate(rollout.texts))
+    assert all(rollout.prompts[place].id == id for place, (id, _, _) in told.items())
+    longest = rollout.lengths.amax(1)
+    first_batch = sorted(range(5), key=lambda i: sizes[i])[:4]  # four prompts of three answers fill twelve slots
+    for place in first_batch:
+        assert told[place][2] == longest[place] - 1, "told at the step in which its last answer ended"
+    assert len(longest[first_batch].unique()) > 1, "lengths should differ, or the test says little"
+
+
+def test_a_rank_is_told_of_its_own_prompts_only_by_their_place_in_its_rollout():
+    """Two ranks that share a tensor-parallel model sample all prompts together."""
+    sampler, told = sampler_for(tiny_model("llama"), tp=2), {}
+    world = World(1, 2, torch.device("cpu"), None)
+    places, rollout = sampler.generate_share(
+        prompts_of((3, 9, 5, 7, 4)), 2, Sampling(1.5, max_new_tokens=8), world,
+        on_group=lambda place, prompt, texts: told.update({place: (prompt, texts)}),
+    )  # fmt: skip
+    assert places == [1, 3] and told == dict(enumerate(zip(rollout.prompts, rollout.texts, strict=True)))

@@ -204,6 +204,7 @@ WELL = {
     "mismatch": 1e-4,
     "response/cutoff": 0.0,
     "pairs/groups_without": 0.3,
+    "reward/faults": 0.04,
     "round": 0.0,
 }
 ILL = {  # metric: (value out of range, words of the cure; the seed's FAQ is in the first two)
@@ -211,6 +212,7 @@ ILL = {  # metric: (value out of range, words of the cure; the seed's FAQ is in 
     "kl_divergence": (0.11, ["0.1", "raise objective.kl_coef", "lower optim.learning_rate"]),
     "mismatch": (0.03, ["0.02", "model.precision=fp32"]),
     "response/cutoff": (0.11, ["10%", "raise rollout.max_new_tokens"]),
+    "reward/faults": (0.06, ["5%", "reward function", "reward.timeout_s"]),
     "pairs/groups_without": (0.81, ["20%", "raise rollout.n", "lower objective.margin"]),
 }
 

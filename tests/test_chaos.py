@@ -1,0 +1,74 @@
+"""Training goes on with a reward function that does everything wrong, and every fault is counted."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+CHAOS = """
+import os, time, zlib
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    draw = zlib.crc32(f"{solution_str} {ground_truth}".encode()) % 100
+    kinds = ["hang", "raise", "nan", "none", "text", "exit", "memory", "print"]
+    if draw < len(kinds):
+        with open(LOG, "a") as log:
+            log.write(kinds[draw] + "\\n")
+        match kinds[draw]:
+            case "hang": time.sleep(1000)
+            case "raise": raise KeyError(solution_str)
+            case "nan": return float("nan")
+            case "none": return None
+            case "text": return "good"
+            case "exit": os._exit(1)
+            case "memory": bytearray(50 << 30)
+            case "print": print("x" * 100_000_000)
+    return float(solution_str.endswith(ground_truth))
+"""
+
+
+def children_of_init(folder):
+    """Worker processes that outlived their trainer."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"gspo.reward_worker" in (entry / "cmdline").read_bytes():
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                if parent == "1":
+                    found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on_error", ["zero", "skip_group"])
+def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
+    log = tmp_path / "log"
+    log.touch()
+    (tmp_path / "chaos.py").write_text(f"LOG = {str(log)!r}\n{CHAOS}")
+    done = run_program(
+        "train.py", "--config", "configs/quick.yaml", f"reward.path={tmp_path / 'chaos.py'}", "reward.timeout_s=0.5",
+        f"reward.on_error={on_error}", "reward.workers=2", "reward.check_rows=0", "eval.before_and_after=false",
+        "eval.round_prompts=0", "data.train_batch_size=8", f"trainer.max_steps={steps}",
+        f"trainer.output_dir={tmp_path}",
+        timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "quick" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == steps
+
+    seen = Counter(log.read_text().split())
+    # A process that ends is laid to a call only when it ends again: two lines for one fault.
+    errors = sum(seen[kind] for kind in ("raise", "nan", "none", "text", "memory")) + seen["exit"] / 2
+    assert sum(row["reward/errors"] for row in rows) == errors > 0
+    assert sum(row["reward/timeouts"] for row in rows) == seen["hang"]
+    assert done.stderr.count("warning:") <= 8, "each kind once"
+    assert len(done.stdout) < 100_000, "what it prints is cut"
+    assert children_of_init(tmp_path) == [] and not os.path.exists(tmp_path / "core")
+    if steps >= 200:
+        assert all(seen[kind] for kind in ("hang", "raise", "nan", "none", "text", "exit", "memory", "print")), seen
+        early, late = rows[steps // 4]["memory/peak_gib"], rows[-1]["memory/peak_gib"]
+        assert late < 1.05 * early, (early, late)
