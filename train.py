@@ -12,6 +12,7 @@ import argparse
 import torch
 
 from gspo import checkpoint as ckpt
+from gspo.check_data import require_gold
 from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
 from gspo.data import Batches, load_splits
@@ -40,11 +41,14 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
 
     check_launch(cfg, model_config, world, started=not check_only)
+    world.from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
 
     folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
     state = ckpt.load_state(resume) if resume else ckpt.State()
+    if world.is_main:
+        ckpt.keep_reward_function(folder, scorer.pool.source, state.step)
     selves = Selves(cfg, world, tokenizer, weights_from=resume)
     optimizer = make_optimizer(selves.policy, cfg)
     if resume:

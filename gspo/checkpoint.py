@@ -31,6 +31,7 @@ FREE_TO_CHANGE = re.compile(
     r"trainer\.(max_steps|total_epochs|save_freq|keep_last|resume|sample_rows|output_dir|n_gpus|nnodes)$"
     r"|health\.|eval\.|data\.test_files$|rollout\.(max_slots|tensor_model_parallel_size)$|reference\.param_offload$"
     r"|optim\.micro_batch_|model\.(gradient_checkpointing|attention)$"
+    r"|reward\.(workers|timeout_s|memory_gib|concurrency|check_rows)$"
 )
 
 
@@ -92,6 +93,19 @@ def open_run(cfg: Config) -> tuple[Path, Path | None]:
         raise UserError(f"trainer.output_dir: cannot write {folder}: {e.strerror or e}.") from e
     _link_latest_run(folder)
     return folder, checkpoint
+
+
+def keep_reward_function(folder: Path, source: str, step: int) -> None:
+    """A copy of the reward function beside the run; one that has changed since is told of, and both are kept."""
+    kept = folder / "reward_func.py"
+    if kept.exists() and step and (before := kept.read_text(encoding="utf-8")) != source:
+        older = folder / f"reward_func_until_step_{step}.py"
+        older.write_text(before, encoding="utf-8")
+        say(
+            f"warning: the reward function is another one than this run began with (kept as {older}). From step {step} "
+            "on it scores by the new one; trainer.resume=never starts anew."
+        )
+    kept.write_text(source, encoding="utf-8")
 
 
 def _check_same_experiment(stored: Path, cfg: Config) -> None:

@@ -1,117 +1,180 @@
-"""Rows on disk -> prompts in token ids, and the order in which they are trained.
+"""Prompts in token ids, made from rows when they are asked for, and the order in which they are trained.
 
-Two row schemas are read, from JSON (a list), JSONL or parquet (with pyarrow):
-the seed's `{"prompt": str, "ground_truth": str, "data_source": str}` and verl's
-`{"data_source", "prompt": [{"role", "content"}], "reward_model": {"ground_truth"}, "extra_info": {...}}`.
+Before training every row is read, checked and forgotten (`survey`); what stays in memory is where rows begin.
 """
 
-import json
-from collections.abc import Iterator
+import functools
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from gspo.config import Config
 from gspo.embedded import DATA_DIR, equations
+from gspo.encoding import Encoder, encode
 from gspo.errors import UserError
-from gspo.progress import track
+from gspo.progress import say, track
+from gspo.rows import Messages, parse_row
+from gspo.sources import Source, open_source
 from gspo.types import Prompt
 
-Row = dict[str, Any]
+__all__ = ["Batches", "Checker", "Prompts", "Splits", "Survey", "TooLong", "encode", "load_prompts", "load_splits"]
+
 EMBEDDED = {"train": "train.json", "val": "dev.json", "test": "test.json"}
+HUB_SPLIT = {"train": "train", "val": "validation", "test": "test"}  # of a data set that names none
+NO_LIMIT = 1 << 62
+SPACES = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) of one file; place names file and row for error messages."""
-    try:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        try:
-                            yield f"{path}, line {number}", json.loads(line)
-                        except json.JSONDecodeError as e:
-                            raise UserError(f"{path}, line {number} is not valid JSON: {e}.") from e
-        else:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list):
-                raise UserError(f"{path} holds a JSON {type(rows).__name__}; a list of rows is needed: [{{...}}, ...].")
-            for number, row in enumerate(rows, 1):
-                yield f"{path}, row {number}", row
-    except OSError as e:
-        raise UserError(f"data file {path}: {e.strerror or e}.") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}).") from e
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not valid JSON: {e}. One object a line? Then name it .jsonl.") from e
+class TooLong(UserError):
+    """A prompt with more tokens than data.max_prompt_length."""
 
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow.") from e
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as e:
-        raise UserError(f"{path} is not a parquet file: {e}.") from e
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path}, row {number}", row
-
-
-def parse_row(row: Any, place: str) -> tuple[list[dict[str, str]], str, str, dict]:
-    """A row of either schema -> (messages, ground_truth, data_source, extra_info)."""
-
-    def need(holds: bool, name: str, what: str) -> None:
-        if not holds:
-            got = f"{row[name]!r:.80}" if isinstance(row, dict) and name in row else "nothing"
-            raise UserError(f"{place}: field {name!r} must be {what}, got {got}.")
-
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: a row must be an object with prompt, ground_truth and data_source, got {row!r:.80}.")
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        need(bool(prompt.strip()), "prompt", "a text that is not empty")
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        ok = isinstance(prompt, list) and prompt
-        ok = ok and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
-        ok = ok and all(isinstance(m.get("content"), str) for m in prompt)
-        need(ok, "prompt", "a text, or a list of {role, content} messages")
-        messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
-    if "reward_model" in row:
-        truth = row["reward_model"].get("ground_truth") if isinstance(row["reward_model"], dict) else None
-        need(
-            isinstance(truth, str | int | float),
-            "reward_model",
-            'an object like {"style": "rule", "ground_truth": ...}',
+    def __init__(self, place: str, length: int, most: int):
+        super().__init__(
+            f"{place}: the prompt has {length} tokens, data.max_prompt_length is {most}. "
+            "Raise it, or set data.overlong=drop."
         )
-    else:
-        truth = row.get("ground_truth")
-        need(isinstance(truth, str | int | float), "ground_truth", "a text or a number")
-    source = row.get("data_source", "unknown")
-    need(isinstance(source, str), "data_source", "a text")
-    extra = row.get("extra_info") or {}
-    need(isinstance(extra, dict), "extra_info", "an object")
-    if "solution" in row:
-        extra = {**extra, "solution": row["solution"]}
-    return messages, str(truth), source, extra
 
 
-def encode(
-    messages: list[dict[str, str]], tokenizer: Any, system: str | None, template_kwargs: dict
-) -> tuple[int, ...]:
-    """Messages -> token ids up to where the answer begins; without a chat template, the plain text."""
-    if system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return tuple(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+class Prompts(Sequence[Prompt]):
+    """The prompts of some sources, read and encoded on access. `kept`: which rows, counted over all sources."""
+
+    def __init__(self, sources: list[Source], encoder: Encoder, max_length: int, kept: Sequence[int] | None = None):
+        self._sources, self._encoder, self._max_length = sources, encoder, max_length
+        self._firsts = [sum(len(s) for s in sources[:k]) for k in range(len(sources))]
+        self._kept = range(sum(map(len, sources))) if kept is None else kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _find(self, i: int) -> tuple[int, Source, int]:
+        number = int(self._kept[i])
+        k = bisect_right(self._firsts, number) - 1
+        return number, self._sources[k], number - self._firsts[k]
+
+    def place(self, i: int) -> str:
+        """Where prompt `i` stands, for messages."""
+        _, source, row = self._find(i)
+        return source.place(row)
+
+    @overload
+    def __getitem__(self, i: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, i: slice) -> "Prompts": ...
+    def __getitem__(self, i: int | slice) -> "Prompt | Prompts":
+        if isinstance(i, slice):
+            return Prompts(self._sources, self._encoder, self._max_length, self._kept[i])
+        number, source, row = self._find(i)
+        place = source.place(row)
+        messages, truth, data_source, extra = parse_row(source[row], place)
+        ids = self._encoder.ids(messages, place)
+        if len(ids) > self._max_length:  # the survey's bound let it pass, or the file has changed
+            raise TooLong(place, len(ids), self._max_length)
+        return Prompt(number, ids, messages[-1]["content"], truth, data_source, extra)
+
+
+class Checker:
+    """What a row must pass before training; tokenizes only where the bound leaves a doubt.
+
+    `positions`: tokens that the model has room for, which the longest prompt must not exceed.
+    """
+
+    def __init__(self, encoder: Encoder, max_length: int, positions: int = NO_LIMIT):
+        self.encoder, self.max_length, self.positions = encoder, max_length, positions
+        self.longest = 0  # of those tokenized, which include all that are longer than `positions`
+        self._settled = min(max_length, positions)  # a bound up to here needs no look
+
+    def __call__(self, row: Any, place: str) -> int:
+        """The key of a good row's prompt. Raises UserError, TooLong if its length is what is wrong."""
+        if isinstance(row, UserError):
+            raise row
+        messages = parse_row(row, place)[0]
+        bound = self.encoder.bound(messages, place)
+        if bound is None or bound > self._settled:
+            length = len(self.encoder.ids(messages, place))
+            if length > self.max_length:
+                raise TooLong(place, length, self.max_length)
+            if length > self.longest:
+                self.longest = length
+                self._settled = min(self.max_length, max(self.positions, length))
+        return key(messages)
+
+
+def key(messages: Messages) -> int:
+    """64 bits of the messages' text, ASCII whitespace levelled: what makes two prompts the same in this process."""
+    text = messages[0]["content"] if len(messages) == 1 else "\n".join([m["content"] for m in messages])
+    data = text.encode("utf-8", "surrogatepass").translate(SPACES).strip()
+    while b"  " in data:
+        data = data.replace(b"  ", b" ")
+    return hash(data)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the rows has found: the good ones, and their keys in the same order."""
+
+    prompts: Prompts
+    keys: np.ndarray
+
+
+def survey(
+    files: list[str],
+    checker: Checker,
+    left_out: Callable[[UserError], None],
+    *,
+    split: str = "train",
+    limit: int | None = None,
+) -> Survey:
+    """Check every row, up to `limit` good ones. `left_out` is told of each bad row and raises, or it is passed over."""
+    sources: list[Source] = []
+    keys, bad, number = array("q"), array("q"), 0
+    for name in files:
+        if limit is not None and len(keys) >= limit:
+            break
+        source = open_source(name, split)
+        sources.append(source)
+        for i, row in enumerate(track(source.rows(), f"reading {name}", len(source))):
+            try:
+                keys.append(checker(row, source.place(i)))
+            except UserError as e:
+                left_out(e)
+                bad.append(number)
+            number += 1
+            if len(keys) == limit:
+                break
+    kept = np.delete(np.arange(number), np.frombuffer(bad, np.int64)) if bad else range(number)
+    found = np.frombuffer(keys, np.int64) if keys else np.zeros(0, np.int64)
+    return Survey(Prompts(sources, checker.encoder, checker.max_length, kept), found)
+
+
+def load_survey(
+    files: list[str],
+    checker: Checker,
+    overlong: str = "error",
+    split: str = "train",
+    limit: int | None = None,
+) -> Survey:
+    """The survey that training wants: the first mistake is raised, prompts too long are dropped where that is asked."""
+    dropped = 0
+
+    def left_out(error: UserError) -> None:
+        nonlocal dropped
+        if overlong != "drop" or not isinstance(error, TooLong):
+            raise error
+        dropped += 1
+
+    found = survey(files, checker, left_out, split=split, limit=limit)
+    if dropped:
+        say(f"dropped {dropped} prompts longer than {checker.max_length} tokens")
+    if not len(found.prompts):
+        raise UserError(
+            f"no prompts in {', '.join(files)}" + (f" ({dropped} dropped as too long)." if dropped else ".")
+        )
+    return found
 
 
 def load_prompts(
@@ -124,95 +187,108 @@ def load_prompts(
     chat_template_kwargs: dict | None = None,
     limit: int | None = None,
     vocab_size: int | None = None,
-) -> list[Prompt]:
-    """Read, check and tokenize every row; UserError names the file, row and field that is wrong."""
-    prompts, dropped = [], 0
-    rows = (pair for name in files for pair in read_rows(Path(name)))
-    for number, (place, row) in enumerate(track(rows, f"reading {', '.join(files)}")):
-        if limit is not None and len(prompts) == limit:
-            break
-        messages, truth, source, extra = parse_row(row, place)
-        try:
-            ids = encode(messages, tokenizer, system_prompt, chat_template_kwargs or {})
-        except Exception as e:  # templates refuse roles, tokenizers refuse half characters; both raise many kinds
-            raise UserError(f"{place}: the tokenizer refuses this prompt: {' '.join(str(e).split()):.200}.") from e
-        if not ids or (vocab_size is not None and max(ids) >= vocab_size):
-            raise UserError(
-                f"{place}: the tokenizer gives no ids, or ids outside the model's {vocab_size}; wrong tokenizer?"
-            )
-        if len(ids) > max_prompt_length:
-            if overlong == "error":
-                raise UserError(
-                    f"{place}: the prompt has {len(ids)} tokens, data.max_prompt_length is {max_prompt_length}. "
-                    "Raise it, or set data.overlong=drop."
-                )
-            dropped += 1
-            continue
-        prompts.append(Prompt(number, ids, messages[-1]["content"], truth, source, extra))
-    if dropped:
-        print(f"dropped {dropped} prompts longer than {max_prompt_length} tokens")
-    if not prompts:
-        raise UserError(
-            f"no prompts in {', '.join(files)}" + (f" ({dropped} dropped as too long)." if dropped else ".")
-        )
-    return prompts
+    split: str = "train",
+) -> Prompts:
+    """Read and check every row; UserError names the file, row and field that is wrong."""
+    encoder = Encoder(tokenizer, system_prompt, chat_template_kwargs, vocab_size)
+    return load_survey(files, Checker(encoder, max_prompt_length), overlong, split, limit).prompts
 
 
 @dataclass(frozen=True)
 class Splits:
     """Prompts to train on, and held-out ones: `val` for the rounds, `test` for the table. These two may be empty."""
 
-    train: list[Prompt]
-    val: list[Prompt]
-    test: list[Prompt]
+    train: Sequence[Prompt]
+    val: Sequence[Prompt]
+    test: Sequence[Prompt]
 
 
-def load_splits(cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bool = False) -> Splits:
-    """The prompts that the configuration names; the embedded equations where it names none."""
+@dataclass(frozen=True)
+class Wanted:
+    """One split as the configuration wants it."""
+
+    name: str
+    files: list[str]
+    split: str  # of a data set that names none
+    limit: int | None
+
+
+def wanted_splits(cfg: Config, only_test: bool = False) -> Iterator[Wanted]:
+    """The splits that are not empty; the embedded equations, written if need be, where no training files are named."""
     files = {"train": cfg.data.train_files, "val": cfg.data.val_files, "test": cfg.data.test_files}
     if not files["train"]:
         files = {name: given or [str(DATA_DIR / EMBEDDED[name])] for name, given in files.items()}
     if any(not Path(f).exists() and Path(f).parent == DATA_DIR for given in files.values() for f in given):
         equations.write_splits()
+    hub_split = {**HUB_SPLIT, "test": HUB_SPLIT["test" if files["test"] else "val"]}
     files["test"] = files["test"] or files["val"]
     if only_test and not files["test"]:
         raise UserError(
             "nothing to evaluate on: data.test_files and data.val_files are empty; give eval.py --data FILE."
         )
     limits = {"val": cfg.eval.round_prompts, "test": cfg.eval.prompts, "train": None}
-    loaded = {}
     for name, given in files.items():
-        wanted = given and limits[name] != 0 and (name == "test" or not only_test)
-        loaded[name] = _load(given, tokenizer, model_config, cfg, limits[name]) if wanted else []
-    return Splits(**loaded)
+        if given and limits[name] != 0 and (name == "test" or not only_test):
+            yield Wanted(name, given, hub_split[name], limits[name])
 
 
-def _load(files: list[str], tokenizer: Any, model_config: Any, cfg: Config, limit: int | None) -> list[Prompt]:
-    text_config = model_config.get_text_config()
-    prompts = load_prompts(
-        files,
-        tokenizer,
-        max_prompt_length=cfg.data.max_prompt_length,
-        overlong=cfg.data.overlong,
-        system_prompt=cfg.data.system_prompt,
-        chat_template_kwargs=cfg.data.chat_template_kwargs,
-        limit=limit,
-        vocab_size=text_config.vocab_size,
+def make_checker(cfg: Config, tokenizer: Any, model_config: Any) -> Checker:
+    """The checker that the configuration asks for."""
+    text = model_config.get_text_config()
+    room = getattr(text, "max_position_embeddings", None)
+    return Checker(
+        Encoder(tokenizer, cfg.data.system_prompt, cfg.data.chat_template_kwargs, text.vocab_size),
+        cfg.data.max_prompt_length,
+        NO_LIMIT if room is None else room - cfg.rollout.max_new_tokens,
     )
-    longest, room = max(len(p.ids) for p in prompts), getattr(text_config, "max_position_embeddings", None)
-    if room is not None and longest + cfg.rollout.max_new_tokens > room:
+
+
+def check_positions(checker: Checker, cfg: Config) -> None:
+    """UserError when the longest prompt and its answer have more tokens than the model has positions."""
+    if checker.longest > checker.positions:
         raise UserError(
-            f"a prompt of {longest} tokens and rollout.max_new_tokens = {cfg.rollout.max_new_tokens} need more than "
-            f"the {room} positions of this model: lower rollout.max_new_tokens or data.max_prompt_length."
+            f"a prompt of {checker.longest} tokens and rollout.max_new_tokens = {cfg.rollout.max_new_tokens} need more "
+            f"than the {checker.positions + cfg.rollout.max_new_tokens} positions of this model: lower "
+            "rollout.max_new_tokens or data.max_prompt_length."
         )
-    return prompts
+
+
+def load_splits(cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bool = False) -> Splits:
+    """The prompts that the configuration names; the embedded equations where it names none."""
+    found: dict[str, Survey] = {}
+    for wanted in wanted_splits(cfg, only_test):
+        checker = make_checker(cfg, tokenizer, model_config)
+        found[wanted.name] = load_survey(wanted.files, checker, cfg.data.overlong, wanted.split, wanted.limit)
+        check_positions(checker, cfg)
+    held_out = [found[name].keys for name in ("val", "test") if name in found]
+    if "train" in found and held_out and (count := int(shared(found["train"].keys, np.concatenate(held_out)).sum())):
+        say(
+            f"warning: {count} of {len(found['train'].prompts)} training prompts are also among the held-out ones "
+            "(data.val_files, data.test_files): results on those say little. python -m gspo.check_data names them."
+        )
+    return Splits(*(found[name].prompts if name in found else [] for name in ("train", "val", "test")))
+
+
+def shared(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[len(keys)] bool: which of the keys are among the others."""
+    if not len(others):
+        return np.zeros(len(keys), bool)
+    others = np.sort(others)
+    return others[np.searchsorted(others, keys).clip(max=len(others) - 1)] == keys
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.default_rng([seed, epoch]).permutation(np.arange(count))
+    order.flags.writeable = False
+    return order
 
 
 @dataclass(frozen=True)
 class Batches:
     """The training order: batch `step` is a function of the seed alone, so a resumed run needs only the step number."""
 
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     size: int
     seed: int
     shuffle: bool = True
@@ -223,7 +299,6 @@ class Batches:
 
     def __getitem__(self, step: int) -> list[Prompt]:
         epoch, index = divmod(step, self.per_epoch)
-        order = np.arange(len(self.prompts))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        return [self.prompts[i] for i in order[index * self.size : (index + 1) * self.size]]
+        count = len(self.prompts)
+        order = _order(count, self.seed, epoch) if self.shuffle else range(count)
+        return [self.prompts[int(i)] for i in order[index * self.size : (index + 1) * self.size]]

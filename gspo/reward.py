@@ -63,11 +63,15 @@ class Scorer:
     def __call__(self, rollout: Rollout) -> Scores:
         """Wait for what was begun, score the rest. UserError with reward.on_error = stop when a call has a fault."""
         begun, self.begun = self.begun, {}
-        return self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1])
+        skip_groups = self.cfg.on_error == "skip_group"
+        scores, faults = self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1], skip_groups)
+        for outcome, prompt, texts in faults:
+            self._tell(outcome, prompt, texts)
+        return scores
 
     def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores:
-        """Score N texts for each of G prompts, wherever they come from: rewards [G, N] float32."""
-        return self._collect(prompts, texts, {}, len(texts[0]) if texts else 0)
+        """Score N texts for each of G prompts that no model wrote: rewards [G, N] float32, 0 for faults."""
+        return self._collect(prompts, texts, {}, len(texts[0]) if texts else 0, skip_groups=False)[0]
 
     def _submit(self, prompt: Prompt, texts: list[str]) -> "list[Future[Outcome]]":
         given = {"ground_truth": prompt.ground_truth, "data_source": prompt.data_source, **self.cfg.reward_kwargs}
@@ -77,18 +81,20 @@ class Scorer:
             return [self.pool.submit({"responses": texts, **given})]
         return [self.pool.submit({"solution_str": text, **given}) for text in texts]
 
-    def _collect(self, prompts: list[Prompt], texts: list[list[str]], begun: dict[int, Any], n: int) -> Scores:
+    def _collect(
+        self, prompts: list[Prompt], texts: list[list[str]], begun: dict[int, Any], n: int, skip_groups: bool
+    ) -> tuple[Scores, list[tuple[Outcome, Prompt, list[str]]]]:
+        """The scores; and the faults, with the prompt and the texts that they came with."""
         groups = list(zip(prompts, texts, strict=True))
         futures = [begun.get(g) or self._submit(*group) for g, group in enumerate(groups)]
-        table = _Table(len(groups), n)
+        table, faults = _Table(len(groups), n), []
         for g, (prompt, group) in enumerate(track(groups, "scoring")):
             for i, future in enumerate(futures[g]):
                 outcome = future.result()
-                answers = group if self.pool.ranks else [group[i]]
                 if outcome.fault:
-                    self._tell(outcome, prompt, answers)
+                    faults.append((outcome, prompt, group if self.pool.ranks else [group[i]]))
                 table.enter(g, range(len(group)) if self.pool.ranks else [i], outcome)
-        return table.scores(skip_groups=self.cfg.on_error == "skip_group")
+        return table.scores(skip_groups), faults
 
     def _tell(self, outcome: Outcome, prompt: Prompt, texts: list[str]) -> None:
         """Say once what is wrong, with the traceback; or stop."""
@@ -118,11 +124,12 @@ class _Table:
         self.rewards, self.faulty = torch.zeros(g, n), torch.zeros(g, n, dtype=torch.bool)
         self.parts: dict[str, torch.Tensor] = {}
         self.predictions: list[list[str | None]] = [[None] * n for _ in range(g)]
-        self.counts = {"calls": 0, "errors": 0, "timeouts": 0}
+        self.counts, self.first_fault = {"calls": 0, "errors": 0, "timeouts": 0}, ""
 
     def enter(self, g: int, places: Any, outcome: Outcome) -> None:
         self.counts["calls"] += 1
         if outcome.fault:
+            self.first_fault = self.first_fault or outcome.said
             self.counts[f"{outcome.fault}s"] += 1
             self.faulty[g, list(places)] = True
             return
@@ -142,7 +149,7 @@ class _Table:
         skipped = self.faulty.any(1).nonzero().flatten().tolist() if skip_groups else []
         self.rewards[skipped] = 0.0
         parts = dict(sorted(self.parts.items()))
-        return Scores(self.rewards, parts, self.predictions, skipped, **self.counts)
+        return Scores(self.rewards, parts, self.predictions, skipped, self.first_fault, **self.counts)
 
 
 class _Printed:

@@ -8,16 +8,24 @@
 | answer wrong (or less than half of a list), but clearly marked                    | 0.1   |
 | otherwise                                                                         | 0.0   |
 
-Copy this file, change `compute_score`, and pass it with `--reward_func ./my_reward.py`. Standard library only;
-no `eval`, no signals, no state: any thread may call it. A response, however long or odd, costs milliseconds,
-because only its last `MAX_RESPONSE` characters are read and every pattern below is linear in them.
+Copy this file, change `compute_score`, and pass it with `--reward_func ./my_reward.py`. No `eval`, no signals: any
+thread may call it. A response, however long or odd, costs milliseconds, because only its last `MAX_RESPONSE` characters
+are read and every pattern below is linear in them. The one thing that may hang, comparing LaTeX by math-verify, runs in
+a process that is ended after `LATEX_S`; without math-verify (pip install 'math-verify[antlr4_13_2]') LaTeX is compared
+as text.
 """
 
+import functools
 import operator
+import os
 import re
+import threading
+from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 MAX_RESPONSE, MAX_ANSWER, MAX_CALCULATION, MAX_NESTING = 16_000, 200, 120, 16
+LATEX_S = 3.0
 
 
 # ---- the seed's three functions ----
@@ -71,12 +79,18 @@ def extract_answer(solution_str: str) -> str:
 
 def correctness(solution_str: str, ground_truth: str) -> float:
     """1.0 if the final answer is the gold one, 0.5 if it is at least half of a gold list, else 0.0."""
-    gold, given = _parts(_clean(str(ground_truth))), _parts(_final_answer(_clean(solution_str))[0])
+    gold_text, answer = _clean(str(ground_truth)), _final_answer(_clean(solution_str))[0]
+    gold, given = _parts(gold_text), _parts(answer)
     if not given:
         return 0.0
+    if {_variable(gold_text), _variable(answer)} - {""} > {_variable(gold_text)}:
+        return 0.0  # y = 3 for x = 3
     if given == gold:
         return 1.0
-    return 0.5 if given < gold and 2 * len(given) >= len(gold) else 0.0
+    decided = _numbers(gold_text) is not None and _numbers(answer) is not None  # numbers are exact already
+    if not decided and _same_mathematics(str(ground_truth), _final_answer(_end(solution_str).translate(_WIDE))[0]):
+        return 1.0
+    return 0.5 if given < gold and 2 * given.total() >= gold.total() else 0.0
 
 
 def reasoning_quality(solution_str: str) -> float:
@@ -93,15 +107,16 @@ def format_quality(solution_str: str) -> float:
 
 # ---- reading the answer ----
 
-_CHARACTERS = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width ！ to ～
-_CHARACTERS |= str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "。": ". ", "、": ", "})
+_WIDE = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width ！ to ～
+_CHARACTERS = _WIDE | str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "。": ". ", "、": ", "})
 _CHARACTERS |= str.maketrans("", "", "$¥￥€£`")
 _REWRITES = {
     r"\\[,;:! ]|\\left\b|\\right\b|\\[()\[\]]|\^\\circ|\^\{\\circ\}|°": "",
+    r"\\(?=[{}])": "",
     r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}": r" \1",
     r"\\[dt]frac": r"\\frac",
-    r"\\frac\{([-\d.]+)\}\{([\d.]+)\}": r" \1/\2",
-    r"\\frac(\d)(\d)": r" \1/\2",
+    r"\\frac\{([-\d.]+)\}\{([\d.]+)\}(?!\d)": r" \1/\2",
+    r"\\frac(\d)(\d)(?!\d)": r" \1/\2",
     r"(?<=\d) and (?=\d+/\d)": " ",
     r"\\times|\\cdot": "*",
     r"\\div": "/",
@@ -116,26 +131,52 @@ _MARK = re.compile(r"(?:\banswers?|答案)\s*(?:is\b|are\b|[:=是为])[\s:]*", r
 _LIST = re.compile(r"(?=[-+.\d]|[a-z] ?=)(?:\b[a-z] ?=|[^=])*$", re.IGNORECASE)  # "3 clips", "x = 1 or x = 2"
 _PROSE = re.compile(r"[^\W\d_]{2}|[=\n]")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
+_VARIABLE = re.compile(r"[a-z](?:_?\{?\w{1,4}\}?)?", re.IGNORECASE)
+_LONE_LETTER = re.compile(r"(?<![a-z])(?!a [a-z]{2})[a-z](?![a-z])", re.IGNORECASE)
 _SEPARATOR = re.compile(r"[;或和]|,(?!\d{3}(?!\d))|\bor\b|\band\b")
 # Words may stand beside a number, but no single letter, which may be a variable, and none that changes it.
 _WORDS_BEFORE = re.compile(r"(?:[a-z]{2,} |[一-鿿] ?)*")
 _WORDS_AFTER = re.compile(r"(?:[ckm]m|[km]g|ml)?(?: [a-z]{2,}| ?[一-鿿])*")
-_OPERATORS = ("of", "times", "twice", "double", "half", "plus", "minus", "by", "root", "sqrt", "not", *"以加减乘除的")
+_OPERATORS = (
+    "of",
+    "times",
+    "twice",
+    "double",
+    "half",
+    "plus",
+    "minus",
+    "by",
+    "root",
+    "sqrt",
+    "not",
+    "least",
+    "most",
+    "than",
+    "pm",
+    *"以加减乘除的",
+)
 _SCALES = re.compile(
-    r" ?(?:dozen|hundred|thousand|million|billion|trillion|pi\b|[万亿百]|千(?![米克瓦]))|[a-z]\b", re.IGNORECASE
+    r" ?(?:or (?:more|less|fewer)\b|"
+    r"dozen|hundred|thousand|million|billion|trillion|pi\b|[万亿百]|千(?![米克瓦]))|[a-z]\b",
+    re.IGNORECASE,
 )
 _SCALED_NUMBER = re.compile(f"{_NUMBER.pattern}(?:{_SCALES.pattern})?", re.IGNORECASE)
 
 
 def _clean(text: str) -> str:
     """What is judged: the end of the response, without thoughts, markdown, currency signs and LaTeX dressing."""
-    if len(text) > MAX_RESPONSE:
-        tail = text[-MAX_RESPONSE:]
-        text = tail.partition("\n")[2] or tail  # a calculation cut in half could look false
-    text = text.rpartition("</think>")[2].translate(_CHARACTERS)
+    text = _end(text).translate(_CHARACTERS)
     for pattern, replacement in _REWRITES.items():
         text = re.sub(pattern, replacement, text)
     return text.strip()
+
+
+def _end(text: str) -> str:
+    """The end of a long response, what comes after its thoughts."""
+    if len(text) > MAX_RESPONSE:
+        tail = text[-MAX_RESPONSE:]
+        text = tail.partition("\n")[2] or tail  # a calculation cut in half could look false
+    return text.rpartition("</think>")[2]
 
 
 def _final_answer(text: str) -> tuple[str, bool]:
@@ -166,24 +207,51 @@ def _boxed(text: str) -> str | None:
     return None
 
 
-def _parts(answer: str) -> set[str]:
-    """The answer as a set of comparable texts: its numbers where it is a list of numbers, else the one text."""
-    text = " ".join(answer.casefold().split()).rstrip(" .")
-    return _numbers(text) or {re.sub(r"(?<!\w) | (?!\w)", "", text.rpartition("=")[2])} - {""}
+def _parts(answer: str) -> Counter[str]:
+    """The answer as comparable texts: its numbers where it is a list of numbers, else the one text."""
+    text = " ".join(_fold(answer).split()).rstrip(" .")
+    if (numbers := _numbers(text)) is not None:
+        return numbers
+    name, _, value = text.rpartition("=")
+    return Counter({re.sub(r"(?<!\w) | (?!\w)", "", text if _is_algebra(name) else value)} - {""})
 
 
-def _numbers(text: str) -> set[str] | None:
+def _fold(text: str) -> str:
+    r"""In lower case, unless case tells letters apart: `R - r`, `\Delta`."""
+    letters = set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", text))
+    if any(letter.swapcase() in letters for letter in letters):
+        return text
+    return re.sub(r"(\\[a-zA-Z]+)|[^\\]+", lambda found: found[0] if found[1] else found[0].casefold(), text)
+
+
+def _numbers(text: str) -> Counter[str] | None:
     """{"1", "7/2"} for "x = 1 or x = 3.5"; {"x=1", "y=2"} for "x = 1, y = 2"; None unless all are numbers."""
     if len(text) > MAX_ANSWER:
         return None
-    equations = [part.strip().rpartition("=") for part in _SEPARATOR.split(text.strip(" \\{}"))]
+    if re.fullmatch(r"\s*\{.*\}\s*", text):
+        text = text.replace(",", ";")  # of the set {1,200} it separates, of 1,200 not
+    equations = [part.strip().rpartition("=") for part in _SEPARATOR.split(text.strip(" {}")) if part.strip()]
     names = [name.strip(" _{}0123456789") for name, _, _ in equations]
-    numbers = [_number(value.strip()) for _, _, value in equations]
-    if None in numbers:
+    numbers = [None if _is_algebra(name) else _number(value.strip()) for name, _, value in equations]
+    if None in numbers or not numbers:
         whole = _number(text)  # the "and" of "72 clips in April and May"
-        return {whole} if whole else None
-    several = len({*names} - {""}) > 1
-    return {f"{name}={number}" if several else number for name, number in zip(names, numbers, strict=True)}
+        return Counter({whole}) if whole else None
+    if len({*names} - {""}) > 1:
+        numbers = [f"{name}={number}" for name, number in zip(names, numbers, strict=True)]
+    # The 2, 2, 3 of a factorization are three; x = 2 or x = 2 is one.
+    return Counter({*numbers} if re.search(r"\bor\b|或", text) else numbers)
+
+
+def _is_algebra(side: str) -> bool:
+    """Whether what stands before an equals sign makes it an equation to solve: `2x + 1`, not `x`, `cost`, `3 * 4`."""
+    side = _LETTER_TIMES.sub("*", side.strip().rpartition("=")[2])
+    return not _VARIABLE.fullmatch(side.strip()) and bool(_LONE_LETTER.search(side))
+
+
+def _variable(text: str) -> str:
+    """The x of an answer `x = 3`, in lower case."""
+    name = text.partition("=")[0].strip().casefold() if text.count("=") == 1 else ""
+    return name if _VARIABLE.fullmatch(name) else ""
 
 
 def _number(text: str) -> str | None:
@@ -203,7 +271,39 @@ def _number(text: str) -> str | None:
 
 def _is_changed(before: str, after: str) -> bool:
     """Whether a word beside a number makes it another one: `half of 6`, `3 million`."""
-    return before.rstrip().casefold().endswith(_OPERATORS) or bool(_SCALES.match(after))
+    return before.rstrip().casefold().endswith(_OPERATORS) or "\\" in before or bool(_SCALES.match(after))
+
+
+# ---- LaTeX ----
+
+_LATEX = re.compile(r"[\\^_({\[=<>|√π∞≤≥∪!+*]|\d ?[a-z]", re.IGNORECASE)
+_lock = threading.Lock()
+
+
+def _same_mathematics(gold: str, given: str) -> bool:
+    """Whether math-verify, with the care that gspo/latex.py takes, finds the two equal. In doubt, not."""
+    if len(given) > MAX_ANSWER or not (_LATEX.search(gold) or _LATEX.search(given)):
+        return False
+    with _lock:
+        return _compare_latex(gold, given, os.getpid())
+
+
+@functools.lru_cache(maxsize=4096)  # the answers of a group are often the same
+def _compare_latex(gold: str, given: str, process: int) -> bool:
+    pool = _latex_pool(process)
+    return pool is not None and pool.submit({"gold": gold, "given": given}).result().reply.get("score") == 1.0
+
+
+@functools.lru_cache(maxsize=1)
+def _latex_pool(process: int) -> Any:
+    """One process that compares, for this one; None where gspo or math-verify is not installed."""
+    try:
+        from gspo import latex
+        from gspo.reward_pool import Pool, Settings
+    except ImportError:
+        return None
+    imports = ("math_verify",)
+    return Pool(Settings(latex.__file__, "equivalent", LATEX_S, 2.0, imports=imports), 1) if latex.available() else None
 
 
 # ---- checking the calculations ----

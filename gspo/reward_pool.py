@@ -82,6 +82,9 @@ class Process:
         self.channel, self.tail = Channel(ours), ""
         self.output, write_end = os.pipe()
         os.set_blocking(self.output, False)
+        self.ready = select.poll()
+        for end in (ours, self.output):
+            self.ready.register(end, select.POLLIN)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *_entries("PYTHONPATH")])}
         try:
             self.process = subprocess.Popen(
@@ -101,37 +104,39 @@ class Process:
             hello = self.receive(time.monotonic() + START_S)
         except (Gone, OSError) as e:
             self.end()
-            raise UserError(
-                f"{settings.path}: the process that imports it ended at once: {self.tail[-500:] or e}"
-            ) from e
+            if isinstance(e, Gone) and e.outcome.fault == "timeout":
+                place = e.outcome.kind.removeprefix("timeout")
+                raise UserError(f"{settings.path} is still being imported after {START_S:g} s{place}.") from e
+            last_words = f": {' '.join(self.tail[-500:].split())}" if self.tail else ""
+            raise UserError(f"{settings.path}: importing it {e}{last_words}.") from e
         if "refused" in hello:
             self.end()
             raise UserError(hello["refused"])
         self.ranks, self.concurrent, self.takes = hello["ranks"], hello["concurrent"], hello["takes"]
 
     def send(self, index: int, arguments: dict[str, Any]) -> None:
-        """Hand over a call; Gone if nobody takes it. A process too busy to read is found out by the time limit."""
+        """Hand over a call; Gone if the process is too busy to read. One that has ended shows when its replies do."""
         self.channel.sock.settimeout(self.settings.timeout_s + GRACE_S)
         try:
             self.channel.send(pickle.dumps((index, arguments)))
         except TimeoutError:
             raise self.too_late() from None
         except OSError:
-            raise self.died() from None
+            pass  # replies to earlier calls may still be there to read
 
     def receive(self, deadline: float, poll: float | None = None) -> dict[str, Any] | None:
         """The next reply; None after `poll` seconds without one; Gone when the process ended or the time is over."""
         until = min(deadline, time.monotonic() + poll) if poll else deadline
         while (message := self.channel.next()) is None:
             left = until - time.monotonic()
-            if left <= 0:
+            ready = {fd for fd, _ in self.ready.poll(max(0.0, 1000 * left))}
+            if left <= 0 and self.channel.sock.fileno() not in ready:
                 if until < deadline:
                     return None
                 raise self.too_late()
-            ready, _, _ = select.select([self.channel.sock, self.output], [], [], left)
             if self.output in ready:
                 self.read_output()
-            if self.channel.sock in ready:
+            if self.channel.sock.fileno() in ready:
                 try:
                     alive = self.channel.fill()
                 except OSError:
@@ -159,8 +164,8 @@ class Process:
             os.kill(self.process.pid, signal.SIGUSR2)
             self.tail, until = "", time.monotonic() + 0.5
             while time.monotonic() < until and "in <module>" not in self.tail:
-                if select.select([self.output], [], [], 0.05)[0]:
-                    self.read_output(show=False)
+                self.ready.poll(50)
+                self.read_output(show=False)
             lines = re.findall(re.escape(f'File "{self.settings.path}", line ') + r"(\d+)", self.tail)
             place = f" (line {lines[0]})" if lines else ""
         self.end()

@@ -58,6 +58,7 @@ class Scores:
     parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [G, N], its further numbers; NaN where none
     predictions: list[list[str | None]] = field(default_factory=list)  # G x N, the final answers it read (`pred`)
     skipped: list[int] = field(default_factory=list)  # groups left out for a fault of the function; they score 0
+    first_fault: str = ""  # `raised ValueError: ... (line 3)`
     errors: int = 0  # calls that raised, returned no score, or took their process with them
     timeouts: int = 0  # calls that took too long
     calls: int = 0

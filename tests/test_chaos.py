@@ -50,7 +50,7 @@ def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
     log.touch()
     (tmp_path / "chaos.py").write_text(f"LOG = {str(log)!r}\n{CHAOS}")
     done = run_program(
-        "train.py", "--config", "configs/quick.yaml", f"reward.path={tmp_path / 'chaos.py'}", "reward.timeout_s=0.5",
+        "train.py", "--config", "configs/quick.yaml", f"reward.path={tmp_path / 'chaos.py'}", "reward.timeout_s=1.5",
         f"reward.on_error={on_error}", "reward.workers=2", "reward.check_rows=0", "eval.before_and_after=false",
         "eval.round_prompts=0", "data.train_batch_size=8", f"trainer.max_steps={steps}",
         f"trainer.output_dir={tmp_path}",

@@ -112,3 +112,15 @@ def test_updates_that_are_never_finite_stop_the_run():
         state.count_bad(skipped, limit=3)
     with pytest.raises(UserError, match="not finite"):
         state.count_bad(1, limit=3)
+
+
+def test_a_reward_function_that_changes_between_resumes_is_told_of_and_both_are_kept(tmp_path, capsys):
+    ckpt.keep_reward_function(tmp_path, "return 0.5", 0)
+    ckpt.keep_reward_function(tmp_path, "return 0.5", 20)
+    assert capsys.readouterr().out == ""
+    ckpt.keep_reward_function(tmp_path, "return 1.0", 40)
+    assert "another one than this run began with" in capsys.readouterr().out
+    assert (tmp_path / "reward_func.py").read_text() == "return 1.0"
+    assert (tmp_path / "reward_func_until_step_40.py").read_text() == "return 0.5"
+    ckpt.keep_reward_function(tmp_path, "return 0.0", 0)
+    assert capsys.readouterr().out == "" and (tmp_path / "reward_func.py").read_text() == "return 0.0", "a run anew"

@@ -2,16 +2,23 @@
 
 import copy
 import json
-from importlib.util import find_spec
+import pickle
+import sys
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gspo import data
 from gspo.config import load_config
-from gspo.data import Batches, encode, load_prompts, load_splits, parse_row, read_rows
+from gspo.data import Checker, Prompts, encode, key, load_prompts, load_splits, shared
 from gspo.embedded.equations import SEED_ROW
+from gspo.encoding import Encoder
 from gspo.errors import UserError
 from gspo.model import load_model_config
+from gspo.rows import parse_row
+from gspo.sources import open_source
 from gspo.types import Prompt
 
 VERL_ROW = {
@@ -39,7 +46,7 @@ def write(tmp_path):
 @pytest.fixture()
 def load(tokenizer):
     def load(*files, max_prompt_length=100, **options):
-        return load_prompts(list(files), tokenizer, max_prompt_length=max_prompt_length, **options)
+        return list(load_prompts(list(files), tokenizer, max_prompt_length=max_prompt_length, **options))
 
     return load
 
@@ -69,19 +76,18 @@ def test_jsonl_with_empty_lines_holds_the_same_as_json(write, load):
     assert load(write(lines, "rows.jsonl")) == load(write([GOOD, VERL_ROW]))
 
 
-@pytest.mark.skipif(find_spec("pyarrow") is None, reason="reading parquet is optional")
 def test_parquet_holds_the_same_as_json(tmp_path, write, load):
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([VERL_ROW]), tmp_path / "rows.parquet")
     assert load(str(tmp_path / "rows.parquet")) == load(write([VERL_ROW]))
     with pytest.raises(UserError, match="bad.parquet is not a parquet file"):
         load(write(b"PAR?", "bad.parquet"))
 
 
-@pytest.mark.skipif(find_spec("pyarrow") is not None, reason="pyarrow is here")
-def test_parquet_without_pyarrow_names_the_cure(write, load):
+def test_parquet_without_pyarrow_names_the_cure(write, load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"rows\.parquet: .*pip install pyarrow"):
         load(write(b"PAR1", "rows.parquet"))
 
@@ -182,7 +188,7 @@ def test_a_lone_surrogate_is_named_like_any_malformed_row(write, load):
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     for path in (tmp_path / "no.json", tmp_path / "no.jsonl", tmp_path):
         with pytest.raises(UserError) as e:
-            list(read_rows(path))
+            open_source(path)
         assert str(e.value).startswith(f"data file {path}: ")
 
 
@@ -210,6 +216,78 @@ def test_dropped_prompts_are_counted_and_leave_the_other_ids_alone(write, load, 
 def test_a_tokenizer_with_ids_outside_the_model_is_refused(write, load):
     with pytest.raises(UserError, match="row 1: .*ids outside the model's 10"):
         load(write([GOOD]), vocab_size=10)
+
+
+# ---- prompts are made when asked for ----
+
+
+def lines_of(*prompts):
+    return "".join(json.dumps({**GOOD, "prompt": p}) + "\n" for p in prompts)
+
+
+def test_prompts_are_a_sequence_that_can_be_sent_to_another_process(write, tokenizer):
+    files = [write(lines_of(*"ab"), "a.jsonl"), write([{**GOOD, "prompt": c} for c in ("c", "x" * 90, "d")])]
+    prompts = load_prompts([*files, files[0]], tokenizer, max_prompt_length=20, overlong="drop")
+    assert isinstance(prompts, Prompts) and len(prompts) == 6
+    whole = list(prompts)
+    assert [(p.id, p.text) for p in whole] == [(0, "a"), (1, "b"), (2, "c"), (4, "d"), (5, "a"), (6, "b")]
+    assert [prompts[i] for i in (5, 0, -1, -6, 3)] == [whole[i] for i in (5, 0, 5, 0, 3)]
+    assert list(prompts[1:4]) == whole[1:4] and list(prompts[::-2]) == whole[::-2] and len(prompts[6:]) == 0
+    assert [prompts.place(i) for i in (1, 3, 4)] == [f"{files[0]}, line 2", f"{files[1]}, row 3", f"{files[0]}, line 1"]
+    assert list(pickle.loads(pickle.dumps(prompts))) == whole
+    with pytest.raises(IndexError):
+        prompts[6]
+
+
+def test_published_rows_train_as_they_are(write, load):
+    gsm8k = {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+    path = write(f"{json.dumps(gsm8k)}\n{json.dumps({**gsm8k, 'answer': 'four'})}", "rows.jsonl")
+    prompt = load(path, limit=1)[0]
+    assert (prompt.text, prompt.ground_truth, prompt.data_source) == ("2 + 2?", "4", "gsm8k")
+    with pytest.raises(UserError, match="rows.jsonl, line 2: field 'answer' must end in a line like '#### 72'"):
+        load(path)
+
+
+def test_neither_rows_nor_prompts_are_kept(write, tokenizer):
+    path = write(lines_of(*(f"{i} " * 50 for i in range(20_000))), "rows.jsonl")
+    assert Path(path).stat().st_size > 5e6
+    load_prompts([path], tokenizer, max_prompt_length=1000, limit=1)
+    tracemalloc.start()
+    prompts = load_prompts([path], tokenizer, max_prompt_length=1000)
+    for i in range(0, len(prompts), 100):
+        prompts[i]
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 30 * len(prompts) and peak < 60 * len(prompts) + 200_000
+
+
+def test_short_prompts_are_not_tokenized_before_they_are_asked_for(write, tokenizer, monkeypatch):
+    texts = ["x" * 5, "y" * 5, "z" * 60, "解" * 20, "w" * 5]
+    asked = []
+    monkeypatch.setattr("gspo.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
+    prompts = load_prompts([write(lines_of(*texts), "rows.jsonl")], tokenizer, max_prompt_length=70)
+    assert asked == [texts[0], "x", texts[2], texts[3]]  # the first of its roles, the template's probe, two in doubt
+    assert [p.text for p in prompts] == texts
+
+
+def test_a_prompt_that_the_check_let_pass_wrongly_is_named_when_it_comes(write, tokenizer, monkeypatch):
+    path = write([GOOD, {**GOOD, "prompt": "x" * 90}])
+    monkeypatch.setattr(Encoder, "bound", lambda *_: 1)
+    prompts = load_prompts([path], tokenizer, max_prompt_length=20)
+    assert prompts[0].text == GOOD["prompt"]
+    with pytest.raises(UserError, match=r"rows\.json, row 2: the prompt has \d+ tokens, data.max_prompt_length is 20"):
+        prompts[1]
+
+
+def test_the_positions_need_the_longest_prompt_and_no_other(write, tokenizer, monkeypatch):
+    texts = ["a" * n for n in (3, 40, 80, 60, 79, 50, 3)]
+    checker = Checker(Encoder(tokenizer), max_length=1000, positions=45)
+    asked = []
+    monkeypatch.setattr("gspo.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
+    for text in texts:
+        checker({**GOOD, "prompt": text}, "here")
+    assert checker.longest == len(ids_of(tokenizer, f"<|user|>{'a' * 80}<|assistant|>"))
+    assert asked == [texts[0], "x", texts[1], texts[2], texts[4]]  # 60 and 50 cannot be the longest any more
 
 
 # ---- the chat template ----
@@ -309,37 +387,46 @@ def test_prompt_and_answer_must_fit_the_models_positions(splits, write):
     assert f"rollout.max_new_tokens = {room + 1}" in str(e.value) and "2048 positions" in str(e.value)
 
 
-# ---- the order ----
+def test_training_prompts_among_the_held_out_ones_are_counted(splits, write, capsys):
+    train = write(lines_of("a", "one  more\n", "c", "é", "c", *map(str, range(100))), "train.jsonl")
+    val, test = write(lines_of("c", "x"), "val.jsonl"), write(lines_of("y", " one more", "é"), "test.jsonl")
+    files = f"data.train_files={train}", f"data.val_files={val}", f"data.test_files={test}"
+    splits(*files)
+    out = capsys.readouterr().out
+    assert (
+        out.startswith("warning: 4 of 105 training prompts are also among the held-out ones") and "\n" not in out[:-1]
+    )
+    splits(files[0], f"data.val_files={write(lines_of('z'), 'z.jsonl')}")
+    splits(*files, only_test=True)
+    assert capsys.readouterr().out == ""
 
 
-def some(count):
-    return [Prompt(i, (i,), str(i), "", "") for i in range(count)]
+def test_what_makes_two_prompts_the_same():
+    def of(*contents):
+        return key([{"role": "user", "content": c} for c in contents])
+
+    assert of("a b") == of(" a\r\n\t\v b\f") == of("a   b")
+    assert len({of("a b"), of("ab"), of("a c"), of("ä b"), of("\ud800"), of("a", "b", "c")}) == 6
+    keys = np.array([5, -3, 5, 9, 2**62])
+    assert shared(keys, np.array([9, -3, 7])).tolist() == [False, True, False, True, False]
+    assert shared(keys, np.zeros(0, np.int64)).tolist() == [False] * 5
 
 
-def order(batches, steps):
-    return [[p.id for p in batches[step]] for step in steps]
+def test_which_split_of_a_data_set_each_list_of_files_means(splits, monkeypatch):
+    class Enough(Exception):
+        pass
 
+    asked = []
 
-@pytest.mark.parametrize(("count", "size"), [(10, 4), (8, 4), (3, 5), (5, 1)])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_an_epoch_covers_every_prompt_once_and_its_last_batch_is_what_is_left(count, size, shuffle):
-    batches = Batches(some(count), size, seed=0, shuffle=shuffle)
-    for epoch in range(3):
-        parts = order(batches, range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch))
-        assert sorted(i for part in parts for i in part) == list(range(count))
-        assert [len(part) for part in parts] == [size] * (count // size) + [count % size] * (count % size > 0)
+    def open_source(name, split):
+        asked.append((name, split))
+        raise Enough
 
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    forwards, resumed = Batches(some(50), 8, seed=1), Batches(some(50), 8, seed=1)
-    expected = order(forwards, range(20))
-    assert order(resumed, [19, 3, 3, 7, 0]) == [expected[i] for i in (19, 3, 3, 7, 0)]
-
-
-def test_every_seed_and_every_epoch_has_its_own_order():
-    orders = [tuple(order(Batches(some(50), 50, seed), [epoch])[0]) for seed in range(5) for epoch in range(5)]
-    assert len(set(orders)) == 25
-
-
-def test_without_shuffling_the_order_is_the_files():
-    assert order(Batches(some(5), 2, seed=3, shuffle=False), range(4)) == [[0, 1], [2, 3], [4], [0, 1]]
+    monkeypatch.setattr(data, "open_source", open_source)
+    for wanted, files in [("test", "data.test_files=b"), ("validation", "data.val_files=b")]:
+        with pytest.raises(Enough):
+            splits("data.train_files=a", files, only_test=True)
+        assert asked.pop() == ("b", wanted)
+    with pytest.raises(Enough):
+        splits("data.train_files=a")
+    assert asked == [("a", "train")]

@@ -34,7 +34,7 @@ def scorer(tmp_path):
 
 def ask(scorer, text, prompt=PROMPT):
     """One response -> (reward, {name: number})."""
-    scores = scorer.score_texts([prompt], [[text]])
+    scores = scorer(a_rollout([text], prompts=[prompt]))
     return scores.rewards.item(), {name: part.item() for name, part in scores.parts.items()}
 
 

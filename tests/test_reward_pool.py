@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo import reward_pool
 from gspo.errors import UserError
 from gspo.reward_pool import Pool, Settings
 
@@ -176,11 +177,18 @@ def test_a_killed_trainer_leaves_no_process(tmp_path, busy):
 def test_the_pool_hears_of_an_import_that_fails_hangs_up_or_exits(pool):
     for text, said in {
         "import sys\nsys.exit(4)\n": r"does not import: SystemExit: 4 \(line 2\)",
-        "import os\nos._exit(4)\n": "the process that imports it ended at once",
+        "import os\nos._exit(4)\n": "importing it ended its process with exit code 4",
         "x = 1\n": "has no function 'compute_score'",
     }.items():
         with pytest.raises(UserError, match=said):
             pool(text)
+    assert children() == []
+
+
+def test_an_import_that_hangs_is_told_with_its_line(pool, monkeypatch):
+    monkeypatch.setattr(reward_pool, "START_S", 1.0)
+    with pytest.raises(UserError, match=r"my_reward.py is still being imported after 1 s \(line 2\)"):
+        pool("import time\ntime.sleep(600)\n\n\ndef compute_score(**_):\n    return 1.0\n")
     assert children() == []
 
 

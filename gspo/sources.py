@@ -1,0 +1,217 @@
+"""Where rows lie: JSONL, JSON lists, parquet and Hugging Face data sets, read one by one where the format allows."""
+
+import importlib
+import json
+import os
+import re
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo.errors import UserError
+
+BOM = b"\xef\xbb\xbf"
+SUFFIXES = (".json", ".jsonl", ".parquet")
+BATCH = 1024  # Arrow rows converted at a time when all are read
+# folder or owner/name, then :config, then @split
+DATASET = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
+decode = json.JSONDecoder().raw_decode  # json.loads without its preparations
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class Source(Sequence):
+    """Rows by number. A row that cannot be read raises UserError."""
+
+    name: str
+    unit = "row"
+
+    def __getitem__(self, i: int) -> Any:
+        raise NotImplementedError
+
+    def place(self, i: int) -> str:
+        """Where row `i` stands, for messages."""
+        return f"{self.name}, {self.unit} {i + 1}"
+
+    def rows(self) -> Iterator[Any]:
+        """Every row in order; one that cannot be read comes as its UserError, so that the reader may go on."""
+        for i in range(len(self)):
+            try:
+                yield self[i]
+            except UserError as e:
+                yield e
+
+
+class JsonLines(Source):
+    """One object a line. Only the rows' byte offsets are kept; lines are read and parsed when asked for."""
+
+    unit = "line"
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        self._fd: int | None = None
+        self._starts = array("q")  # of every row, and the end of the file
+        self._blanks = array("q")  # for every blank line, the rows before it
+        with path.open("rb") as file:
+            offset = len(BOM) if file.read(len(BOM)) == BOM else 0
+            file.seek(offset)
+            for line in file:
+                if line.isspace():
+                    self._blanks.append(len(self._starts))
+                else:
+                    self._starts.append(offset)
+                offset += len(line)
+        self._starts.append(offset)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def place(self, i: int) -> str:
+        return f"{self.name}, line {self._line(i)}"
+
+    def _line(self, i: int) -> int:
+        return i + 1 + (bisect_right(self._blanks, i) if self._blanks else 0)
+
+    def __getitem__(self, i: int) -> Any:
+        if not 0 <= i < len(self._starts) - 1:
+            raise IndexError(i)
+        start = self._starts[i]
+        try:
+            if self._fd is None:
+                self._fd = os.open(self.name, os.O_RDONLY)
+            data = os.pread(self._fd, self._starts[i + 1] - start, start)
+        except OSError as e:
+            raise UserError(f"data file {self.name}: {e.strerror or e}.") from e
+        try:
+            text = data.strip().decode()  # blank lines may follow
+            row, end = decode(text)
+            return row if end == len(text) else json.loads(text)  # which says what is wrong
+        except UnicodeDecodeError as e:
+            raise UserError(f"{self.name} is not UTF-8 text (line {self._line(i)}, byte {start + e.start}).") from e
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{self.place(i)} is not valid JSON: {e}.") from e
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fd": None}  # another process opens the file itself
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)
+
+
+class JsonList(Source):
+    """A JSON list, held whole."""
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        try:
+            self._rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path} is not UTF-8 text (byte {e.start}).") from e
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path} is not valid JSON: {e}. One object a line? Then name it .jsonl.") from e
+        if not isinstance(self._rows, list):
+            kind = type(self._rows).__name__
+            raise UserError(f"{path} holds a JSON {kind}; a list of rows is needed: [{{...}}, ...].")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return self._rows[i]
+
+
+class ArrowRows(Source):
+    """A table of Arrow's, kept as it is: `table` is pyarrow's, or a data set in the format "arrow"."""
+
+    def __init__(self, name: str, table: Any):
+        self.name, self._table = name, table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def _slice(self, start: int, count: int) -> list[Any]:
+        if hasattr(self._table, "slice"):
+            return self._table.slice(start, count).to_pylist()
+        return self._table[start : start + count].to_pylist()
+
+    def __getitem__(self, i: int) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        try:
+            return self._slice(i, 1)[0]
+        except (ValueError, OSError) as e:  # text that is no UTF-8, a broken cache file
+            raise UserError(f"{self.place(i)} cannot be read: {' '.join(str(e).split()):.200}.") from e
+
+    def rows(self) -> Iterator[Any]:
+        for start in range(0, len(self), BATCH):
+            try:
+                rows = self._slice(start, min(BATCH, len(self) - start))
+            except (ValueError, OSError):
+                rows = [self._or_error(i) for i in range(start, min(start + BATCH, len(self)))]
+            yield from rows
+
+    def _or_error(self, i: int) -> Any:
+        try:
+            return self[i]
+        except UserError as e:
+            return e
+
+
+def open_source(name: str | Path, split: str = "train") -> Source:
+    """The rows of a file, a folder or a data set `owner/name[:config][@split]`. Raises UserError."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if not path.is_file() and (path.is_dir() or suffix not in SUFFIXES):
+        return _open_dataset(str(name), split)
+    try:
+        path.stat()  # what pyarrow says of a missing file is its name
+        if suffix == ".parquet":
+            return _open_parquet(path)
+        return JsonLines(path) if suffix == ".jsonl" else JsonList(path)
+    except OSError as e:
+        raise UserError(f"data file {path}: {e.strerror or e}.") from e
+
+
+def _open_parquet(path: Path) -> Source:
+    try:
+        import pyarrow.parquet
+    except ImportError as e:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow.") from e
+    try:
+        return ArrowRows(str(path), pyarrow.parquet.read_table(path))
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{path} is not a parquet file: {e}.") from e
+
+
+def _open_dataset(name: str, split: str) -> Source:
+    """A folder or a name on the Hugging Face hub, through `datasets`; code that comes with a data set never runs."""
+    given = {"path": name} if Path(name).is_dir() else (m.groupdict() if (m := DATASET.fullmatch(name)) else {})
+    path = given.get("path", name)
+    is_folder = Path(path).is_dir()
+    if not is_folder and not HUB_ID.fullmatch(path):
+        raise UserError(
+            f"data file {name}: No such file. JSON, JSONL and parquet are read, and Hugging Face data sets."
+        )
+    kind = "is a folder" if is_folder else "is no file here"
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as e:
+        raise UserError(
+            f"data file {name}: {kind}, and without `pip install datasets` no data set either. Give a .json, .jsonl "
+            "or .parquet file, or install it."
+        ) from e
+    if not sys.stdout.isatty():
+        datasets.disable_progress_bars()
+    split = given.get("split") or split
+    try:
+        data = datasets.load_dataset(path, given.get("config"), split=split)
+    except Exception as e:  # the library, the hub and the network raise dozens of kinds
+        reason = " ".join(str(e).split())[:300].rstrip(".")
+        raise UserError(
+            f"data file {name}: {kind}, and its split {split!r} cannot be loaded as a data set ({reason}). "
+            "Give a file, or name configuration and split as in openai/gsm8k:main@train."
+        ) from e
+    return ArrowRows(name if given.get("split") else f"{name}@{split}", data.with_format("arrow"))
