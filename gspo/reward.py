@@ -26,6 +26,7 @@ from gspo.progress import say, track
 from gspo.reward_pool import Outcome, Pool, Settings
 from gspo.types import Prompt, Rollout, Scores
 
+WORTH_HIDING_S = 1e-3  # shorter calls take more from sampling on the same cores than they would later on their own
 PRINTED_LINES, LINE_WIDTH = 50, 300  # of what the function prints; the rest is dropped
 
 
@@ -57,8 +58,9 @@ class Scorer:
         self.close = weakref.finalize(self, self.pool.close)
 
     def begin(self, place: int, prompt: Prompt, texts: list[str]) -> None:
-        """Start scoring group `place` of the rollout that is still being sampled."""
-        self.begun[place] = self._submit(prompt, texts)
+        """Start scoring group `place` of the rollout that is still being sampled, if there is time to be won."""
+        if self.pool.call_s > WORTH_HIDING_S:
+            self.begun[place] = self._submit(prompt, texts)
 
     def __call__(self, rollout: Rollout) -> Scores:
         """Wait for what was begun, score the rest. UserError with reward.on_error = stop when a call has a fault."""

@@ -210,6 +210,7 @@ class Pool:
         self.queue: deque[Call] = deque()
         self.news, self.closing = threading.Condition(), False
         self.keepers: list[Keeper] = []
+        self.call_s, self.calls = 0.0, 0  # seconds a call, lately; calls so far
         self.first: Process | None = self.start()
         self.ranks, self.concurrent, self.takes = self.first.ranks, self.first.concurrent, self.first.takes
 
@@ -244,6 +245,11 @@ class Pool:
                 if taken[-1].alone:
                     break
             return taken
+
+    def timed(self, seconds: float) -> None:
+        """Take one call's duration into the running mean (no lock: an estimate is all it is)."""
+        self.calls += 1
+        self.call_s += max(0.05, 1.0 / self.calls) * (seconds - self.call_s)
 
     def put_back(self, calls: list[Call]) -> None:
         """Calls that another one's end interrupted, to the front."""
@@ -334,7 +340,9 @@ class Keeper(threading.Thread):
         reply = self.process.receive(deadline, poll)
         if reply is None:
             return
-        self.since = time.monotonic()
+        now = time.monotonic()
+        self.pool.timed(now - self.since)
+        self.since = now
         self._deliver(self.running.pop(reply["index"]), reply)
         if reply.get("last"):
             self._restart(list(self.running.values()))

@@ -284,12 +284,22 @@ def test_what_it_prints_is_shown_and_cut(scorer, capfd):
 
 def test_groups_begun_early_are_not_scored_again(scorer, tmp_path):
     log = tmp_path / "calls"
-    my = scorer(f"open({str(log)!r}, 'a').write(solution_str + ' ')\nreturn float(solution_str)")
+    body = "import time\ntime.sleep(0.03)\n"
+    my = scorer(f"{body}open({str(log)!r}, 'a').write(solution_str + ' ')\nreturn float(solution_str)")
+    my(a_rollout(["1"] * 5))  # long enough to be worth it
     my.begin(1, PROMPT, ["0.25", "0.75"])
+    assert list(my.begun) == [1]
     assert my(a_rollout(["0", "1"], ["0.25", "0.75"])).rewards.tolist() == [[0, 1], [0.25, 0.75]]
-    assert sorted(log.read_text().split()) == ["0", "0.25", "0.75", "1"]
+    assert sorted(log.read_text().split()[5:]) == ["0", "0.25", "0.75", "1"]
     my(a_rollout(["0", "1"], ["0.5", "0.5"]))
-    assert log.read_text().split()[4:] == ["0", "1", "0.5", "0.5"], "nothing of the last rollout is left"
+    assert log.read_text().split()[9:] == ["0", "1", "0.5", "0.5"], "nothing of the last rollout is left"
+
+
+def test_short_calls_wait_until_sampling_is_over(scorer):
+    my = scorer("return float(solution_str)")
+    my(a_rollout(["1"] * 200))
+    my.begin(0, PROMPT, ["0.25", "0.75"])
+    assert my.begun == {} and my(a_rollout(["0.25", "0.75"])).rewards.tolist() == [[0.25, 0.75]]
 
 
 # ---- a ranking of the user's ----
@@ -304,7 +314,7 @@ def test_a_rank_responses_in_the_file_scores_whole_groups(scorer):
         "return [(i, 1.0 - place / len(order)) for place, i in enumerate(order)]",
         "def compute_score(**_):\n    raise SystemError\n\n\n" + RANKS,
     )
-    my.begin(1, PROMPT, ["aaaa", "b"])
+    my.begun[1] = my._submit(PROMPT, ["aaaa", "b"])
     scores = my(a_rollout(["a", "bbb"], ["aaaa", "b"]))
     assert scores.rewards.tolist() == [[0.5, 1.0], [1.0, 0.5]] and scores.calls == 2
 
