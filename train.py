@@ -17,9 +17,11 @@ from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
 from gspo.data import Batches, load_splits
 from gspo.distributed import World, session
-from gspo.evaluation import answer, report
+from gspo.evaluation import answer, correct_of, report
+from gspo.given import with_solutions
 from gspo.measure import Clock, Meter, kl_to, observe, peak_memory_gib
 from gspo.model import load_model_config, load_tokenizer
+from gspo.objective import NEEDS_SOLUTIONS
 from gspo.pairs import preferences
 from gspo.progress import say
 from gspo.reward import Scorer
@@ -81,8 +83,10 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         places, rollout = sampler.generate_share(
             splits.val, cfg.rollout.n, sampling, world, purpose=EVAL, step=step, on_group=scorer.begin
         )
-        rewards = world.collect(places, scorer(rollout).rewards)
-        metrics = {"heldout/reward_mean": float(rewards.mean())}
+        scores = scorer(rollout)
+        rewards = world.collect(places, scores.rewards)
+        correct = world.collect(places, correct_of(scores).float())
+        metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
         if state.round_rewards is not None:
             before = torch.tensor(state.round_rewards)
             metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
@@ -107,8 +111,11 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
             scores = scorer(rollout)
         with clock("reference"):
             experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
+            material = experience
+            if cfg.objective.algorithm in NEEDS_SOLUTIONS:
+                material = with_solutions(experience, tokenizer, sampler.end_id, selves)
         with clock("update"):
-            update = updater.run(experience, lr := learning_rate(step, total, cfg))
+            update = updater.run(material, lr := learning_rate(step, total, cfg)).of(experience)
 
         state.step, last = step + 1, step + 1 == total
         state.count_bad(update.skipped, cfg.health.max_bad_steps)

@@ -82,7 +82,9 @@ class Reward:
 
 @dataclass
 class Objective:
-    algorithm: Literal["gspo"] = opt("gspo", "entry of the table in gspo/objective.py")
+    algorithm: Literal["gspo", "rloo", "grpo", "dr_grpo", "online_dpo", "spin"] = opt(
+        "gspo", "entry of the table in gspo/objective.py"
+    )
     preference_beta: float = opt(0.1, "temperature of the preference loss", gt=0.0)
     margin: float = opt(0.1, "responses pair when their rewards differ by more than this", ge=0.0, lt=1.0)
     anchor: Literal["none", "opponent", "initial", "old"] = opt(
@@ -141,14 +143,30 @@ class Eval:
 
 @dataclass
 class Health:
-    preference_accuracy_min: float = opt(0.6, "warn below", ge=0.0, le=1.0)
+    gap_std_max: float = opt(0.7, "warn above: spread of the implicit reward gaps; the sigmoid saturates", gt=0.0)
+    gap_std_alarm: float = opt(1.5, "alarm above", gt=0.0)
+    winner_logprob_drop_max: float = opt(
+        0.2, "warn above: nats a token that the chosen answers have lost since the round began", gt=0.0
+    )
+    length_ratio_max: float = opt(1.5, "warn above: mean length of the answers / at first", gt=0.0)
+    cutoff_max: float = opt(0.1, "warn above: share of answers cut off", gt=0.0)
     kl_divergence_min: float = opt(0.001, "warn below", ge=0.0)
     kl_divergence_max: float = opt(0.1, "warn above", gt=0.0)
-    mismatch_max: float = opt(0.02, "warn above: mean |sampler - trainer| log-prob", gt=0.0)
-    cutoff_max: float = opt(0.1, "warn above: share of answers cut off", gt=0.0)
-    reward_faults_max: float = opt(0.05, "warn above: share of reward calls that failed", ge=0.0, le=1.0)
+    kl_divergence_alarm: float = opt(0.5, "alarm above", gt=0.0)
     paired_groups_min: float = opt(0.2, "warn below: share of groups with a pair", ge=0.0, le=1.0)
+    preference_accuracy_min: float = opt(0.6, "warn below", ge=0.0, le=1.0)
+    diverging_rounds_max: int = opt(
+        1, "warn above: rounds in a row with training reward up and held-out accuracy down", ge=0
+    )
+    mismatch_max: float = opt(0.02, "warn above: mean |sampler - trainer| log-prob", gt=0.0)
+    mismatch_alarm: float = opt(0.1, "alarm above", gt=0.0)
+    entropy_ratio_min: float = opt(0.3, "warn below: entropy / at first", ge=0.0)
+    solved_reward: float = opt(0.9, "mean reward from which low entropy is no illness", ge=0.0)
+    skipped_updates_max: int = opt(0, "warn above: updates of a step skipped as not finite", ge=0)
+    reward_faults_max: float = opt(0.05, "warn above: share of reward calls that failed", ge=0.0, le=1.0)
     patience: int = opt(5, "steps in a row outside the range before the warning", ge=1)
+    alarm_patience: int = opt(2, "steps in a row beyond an alarm's limit before the alarm", ge=1)
+    on_alarm: Literal["warn", "stop"] = opt("warn", "stop: an alarm ends the run, with a checkpoint")
     max_bad_steps: int = opt(5, "non-finite updates in a row before the run stops", ge=1)
 
 

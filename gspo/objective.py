@@ -97,9 +97,59 @@ def gspo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts
     return terms
 
 
+def policy_gradient(logprobs: Tensor, advantages: Tensor, counts: Counts) -> dict[str, Tensor]:
+    """REINFORCE's surrogate -(1/(B N)) sum_gi A_i l_i: linear in l, so c_i = -A_i / (B N)."""
+    return {"policy": -(advantages.to(logprobs) * logprobs).sum() / (counts.groups * logprobs.shape[1])}
+
+
+def rloo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """A_i = r_i - mean of the others' rewards (leave-one-out; arXiv 2402.14740, section 3.3)."""
+    r, n = groups.rewards.to(logprobs), logprobs.shape[1]
+    others = (r.sum(1, keepdim=True) - r) / (n - 1)
+    return policy_gradient(logprobs, r - others, counts)
+
+
+def grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """A_i = (r_i - mean) / std, over tokens of the response: 1 / |y_i| (arXiv 2402.03300, eq. 3)."""
+    r = groups.rewards.to(logprobs)
+    advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + 1e-4)
+    return policy_gradient(logprobs, advantages / groups.lengths.clamp_min(1), counts)
+
+
+def dr_grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """GRPO without its two biases: A_i = r_i - mean, summed over tokens (arXiv 2503.20783, section 3.2).
+
+    The paper's constant 1 / max_tokens belongs to the learning rate.
+    """
+    r = groups.rewards.to(logprobs)
+    return policy_gradient(logprobs, r - r.mean(1, keepdim=True), counts)
+
+
+def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """-log sigma(s_best - s_worst), one pair a group, none where they are within the margin (arXiv 2402.04792)."""
+    s = implicit_rewards(logprobs, groups, cfg)
+    # Among equals the first: argmax promises none.
+    best, worst = (groups.rewards.sort(dim=1, descending=d, stable=True).indices[:, :1] for d in (True, False))
+    pairs = groups.beats.any((1, 2)).to(s)
+    losses = F.softplus(s.gather(1, worst) - s.gather(1, best))[:, 0]
+    return {"preference": (pairs * losses).sum() / counts.groups}
+
+
+def spin(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """-log sigma(s_gold - s_i) over the group's samples i; the gold text stands last (arXiv 2401.01335, eq. 4.7)."""
+    s = implicit_rewards(logprobs, groups, cfg)
+    return {"preference": F.softplus(s[:, :-1] - s[:, -1:]).mean(1).sum() / counts.groups}
+
+
 ALGORITHMS: dict[str, Callable[[Tensor, Groups, config.Objective, Counts], dict[str, Tensor]]] = {
     "gspo": gspo,
+    "rloo": rloo,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "online_dpo": online_dpo,
+    "spin": spin,
 }
+NEEDS_SOLUTIONS = {"spin"}  # their groups end in the row's gold solution
 
 
 def coefficients(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:

@@ -39,6 +39,8 @@ class Sampler:
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.max_slots, self.seed, self.tp, self.agree = max_slots, seed, tp, agree
         self.end_ids, self.pad_id = generation_ids(model, tokenizer)
+        own = tokenizer.eos_token_id
+        self.end_id = own if own in self.end_ids else min(self.end_ids)  # what a given text ends with
 
     @torch.no_grad()
     def generate(

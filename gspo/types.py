@@ -84,3 +84,4 @@ class Experience:
     positions: list[int]  # G
     batch_groups: int  # groups in the global batch
     batch_pairs: int  # pairs in the global batch
+    given: int = 0  # the last so many responses of each group were not sampled: no KL, no sampler to differ from

@@ -9,7 +9,7 @@ policy that sampled (`frozen`); at the first step that is the same gradient.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ class Update:
     terms: dict[str, float] = field(default_factory=dict)  # this rank's share of each loss term, before the update
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0  # optimizer steps not taken because the gradient was not finite
+
+    def of(self, exp: Experience) -> "Update":
+        """The same, for the responses of `exp` only: what was sampled, without what was given beside it."""
+        _, n, width = exp.rollout.tokens.shape
+        return replace(self, logprobs=self.logprobs[:, :n, :width])
 
 
 def make_optimizer(policy: nn.Module, cfg: Config) -> torch.optim.AdamW:
@@ -136,8 +141,11 @@ class Updater:
         every = list(range(len(exp.positions)))
         coefs = coefficients(summed, self.groups_of(exp, every, summed), cfg, counts).float()
         several = o.epochs_per_rollout * o.minibatches > 1
-        drift = (update.logprobs - exp.rollout.logprobs).exp().clamp_max(cfg.max_mismatch_weight)
-        weights = drift if several else torch.ones_like(drift)
+        weights = torch.ones_like(update.logprobs)
+        if several:
+            n = weights.shape[1] - exp.given
+            drift = (update.logprobs - exp.rollout.logprobs)[:, :n].exp()
+            weights[:, :n] = drift.clamp_max(cfg.max_mismatch_weight)
 
         def loss_of(rows: list[Row], logprobs: Tensor, mask: Tensor) -> Tensor:
             g, i = (list(x) for x in zip(*rows, strict=True))
@@ -152,17 +160,19 @@ class Updater:
         if not self.cfg.objective.kl_coef:
             return 0.0
         g, i = (list(x) for x in zip(*rows, strict=True))
+        n = exp.rollout.tokens.shape[1] - exp.given
+        sampled = torch.tensor(i, device=mask.device) < n
         reference = exp.reference_logprobs[g, i, : logprobs.shape[1]]
-        return self.cfg.objective.kl_coef * kl_loss(logprobs, reference, mask, exp.rollout.tokens.shape[1], counts)
+        return self.cfg.objective.kl_coef * kl_loss(logprobs, reference, mask & sampled[:, None], n, counts)
 
     def _terms(self, exp: Experience, logprobs: Tensor) -> dict[str, float]:
         """This rank's share of each loss term at the log-probs [G, N, L] before the update."""
-        every, n = list(range(len(exp.positions))), logprobs.shape[1]
+        every, n = list(range(len(exp.positions))), logprobs.shape[1] - exp.given
         counts, summed = self._counts(exp, exp.batch_groups), logprobs.double().sum(-1)
         terms = ALGORITHMS[self.cfg.objective.algorithm](
             summed, self.groups_of(exp, every, summed), self.cfg.objective, counts
         )
-        kl = kl_loss(logprobs, exp.reference_logprobs, exp.rollout.mask, n, counts)
+        kl = kl_loss(logprobs[:, :n], exp.reference_logprobs[:, :n], exp.rollout.mask[:, :n], n, counts)
         return {name: float(value) for name, value in (terms | {"kl": self.cfg.objective.kl_coef * kl}).items()}
 
     def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: Callable, update: Update) -> None:

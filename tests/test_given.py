@@ -1,0 +1,117 @@
+"""Gold solutions beside the samples: what SPIN learns from, and what they must not touch."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gspo.config import load_config
+from gspo.distributed import World
+from gspo.errors import UserError
+from gspo.given import solution_ids, with_solutions
+from gspo.logprobs import response_logprobs
+from gspo.model import load_tokenizer
+from gspo.pairs import preferences
+from gspo.rollout import Sampler
+from gspo.sampling import Sampling
+from gspo.selfplay import Selves
+from gspo.types import Experience, Prompt
+from gspo.update import Updater, make_optimizer
+
+WORLD = World(0, 1, torch.device("cpu"), None)
+
+
+def prompts(tokenizer, solutions=("x = 12 - 5 = 7\nAnswer: 7", "x = 3 + 4 = 7\nAnswer: 7")):
+    texts = ["<|user|>Solve: x + 5 = 12<|assistant|>", "<|user|>Solve: x - 4 = 3<|assistant|>"]
+    ids = [tuple(tokenizer(t)["input_ids"]) for t in texts]
+    return [Prompt(i, ids[i], texts[i], "7", "", {"solution": s} if s else {}) for i, s in enumerate(solutions)]
+
+
+@pytest.fixture()
+def setting():
+    """Two groups of three samples, the gold texts beside them, and all that an update needs."""
+    tokenizer = load_tokenizer(None)
+
+    def make(*overrides):
+        cfg = load_config(None, ["objective.algorithm=spin", "objective.preference_beta=0.5", *overrides])
+        selves = Selves(cfg, WORLD, tokenizer)
+        sampler = Sampler(selves.sampler, tokenizer, WORLD.device)
+        rollout = sampler.generate(prompts(tokenizer), 3, Sampling(0.9, max_new_tokens=16))
+        reference, anchors = selves.reference(rollout)
+        rewards = torch.tensor([[1.0, 0.0, 0.1], [0.0, 0.0, 0.0]])
+        exp = Experience(rollout, rewards, preferences(rewards, 0.1), reference, anchors, [0, 1], 2, 2)
+        return cfg, selves, sampler, exp, with_solutions(exp, tokenizer, sampler.end_id, selves)
+
+    return make
+
+
+def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
+    _, selves, sampler, exp, material = setting()
+    tokenizer = load_tokenizer(None)
+    for g, prompt in enumerate(exp.rollout.prompts):
+        n = int(material.rollout.lengths[g, 3])
+        ids = material.rollout.tokens[g, 3, :n].tolist()
+        assert ids[-1] == sampler.end_id and tokenizer.decode(ids[:-1]) == prompt.extra_info["solution"]
+        mine = response_logprobs(
+            selves.policy, [prompt], torch.tensor([ids]), torch.tensor([n]), 0.9, selves.pad_id
+        ).detach()
+        torch.testing.assert_close(material.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(material.anchors[g, 3], mine.sum(), rtol=1e-4, atol=1e-4)
+    assert material.beats[:, 3, :3].all() and material.beats.sum() == 6 and material.given == 1
+    width = exp.rollout.tokens.shape[2]
+    assert material.rollout.tokens[:, :3, :width].equal(exp.rollout.tokens)
+    assert material.reference_logprobs[:, :3, :width].equal(exp.reference_logprobs)
+
+
+@pytest.mark.parametrize(
+    "steps", [(), ("optim.epochs_per_rollout=2",), ("optim.micro_batch_responses=3",)], ids=["live", "frozen", "cut"]
+)
+def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps):
+    """... against autograd on the formula, whichever way the update takes."""
+    cfg, selves, _, exp, material = setting("objective.kl_coef=0.5", "optim.grad_clip=1e9", *steps)
+    for p in selves.policy.parameters():  # away from the reference, or the KL has no gradient
+        p.data.add_(0.01 * torch.randn_like(p))
+    exp.rollout.logprobs.zero_()  # the weight p_train / p_sampler is at its bound or below where it is applied
+    rows = [p for p in material.rollout.prompts for _ in range(4)]
+    flat = material.rollout.tokens.flatten(0, 1)
+    lengths = material.rollout.lengths.flatten()
+    logprobs = response_logprobs(selves.policy, rows, flat, lengths, 0.9, selves.pad_id).view(2, 4, -1)
+    s = 0.5 * (logprobs.sum(-1) - material.anchors)
+    loss = F.softplus(s[:, :3] - s[:, 3:]).mean()
+    d = (logprobs - material.reference_logprobs)[:, :3]
+    loss = loss + 0.5 * (0.5 * d.square().sum() / 6)
+    expected = torch.autograd.grad(loss, list(selves.policy.parameters()))
+
+    seen = []
+    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD, selves.pad_id)
+    updater._step = lambda update: seen.append([p.grad.clone() for p in selves.policy.parameters()])
+    material.rollout.logprobs[:, :3] = logprobs[:, :3].detach()
+    updater.run(material, 0.0)
+    for got, wanted in zip(seen[0], expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-5)
+
+
+def test_an_update_is_told_of_for_the_samples_only(setting):
+    cfg, selves, _, exp, material = setting()
+    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD, selves.pad_id)
+    update = updater.run(material, 0.0)
+    assert update.logprobs.shape[1] == 4 and update.of(exp).logprobs.shape == exp.rollout.tokens.shape
+    assert update.of(exp).logprobs.equal(update.logprobs[:, :3, : exp.rollout.tokens.shape[2]])
+
+
+def test_a_row_without_a_solution_is_a_users_mistake():
+    with pytest.raises(UserError, match="spin learns from gold texts: the row of .* has no field 'solution'"):
+        solution_ids(Prompt(0, (1,), "Solve", "7", ""), load_tokenizer(None), 0)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "dr_grpo", "online_dpo", "spin"])
+def test_every_algorithm_trains(run_program, tmp_path, algorithm):
+    done = run_program(
+        "train.py", "--config", "configs/quick.yaml", f"objective.algorithm={algorithm}", "trainer.max_steps=2",
+        "data.train_batch_size=8", "selfplay.rounds=1", "eval.before_and_after=false", "eval.round_prompts=0",
+        f"trainer.output_dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "quick" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 and row["kl_divergence"] >= 0 for row in rows) and rows[1]["kl_divergence"] > 0
