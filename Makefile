@@ -27,11 +27,13 @@ setup: $(VENV)/.train ## make .venv with what training needs
 
 dev: $(VENV)/.dev ## ... and what tests and lint need
 
-data: setup ## write the embedded equations to data/equations
+data: setup ## write the embedded tasks to data/equations and data/systems
 	$(PY) -m gspo.embedded.equations
+	$(PY) -m gspo.embedded.systems
 
-base-model: setup ## rebuild the embedded model, bit for bit (20 minutes on two cores)
+base-model: setup ## rebuild the embedded models, bit for bit (20 and 8 minutes on two cores)
 	$(PY) -m gspo.embedded.build
+	$(PY) -m gspo.embedded.build --task systems
 
 train-quick: setup ## four minutes on two cores: N 4, 2 rounds, embedded model and task
 	$(PY) train.py --config configs/quick.yaml $(ARGS)

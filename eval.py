@@ -62,6 +62,9 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
         "trainer.seed": args.seed,
         "data.test_files": args.data,
     }
+    if from_run and not args.reward_func and cfg.reward.path and not Path(cfg.reward.path).is_file():
+        given["reward.path"] = str(run_config.with_name("reward_func.py"))  # the copy that the run kept
+        say(f"note: {cfg.reward.path} is gone; scoring by the run's copy, {given['reward.path']}")
     for key, value in given.items():
         if value is not None:
             set_value(cfg, key, value, "command line")
@@ -91,6 +94,8 @@ def main() -> None:
     with session() as world:
         mine = evaluate(name, cfg, world)
         result = report(mine)
+        if mine.faults:
+            say(f"warning: {mine.faults} calls of the reward function failed; what they were to score counts as wrong")
         title = (
             f"{name or 'embedded model'}: {result['prompts']} prompts, {result['samples']} samples each, 95 % intervals"
         )

@@ -17,6 +17,7 @@ from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
 from gspo.data import Batches, load_splits
 from gspo.distributed import World, session
+from gspo.errors import UserError
 from gspo.evaluation import answer, correct_of, report
 from gspo.given import with_solutions
 from gspo.measure import Clock, Meter, kl_to, observe, peak_memory_gib
@@ -102,6 +103,8 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         held_out(0, ends_round=True)
 
     while state.step < total:
+        if alarm := world.from_main(lambda: tracker.health.alarmed):  # of the last step, or of the run resumed
+            raise UserError(f"stopped after step {state.step}, with a checkpoint: {alarm}")
         step, clock = state.step, Clock(world.device)
         batch = batches[step]
         with clock("rollout"):
@@ -134,7 +137,8 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
         tracker.log(state.step, metrics, total)
         tracker.samples(state.step, experience, cfg.trainer.sample_rows)
-        if last or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
+        alarm = world.from_main(lambda: tracker.health.alarmed)
+        if last or alarm or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
             ckpt.save(folder / "checkpoints", state, selves.policy, optimizer, selves.frozen, tokenizer, cfg, world)
 
     if splits.test and cfg.eval.before_and_after and ckpt.needs_test(folder, "eval_after", state.step, world):

@@ -5,11 +5,11 @@
 # ROLLOUT_N, SELF_PLAY_ROUNDS, PREFERENCE_BETA, MARGIN, USE_RANKING_LOSS, TRAIN_BATCH_SIZE, LEARNING_RATE, TOTAL_EPOCHS
 # and ROLLOUT_TEMPERATURE are read from the environment; their defaults stand in configs/standard.yaml.
 set -euo pipefail
-cd "$(dirname "$0")"
+root=$(cd "$(dirname "$0")" && pwd)  # paths that users type are relative to where they stand
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-config=configs/standard.yaml n_gpus=1 nnodes=1
+config=$root/configs/standard.yaml n_gpus=1 nnodes=1
 settings=() overrides=()
 for name in ROLLOUT_N SELF_PLAY_ROUNDS PREFERENCE_BETA MARGIN USE_RANKING_LOSS TRAIN_BATCH_SIZE LEARNING_RATE \
             TOTAL_EPOCHS ROLLOUT_TEMPERATURE; do
@@ -36,13 +36,13 @@ done
 [[ $n_gpus =~ ^[1-9][0-9]*$ ]] || fail "--n_gpus $n_gpus must be a number from 1 up."
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "--nnodes $nnodes must be a number from 1 up."
 
-python=${PYTHON:-.venv/bin/python}
-command -v "$python" > /dev/null || make setup
+python=${PYTHON:-$root/.venv/bin/python}
+command -v "$python" > /dev/null || make -C "$root" setup
 args=(--config "$config" trainer.n_gpus="$n_gpus" trainer.nnodes="$nnodes" "${settings[@]}" "${overrides[@]}")
-[ "$n_gpus:$nnodes" != 1:1 ] || exec "$python" train.py "${args[@]}"
+[ "$n_gpus:$nnodes" != 1:1 ] || exec "$python" "$root/train.py" "${args[@]}"
 
-"$python" train.py --check "${args[@]}"  # mistakes are told once, in one paragraph, before many processes start
+"$python" "$root/train.py" --check "${args[@]}"  # mistakes are told once, in one paragraph, before many processes start
 launch=(--standalone)
 [ "$nnodes" = 1 ] || launch=(--nnodes "$nnodes" --node_rank "${NODE_RANK:-0}" \
                              --master_addr "${MASTER_ADDR:?the first node}" --master_port "${MASTER_PORT:-29500}")
-exec "$python" -m torch.distributed.run "${launch[@]}" --nproc_per_node "$n_gpus" train.py "${args[@]}"
+exec "$python" -m torch.distributed.run "${launch[@]}" --nproc_per_node "$n_gpus" "$root/train.py" "${args[@]}"

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -141,6 +142,14 @@ def run(job: Job, out: str) -> dict[str, Any]:
 
 def claim_core(cores: "multiprocessing.Queue[int]") -> None:
     """Each process has one core to itself, and so one thread: the same numbers whatever runs beside it."""
+    parent = os.getppid()
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     core = cores.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
@@ -287,9 +296,10 @@ def draw(path: Path, by_task: dict[str, dict[str, list[dict[str, Any]]]]) -> Non
 
 
 def prepare_data() -> None:
-    from gspo.embedded import equations
+    from gspo.embedded import equations, systems
 
     equations.write_splits()
+    systems.write_splits(systems.DATA_DIR)
 
 
 def sections(by_task: dict, rates: dict[str, dict[str, float]], against: str | None) -> Iterator[str]:

@@ -67,6 +67,7 @@ class GoldCheck:
     compared: int = 0  # rows for which there is a wrong answer
     above: int = 0  # of these, rows whose right answer scores higher
     wrong_mean: float = 0.0
+    calls: int = 0
     faults: int = 0  # calls that raised or timed out
     first_fault: str = ""  # what the first one did
     not_full: tuple[Example, ...] = ()  # the first of them
@@ -79,6 +80,11 @@ class GoldCheck:
 
     def verdict(self) -> str | None:
         """None where all is well, or one paragraph: an error where `refused`, else a warning."""
+        if self.faults and self.faults == self.calls:
+            return (
+                f"the reward function {self.function} failed on every answer it was given before training: it "
+                f"{self.first_fault}. Mend it; reward.check_rows=0 trains all the same."
+            )
         failed = f" {self.faults} of its calls failed, the first {self.first_fault}." if self.faults else ""
         if self.refused:
             return (
@@ -118,12 +124,13 @@ def check_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int | None,
     places = sample(len(prompts), rows, seed)
     first = prompts[places[0]].ground_truth if places else ""
     gold_sum, wrong_sum, first_fault = 0.0, 0.0, ""
-    sums = {"rows": 0, "full": 0, "compared": 0, "above": 0, "faults": 0}
+    sums = {"rows": 0, "full": 0, "compared": 0, "above": 0, "calls": 0, "faults": 0}
     not_full: list[Example] = []
     not_above: list[Example] = []
     for start in range(0, len(places), CHUNK):
         examples, scores = _score(scorer, prompts, places[start : start + CHUNK], first)
         sums["faults"] += scores.faults
+        sums["calls"] += scores.calls
         first_fault = first_fault or scores.first_fault
         for e in examples:
             sums["rows"] += 1

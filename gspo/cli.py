@@ -70,7 +70,7 @@ def final_words(folder: Path, checkpoint: Path) -> str:
             *lines,
             "\nnext:",
             f"  curves     {PYTHON} -m tensorboard.main --logdir {folder / 'tensorboard'}",
-            f"  evaluate   {PYTHON} eval.py {checkpoint}",
+            f"  evaluate   {PYTHON} {os.path.relpath(Path(__file__).parent.parent / 'eval.py')} {checkpoint}",
             f"  use        transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
             f"  samples    {folder / 'samples.jsonl'}",
         ]

@@ -216,6 +216,8 @@ ALIASES = {
     "reward_func": "reward.path",
     "algorithm": "objective.algorithm",
     "n_gpus": "trainer.n_gpus",
+    "run_name": "trainer.run_name",
+    "output_dir": "trainer.output_dir",
     "actor_rollout_ref.model.path": "model.path",
     "actor_rollout_ref.rollout.n": "rollout.n",
     "actor_rollout_ref.rollout.temperature": "rollout.temperature",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo.distributed import World
+from gspo.errors import UserError
 from gspo.reward import Scorer
 from gspo.reward_func import extract_answer
 from gspo.rollout import EVAL, GREEDY, Sampler
@@ -47,15 +48,18 @@ def answer(
         finals_of(scores, sampled),
         strict=True,
     )
+    calls, faults = (sum(world.gather(getattr(scores, k) + getattr(greedy, k))) for k in ("calls", "faults"))
+    if faults == calls:
+        raise UserError(f"the reward function {scorer.path} failed on every answer; there is nothing to report.")
     rows = sorted((row for part in world.gather(list(mine)) for row in part), key=lambda row: row[0])
     _, rewards, correct, best_correct, finals = zip(*rows, strict=True)
     return Answers(
-        [prompts[place].data_source for place in range(len(prompts))],
+        [p.data_source for p in prompts],
         np.array(rewards),
         np.array(correct),
         np.array(best_correct),
         list(finals),
-        faults=sum(world.gather(scores.faults + greedy.faults)),
+        faults=faults,
     )
 
 

@@ -13,6 +13,7 @@ score gets is `reward.on_error`.
 import os
 import sys
 import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from gspo import reward_func
 from gspo.config import Reward
 from gspo.errors import UserError
 from gspo.progress import say, track
-from gspo.reward_pool import Outcome, Pool, Settings
+from gspo.reward_pool import GAVE_UP, PATIENCE, Outcome, Pool, Settings
 from gspo.types import Prompt, Rollout, Scores
 
 WORTH_HIDING_S = 1e-3  # shorter calls take more from sampling on the same cores than they would later on their own
+PATIENCE_AT_START = 4  # calls in a row that may take too long in the check before training
 PRINTED_LINES, LINE_WIDTH = 50, 300  # of what the function prints; the rest is dropped
 
 
@@ -37,7 +39,8 @@ class Scorer:
         self.cfg = cfg
         path = Path(cfg.path).absolute() if cfg.path else Path(reward_func.__file__)
         if not path.is_file():
-            raise UserError(f"reward.path = {cfg.path!r}: no such file. It must be a Python file with compute_score.")
+            what = f"{path} is a folder" if path.is_dir() else f"no such file as {path}"
+            raise UserError(f"reward.path = {cfg.path!r}: {what}. It must be a Python file with compute_score.")
         if path.suffix != ".py":
             raise UserError(f"reward.path = {cfg.path!r} is not a Python file (.py).")
         self.path = path
@@ -51,7 +54,8 @@ class Scorer:
             cfg.concurrency,
             groups=bool(cfg.path) and cfg.name == "compute_score",
         )
-        self.pool = Pool(settings, cfg.workers or _cores(), _Printed())
+        self.printed = _Printed()
+        self.pool = Pool(settings, cfg.workers or _cores(), self.printed)
         self.name = "rank_responses" if self.pool.ranks else cfg.name
         self.begun: dict[int, list[Future[Outcome]]] = {}
         self.told: set[str] = set()
@@ -66,14 +70,15 @@ class Scorer:
         """Wait for what was begun, score the rest. UserError with reward.on_error = stop when a call has a fault."""
         begun, self.begun = self.begun, {}
         skip_groups = self.cfg.on_error == "skip_group"
-        scores, faults = self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1], skip_groups)
-        for outcome, prompt, texts in faults:
-            self._tell(outcome, prompt, texts)
-        return scores
+        return self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1], skip_groups, self._tell)
 
     def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores:
         """Score N texts for each of G prompts that no model wrote: rewards [G, N] float32, 0 for faults."""
-        return self._collect(prompts, texts, {}, len(texts[0]) if texts else 0, skip_groups=False)[0]
+        self.pool.patience, self.printed.quiet = PATIENCE_AT_START, True
+        try:
+            return self._collect(prompts, texts, {}, len(texts[0]) if texts else 0, False, lambda *fault: None)
+        finally:
+            self.pool.patience, self.printed.quiet = PATIENCE, False
 
     def _submit(self, prompt: Prompt, texts: list[str]) -> "list[Future[Outcome]]":
         given = {"ground_truth": prompt.ground_truth, "data_source": prompt.data_source, **self.cfg.reward_kwargs}
@@ -84,19 +89,24 @@ class Scorer:
         return [self.pool.submit({"solution_str": text, **given}) for text in texts]
 
     def _collect(
-        self, prompts: list[Prompt], texts: list[list[str]], begun: dict[int, Any], n: int, skip_groups: bool
-    ) -> tuple[Scores, list[tuple[Outcome, Prompt, list[str]]]]:
-        """The scores; and the faults, with the prompt and the texts that they came with."""
+        self,
+        prompts: Sequence[Prompt],
+        texts: list[list[str]],
+        begun: dict[int, Any],
+        n: int,
+        skip_groups: bool,
+        on_fault: Callable[[Outcome, Prompt, list[str]], None],
+    ) -> Scores:
         groups = list(zip(prompts, texts, strict=True))
         futures = [begun.get(g) or self._submit(*group) for g, group in enumerate(groups)]
-        table, faults = _Table(len(groups), n), []
+        table = _Table(len(groups), n)
         for g, (prompt, group) in enumerate(track(groups, "scoring")):
             for i, future in enumerate(futures[g]):
                 outcome = future.result()
                 if outcome.fault:
-                    faults.append((outcome, prompt, group if self.pool.ranks else [group[i]]))
+                    on_fault(outcome, prompt, group if self.pool.ranks else [group[i]])
                 table.enter(g, range(len(group)) if self.pool.ranks else [i], outcome)
-        return table.scores(skip_groups), faults
+        return table.scores(skip_groups)
 
     def _tell(self, outcome: Outcome, prompt: Prompt, texts: list[str]) -> None:
         """Say once what is wrong, with the traceback; or stop."""
@@ -107,7 +117,7 @@ class Scorer:
         )
         if outcome.fault == "timeout":
             text += " If it needs longer: reward.timeout_s."
-        if self.cfg.on_error == "stop":
+        if self.cfg.on_error == "stop" or outcome.kind == GAVE_UP:
             raise UserError(text)
         if outcome.kind in self.told:
             return
@@ -158,10 +168,10 @@ class _Printed:
     """Shows the first lines of what a reward function prints."""
 
     def __init__(self) -> None:
-        self.left, self.part = PRINTED_LINES, ""
+        self.left, self.part, self.quiet = PRINTED_LINES, "", False
 
     def __call__(self, text: str) -> None:
-        if self.left <= 0:
+        if self.left <= 0 or self.quiet:
             return
         lines = (self.part + text[: PRINTED_LINES * LINE_WIDTH]).split("\n")
         self.part = lines.pop()[:LINE_WIDTH]

@@ -26,10 +26,12 @@ from typing import Any
 from gspo.errors import UserError
 from gspo.reward_worker import Channel
 
+GAVE_UP = "gave up"  # the kind of fault of calls that were never made
 ROOT = str(Path(__file__).resolve().parent.parent)
 START_S = 120.0  # for the imports of the user's file
 GRACE_S = 1.0  # an async call's own time limit comes first
 LONGEST_CHUNK = 16  # calls sent at once: a message costs about as much as a short call
+PATIENCE = 32
 POLL_S = 0.02  # how soon an async worker with room hears of new calls
 
 
@@ -77,7 +79,7 @@ class Process:
     """One worker process, seen from the trainer."""
 
     def __init__(self, settings: Settings, source: str, printed: Callable[[str], None]):
-        self.settings, self.printed = settings, printed
+        self.settings, self.printed = settings, lambda text: None  # until it has started well
         ours, theirs = socket.socketpair()
         self.channel, self.tail = Channel(ours), ""
         self.output, write_end = os.pipe()
@@ -107,11 +109,15 @@ class Process:
             if isinstance(e, Gone) and e.outcome.fault == "timeout":
                 place = e.outcome.kind.removeprefix("timeout")
                 raise UserError(f"{settings.path} is still being imported after {START_S:g} s{place}.") from e
-            last_words = f": {' '.join(self.tail[-500:].split())}" if self.tail else ""
-            raise UserError(f"{settings.path}: importing it {e}{last_words}.") from e
+            last_words = f": {self.tail.strip().splitlines()[-1][:200]}" if self.tail.strip() else ""
+            limit = f" (reward.memory_gib = {settings.memory_gib:g})" if 0 < settings.memory_gib < 0.5 else ""
+            raise UserError(f"{settings.path}: importing it {e}{limit}{last_words}.") from e
         if "refused" in hello:
             self.end()
             raise UserError(hello["refused"])
+        self.printed = printed
+        if self.tail:
+            printed(self.tail)
         self.ranks, self.concurrent, self.takes = hello["ranks"], hello["concurrent"], hello["takes"]
 
     def send(self, index: int, arguments: dict[str, Any]) -> None:
@@ -211,6 +217,7 @@ class Pool:
         self.news, self.closing = threading.Condition(), False
         self.keepers: list[Keeper] = []
         self.call_s, self.calls = 0.0, 0  # seconds a call, lately; calls so far
+        self.patience, self.hung = PATIENCE, 0  # calls in a row that may take too long; that did
         self.first: Process | None = self.start()
         self.ranks, self.concurrent, self.takes = self.first.ranks, self.first.concurrent, self.first.takes
 
@@ -250,6 +257,19 @@ class Pool:
         """Take one call's duration into the running mean (no lock: an estimate is all it is)."""
         self.calls += 1
         self.call_s += max(0.05, 1.0 / self.calls) * (seconds - self.call_s)
+
+    def settle(self, call: Call, outcome: Outcome) -> None:
+        """Give a call its outcome. After too many time-outs in a row the calls that wait are not made any more."""
+        call.future.set_result(outcome)
+        with self.news:
+            self.hung = self.hung + 1 if outcome.fault == "timeout" else 0
+            if self.hung < self.patience:
+                return
+            self.hung, waiting = 0, list(self.queue)
+            self.queue.clear()
+        said = f"was given up after {self.patience} calls in a row that {outcome.said}"
+        for other in waiting:
+            other.future.set_result(Outcome(fault="timeout", kind=GAVE_UP, said=said))
 
     def put_back(self, calls: list[Call]) -> None:
         """Calls that another one's end interrupted, to the front."""
@@ -355,7 +375,7 @@ class Keeper(threading.Thread):
             outcome = Outcome(fault="error", **reply["fault"])
         else:
             outcome = Outcome(reply)
-        call.future.set_result(outcome)
+        self.pool.settle(call, outcome)
 
     def _blame(self, gone: Gone) -> None:
         """The process is lost: one call is the cause, the others are called again.
@@ -367,7 +387,7 @@ class Keeper(threading.Thread):
         suspects = calls if self.pool.concurrent else calls[:1]
         if suspects and not self.pool.closing:
             if suspects[0].alone or (gone.outcome.fault == "timeout" and len(suspects) == 1):
-                suspects[0].future.set_result(gone.outcome)
+                self.pool.settle(suspects[0], gone.outcome)
                 calls.remove(suspects[0])
             for call in suspects:
                 call.alone = True

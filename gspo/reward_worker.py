@@ -78,8 +78,9 @@ def load(source: str, path: str) -> ModuleType:
 def where(error: BaseException, path: str) -> str:
     """`KeyError: 'x' (line 12)`: the error and the line of the user's file it came through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
     line = lines[-1] if lines else error.lineno if isinstance(error, SyntaxError) else None
-    return f"{type(error).__name__}: {error}" + (f" (line {line})" if line else "")
+    return f"{type(error).__name__}: {' '.join(said.split())}" + (f" (line {line})" if line else "")
 
 
 def fault_of(error: BaseException, path: str) -> dict[str, str]:
@@ -168,7 +169,9 @@ class Worker:
             self.tell({"refused": f"{self.path} does not import: {where(e, self.path)}."})
             return None
         if not callable(function):
-            refused = f"{self.path} has no function {self.settings['name']!r}; write one or set reward.name."
+            there = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+            refused = f"{self.path} has no function {self.settings['name']!r} (reward.name); "
+            refused += f"it has {', '.join(there)}." if there else "it has no function at all."
             self.tell({"refused": refused})
             return None
         # An object's `async def __call__` counts, too.

@@ -36,11 +36,11 @@ def parse_row(row: Any, place: str) -> tuple[Messages, str, str, dict]:
     if row.get("reward_model") is not None:
         model = row["reward_model"]
         truth = model.get("ground_truth") if isinstance(model, dict) else None
-        if not isinstance(truth, (str, int, float)):
+        if not _is_truth(truth):
             raise _wrong(row, place, "reward_model", 'an object like {"style": "rule", "ground_truth": ...}')
     else:
         truth = row.get("ground_truth")
-        if not isinstance(truth, (str, int, float)):
+        if not _is_truth(truth):
             raise _wrong(row, place, "ground_truth", "a text or a number")
     source = row.get("data_source")
     if source is None:
@@ -53,6 +53,11 @@ def parse_row(row: Any, place: str) -> tuple[Messages, str, str, dict]:
     if row.get("solution") is not None:
         extra = {**extra, "solution": row["solution"]}
     return messages, str(truth), source, extra
+
+
+def _is_truth(value: Any) -> bool:
+    """A text or a finite number; JSON's `true` and `NaN` are neither."""
+    return isinstance(value, str) or (type(value) in (int, float) and value - value == 0)
 
 
 def _wrong(row: Row, place: str, name: str, what: str) -> UserError:

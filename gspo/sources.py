@@ -15,6 +15,7 @@ from gspo.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
 SUFFIXES = (".json", ".jsonl", ".parquet")
+NOT_READ = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xlsx")
 BATCH = 1024  # Arrow rows converted at a time when all are read
 # folder or owner/name, then :config, then @split
 DATASET = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
@@ -166,6 +167,8 @@ def open_source(name: str | Path, split: str = "train") -> Source:
     suffix = path.suffix.lower()
     if not path.is_file() and (path.is_dir() or suffix not in SUFFIXES):
         return _open_dataset(str(name), split)
+    if suffix in NOT_READ:
+        raise UserError(f"data file {path}: {suffix} is not read; JSON (a list of rows), JSONL and parquet are.")
     try:
         path.stat()  # what pyarrow says of a missing file is its name
         if suffix == ".parquet":

@@ -1,4 +1,4 @@
-"""Curves: tensorboard, `metrics.jsonl`, the console line, sample tables, and warnings when a curve leaves its range.
+"""Curves: tensorboard, `metrics.jsonl`, the console line, sample tables, and the warnings of `health.py`.
 
 `GLOSSARY` is the one list of what every metric means; the README's table is printed from it
 (`python -m gspo.tracking`).
@@ -13,7 +13,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from gspo.config import Config, Health
+from gspo.config import Config
+from gspo.health import HealthCheck
 from gspo.pairs import chosen_rejected
 from gspo.progress import is_main, say
 from gspo.types import Experience
@@ -38,10 +39,14 @@ GLOSSARY = {
     "pairs/per_group": "preference pairs a prompt",
     "pairs/groups_without": "share of prompts whose answers give no pair: nothing to learn from them",
     "pairs/gap_std": "standard deviation over pairs of the implicit reward gap: above 1, the sigmoid saturates",
+    "winner_logprob": "log-prob of the answers that beat another, before the update, nats per token",
+    "winner_logprob_drop": "its fall since the round began (healthy below 0.2: else likelihood displacement)",
     "response/length_mean": "tokens an answer",
+    "response/length_ratio": "tokens an answer / mean over the first three steps (healthy below 1.5)",
     "response/length_max": "longest answer",
     "response/cutoff": "share of answers cut off at max_new_tokens",
     "entropy": "entropy of the sampled distribution, nats per token",
+    "entropy_ratio": "entropy / mean over the first three steps (healthy above 0.3, until the task is solved)",
     "grad_norm": "gradient norm before clipping, mean over the step's updates",
     "skipped_updates": "updates skipped because the gradient was not finite",
     "learning_rate": "AdamW step size",
@@ -50,6 +55,8 @@ GLOSSARY = {
     "win_rate/ties": "share of ties in it",
     "kl_to_initial": "once a round: KL to the initial model on held-out prompts, nats per token",
     "heldout/reward_mean": "once a round: mean reward on held-out prompts",
+    "heldout/accuracy": "with it: share of right answers: those of full reward, or as the function's `acc` says",
+    "heldout/diverging": "once a round: rounds in a row in which training reward rose and held-out accuracy fell",
     "mismatch": "mean |sampler - trainer| log-prob of the same token",
     "tokens_per_second": "sampled tokens a second, over the whole step",
     "tokens_sampled": "sampled tokens since the start",
@@ -60,7 +67,6 @@ GLOSSARY = {
     "time/step": "seconds for the whole step",
     "memory/peak_gib": "peak memory: of the GPU, or of the process on CPU",
 }
-KL_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
 SEED_FIVE = ("reward_mean", "reward_max", "preference_accuracy", "kl_divergence", "ranking_loss")
 PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healthy high)
     "reward_mean (healthy: rises)": ("reward_mean", None, None),
@@ -69,62 +75,6 @@ PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healt
     "kl_divergence (healthy: 0.001 to 0.1)": ("kl_divergence", "kl_divergence_min", "kl_divergence_max"),
     "ranking_loss (healthy: falls)": ("ranking_loss", None, None),
 }
-
-
-class HealthCheck:
-    """Says once, with the cure, when a metric has been out of its range for `patience` steps in a row."""
-
-    def __init__(self, cfg: Health):
-        self.cfg, self.streak, self.told = cfg, defaultdict(int), set()
-        self.round, self.round_age = None, 0
-
-    def check(self, metrics: dict[str, float]) -> list[str]:
-        """New warnings; each kind is given once a run."""
-        c, get = self.cfg, metrics.get
-        self.round_age = self.round_age + 1 if get("round", 0.0) == self.round else 1
-        self.round = get("round", 0.0)
-        # The last few pairs are what the policy still gets wrong: their accuracy says nothing of the method's health.
-        starved = get("pairs/groups_without", 0.0) > 1 - c.paired_groups_min
-        noisy = "check the reward function, raise objective.margin to filter noisy pairs, or lower optim.learning_rate"
-        tests = {
-            "preference_accuracy": (
-                not starved and get("preference_accuracy", 1.0) < c.preference_accuracy_min,
-                f"preference_accuracy is below {c.preference_accuracy_min}: {noisy}",
-            ),
-            "kl_high": (
-                get("kl_divergence", 0.0) > c.kl_divergence_max,
-                f"kl_divergence is above {c.kl_divergence_max}: raise objective.kl_coef or lower optim.learning_rate",
-            ),
-            "kl_low": (
-                get("kl_divergence", math.inf) < c.kl_divergence_min and self.round_age > KL_GRACE,
-                f"kl_divergence is below {c.kl_divergence_min}: the policy hardly moves; raise optim.learning_rate",
-            ),
-            "mismatch": (
-                get("mismatch", 0.0) > c.mismatch_max,
-                f"sampler and trainer disagree by more than {c.mismatch_max} nats a token: use model.precision=fp32",
-            ),
-            "cutoff": (
-                get("response/cutoff", 0.0) > c.cutoff_max,
-                f"more than {c.cutoff_max:.0%} of the answers are cut off: raise rollout.max_new_tokens",
-            ),
-            "faults": (
-                get("reward/faults", 0.0) > c.reward_faults_max,
-                f"more than {c.reward_faults_max:.0%} of the reward function's calls fail: mend it, or raise "
-                "reward.timeout_s",
-            ),
-            "pairs": (
-                starved,
-                f"fewer than {c.paired_groups_min:.0%} of the prompts give a pair: raise rollout.n, lower "
-                "objective.margin, or choose harder (or easier) prompts",
-            ),
-        }
-        news = []
-        for kind, (bad, text) in tests.items():
-            self.streak[kind] = self.streak[kind] + 1 if bad else 0
-            if self.streak[kind] == c.patience and kind not in self.told:
-                self.told.add(kind)
-                news.append(text)
-        return news
 
 
 class Tracker:
@@ -137,6 +87,8 @@ class Tracker:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             _cut_after(folder / name, start_step)
+        for row in _rows(folder / "metrics.jsonl"):  # a resumed run knows again what it had seen and said
+            self.health.check(row)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         self.board.add_custom_scalars({"GSPO": {title: ["Multiline", _tags(*spec)] for title, spec in PAGE.items()}})
 
@@ -144,7 +96,9 @@ class Tracker:
         """One object in metrics.jsonl, one point on every curve, one line on the console. `step` counts from 1."""
         if not self.active:
             return
-        row = {"step": step, **{k: v for k, v in metrics.items() if k in GLOSSARY or k.startswith("reward/")}}
+        news = self.health.check(metrics)
+        values = metrics | self.health.derived
+        row = {"step": step, **{k: v for k, v in values.items() if k in GLOSSARY or k.startswith("reward/")}}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -153,8 +107,8 @@ class Tracker:
         for _, low, high in PAGE.values():
             for bound in filter(None, (low, high)):
                 self.board.add_scalar(f"healthy/{bound}", getattr(self.cfg.health, bound), step)
-        for warning in self.health.check(metrics):
-            say(f"warning, step {step}: {warning}.")
+        for level, text in news:
+            say(f"{level}, step {step}: {text}.")
         self._line(step, row, total_steps)
 
     def _line(self, step: int, row: dict[str, float], total_steps: int) -> None:
@@ -162,10 +116,11 @@ class Tracker:
         if now - self.last_line < 2.0 and step not in (1, total_steps):
             return
         self.last_line = now
+        seen = defaultdict(lambda: math.nan, row)  # a step may have no pairs, or no rewards
         say(
-            f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  reward {row['reward_mean']:.3f}  "
-            f"best {row['reward_max']:.3f}  pairs {row['pairs/per_group']:.1f}  "
-            f"accuracy {row.get('preference_accuracy', math.nan):.2f}  kl {row['kl_divergence']:.4f}  "
+            f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  reward {seen['reward_mean']:.3f}  "
+            f"best {seen['reward_max']:.3f}  pairs {row['pairs/per_group']:.1f}  "
+            f"accuracy {seen['preference_accuracy']:.2f}  kl {row['kl_divergence']:.4f}  "
             f"length {row['response/length_mean']:.1f}  {row['tokens_per_second']:.0f} tok/s  "
             f"{row['time/step']:.2f} s"
         )
@@ -234,6 +189,10 @@ def _cut_after(path: Path, step: int) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     part.replace(path)
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -72,3 +72,17 @@ def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
         assert all(seen[kind] for kind in ("hang", "raise", "nan", "none", "text", "exit", "memory", "print")), seen
         early, late = rows[steps // 4]["memory/peak_gib"], rows[-1]["memory/peak_gib"]
         assert late < 1.05 * early, (early, late)
+
+
+def test_a_step_without_a_single_score_is_logged_and_passed(run_program, tmp_path):
+    """A judge that is down for everything: no rewards, no pairs, no crash."""
+    (tmp_path / "down.py").write_text("def compute_score(**_):\n    raise ConnectionError('down')\n")
+    done = run_program(
+        "train.py", "--config", "configs/quick.yaml", f"reward.path={tmp_path / 'down.py'}", "trainer.max_steps=2",
+        "reward.on_error=skip_group", "reward.check_rows=0", "eval.before_and_after=false", "data.train_batch_size=4",
+        "eval.round_prompts=4", f"trainer.output_dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "quick" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reward/errors"] for row in rows] == [16, 16] and "reward_mean" not in rows[0]
+    assert "reward nan" in done.stdout

@@ -133,6 +133,8 @@ TYPED = {  # what users of the seed and of verl type: (text, our section, our na
     "reward_func": ("./my_reward.py", "reward", "path", "./my_reward.py"),
     "algorithm": ("gspo", "objective", "algorithm", "gspo"),
     "n_gpus": ("8", "trainer", "n_gpus", 8),
+    "run_name": ("other", "trainer", "run_name", "other"),
+    "output_dir": ("elsewhere", "trainer", "output_dir", "elsewhere"),
     "actor_rollout_ref.model.path": ("some/model", "model", "path", "some/model"),
     "actor_rollout_ref.rollout.n": ("10", "rollout", "n", 10),
     "actor_rollout_ref.rollout.temperature": ("0.7", "rollout", "temperature", 0.7),
@@ -177,7 +179,7 @@ def test_aliases_set_our_parameter_and_no_other(write, key, how):
     if how == "yaml":
         cfg = load_config(write(yaml.safe_dump(nested(key, yaml.safe_load(text)))))
     else:
-        cfg = load_config(None, [f"{how[:-8]}{key}={text}", "trainer.run_name=my"])
+        cfg = load_config(None, ["trainer.run_name=my", f"{how[:-8]}{key}={text}"])
     assert flatten(to_dict(cfg)) == expected
 
 

@@ -1,6 +1,7 @@
 """The numbers of a step against hand-computed ones, and merged over ranks as if there were one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_one_rank_by_hand():
     assert m["mismatch"] == pytest.approx(0.01, rel=1e-3)
     # Two tokens differ from the reference: d = 0.5 and d = -1; k3 = exp(-d) - 1 + d.
     assert m["kl_divergence"] == pytest.approx((math.exp(-0.5) - 0.5 + math.exp(1.0) - 2.0) / 9)
+    assert m["winner_logprob"] == -1.5, "the only winner, -1 - 2 over two tokens"
     # The only pair: s = 0.2 * (0.5, 0), so the winner leads by 0.1.
     assert m["preference_accuracy"] == 1.0 and m["pairs/gap_std"] == pytest.approx(0.0, abs=1e-6)
     assert m["ranking_loss"] == pytest.approx(math.log(1 + math.exp(-0.1)) / 2, rel=1e-6)
@@ -63,6 +65,27 @@ def test_a_rank_without_prompts_changes_nothing():
     alone, with_idle = Meter.merge([step().state()]), Meter.merge([step().state(), step([]).state()])
     idle = {k: v for k, v in with_idle.items() if k != "grad_norm"}
     assert idle == pytest.approx({k: v for k, v in alone.items() if k != "grad_norm"})
+
+
+def test_a_step_without_pairs_has_no_winners():
+    assert "winner_logprob" not in Meter.merge([step([1]).state()])
+
+
+def test_winners_count_once_however_many_they_beat():
+    exp, update = an_experience([0, 1])
+    beats = torch.zeros(2, 4, 4, dtype=torch.bool)
+    beats[0, 0, 1] = beats[0, 0, 3] = beats[1, 1, 0] = True  # -1.5 a token beats two, -2 one
+
+    def twice(x):
+        return torch.cat([x, x], 1)
+
+    r = exp.rollout
+    fields = {k: twice(getattr(r, k)) for k in ("tokens", "lengths", "logprobs", "entropy", "finished")}
+    wide = Experience(
+        replace(r, **fields), twice(REWARDS), beats, twice(REFERENCE), twice(exp.anchors), [0, 1], 2, int(beats.sum())
+    )
+    m = observe(wide, Scores(twice(REWARDS)), replace(update, logprobs=twice(LOGPROBS)), Objective())
+    assert Meter.merge([m.state()])["winner_logprob"] == pytest.approx((-1.5 - 2.0) / 2)
 
 
 def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():

@@ -1,6 +1,7 @@
 """The user's reward function: how it is found and called, what it may return, and how its faults are told."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_part_that_only_some_responses_have_is_nan_elsewhere(scorer):
 
 def test_a_missing_file_a_folder_and_a_file_that_is_no_python(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    for name, said in {"no.py": "no such file", "": "no such file", "notes.txt": "is not a Python file"}.items():
+    for name, said in {"no.py": "no such file", "": "is a folder", "notes.txt": "is not a Python file"}.items():
         with pytest.raises(UserError) as e:
             Scorer(Reward(path=str(tmp_path / name)))
         assert f"reward.path = {str(tmp_path / name)!r}" in str(e.value) and said in str(e.value)
@@ -152,7 +153,7 @@ def test_a_missing_file_a_folder_and_a_file_that_is_no_python(tmp_path):
     ("text", "said"),
     [
         ("x = 1\nimport not_there\n", "ModuleNotFoundError: No module named 'not_there' (line 2)"),
-        ("\n\ndef f(:\n", "SyntaxError: invalid syntax (my_reward.py, line 3) (line 3)"),
+        ("\n\ndef f(:\n", "SyntaxError: invalid syntax (line 3)"),
         ("1 / 0\n", "ZeroDivisionError: division by zero (line 1)"),
     ],
 )
@@ -165,7 +166,9 @@ def test_a_file_that_does_not_import(tmp_path, text, said):
 
 @pytest.mark.parametrize("name", ["judge", "NUMBER"])
 def test_a_missing_function_and_one_that_is_none(scorer, name):
-    with pytest.raises(UserError, match=f"my_reward.py has no function '{name}'.*reward.name"):
+    with pytest.raises(
+        UserError, match=rf"my_reward.py has no function '{name}' \(reward.name\); it has compute_score"
+    ):
         scorer("return NUMBER", f"NUMBER = 1.0\n{SIGNATURE}", name=name)
 
 
@@ -269,6 +272,40 @@ def test_a_call_that_hangs_is_counted_and_told_with_the_cure(scorer, capfd):
     assert scores.rewards.tolist() == [[1.0, 0.0, 1.0]] and (scores.errors, scores.timeouts) == (0, 1)
     told = capfd.readouterr().err
     assert re.search(r"took longer than 0.3 s \(line [23]\)", told) and "reward.timeout_s" in told
+
+
+def test_stop_comes_at_the_first_fault_and_not_after_the_last(scorer):
+    my = scorer("import time\ntime.sleep(600)", on_error="stop", timeout_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="took longer than 0.2 s"):
+        my(a_rollout(["x"] * 100))
+    assert time.monotonic() - began < 10, "not a hundred times 0.2 s"
+
+
+def test_a_function_that_hangs_on_everything_ends_the_run(scorer):
+    my = scorer("import time\ntime.sleep(600)", on_error="zero", timeout_s=0.02, workers=2)
+    with pytest.raises(UserError, match=r"given up after 32 calls in a row that took longer than 0.02 s.*timeout_s"):
+        my(a_rollout(["x"] * 200))
+
+
+def test_a_hang_now_and_then_does_not(scorer):
+    my = scorer(
+        "import time\nif solution_str == 'x':\n    time.sleep(600)\nreturn 1.0", on_error="zero", timeout_s=0.02
+    )
+    scores = my(a_rollout(["x"] * 20 + ["y"] + ["x"] * 20))
+    assert (scores.timeouts, scores.calls) == (40, 41)
+
+
+def test_the_check_before_training_is_sooner_tired_and_silent(scorer, capfd):
+    my = scorer("import time\nprint('hello')\ntime.sleep(600)", on_error="stop", timeout_s=0.1)
+    scores = my.score_texts([PROMPT], [["x"] * 50])
+    assert scores.timeouts == 50 and scores.first_fault.startswith("took longer than 0.1 s (line ")
+    assert capfd.readouterr().out == ""
+
+
+def test_an_error_message_of_several_lines_is_told_on_one(scorer):
+    with pytest.raises(UserError, match="raised ValueError: one two .line 2."):
+        ask(scorer("raise ValueError('one\\n  two')"), "")
 
 
 def test_what_it_prints_is_shown_and_cut(scorer, capfd):

@@ -56,3 +56,11 @@ def test_a_row_that_is_nearly_published_names_the_field(row, field):
     with pytest.raises(UserError) as e:
         parse_row(row, "x.jsonl, line 7")
     assert str(e.value).startswith("x.jsonl, line 7: ") and field in str(e.value)
+
+
+@pytest.mark.parametrize("truth", [True, float("nan"), float("inf"), None, [7], {}])
+def test_a_ground_truth_is_a_text_or_a_finite_number(truth):
+    with pytest.raises(UserError, match="field 'ground_truth' must be a text or a number"):
+        parse_row({"prompt": "x", "ground_truth": truth}, "here")
+    with pytest.raises(UserError, match="field 'reward_model' must be"):
+        parse_row({"prompt": "x", "reward_model": {"ground_truth": truth}}, "here")

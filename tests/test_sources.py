@@ -112,9 +112,13 @@ def test_a_file_that_goes_away_before_it_is_opened_again(lines, tmp_path):
 
 
 def test_files_are_told_by_their_suffix(tmp_path):
-    for name, kind in (("a.json", JsonList), ("a.JSONL", JsonLines), ("a.txt", JsonList), ("none", JsonList)):
+    for name, kind in (("a.json", JsonList), ("a.JSONL", JsonLines), ("none", JsonList)):
         (tmp_path / name).write_text("[]")
         assert type(open_source(tmp_path / name)) is kind
+    for name in ("a.csv", "a.TXT", "a.jsonl.gz"):
+        (tmp_path / name).write_text("[]")
+        with pytest.raises(UserError, match="is not read; JSON .a list of rows., JSONL and parquet are"):
+            open_source(tmp_path / name)
 
 
 # ---- Arrow ----

@@ -190,3 +190,17 @@ def test_interrupt_leaves_nothing_half_written(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
     assert not list((tmp_path / "quick" / "checkpoints").glob("*.part"))
     assert os.path.exists(tmp_path / "quick" / "config.yaml")
+
+
+@pytest.mark.slow
+def test_an_alarm_may_end_the_run_and_the_same_command_does_not_creep_past_it(run_program, tmp_path):
+    """The literal formula at a beta far too high: the pair gaps saturate at once."""
+    sick = [*SMALL, f"trainer.output_dir={tmp_path}", "objective.anchor=none", "objective.preference_beta=5",
+            "eval.before_and_after=false", "trainer.save_freq=0"]  # fmt: skip
+    for _ in range(2):
+        done = run_program("train.py", *sick, "health.on_alarm=stop")
+        assert done.returncode == 2 and "error: stopped after step 2, with a checkpoint: pairs/gap_std" in done.stderr
+    assert [row["step"] for row in rows(tmp_path / "quick" / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "quick" / "checkpoints" / "step_000002").is_dir()
+    finished(run_program, *sick, "health.on_alarm=warn")
+    assert len(rows(tmp_path / "quick" / "metrics.jsonl")) == 6

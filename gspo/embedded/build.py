@@ -1,10 +1,12 @@
-"""Rebuild the embedded base model, bit for bit: `make base-model`, under 20 minutes on two cores.
+"""Rebuild an embedded base model, bit for bit: `make base-model`, under 20 minutes on two cores.
+
+`python -m gspo.embedded.build --task systems` rebuilds the second one.
 
 A supervised warm start of a 0.6 M-parameter Llama on worked solutions, right ones and usual mistakes mixed
-(`equations.worked_solution`). The result can calculate but often picks the wrong operation: self-play can mend that.
+(`worked_solution` of the task). The result can calculate but often picks the wrong operation: self-play can mend that.
 
-Bit for bit is meant for x86-64 with AVX2 and the pinned torch: vendor libraries are held to AVX2 code paths and two
-threads, whatever the machine offers.
+Bit for bit is meant for x86-64 with AVX2 and the pinned torch: vendor libraries are held to AVX2 code paths and a fixed
+number of threads, whatever the machine offers.
 """
 
 import os
@@ -16,7 +18,10 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import random  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -24,8 +29,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from gspo.embedded import MODEL_DIR  # noqa: E402
-from gspo.embedded.equations import Equation, prompt_text, split_equations, worked_solution  # noqa: E402
+from gspo.embedded import MODEL_DIR, equations, systems  # noqa: E402
 
 SPECIALS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, END = 0, 1
@@ -37,7 +41,45 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(warm: list[Equation]) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Task:
+    """What a model is warmed up on, and how long."""
+
+    splits: Callable[[], dict[str, list[Any]]]  # "warm" has problems with a `shape`
+    prompt_text: Callable[[Any, str, random.Random], str]
+    worked_solution: Callable[..., str]
+    folder: Path
+    max_new_tokens: int
+    steps: int
+    batch: int
+    threads: int
+
+
+TASKS = {
+    "equations": Task(
+        equations.split_equations,
+        equations.prompt_text,
+        equations.worked_solution,
+        MODEL_DIR,
+        max_new_tokens=48,
+        steps=4200,
+        batch=144,
+        threads=2,
+    ),
+    "systems": Task(
+        systems.split_systems,
+        systems.prompt_text,
+        systems.worked_solution,
+        systems.MODEL_DIR,
+        max_new_tokens=64,
+        steps=1500,
+        batch=64,
+        threads=1,
+    ),
+}
+
+
+def build_tokenizer(task: Task, warm: list[Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE (any text is readable) whose digits stay single, as arithmetic wants them."""
     tokenizer = Tokenizer(models.BPE())
     split_digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
@@ -53,9 +95,9 @@ def build_tokenizer(warm: list[Equation]) -> PreTrainedTokenizerFast:
     )
     rng = random.Random("tokenizer")
     texts = []
-    for equation in rng.sample(warm, 4000):
+    for problem in rng.sample(warm, min(4000, len(warm))):
         language = rng.choice(("en", "zh"))
-        texts += [prompt_text(equation, language, rng), worked_solution(equation, language, rng, mistakes=True)]
+        texts += [task.prompt_text(problem, language, rng), task.worked_solution(problem, language, rng, mistakes=True)]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -68,15 +110,15 @@ def build_tokenizer(warm: list[Equation]) -> PreTrainedTokenizerFast:
 
 
 def build_batch(
-    warm_by_shape: list[list[Equation]], tokenizer: PreTrainedTokenizerFast, size: int, rng: random.Random
+    task: Task, warm_by_shape: list[list[Any]], tokenizer: PreTrainedTokenizerFast, size: int, rng: random.Random
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """`size` conversations -> two (ids [B, T], labels [B, T]), short ones and long ones; labels are on the answers."""
     prompts, answers = [], []
     for _ in range(size):
-        equation = rng.choice(rng.choice(warm_by_shape))
+        problem = rng.choice(rng.choice(warm_by_shape))
         language = rng.choice(("en", "zh"))
-        prompts.append(f"<|user|>{prompt_text(equation, language, rng)}<|assistant|>")
-        answers.append(worked_solution(equation, language, rng, mistakes=True) + "<|end|>")
+        prompts.append(f"<|user|>{task.prompt_text(problem, language, rng)}<|assistant|>")
+        answers.append(task.worked_solution(problem, language, rng, mistakes=True) + "<|end|>")
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
     pairs = sorted(zip(prompt_ids, answer_ids, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -93,12 +135,12 @@ def build_batch(
 
 
 def warm_start(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, warm: list[Equation], steps: int, batch: int
+    task: Task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, warm: list[Any], steps: int, batch: int
 ) -> None:
     """AdamW with warm-up and a cosine to zero; plain next-token cross-entropy."""
-    by_shape: dict[str, list[Equation]] = {}
-    for equation in warm:
-        by_shape.setdefault(equation.shape, []).append(equation)
+    by_shape: dict[str, list[Any]] = {}
+    for problem in warm:
+        by_shape.setdefault(problem.shape, []).append(problem)
     shapes = [by_shape[name] for name in sorted(by_shape)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
     rng = random.Random("warm start")
@@ -108,7 +150,7 @@ def warm_start(
         lr = 2e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        halves = build_batch(shapes, tokenizer, batch, rng)
+        halves = build_batch(task, shapes, tokenizer, batch, rng)
         tokens = sum(int((labels >= 0).sum()) for _, labels in halves)
         optimizer.zero_grad(set_to_none=True)
         mean_loss = 0.0
@@ -125,15 +167,18 @@ def warm_start(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=MODEL_DIR)
-    parser.add_argument("--steps", type=int, default=4200)
-    parser.add_argument("--batch", type=int, default=144)
+    parser.add_argument("--task", choices=TASKS, default="equations")
+    parser.add_argument("--out", type=Path, help="default: where the model ships")
+    parser.add_argument("--steps", type=int, help="default: as the model that ships")
+    parser.add_argument("--batch", type=int, help="default: as the model that ships")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    task = TASKS[args.task]
+    out = args.out or task.folder
+    torch.set_num_threads(task.threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
-    warm = split_equations()["warm"]
-    tokenizer = build_tokenizer(warm)
+    warm = task.splits()["warm"]
+    tokenizer = build_tokenizer(task, warm)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=128,
@@ -148,15 +193,15 @@ def main() -> None:
         pad_token_id=PAD,
     )
     model = LlamaForCausalLM(config)
-    warm_start(model, tokenizer, warm, args.steps, args.batch)
+    warm_start(task, model, tokenizer, warm, args.steps or task.steps, args.batch or task.batch)
     model.generation_config = GenerationConfig(
-        eos_token_id=END, pad_token_id=PAD, do_sample=True, temperature=0.9, max_new_tokens=48
+        eos_token_id=END, pad_token_id=PAD, do_sample=True, temperature=0.9, max_new_tokens=task.max_new_tokens
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     size = sum(p.numel() for p in model.parameters())
-    print(json.dumps({"parameters": size, "out": str(args.out)}))
+    print(json.dumps({"parameters": size, "out": str(out)}))
 
 
 if __name__ == "__main__":

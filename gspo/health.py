@@ -1,0 +1,210 @@
+"""The guards: how preference learning goes wrong, the curve that shows it, and what to do about it.
+
+`GUARDS` is the table; its limits are the section `health` of the configuration. `HealthCheck` reads a step's metrics
+and says once, with the cure, when one has been out of its range for some steps in a row. It also derives the curves
+that only make sense against the run's own past (`response/length_ratio` and its like).
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from gspo.config import Health
+
+INITIAL_STEPS = 3  # "initial" is the mean over so many first steps of the run
+RATIOS = {"response/length_ratio": "response/length_mean", "entropy_ratio": "entropy"}  # the latter, now / at first
+ROUND_ENDS = "win_rate"  # comes when a round ends; held-out accuracy may come oftener, from too few steps to compare
+KL_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
+LOWER_LR = "lower optim.learning_rate"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One way to fail. `warn` and `alarm` name limits of `config.Health`; `says` shows the one that was passed."""
+
+    kind: str
+    metric: str  # of the step, or derived
+    bad: Literal["above", "below"]
+    warn: str
+    alarm: str | None
+    says: str
+    cure: str
+    at_once: bool = False  # told without patience: the metric is slow, rare, or never harmless
+    grace: int = 0  # steps of a round before it counts
+    unless: tuple[str, ...] = ()  # states of the run (HealthCheck._states) that explain the value away
+
+
+GUARDS = (
+    Guard(
+        "literal-form collapse", "pairs/gap_std", "above", "gap_std_max", "gap_std_alarm",
+        "pairs/gap_std is above {limit:g} (the implicit rewards saturate the sigmoid)",
+        "use objective.anchor=opponent, lower objective.preference_beta or set objective.length_norm=mean",
+    ),
+    Guard(
+        "likelihood displacement", "winner_logprob_drop", "above", "winner_logprob_drop_max", None,
+        "the chosen answers have lost more than {limit:g} nats a token since the round began (the rejected ones sink, "
+        "and take them along)",
+        f"set objective.nll_coef=0.05, {LOWER_LR} or raise objective.kl_coef",
+        at_once=True,
+    ),
+    Guard(
+        "length explosion", "response/length_ratio", "above", "length_ratio_max", None,
+        "answers are more than {limit:g} times as long as at first",
+        "set objective.length_norm=mean, or mend a reward function that pays for length",
+    ),
+    Guard(
+        "cut-off answers", "response/cutoff", "above", "cutoff_max", None,
+        "more than {limit:.0%} of the answers are cut off",
+        "raise rollout.max_new_tokens, or set objective.length_norm=mean if answers grow",
+    ),
+    Guard(
+        "KL blow-up", "kl_divergence", "above", "kl_divergence_max", "kl_divergence_alarm",
+        "kl_divergence is above {limit:g}",
+        f"raise objective.kl_coef or {LOWER_LR}",
+    ),
+    Guard(
+        "standstill", "kl_divergence", "below", "kl_divergence_min", None,
+        "kl_divergence is below {limit:g} (the policy hardly moves)",
+        "raise optim.learning_rate",
+        grace=KL_GRACE,
+    ),
+    Guard(
+        "pair starvation", "pairs/groups_with", "below", "paired_groups_min", None,
+        "fewer than {limit:.0%} of the prompts give a pair",
+        "raise rollout.n, lower objective.margin, or choose harder (or easier) prompts",
+    ),
+    Guard(
+        "misordered pairs", "preference_accuracy", "below", "preference_accuracy_min", None,
+        "preference_accuracy is below {limit:g}",
+        f"check the reward function, raise objective.margin to filter noisy pairs, or {LOWER_LR}",
+        unless=("starved",),
+    ),
+    Guard(
+        "reward hacking", "heldout/diverging", "above", "diverging_rounds_max", None,
+        "training reward rises and held-out accuracy falls, round after round (the policy learns what is paid, not "
+        "what is right)",
+        "read samples.jsonl, fix the reward function, raise objective.kl_coef, or stop at an earlier checkpoint",
+        at_once=True,
+    ),
+    Guard(
+        "sampler / trainer mismatch", "mismatch", "above", "mismatch_max", "mismatch_alarm",
+        "sampler and trainer disagree by more than {limit:g} nats a token",
+        "use model.precision=fp32",
+    ),
+    Guard(
+        "entropy collapse", "entropy_ratio", "below", "entropy_ratio_min", None,
+        "entropy is below {limit:g} of what it was at first, and the task is not solved (the answers to a prompt are "
+        "all alike)",
+        f"{LOWER_LR}, raise objective.kl_coef or rollout.temperature",
+        unless=("solved",),
+    ),
+    Guard(
+        "non-finite update", "skipped_updates", "above", "skipped_updates_max", None,
+        "the loss or its gradient was not finite, and the update was skipped",
+        f"{LOWER_LR}, or use model.precision=fp32",
+        at_once=True,
+    ),
+    Guard(
+        "failing reward function", "reward/faults", "above", "reward_faults_max", None,
+        "more than {limit:.0%} of the reward function's calls fail",
+        "mend it, or raise reward.timeout_s",
+    ),
+)  # fmt: skip
+
+
+class News(NamedTuple):
+    level: Literal["warning", "alarm"]
+    text: str
+
+
+class HealthCheck:
+    """Reads the guards, one step after another. `alarmed` says why the run is to stop, with health.on_alarm=stop.
+
+    Everything it knows follows from the metrics that it has seen: given those of the steps before a checkpoint, it goes
+    on as if the run had not been interrupted, `alarmed` included.
+    """
+
+    def __init__(self, cfg: Health):
+        self.cfg = cfg
+        self.derived: dict[str, float] = {}  # of the last step
+        self.alarmed: str | None = None
+        self.streak: dict[tuple[str, str], int] = defaultdict(int)
+        self.told: set[tuple[str, str]] = set()
+        self.round, self.round_age = None, 0
+        self.initial: dict[str, list[float]] = defaultdict(list)
+        self.winners_at_first: float | None = None  # in this round
+        self.rewards: list[float] = []  # of the steps since a round ended
+        self.ended: tuple[float, float] | None = None  # the round before: mean of these, held-out accuracy
+        self.diverging = 0
+
+    def check(self, metrics: dict[str, float]) -> list[News]:
+        """What is new at this step: of each kind one warning and one alarm a run."""
+        if metrics.get("round", 0.0) != self.round:
+            self.round, self.round_age, self.winners_at_first = metrics.get("round", 0.0), 0, None
+        self.round_age += 1
+        self.derived = self._derive(metrics)
+        values = metrics | self.derived
+        states, news = self._states(values), []
+        for guard in GUARDS:
+            value = values.get(guard.metric)
+            if self.round_age <= guard.grace or states.intersection(guard.unless):
+                value = None
+            for level, name, patience in (
+                ("alarm", guard.alarm, self.cfg.alarm_patience),
+                ("warning", guard.warn, 1 if guard.at_once else self.cfg.patience),
+            ):
+                if name and self._passed(guard, level, value, limit := getattr(self.cfg, name), patience):
+                    said = guard.says.format(limit=limit)
+                    if level == "alarm":
+                        said += f", now {value:.3g}; what is learned from here on is likely lost"
+                    news.append(News(level, f"{said}: {guard.cure}"))
+        alarms = [text for level, text in news if level == "alarm"]
+        if self.cfg.on_alarm == "stop" and alarms and self.alarmed is None:
+            self.alarmed = f"{alarms[0]}. health.on_alarm=warn goes on regardless."
+        return news
+
+    def _passed(self, guard: Guard, level: str, value: float | None, limit: float, patience: int) -> bool:
+        """Whether the guard's limit has now been passed for `patience` steps in a row, and this is to be told."""
+        bad = value is not None and (value > limit if guard.bad == "above" else value < limit)
+        key = (guard.kind, level)
+        self.streak[key] = self.streak[key] + 1 if bad else 0
+        if self.streak[key] != patience or key in self.told:
+            return False
+        self.told |= {key, (guard.kind, "warning")}  # after an alarm its warning is no news
+        return True
+
+    def _states(self, values: dict[str, float]) -> set[str]:
+        """What makes a value harmless that would not be otherwise."""
+        found = set()
+        if values.get("pairs/groups_with", 1.0) < self.cfg.paired_groups_min:
+            found.add("starved")  # the last few pairs are what the policy still gets wrong
+        if values.get("reward_mean", 0.0) >= self.cfg.solved_reward:
+            found.add("solved")  # who knows the answer has no doubts
+        return found
+
+    def _derive(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The curves that follow from this step's metrics and those before."""
+        found = {}
+        for name, metric in RATIOS.items():
+            if metric not in metrics:
+                continue
+            first = self.initial[metric]
+            if len(first) < INITIAL_STEPS:
+                first.append(metrics[metric])
+            if sum(first) > 0:
+                found[name] = metrics[metric] * len(first) / sum(first)
+        if "pairs/groups_without" in metrics:
+            found["pairs/groups_with"] = round(1 - metrics["pairs/groups_without"], 9)  # 1 - 0.8 is not 0.2
+        if "winner_logprob" in metrics:
+            if self.winners_at_first is None:
+                self.winners_at_first = metrics["winner_logprob"]
+            found["winner_logprob_drop"] = self.winners_at_first - metrics["winner_logprob"]
+        if "reward_mean" in metrics:
+            self.rewards.append(metrics["reward_mean"])
+        if {"heldout/accuracy", ROUND_ENDS} <= metrics.keys() and self.rewards:
+            now = (sum(self.rewards) / len(self.rewards), metrics["heldout/accuracy"])
+            worse = self.ended is not None and now[0] > self.ended[0] and now[1] < self.ended[1]
+            self.diverging = self.diverging + 1 if worse else 0
+            self.ended, self.rewards = now, []
+            found["heldout/diverging"] = float(self.diverging)
+        return found

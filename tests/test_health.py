@@ -1,0 +1,383 @@
+"""Every guard: on rows made by hand, and on training runs of the embedded model in which its failure really happens."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from gspo.config import Health, parameters
+from gspo.health import GUARDS, HealthCheck
+from gspo.tracking import GLOSSARY
+
+WELL = {
+    "reward_mean": 0.5,
+    "preference_accuracy": 0.8,
+    "kl_divergence": 0.02,
+    "mismatch": 1e-4,
+    "response/length_mean": 20.0,
+    "response/cutoff": 0.0,
+    "pairs/groups_without": 0.3,
+    "pairs/gap_std": 0.3,
+    "winner_logprob": -0.5,
+    "entropy": 0.8,
+    "skipped_updates": 0.0,
+    "reward/faults": 0.04,
+    "round": 0.0,
+}
+ILL = {  # metric: (value out of range, words of the warning; the seed's FAQ is in the first two)
+    "preference_accuracy": (0.59, ["0.6", "reward function", "raise objective.margin", "lower optim.learning_rate"]),
+    "kl_divergence": (0.11, ["0.1", "raise objective.kl_coef", "lower optim.learning_rate"]),
+    "mismatch": (0.03, ["0.02", "model.precision=fp32"]),
+    "response/cutoff": (0.11, ["10%", "raise rollout.max_new_tokens"]),
+    "reward/faults": (0.06, ["5%", "reward function", "reward.timeout_s"]),
+    "pairs/groups_without": (0.81, ["20%", "raise rollout.n", "lower objective.margin", "harder"]),
+    "pairs/gap_std": (0.71, ["0.7", "objective.anchor=opponent", "lower objective.preference_beta"]),
+    "response/length_mean": (31.0, ["1.5 times", "objective.length_norm=mean", "reward function"]),
+    "entropy": (0.23, ["0.3", "lower optim.learning_rate", "objective.kl_coef"]),
+}
+AT_ONCE = {
+    "winner_logprob": (-0.71, ["0.2 nats", "objective.nll_coef=0.05", "lower optim.learning_rate"]),
+    "skipped_updates": (1.0, ["not finite", "skipped", "lower optim.learning_rate", "model.precision=fp32"]),
+}
+ALARMS = {"kl_divergence": 0.51, "pairs/gap_std": 1.51, "mismatch": 0.11}
+
+
+def told(cfg, rows, healthy_first=3):
+    """-> for each row, what is told; "initial" is healthy."""
+    check = HealthCheck(cfg)
+    for _ in range(healthy_first):
+        assert check.check(WELL) == []
+    return [check.check({**WELL, **row}) for row in rows]
+
+
+def levels(news):
+    return [[n.level for n in step] for step in news]
+
+
+# ---- the table ----
+
+
+def test_the_table_is_whole():
+    limits = {name.removeprefix("health.") for name in parameters() if name.startswith("health.")}
+    named = {name for g in GUARDS for name in (g.warn, g.alarm) if name}
+    assert limits - named == {"solved_reward", "patience", "alarm_patience", "on_alarm", "max_bad_steps"}
+    assert len({g.kind for g in GUARDS}) == len(GUARDS)
+    assert {g.metric for g in GUARDS} - set(GLOSSARY) == {"pairs/groups_with"}  # 1 - pairs/groups_without
+    for g in GUARDS:  # a cure names a setting, or what to do with the reward function
+        words = [word.split("=")[0].strip(",()") for word in g.cure.split()]
+        assert {w for w in words if "." in w} <= {*parameters(), "samples.jsonl"}
+        assert {w for w in words if "." in w}
+
+
+def test_warnings_and_alarms_have_limits_in_their_order():
+    default = Health()
+    for g in GUARDS:
+        if g.alarm:
+            assert g.bad == "above" and getattr(default, g.alarm) > getattr(default, g.warn)
+
+
+# ---- warnings ----
+
+
+@pytest.mark.parametrize("metric", ILL)
+def test_a_warning_comes_once_after_patience_with_its_cure(metric):
+    value, words = ILL[metric]
+    news = told(Health(patience=3), [{metric: value}] * 8)
+    assert levels(news) == [[], [], ["warning"], [], [], [], [], []]
+    assert [word for word in words if word not in news[2][0].text] == []
+
+
+@pytest.mark.parametrize("metric", ILL)
+def test_one_good_step_starts_the_count_again(metric):
+    bad, good = {metric: ILL[metric][0]}, {}
+    news = told(Health(patience=3), [bad, bad, good, bad, bad, good, bad, bad, bad])
+    assert [len(n) for n in news] == [0] * 8 + [1]
+
+
+@pytest.mark.parametrize("metric", AT_ONCE)
+def test_what_is_slow_or_never_harmless_is_told_at_once(metric):
+    value, words = AT_ONCE[metric]
+    news = told(Health(), [{}, {metric: value}, {}, {metric: value}])
+    assert levels(news) == [[], ["warning"], [], []]
+    assert [word for word in words if word not in news[1][0].text] == []
+
+
+def test_the_ranges_bounds_are_healthy_and_so_is_a_step_without_pairs():
+    edge = {"preference_accuracy": 0.6, "kl_divergence": 0.1, "mismatch": 0.02, "response/cutoff": 0.1,
+            "pairs/groups_without": 0.8, "pairs/gap_std": 0.7, "response/length_mean": 30.0, "reward/faults": 0.05,
+            "winner_logprob": -0.7 + 1e-9, "entropy": 0.3 * 0.8 + 1e-9}  # fmt: skip
+    assert told(Health(patience=1), [edge]) == [[]]
+    check = HealthCheck(Health(patience=1))
+    assert check.check({"kl_divergence": 0.02}) == [] and check.derived == {}
+
+
+def test_the_accuracy_of_the_last_few_pairs_is_no_illness():
+    """When hardly a group pairs, the warning is about that; what is left is what the policy gets wrong."""
+    (news,) = told(Health(patience=1), [{"preference_accuracy": 0.1, "pairs/groups_without": 0.9}])
+    assert len(news) == 1 and "give a pair" in news[0].text
+
+
+def test_who_has_learned_the_answers_needs_no_entropy():
+    sure = {"entropy": 0.01}
+    assert told(Health(patience=1), [sure | {"reward_mean": 0.9}] * 9) == [[]] * 9
+    assert levels(told(Health(patience=1), [sure | {"reward_mean": 0.89}])) == [["warning"]]
+
+
+def test_a_policy_that_does_not_move_is_told_but_not_at_the_start_of_a_round():
+    still = {"kl_divergence": 1e-5}
+    rounds = [still | {"round": float(r)} for r in range(4) for _ in range(20)]
+    assert not any(told(Health(), rounds, healthy_first=0))  # the reference is new: no distance yet
+    news = told(Health(), [still] * 60)
+    assert [n for step in news for n in step if "raise optim.learning_rate" in n.text and "0.001" in n.text]
+
+
+@pytest.mark.parametrize("guard", GUARDS, ids=lambda g: g.kind)
+def test_limits_come_from_the_configuration(guard):
+    """What is healthy by default is not when the limit is another; and the other guards do not mind."""
+    row = {**WELL, "winner_logprob": -0.51, "response/cutoff": 0.01, "heldout/accuracy": 0.5, "win_rate": 0.5}
+    rows = [{**WELL, "heldout/accuracy": 0.6, "win_rate": 0.5}] * 21 + [{**row, "reward_mean": 0.6}]
+    limit = {"skipped_updates_max": -1, "diverging_rounds_max": 0}.get(guard.warn, 1e-6 if guard.bad == "above" else 2)
+    checks = [HealthCheck(Health(patience=1, **changed)) for changed in ({}, {guard.warn: limit})]
+    default, changed = ([n.text for row in rows for n in check.check(row)] for check in checks)
+    assert default == [] and len(changed) == 1 and changed[0].endswith(guard.cure)
+
+
+# ---- what is measured against the run's own past ----
+
+
+def test_initial_is_the_mean_of_the_first_three_steps():
+    check, ratios = HealthCheck(Health()), []
+    for length, entropy in [(10, 3.0), (20, 2.0), (30, 1.0), (40, 1.0), (20, 0.5)]:
+        check.check({**WELL, "response/length_mean": float(length), "entropy": entropy})
+        ratios.append((check.derived["response/length_ratio"], check.derived["entropy_ratio"]))
+    assert ratios == [(1.0, 1.0), (4 / 3, 0.8), (1.5, 0.5), (2.0, 0.5), (1.0, 0.25)]
+
+
+def test_displacement_is_counted_from_the_rounds_first_step_with_pairs():
+    none = {k: v for k, v in WELL.items() if k != "winner_logprob"}
+    check, drops = HealthCheck(Health()), []
+    for r, value in [(0, None), (0, -0.5), (0, -0.6), (0, None), (0, -0.4), (1, None), (1, -0.9), (1, -1.05)]:
+        check.check({**none, "round": float(r)} | ({} if value is None else {"winner_logprob": value}))
+        drops.append(check.derived.get("winner_logprob_drop"))
+    assert drops == [None, 0.0, pytest.approx(0.1), None, pytest.approx(-0.1), None, 0.0, pytest.approx(0.15)]
+
+
+def rounds(measured, steps=3):
+    """Steps of rounds in which (training reward, held-out accuracy) are these; it is looked at in between, too."""
+    for r, (reward, accuracy) in enumerate(measured):
+        for step in range(steps):
+            row = {**WELL, "round": float(r), "reward_mean": reward + 0.1 * (step - 1)}
+            end = {"heldout/accuracy": accuracy, "win_rate": 0.5} if step == steps - 1 else {"heldout/accuracy": 0.0}
+            yield row | end
+
+
+@pytest.mark.parametrize(
+    "measured, counts",
+    [
+        ([(0.3, 0.6), (0.4, 0.5), (0.5, 0.4), (0.6, 0.3)], [0, 1, 2, 3]),
+        ([(0.3, 0.6), (0.4, 0.5), (0.5, 0.5), (0.6, 0.4)], [0, 1, 0, 1]),  # held
+        ([(0.3, 0.6), (0.4, 0.5), (0.4, 0.4), (0.5, 0.3)], [0, 1, 0, 1]),  # both are worse: no hacking
+        ([(0.3, 0.3), (0.4, 0.4), (0.5, 0.5), (0.6, 0.6)], [0, 0, 0, 0]),
+    ],
+)
+def test_hacking_is_reward_up_and_held_out_accuracy_down_twice_running(measured, counts):
+    check, news, seen = HealthCheck(Health()), [], []
+    for row in rounds(measured):
+        news.append(check.check(row))
+        seen += [check.derived["heldout/diverging"]] if "heldout/diverging" in check.derived else []
+    assert seen == counts
+    assert [len(n) for n in news] == [int(2 in counts and i == 3 * counts.index(2) + 2) for i in range(len(news))]
+    for n in (n for step in news for n in step):
+        assert "held-out accuracy falls" in n.text and "fix the reward function" in n.text
+
+
+# ---- alarms ----
+
+
+@pytest.mark.parametrize("metric", ALARMS)
+def test_an_alarm_comes_after_two_steps_and_its_warning_is_no_news_then(metric):
+    value = ALARMS[metric]
+    news = told(Health(patience=3), [{metric: value}, {}, {metric: value}, {metric: value}, *[{metric: value}] * 9])
+    assert levels(news)[:5] == [[], [], [], ["alarm"], []] and not any(news[4:])
+    assert f"now {value:g}; what is learned from here on is likely lost: " in news[3][0].text
+
+
+def test_an_alarm_comes_although_its_warning_has():
+    bad = [{"kl_divergence": 0.2}] * 4 + [{"kl_divergence": 0.6}] * 2
+    assert levels(told(Health(patience=3), bad)) == [[], [], ["warning"], [], [], ["alarm"]]
+
+
+def test_an_alarm_stops_the_run_only_when_asked_to():
+    for wish in ("warn", "stop"):
+        check = HealthCheck(Health(on_alarm=wish))
+        for _ in range(2):
+            assert check.alarmed is None
+            check.check({**WELL, "kl_divergence": 0.9, "mismatch": 0.9})
+        for _ in range(9):
+            check.check(WELL | {"pairs/gap_std": 9.0})  # another alarm changes nothing
+        assert bool(check.alarmed) == (wish == "stop")
+    assert check.alarmed.startswith("kl_divergence is above 0.5, now 0.9")
+    assert "raise objective.kl_coef" in check.alarmed and "health.on_alarm=warn" in check.alarmed
+
+
+def test_a_warning_stops_nothing():
+    check = HealthCheck(Health(on_alarm="stop", patience=1))
+    assert check.check({**WELL, "kl_divergence": 0.4}) and check.alarmed is None
+
+
+# ---- a resumed run ----
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_replaying_what_was_seen_leaves_the_same_check(seed):
+    """Through JSON, as from metrics.jsonl, with the derived curves in the rows."""
+    rng, cfg = random.Random(seed), Health(patience=2, on_alarm="stop")
+    whole, rows, news = HealthCheck(cfg), [], []
+    for step in range(30):
+        row = {k: v * rng.choice([1, 1, 1, 1.6, 12, 0.2]) for k, v in WELL.items() if rng.random() < 0.9}
+        row["round"] = float(step // 8)
+        row |= {"heldout/accuracy": rng.random(), "win_rate": 0.5} if step % 8 == 7 else {}
+        news.append(whole.check(row))
+        rows.append(row | {"step": step + 1} | whole.derived)
+    assert any(news)
+    cut = rng.randrange(30)
+    resumed = HealthCheck(cfg)
+    replayed = [resumed.check(json.loads(json.dumps(row))) for row in rows[:cut]]
+    assert replayed + [resumed.check(row) for row in rows[cut:]] == news
+    assert vars(resumed) == vars(whole)
+
+
+# ---- failures that really happen ----
+
+# Eight prompts, the same every step, so that a curve moves because the policy does.
+ONE_STEP = [(f"Solve: x - {a} = {b}", a + b) for a, b in zip(range(21, 61, 5), range(7, 55, 6), strict=True)]
+TWO_STEP = [
+    (f"Solve for x: {k}x + {a} = {k * x + a}", x)
+    for k, a, x in zip((2, 3, 4, 5, 6, 7, 8, 9), (6, 8, 3, 9, 4, 5, 7, 2), (-4, 5, -7, 3, 6, -2, 4, 8), strict=True)
+]
+HELD_OUT = [
+    (f"Solve for x: {k}x + {a} = {k * x + a}", x) for k in (2, 5, 7, 9) for a, x in ((5, 4), (8, -3), (3, 7), (1, -6))
+]
+REWARDS = {
+    "everything": "1.0",
+    "digits 1": "0.8 * solution_str.count('1') / max(1, len(solution_str))",
+    "length": "min(1.0, len(solution_str) / 200)",
+    "minus signs": "{'score': float(said.startswith('-')), 'acc': float(said == ground_truth)}",
+    "fails": "1.0 / solution_str.count('5')",
+}
+FUNCTION = """def compute_score(solution_str, ground_truth, **rest):
+    said = solution_str.replace("\\uff1a", ":").split(":")[-1].strip()
+    return {}
+"""
+# Updates that are far too large, on a reward that can be had by anything but thought.
+GREEDY = ("optim.learning_rate=2e-3", "objective.kl_coef=0", "objective.margin=0", "rollout.n=8",
+          "optim.epochs_per_rollout=3")  # fmt: skip
+PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, words told)])
+    "the literal form": (
+        3, ("objective.anchor=none", "objective.preference_beta=5"), None, None,
+        [(2, "alarm", "pairs/gap_std is above 1.5")],
+    ),
+    "large steps": (
+        4, ("optim.learning_rate=3e-3", "objective.kl_coef=0"), None, None,
+        [(3, "warning", "the chosen answers have lost more than 0.2 nats"), (3, "alarm", "kl_divergence is above 0.5")],
+    ),
+    "infinite steps": (
+        2, ("optim.learning_rate=1e30",), None, None,
+        [(1, "warning", "the loss or its gradient was not finite")],
+    ),
+    "nothing to choose, no room": (
+        5,
+        ("rollout.max_new_tokens=12",),
+        "everything",
+        None,
+        [(5, "warning", "fewer than 20% of the prompts give a pair"), (5, "warning", "more than 10% of the answers")],
+    ),
+    "a function that fails": (
+        5,
+        (),
+        "fails",
+        None,
+        [(5, "warning", "more than 5% of the reward function's calls fail")],
+    ),
+}  # fmt: skip
+SLOW = {
+    "a reward for something else": (
+        6,
+        ("selfplay.rounds=3", "eval.round_prompts=16", "optim.learning_rate=2e-4", "optim.epochs_per_rollout=4",
+         "rollout.n=8"),
+        "minus signs",
+        TWO_STEP,
+        [(6, "warning", "training reward rises and held-out accuracy falls")],
+    ),
+    "one token for ever": (
+        12, GREEDY, "digits 1", ONE_STEP,
+        [(12, "warning", "entropy is below 0.3"), (12, "warning", "answers are more than 1.5 times as long")],
+    ),
+    "a love of length": (
+        10,
+        (*GREEDY, "rollout.max_new_tokens=64"),
+        "length",
+        ONE_STEP,
+        [(10, "warning", "answers are more than 1.5 times as long"), (10, "warning", "more than 10% of the answers")],
+    ),
+}  # fmt: skip
+
+
+def train(run_program, folder, steps, settings=(), reward=None, prompts=None):
+    """-> (what was told, as (step, level, text); the rows of metrics.jsonl)."""
+    settings = [*settings]
+    if reward:
+        (folder / "reward.py").write_text(FUNCTION.format(REWARDS[reward]))
+        settings += [f"reward.path={folder}/reward.py", "reward.check_rows=0"]
+    for key, rows in {"train": prompts, "val": HELD_OUT}.items() if prompts else ():
+        rows = [{"prompt": p, "ground_truth": str(x), "data_source": "math"} for p, x in rows]
+        (folder / f"{key}.json").write_text(json.dumps(rows))
+        settings.append(f"data.{key}_files={folder}/{key}.json")
+    defaults = ("selfplay.rounds=1", "eval.round_prompts=0", "eval.before_and_after=false", "trainer.save_freq=0",
+                "data.train_batch_size=8", "optim.schedule=constant", "optim.warmup_steps=0")  # fmt: skip
+    done = run_program(
+        "train.py", "--config", "configs/quick.yaml", *defaults, *settings, f"trainer.max_steps={steps}",
+        f"trainer.output_dir={folder}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.partition(": ") for line in done.stdout.splitlines() if line.startswith(("warning, ", "alarm, "))]
+    news = [(int(head.split()[2]), head.split(",")[0], text) for head, _, text in lines]
+    return news, [json.loads(line) for line in (folder / "quick" / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_told(news, expected):
+    for latest, level, words in expected:
+        found = [step for step, given, text in news if given == level and text.startswith(words)]
+        assert len(found) == 1 and found[0] <= latest, (level, words, news)
+
+
+@pytest.mark.parametrize("name", [*PROVOKED, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_the_failure_is_provoked_and_told(run_program, tmp_path, name):
+    *made, expected = (PROVOKED | SLOW)[name]
+    news, _ = train(run_program, tmp_path, *made)
+    assert_told(news, expected)
+
+
+@pytest.mark.slow
+def test_a_model_that_bf16_cannot_hold_is_told(run_program, tmp_path):
+    """Attention logits of a hundred times the size: whom a token attends to hangs on the rounding."""
+    from gspo.model import load_model, load_tokenizer
+
+    model = load_model(None)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(100.0 if "q_proj" in name else 1.0)
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(None).save_pretrained(tmp_path / "model")
+    settings = [f"model.path={tmp_path}/model", "rollout.temperature=1.5", "optim.learning_rate=1e-6"]
+    news, rows = train(run_program, tmp_path, 5, [*settings, "model.precision=bf16"])
+    assert [text for _, _, text in news if text.startswith("sampler and trainer disagree") and "fp32" in text]
+    assert all(row["mismatch"] > 0.02 for row in rows)
+
+
+def test_a_healthy_run_is_told_nothing(run_program, tmp_path):
+    preset = ("selfplay.rounds=2", "optim.schedule=cosine", "optim.warmup_steps=5", "data.train_batch_size=16")
+    news, rows = train(run_program, tmp_path, 5, preset)
+    assert news == [] and len(rows) == 5
+    assert all({"response/length_ratio", "entropy_ratio", "winner_logprob_drop"} <= row.keys() for row in rows)
