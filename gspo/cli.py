@@ -20,6 +20,7 @@ def guarded(main: Callable[[], None]) -> None:
     """Run a program: a user's mistake is one paragraph on stderr and exit code 2, Ctrl-C one line and 130."""
     try:
         main()
+        leave()
     except UserError as e:
         if is_main():
             print(f"error: {e}", file=sys.stderr, flush=True)
@@ -29,6 +30,14 @@ def guarded(main: Callable[[], None]) -> None:
             print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)
+
+
+def leave() -> None:
+    """End a process of several at once: while the interpreter tears down, gloo's threads now and then abort it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def check_launch(cfg: Config, model_config: Any, world: World, started: bool = True) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from gspo.cli import leave
 from gspo.config import load_config
 from gspo.data import Batches, load_splits
 from gspo.distributed import session, whole
@@ -50,3 +51,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
