@@ -52,12 +52,12 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     state = ckpt.load_state(resume) if resume else ckpt.State()
     if world.is_main:
         ckpt.keep_reward_function(folder, scorer.pool.source, state.step)
-    selves = Selves(cfg, world, tokenizer, weights_from=resume)
+    selves = Selves(cfg, world, weights_from=resume)
     optimizer = make_optimizer(selves.policy, cfg)
     if resume:
         ckpt.restore(resume, selves.policy, optimizer, selves.frozen, state)
         say(f"{resume}: {state.step} of {total} steps done")
-    updater = Updater(selves.policy, optimizer, cfg, world, selves.pad_id, selves.autocast)
+    updater = Updater(selves.policy, optimizer, cfg, world, selves.autocast)
     sampler = Sampler(
         selves.sampler,
         tokenizer,

@@ -33,7 +33,8 @@ class Model:
         "auto", "compute type; weights and optimizer stay fp32. auto: bf16 on CUDA, fp32 on CPU"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = opt(
-        "auto", "auto: what transformers chooses for the model; flash_attention_2 needs flash-attn"
+        "auto",
+        "for sampling; training has its own. auto: what transformers chooses; flash_attention_2 needs flash-attn",
     )
     gradient_checkpointing: bool = opt(
         False, "recompute activations in the backward pass: less memory, a third more time"
@@ -128,7 +129,9 @@ class Optim:
     epochs_per_rollout: int = opt(1, "passes over a rollout", ge=1)
     minibatches: int = opt(1, "optimizer steps a pass", ge=1)
     micro_batch_tokens: int = opt(
-        16384, "padded tokens in one forward / backward on a rank; does not change the gradient", ge=1
+        16384,
+        "tokens in one forward / backward on a rank, a group's prompt counted once; does not change the gradient",
+        ge=1,
     )
     micro_batch_responses: int | None = opt(None, "a further limit, in responses", ge=1)
 

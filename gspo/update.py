@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from gspo.batching import Row, micro_batches, take_rows
+from gspo.batching import Row, micro_batches
 from gspo.config import Config
 from gspo.distributed import World, whole
 from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs
 from gspo.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
+from gspo.packing import pack_rows
 from gspo.types import Experience
 
 
@@ -66,11 +67,10 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         cfg: Config,
         world: World,
-        pad_id: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.policy, self.optimizer, self.cfg, self.world = policy, optimizer, cfg, world
-        self.pad_id, self.autocast = pad_id, autocast
+        self.autocast = autocast
 
     def cut(self, exp: Experience, groups: list[int], whole_groups: bool) -> list[list[Row]] | None:
         o = self.cfg.optim
@@ -100,7 +100,6 @@ class Updater:
                 parts,
                 self.world.max(len(parts)),
                 self.cfg.rollout.temperature,
-                self.pad_id,
                 self.autocast,
             )
             for _ in range(o.epochs_per_rollout):
@@ -178,19 +177,14 @@ class Updater:
     def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: Callable, update: Update) -> None:
         """Accumulate the gradient over micro-batches, clip it, take one optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
-        temperature = self.cfg.rollout.temperature
         for k in range(self.world.max(len(parts))):
             with self.autocast():
                 if k < len(parts):
-                    prompts, tokens, lengths = take_rows(exp.rollout, parts[k])
-                    logprobs = response_logprobs(self.policy, prompts, tokens, lengths, temperature, self.pad_id)
+                    packed = pack_rows(exp.rollout, parts[k])
+                    logprobs = response_logprobs(self.policy, packed, self.cfg.rollout.temperature)
                 else:
-                    logprobs = idle_forward(self.policy, temperature, self.pad_id, self.world.device)
-            if k < len(parts):
-                mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-                loss = loss_of(parts[k], logprobs, mask)
-            else:
-                loss = 0.0 * logprobs.sum()
+                    logprobs = idle_forward(self.policy, self.world.device)
+            loss = loss_of(parts[k], logprobs, packed.mask) if k < len(parts) else 0.0 * logprobs.sum()
             (loss * self.world.size).backward()  # FSDP averages over ranks; our parts are meant to be summed
         self._step(update)
 

@@ -28,7 +28,7 @@ def main() -> None:
         tokenizer = load_tokenizer(None)
         splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
         batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed)[0]
-        selves = Selves(cfg, world, tokenizer)
+        selves = Selves(cfg, world)
         optimizer = make_optimizer(selves.policy, cfg)
         tp = cfg.rollout.tensor_model_parallel_size
         sampler = Sampler(selves.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=selves.agree)
@@ -41,7 +41,7 @@ def main() -> None:
                 gradient[name] = whole(p.grad).cpu().clone().contiguous()
 
         optimizer.step = keep_gradient
-        Updater(selves.policy, optimizer, cfg, world, selves.pad_id, selves.autocast).run(experience, lr=0.0)
+        Updater(selves.policy, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
         texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), strict=True)))
         if world.is_main:
             save_file(gradient, out)

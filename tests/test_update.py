@@ -78,7 +78,7 @@ def run(model, exp, *overrides):
         None, ["optim.grad_clip=1e9", "objective.kl_coef=0.05", "objective.preference_beta=0.5", *overrides]
     )
     recorder = Recorder(model)
-    update = Updater(model, recorder, cfg, ALONE, pad_id=0).run(exp, lr=0.0)
+    update = Updater(model, recorder, cfg, ALONE).run(exp, lr=0.0)
     return recorder.seen, update, cfg
 
 
@@ -140,7 +140,7 @@ def test_a_small_step_raises_winners_over_losers():
     exp = experience(model)
     cfg = load_config(None, ["objective.kl_coef=0", "optim.learning_rate=1e-5"])
     moved = copy.deepcopy(model)
-    Updater(moved, make_optimizer(moved, cfg), cfg, ALONE, pad_id=0).run(exp, lr=1e-5)
+    Updater(moved, make_optimizer(moved, cfg), cfg, ALONE).run(exp, lr=1e-5)
     winner, loser = (2, 1), (2, 0)
 
     def gap(m):
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     cfg = load_config(None)
     exp.anchors[0, 0] = float("nan")
     before = [p.clone() for p in model.parameters()]
-    update = Updater(model, make_optimizer(model, cfg), cfg, ALONE, pad_id=0).run(exp, lr=1e-2)
+    update = Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2)
     assert update.skipped == 1
     assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
 
