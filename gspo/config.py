@@ -50,6 +50,7 @@ class Data:
     max_prompt_length: int = opt(1024, "tokens, chat template included", ge=1)
     overlong: Literal["error", "drop"] = opt("error", "what to do with a longer prompt")
     shuffle: bool = opt(True, "a new order every epoch")
+    spaced: bool = opt(True, "a prompt whose answers were all right is put off for 1, 3, 7, ... epochs")
     system_prompt: str | None = opt(None, "put before every prompt that has no system message")
     chat_template_kwargs: dict[str, Any] = opt({}, "passed to the tokenizer's chat template")
 
@@ -90,6 +91,9 @@ class Objective:
     margin: float = opt(0.1, "responses pair when their rewards differ by more than this", ge=0.0, lt=1.0)
     anchor: Literal["none", "opponent", "initial", "old"] = opt(
         "opponent", "log-probs are measured from this model's; none: the literal formula"
+    )
+    after_fork: float = opt(
+        0.3, "weight of the tokens behind the one at which two answers part; 1: DPO's whole answers", ge=0.0, le=1.0
     )
     length_norm: Literal["sum", "mean"] = opt("sum", "whole-response log-prob, or per token")
     pair_weight: Literal["one", "gap"] = opt("one", "weight of a pair: 1, or its reward gap")

@@ -73,11 +73,10 @@ class Selves:
         return rollout_logprobs(model, rollout, parts, count, temperature, self.autocast)
 
     def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """-> (log-probs under the KL reference [G, N, L], anchors [G, N]; zeros for `none` and `old`)."""
+        """-> log-probs under the KL reference and the anchor, [G, N, L]; zeros for the anchors `none` and `old`."""
         under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
-        if self.anchor_to is None:
-            return under[self.kl_to], torch.zeros_like(rollout.logprobs[..., 0])
-        return under[self.kl_to], under[self.anchor_to].double().sum(-1).float()
+        nothing = torch.zeros_like(rollout.logprobs)
+        return under[self.kl_to], under.get(self.anchor_to, nothing)
 
     def initial(self) -> nn.Module:
         """The model that training started from; opened again where it is not held."""

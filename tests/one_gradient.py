@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 from gspo.cli import leave
 from gspo.config import load_config
-from gspo.data import Batches, load_splits
+from gspo.data import load_splits
 from gspo.distributed import session, whole
 from gspo.model import load_model_config, load_tokenizer
+from gspo.order import Batches
 from gspo.reward import Scorer
 from gspo.rollout import Sampler
 from gspo.sampling import Sampling
@@ -27,7 +28,7 @@ def main() -> None:
     with session() as world:
         tokenizer = load_tokenizer(None)
         splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
-        batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed)[0]
+        batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed).take()
         selves = Selves(cfg, world)
         optimizer = make_optimizer(selves.policy, cfg)
         tp = cfg.rollout.tensor_model_parallel_size

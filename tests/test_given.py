@@ -13,7 +13,7 @@ from gspo.given import solution_ids, with_solutions
 from gspo.logprobs import response_logprobs
 from gspo.model import load_tokenizer
 from gspo.packing import pack, pack_rows
-from gspo.pairs import preferences
+from gspo.pairs import forks, preferences
 from gspo.rollout import Sampler
 from gspo.sampling import Sampling
 from gspo.selfplay import Selves
@@ -41,7 +41,8 @@ def setting():
         rollout = sampler.generate(prompts(tokenizer), 3, Sampling(0.9, max_new_tokens=16))
         reference, anchors = selves.reference(rollout)
         rewards = torch.tensor([[1.0, 0.0, 0.1], [0.0, 0.0, 0.0]])
-        exp = Experience(rollout, rewards, preferences(rewards, 0.1), reference, anchors, [0, 1], 2, 2)
+        apart = forks(rollout.tokens, rollout.lengths)
+        exp = Experience(rollout, rewards, preferences(rewards, 0.1), apart, reference, anchors, [0, 1], 2, 2)
         return cfg, selves, sampler, exp, with_solutions(exp, tokenizer, sampler.end_id, selves)
 
     return make
@@ -57,7 +58,7 @@ def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
         mine = response_logprobs(selves.policy, pack([prompt], [0], torch.tensor([ids]), torch.tensor([n])), 0.9)
         mine = mine.detach()
         torch.testing.assert_close(material.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(material.anchors[g, 3], mine.sum(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(material.anchors[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
     assert material.beats[:, 3, :3].all() and material.beats.sum() == 6 and material.given == 1
     width = exp.rollout.tokens.shape[2]
     assert material.rollout.tokens[:, :3, :width].equal(exp.rollout.tokens)
@@ -75,7 +76,7 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
     exp.rollout.logprobs.zero_()  # the weight p_train / p_sampler is at its bound or below where it is applied
     packed = pack_rows(material.rollout, [(g, i) for g in range(2) for i in range(4)])
     logprobs = response_logprobs(selves.policy, packed, 0.9).view(2, 4, -1)
-    s = 0.5 * (logprobs.sum(-1) - material.anchors)
+    s = 0.5 * (logprobs - material.anchors).sum(-1)
     loss = F.softplus(s[:, :3] - s[:, 3:]).mean()
     d = (logprobs - material.reference_logprobs)[:, :3]
     loss = loss + 0.5 * (0.5 * d.square().sum() / 6)
