@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -105,20 +106,25 @@ class Job:
 def code() -> str:
     """A fingerprint of what a result follows from, beside its settings."""
     digest = hashlib.sha256()
-    for file in sorted([ROOT / "train.py", *(ROOT / "benchmarks").glob("*_reward.py"), *(ROOT / "gspo").rglob("*.py")]):
+    parts = ["train.py", "configs/quick.yaml", "benchmarks/*_reward.py", "gspo/**/*.py", "gspo/**/*.safetensors"]
+    for file in sorted(file for part in parts for file in ROOT.glob(part)):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def run(job: Job, out: str, version: str) -> dict[str, Any]:
-    """Train and evaluate in this process, unless this version of the code has done it; -> the result."""
+    """The result of a job, trained for in this process unless this version of the code has done it."""
     folder = job.folder(Path(out))
-    kept = folder / "result.json"
-    stamp = [version, *job.settings]
+    kept, stamp = folder / "result.json", [version, *job.settings]
     if kept.exists() and (result := json.loads(kept.read_text()))["settings"] == stamp:
         return result
-    import shutil
+    result = {"settings": stamp, **train_once(job, folder)}
+    kept.write_text(json.dumps(result))
+    return result
 
+
+def train_once(job: Job, folder: Path) -> dict[str, Any]:
+    """Train and evaluate; what the run shows."""
     import torch
 
     import train
@@ -135,14 +141,12 @@ def run(job: Job, out: str, version: str) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     before, after = (json.loads((folder / f"eval_{name}.json").read_text()) for name in ("before", "after"))
     looks = [r for r in rows if "heldout/accuracy" in r]
-    result = {
-        "settings": stamp,
+    for part in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / part)
+    return {
         "seconds": time.monotonic() - began,
-        "pass@1": after["pass@1"],
-        "pass@8": after["pass@8"],
+        **{key: after[key] for key in ("pass@1", "pass@8", "greedy", "correct_counts")},
         "reward": after["reward_mean"],
-        "greedy": after["greedy"],
-        "correct_counts": after["correct_counts"],
         "before": {key: before[key] for key in ("pass@1", "pass@8", "greedy")},
         "length": rows[-1]["response/length_mean"],
         "kl": looks[-1]["kl_to_initial"],
@@ -150,10 +154,6 @@ def run(job: Job, out: str, version: str) -> dict[str, Any]:
         "dev": [r["heldout/accuracy"] for r in looks],
         "dev_kl": [r["kl_to_initial"] for r in looks],
     }
-    for part in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / part)
-    kept.write_text(json.dumps(result))
-    return result
 
 
 def claim_core(cores: "multiprocessing.Queue[int]") -> None:

@@ -44,7 +44,7 @@ class Counts:
 
 def from_fork(values: Tensor, forks: Tensor, after: float) -> Tensor:
     """values [G, N, L], forks [G, N, N] -> [G, N, N]: i's value where it leaves j, and `after` times what follows."""
-    nothing = torch.zeros_like(values[..., :1])
+    nothing = values.new_zeros(*values.shape[:2], 1)
     total = torch.cat([nothing, values.cumsum(-1)], -1)  # before each position
     at = torch.cat([values, nothing], -1).gather(-1, forks)
     behind = total[..., -1:] - total.gather(-1, (forks + 1).clamp_max(values.shape[-1]))

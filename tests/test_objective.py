@@ -9,6 +9,7 @@ import torch
 
 from gspo.config import Objective
 from gspo.objective import (
+    ALGORITHMS,
     Counts,
     Groups,
     coefficients,
@@ -249,3 +250,11 @@ def test_pair_accuracy_counts_a_tie_as_half():
     for s, right in (([[2.0, 2.0, 5.0]], 0.5), ([[3.0, 2.0, 1.0]], 3.0)):
         s = torch.tensor(s)
         assert pair_accuracy(s[:, :, None] - s[:, None, :], beats) == right
+
+
+def test_a_rank_without_groups_has_its_share_of_nothing():
+    empty = torch.zeros(0, 4, 0)
+    square = torch.zeros(0, 4, 4, dtype=torch.long)
+    groups = Groups(empty, torch.zeros(0, 4), square.bool(), square, torch.zeros(0, 4))
+    for name in ALGORITHMS:
+        assert coefficients(empty, groups, Objective(algorithm=name), COUNTS).shape == (0, 4, 0)
