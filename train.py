@@ -15,7 +15,7 @@ from gspo import checkpoint as ckpt
 from gspo.check_data import require_gold
 from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
-from gspo.data import Batches, load_splits
+from gspo.data import load_splits
 from gspo.distributed import World, session
 from gspo.errors import UserError
 from gspo.evaluation import answer, correct_of, report
@@ -23,7 +23,8 @@ from gspo.given import with_solutions
 from gspo.measure import Clock, Meter, kl_to, observe, peak_memory_gib
 from gspo.model import load_model_config, load_tokenizer
 from gspo.objective import NEEDS_SOLUTIONS
-from gspo.pairs import preferences
+from gspo.order import Batches
+from gspo.pairs import forks, preferences
 from gspo.progress import say
 from gspo.reward import Scorer
 from gspo.rollout import EVAL, Sampler
@@ -40,7 +41,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     scorer = Scorer(cfg.reward)
     model_config = load_model_config(cfg.model.path)
     splits = world.main_first(lambda: load_splits(cfg, tokenizer, model_config))
-    batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle)
+    batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
 
     check_launch(cfg, model_config, world, started=not check_only)
@@ -52,12 +53,13 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     state = ckpt.load_state(resume) if resume else ckpt.State()
     if world.is_main:
         ckpt.keep_reward_function(folder, scorer.pool.source, state.step)
-    selves = Selves(cfg, world, tokenizer, weights_from=resume)
+    selves = Selves(cfg, world, weights_from=resume)
     optimizer = make_optimizer(selves.policy, cfg)
     if resume:
         ckpt.restore(resume, selves.policy, optimizer, selves.frozen, state)
+        batches.load_state(ckpt.load_order(resume))
         say(f"{resume}: {state.step} of {total} steps done")
-    updater = Updater(selves.policy, optimizer, cfg, world, selves.pad_id, selves.autocast)
+    updater = Updater(selves.policy, optimizer, cfg, world, selves.autocast)
     sampler = Sampler(
         selves.sampler,
         tokenizer,
@@ -67,7 +69,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         tp=cfg.rollout.tensor_model_parallel_size,
         agree=selves.agree,
     )
-    sampling, tracker = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step)
+    sampling, tracker, checkpoints = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step), folder / "checkpoints"
 
     def test(name: str) -> None:
         """Greedy and sampled accuracy on the test prompts, kept as a file of the run."""
@@ -106,7 +108,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         if alarm := world.from_main(lambda: tracker.health.alarmed):  # of the last step, or of the run resumed
             raise UserError(f"stopped after step {state.step}, with a checkpoint: {alarm}")
         step, clock = state.step, Clock(world.device)
-        batch = batches[step]
+        batch = batches.take()
         with clock("rollout"):
             selves.refresh_sampler()
             places, rollout = sampler.generate_share(
@@ -114,6 +116,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
             )
         with clock("reward"):
             scores = scorer(rollout)
+            batches.learn(world.collect(places, correct_of(scores).all(1)).tolist())
         with clock("reference"):
             experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
             material = experience
@@ -139,13 +142,14 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         tracker.samples(state.step, experience, cfg.trainer.sample_rows)
         alarm = world.from_main(lambda: tracker.health.alarmed)
         if last or alarm or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
-            ckpt.save(folder / "checkpoints", state, selves.policy, optimizer, selves.frozen, tokenizer, cfg, world)
+            order = batches.state()
+            ckpt.save(checkpoints, state, selves.policy, optimizer, selves.frozen, order, tokenizer, cfg, world)
 
     if splits.test and cfg.eval.before_and_after and ckpt.needs_test(folder, "eval_after", state.step, world):
         test("eval_after")
     tracker.close()
     if world.is_main:
-        say(final_words(folder, ckpt.latest(folder / "checkpoints")))
+        say(final_words(folder, ckpt.latest(checkpoints)))
 
 
 def gather_experience(
@@ -158,6 +162,7 @@ def gather_experience(
         rollout,
         scores.rewards.to(world.device),
         beats.to(world.device),
+        forks(rollout.tokens, rollout.lengths),
         reference,
         anchors,
         places,

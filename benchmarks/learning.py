@@ -10,10 +10,12 @@ it stopped. Writes learning.csv, learning.md and learning.png beside this file (
 import argparse
 import contextlib
 import csv
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -30,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import heading, table
 
 ROOT = Path(__file__).resolve().parent.parent
-GRID = (1e-4, 3e-4, 1e-3)
+GRID = (5e-5, 1e-4, 2e-4, 4e-4)
 GRID_SEED = 100  # no final run has it
-EVERY = 5  # steps between looks at the dev split
+EVERY = 8  # steps between looks at the dev split
+POOL = 512  # training prompts: three epochs of 16 steps
 
 TASKS = {
     "equations": [
-        "data.train_files=[data/equations/train.json]",
+        f"data.train_files=[data/equations/train_{POOL}.json]",
         "data.val_files=[data/equations/dev.json]",
         "data.test_files=[data/equations/test.json]",
         "rollout.max_new_tokens=32",
@@ -44,21 +47,22 @@ TASKS = {
     "systems": [
         "model.path=gspo/embedded/systems_model",
         "reward.path=benchmarks/systems_reward.py",
-        "data.train_files=[data/systems/train.json]",
+        f"data.train_files=[data/systems/train_{POOL}.json]",
         "data.val_files=[data/systems/dev.json]",
         "data.test_files=[data/systems/test.json]",
         "rollout.max_new_tokens=64",
     ],
 }
 COMMON = [
-    *("rollout.n=4", "data.train_batch_size=32", "selfplay.rounds=2", "trainer.max_steps=60"),
-    *("optim.schedule=constant", "optim.warmup_steps=5", "optim.epochs_per_rollout=2", "optim.minibatches=2"),
-    *("eval.n=8", "eval.prompts=256", "eval.round_prompts=96", f"eval.freq={EVERY}"),
+    *("rollout.n=4", "data.train_batch_size=32", "selfplay.rounds=2", "trainer.max_steps=48"),
+    *("optim.schedule=cosine", "optim.min_lr_ratio=0.1", "optim.warmup_steps=5"),
+    *("optim.epochs_per_rollout=2", "optim.minibatches=2"),
+    *("eval.n=8", "eval.prompts=256", "eval.round_prompts=128", f"eval.freq={EVERY}"),
     *("trainer.save_freq=0", "trainer.keep_last=1", "trainer.sample_rows=0", "reward.workers=1", "reward.check_rows=0"),
 ]
 METHODS = {
     "GSPO": [],
-    "GSPO, literal formula": ["objective.anchor=none"],
+    "GSPO, literal formula": ["objective.anchor=none", "objective.after_fork=1"],
     "RLOO": ["objective.algorithm=rloo"],
     "GRPO": ["objective.algorithm=grpo"],
     "Dr. GRPO": ["objective.algorithm=dr_grpo"],
@@ -68,6 +72,7 @@ METHODS = {
 OURS = ("GSPO", "GSPO, literal formula")
 ABLATIONS = {  # one choice at a time, at GSPO's own best step size
     "default": [],
+    **{f"after_fork {w}": [f"objective.after_fork={w}"] for w in (0, 0.1, 1)},
     **{f"anchor {a}": [f"objective.anchor={a}"] for a in ("none", "initial", "old")},
     "no ranking loss": ["objective.use_ranking_loss=false"],
     **{f"Z {z}": [f"objective.normalizer={z}"] for z in ("batch", "group", "sqrt")},
@@ -77,6 +82,9 @@ ABLATIONS = {  # one choice at a time, at GSPO's own best step size
     **{f"N {n}": [f"rollout.n={n}", f"data.train_batch_size={128 // n}"] for n in (2, 8, 12)},
     **{f"rounds {r}": [f"selfplay.rounds={r}"] for r in (1, 3, 5)},
     "one step a rollout": ["optim.epochs_per_rollout=1", "optim.minibatches=1"],
+    "prompts not spaced": ["data.spaced=false"],
+    "RLOO": ["objective.algorithm=rloo"],  # ... and what of it helps a baseline
+    "RLOO, prompts not spaced": ["objective.algorithm=rloo", "data.spaced=false"],
 }
 
 
@@ -95,15 +103,28 @@ class Job:
         return out / "runs" / self.task / name
 
 
-def run(job: Job, out: str) -> dict[str, Any]:
-    """Train and evaluate in this process, unless that has been done; -> the result."""
+def code() -> str:
+    """A fingerprint of what a result follows from, beside its settings."""
+    digest = hashlib.sha256()
+    parts = ["train.py", "configs/quick.yaml", "benchmarks/*_reward.py", "gspo/**/*.py", "gspo/**/*.safetensors"]
+    for file in sorted(file for part in parts for file in ROOT.glob(part)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(job: Job, out: str, version: str) -> dict[str, Any]:
+    """The result of a job, trained for in this process unless this version of the code has done it."""
     folder = job.folder(Path(out))
-    kept = folder / "result.json"
-    stamp = list(job.settings)
+    kept, stamp = folder / "result.json", [version, *job.settings]
     if kept.exists() and (result := json.loads(kept.read_text()))["settings"] == stamp:
         return result
-    import shutil
+    result = {"settings": stamp, **train_once(job, folder)}
+    kept.write_text(json.dumps(result))
+    return result
 
+
+def train_once(job: Job, folder: Path) -> dict[str, Any]:
+    """Train and evaluate; what the run shows."""
     import torch
 
     import train
@@ -118,26 +139,21 @@ def run(job: Job, out: str) -> dict[str, Any]:
     with (folder / "log").open("w") as log, contextlib.redirect_stdout(log), session() as world:
         train.train(load_config(ROOT / "configs/quick.yaml", settings), world)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    after = json.loads((folder / "eval_after.json").read_text())
+    before, after = (json.loads((folder / f"eval_{name}.json").read_text()) for name in ("before", "after"))
     looks = [r for r in rows if "heldout/accuracy" in r]
-    result = {
-        "settings": stamp,
+    for part in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / part)
+    return {
         "seconds": time.monotonic() - began,
-        "pass@1": after["pass@1"],
-        "pass@8": after["pass@8"],
+        **{key: after[key] for key in ("pass@1", "pass@8", "greedy", "correct_counts")},
         "reward": after["reward_mean"],
-        "greedy": after["greedy"],
-        "correct_counts": after["correct_counts"],
+        "before": {key: before[key] for key in ("pass@1", "pass@8", "greedy")},
         "length": rows[-1]["response/length_mean"],
         "kl": looks[-1]["kl_to_initial"],
         "tokens": [r["tokens_sampled"] for r in looks],
         "dev": [r["heldout/accuracy"] for r in looks],
         "dev_kl": [r["kl_to_initial"] for r in looks],
     }
-    for part in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / part)
-    kept.write_text(json.dumps(result))
-    return result
 
 
 def claim_core(cores: "multiprocessing.Queue[int]") -> None:
@@ -168,7 +184,8 @@ def run_all(jobs: list[Job], out: Path, label: str) -> dict[Job, dict[str, Any]]
         cores.put(core)
     results = {}
     with ProcessPoolExecutor(len(available), context, claim_core, (cores,)) as pool:
-        waiting = {pool.submit(run, job, str(out)): job for job in jobs}
+        version = code()
+        waiting = {pool.submit(run, job, str(out), version): job for job in jobs}
         try:
             for done in track(as_completed(waiting), label, total=len(waiting)):
                 results[waiting[done]] = done.result()
@@ -189,12 +206,12 @@ def grid_score(result: dict[str, Any]) -> float:
     return float(np.mean(dev[-max(1, len(dev) // 3) :]))
 
 
-def best_rates(tasks: list[str], fast: list[str], out: Path) -> dict[tuple[str, str], float]:
+def best_rates(tasks: list[str], methods: list[str], out: Path) -> dict[tuple[str, str], float]:
     """{(task, method): the learning rate of the grid that does best on dev}."""
-    jobs = [job(t, m, METHODS[m], lr, GRID_SEED, fast) for t in tasks for m in METHODS for lr in GRID]
+    jobs = [job(t, m, METHODS[m], lr, GRID_SEED, []) for t in tasks for m in methods for lr in GRID]
     results = run_all(jobs, out, "learning rates")
     best: dict[tuple[str, str], float] = {}
-    for t, m in itertools.product(tasks, METHODS):
+    for t, m in itertools.product(tasks, methods):
         scored = {j.lr: grid_score(r) for j, r in results.items() if (j.task, j.method) == (t, m)}
         best[t, m] = max(scored, key=lambda lr: scored[lr])
     return best
@@ -216,6 +233,12 @@ def difference(
     return float(gap.mean()), float(low), float(high)
 
 
+def verdict(gap: tuple[float, float, float]) -> str:
+    """`ahead`, `behind`, or `tie` where the interval holds 0."""
+    _, low, high = gap
+    return "ahead" if low > 0 else "behind" if high < 0 else "tie"
+
+
 def best_within_kl(result: dict[str, Any], limit: float = 0.1) -> float:
     """The best dev accuracy of the run while KL to the initial model was within the limit."""
     return max((a for a, kl in zip(result["dev"], result["dev_kl"], strict=True) if kl <= limit), default=float("nan"))
@@ -228,15 +251,17 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def task_table(results: dict[str, list[dict[str, Any]]], rates: dict[str, float], against: str) -> str:
     """A line a method: means and standard deviations over seeds, and the difference to `against`."""
-    lines = []
+    before = next(iter(results.values()))[0]["before"]
+    lines = [["before training", "", *(f"{before[k]:.3f}" for k in ("pass@1", "pass@8")), *[""] * 5]]
     for method, runs in results.items():
-        gap = "" if method == against else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference(runs, results[against]))
+        gap = difference(runs, results[against])
+        said = "" if method == against else "{:+.3f} [{:+.3f}, {:+.3f}] {}".format(*gap, verdict(gap))
         column = {key: [r[key] for r in runs] for key in ("pass@1", "pass@8", "kl", "length")}
         lines.append(
             [
                 *(method, f"{rates[method]:g}", spread(column["pass@1"]), spread(column["pass@8"])),
                 *(spread([grid_score(r) for r in runs]), spread([best_within_kl(r) for r in runs])),
-                *(spread(column["kl"]), f"{np.mean(column['length']):.1f}", gap),
+                *(spread(column["kl"]), f"{np.mean(column['length']):.1f}", said),
             ]
         )
     titles = [
@@ -300,6 +325,10 @@ def prepare_data() -> None:
 
     equations.write_splits()
     systems.write_splits(systems.DATA_DIR)
+    for task in TASKS:
+        rows = json.loads((ROOT / "data" / task / "train.json").read_text(encoding="utf-8"))
+        file = ROOT / "data" / task / f"train_{POOL}.json"
+        file.write_text(json.dumps(rows[:POOL], ensure_ascii=False, indent=0), encoding="utf-8")
 
 
 def sections(by_task: dict, rates: dict[str, dict[str, float]], against: str | None) -> Iterator[str]:
@@ -311,22 +340,25 @@ def sections(by_task: dict, rates: dict[str, dict[str, float]], against: str | N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("main", "ablations"), default="main")
-    parser.add_argument("--fast", action="store_true", help="a third of the steps, two seeds, one step size")
+    parser.add_argument("--fast", action="store_true", help="a third of the steps, fewer seeds, one step size")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=None, help="final runs of each method (default 5; --fast 2)")
+    parser.add_argument(
+        "--seeds", type=int, default=None, help="final runs of each (default 5, ablations 3; --fast 2 and 1)"
+    )
     parser.add_argument("--out", type=Path, default=None, help="where runs, table and picture go")
     args = parser.parse_args()
     os.chdir(ROOT)
     out = args.out or ROOT / "outputs" / ("bench-fast" if args.fast else "bench")
     out.mkdir(parents=True, exist_ok=True)
-    fast = ["trainer.max_steps=20", "eval.prompts=128"] if args.fast else []
-    seeds = range(args.seeds or (2 if args.fast else 5))
+    fast = ["trainer.max_steps=16", "eval.prompts=128"] if args.fast else []
+    ablations = args.what == "ablations"
+    seeds = range(args.seeds or ((1 if ablations else 2) if args.fast else (3 if ablations else 5)))
     prepare_data()
 
-    rates = {(t, m): 3e-4 for t in args.tasks for m in METHODS}
+    rates = {(t, m): 2e-4 for t in args.tasks for m in METHODS}
     if not args.fast:
-        rates = best_rates(args.tasks, fast, out)
-    if args.what == "main":
+        rates = best_rates(args.tasks, ["GSPO"] if ablations else list(METHODS), out)
+    if not ablations:
         jobs = [job(t, m, METHODS[m], rates[t, m], s, fast) for t in args.tasks for m in METHODS for s in seeds]
         names, against = METHODS, None
     else:
@@ -337,15 +369,15 @@ def main() -> None:
     began = time.monotonic()
     results = run_all(jobs, out, args.what)
     by_task = {t: {m: [results[j] for j in jobs if (j.task, j.method) == (t, m)] for m in names} for t in args.tasks}
-    used = {t: {m: rates[t, m if args.what == "main" else "GSPO"] for m in names} for t in args.tasks}
-    command = "make bench-learning" if args.what == "main" else "make bench-ablations"
-    title = "Learning" if args.what == "main" else "Learning: ablations"
+    used = {t: {m: rates[t, "GSPO" if ablations else m] for m in names} for t in args.tasks}
+    command = f"make bench-{'ablations' if ablations else 'learning'}{' ARGS=--fast' if args.fast else ''}"
+    title = "Learning: ablations" if ablations else "Learning"
     text = "\n".join([heading(title, command), *sections(by_task, used, against)])
     target = args.out or (out if args.fast else ROOT / "benchmarks")
-    stem = "learning" if args.what == "main" else "ablations"
+    stem = "ablations" if ablations else "learning"
     (target / f"{stem}.md").write_text(text, encoding="utf-8")
     write_csv(target / f"{stem}.csv", results)
-    if args.what == "main":
+    if not ablations:
         draw(target / "learning.png", by_task)
     print(f"{text}\n{len(jobs)} runs, {time.monotonic() - began:.0f} s; written to {target}")
 

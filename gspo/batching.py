@@ -1,22 +1,20 @@
 """Cutting a rollout into micro-batches that fit a token budget."""
 
-from torch import Tensor
-
-from gspo.types import Prompt, Rollout
+from gspo.types import Rollout
 
 Row = tuple[int, int]  # (group, response)
 
 
-def padded_tokens(rollout: Rollout, rows: list[Row], lengths: list[list[int]]) -> int:
-    """Tokens of one forward over these rows, padding included."""
-    prompt = max(len(rollout.prompts[g].ids) for g, _ in rows)
-    return len(rows) * (prompt + max(lengths[g][i] for g, i in rows))
+def packed_tokens(rollout: Rollout, rows: list[Row], lengths: list[list[int]]) -> int:
+    """Tokens of one forward over these rows: every response, and the prompt of every group once."""
+    prompts = sum(len(rollout.prompts[g].ids) for g in {g for g, _ in rows})
+    return prompts + sum(lengths[g][i] for g, i in rows)
 
 
 def micro_batches(
     rollout: Rollout, groups: list[int], *, budget: int, max_rows: int | None, whole_groups: bool
 ) -> list[list[Row]] | None:
-    """Rows of `groups`, cut in order so that each part holds at most `budget` padded tokens and `max_rows` rows.
+    """Rows of `groups`, cut in order so that each part holds at most `budget` packed tokens and `max_rows` rows.
 
     A row alone may exceed the budget (it cannot be cut). With `whole_groups` a part holds whole groups only, and the
     answer is None when some group does not fit.
@@ -26,24 +24,18 @@ def micro_batches(
     units = (
         [[(g, i) for i in range(n)] for g in groups] if whole_groups else [[(g, i)] for g in groups for i in range(n)]
     )
-
-    def fits(rows: list[Row]) -> bool:
-        return padded_tokens(rollout, rows, lengths) <= budget and (max_rows is None or len(rows) <= max_rows)
-
     parts: list[list[Row]] = []
+    tokens = 0  # of the last part
     for unit in units:
-        if whole_groups and not fits(unit):
+        group, alone = unit[0][0], packed_tokens(rollout, unit, lengths)
+        if whole_groups and (alone > budget or len(unit) > (max_rows or n)):
             return None
-        if parts and fits(parts[-1] + unit):
-            parts[-1] = parts[-1] + unit
+        shared = len(rollout.prompts[group].ids) if parts and parts[-1][-1][0] == group else 0
+        more = alone - shared
+        if parts and tokens + more <= budget and (max_rows is None or len(parts[-1]) + len(unit) <= max_rows):
+            parts[-1] += unit
+            tokens += more
         else:
             parts.append(unit)
+            tokens = alone
     return parts
-
-
-def take_rows(rollout: Rollout, rows: list[Row]) -> tuple[list[Prompt], Tensor, Tensor]:
-    """The rows' prompts, tokens [R, L'] cut to their longest, and lengths [R]."""
-    g, i = zip(*rows, strict=True)
-    lengths = rollout.lengths[list(g), list(i)]
-    tokens = rollout.tokens[list(g), list(i), : int(lengths.max())]
-    return [rollout.prompts[k] for k in g], tokens, lengths

@@ -1,8 +1,8 @@
 """Runs on disk: their folders, checkpoints that resume everything, exports that transformers opens.
 
 `outputs/<run>/checkpoints/step_000050/` is a Hugging Face folder (the policy) with a `trainer/` folder beside the
-weights: optimizer moments and the frozen models as safetensors, everything else in `state.json`. It is written under
-another name and committed by one rename, so a folder called `step_*` is always whole. Nothing is pickled.
+weights: optimizer moments, the frozen models and the data order as safetensors, everything else in `state.json`. It is
+written under another name and committed by one rename, so a folder called `step_*` is always whole. Nothing is pickled.
 """
 
 import json
@@ -37,7 +37,7 @@ FREE_TO_CHANGE = re.compile(
 
 @dataclass
 class State:
-    """Where a run stands; small, in JSON. The data order and all sampling follow from the seed and `step`."""
+    """Where a run stands; small, in JSON. All sampling follows from the seed and `step`."""
 
     step: int = 0  # rollouts done
     round: int = 0
@@ -172,6 +172,7 @@ def save(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
     frozen: dict[str, nn.Module],
+    order: dict[str, Tensor],
     tokenizer: Any,
     cfg: Config,
     world: World,
@@ -193,6 +194,7 @@ def save(
     (part / "trainer").mkdir(parents=True, exist_ok=True)
     save_pretrained(part, resolve_path(cfg.model.path), weights, tokenizer)
     save_file(moments, part / "trainer" / "optimizer.safetensors")
+    save_file(order, part / "trainer" / "order.safetensors")
     for name, tensors in others.items():
         save_file(tensors, part / "trainer" / f"{name}.safetensors")
     state.torch_rng = torch.get_rng_state().tolist()
@@ -210,6 +212,11 @@ def save(
 
 def load_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8")))
+
+
+def load_order(checkpoint: Path) -> dict[str, Tensor]:
+    """The order of training, as `Batches.state` gave it."""
+    return load_file(checkpoint / "trainer" / "order.safetensors")
 
 
 def restore(

@@ -33,7 +33,8 @@ class Model:
         "auto", "compute type; weights and optimizer stay fp32. auto: bf16 on CUDA, fp32 on CPU"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = opt(
-        "auto", "auto: what transformers chooses for the model; flash_attention_2 needs flash-attn"
+        "auto",
+        "for sampling; training has its own. auto: what transformers chooses; flash_attention_2 needs flash-attn",
     )
     gradient_checkpointing: bool = opt(
         False, "recompute activations in the backward pass: less memory, a third more time"
@@ -49,6 +50,7 @@ class Data:
     max_prompt_length: int = opt(1024, "tokens, chat template included", ge=1)
     overlong: Literal["error", "drop"] = opt("error", "what to do with a longer prompt")
     shuffle: bool = opt(True, "a new order every epoch")
+    spaced: bool = opt(True, "a prompt whose answers were all right is put off for 1, 3, 7, ... epochs")
     system_prompt: str | None = opt(None, "put before every prompt that has no system message")
     chat_template_kwargs: dict[str, Any] = opt({}, "passed to the tokenizer's chat template")
 
@@ -90,6 +92,9 @@ class Objective:
     anchor: Literal["none", "opponent", "initial", "old"] = opt(
         "opponent", "log-probs are measured from this model's; none: the literal formula"
     )
+    after_fork: float = opt(
+        0.3, "weight of the tokens behind the one at which two answers part; 1: DPO's whole answers", ge=0.0, le=1.0
+    )
     length_norm: Literal["sum", "mean"] = opt("sum", "whole-response log-prob, or per token")
     pair_weight: Literal["one", "gap"] = opt("one", "weight of a pair: 1, or its reward gap")
     normalizer: Literal["constant", "batch", "group", "sqrt"] = opt(
@@ -128,7 +133,9 @@ class Optim:
     epochs_per_rollout: int = opt(1, "passes over a rollout", ge=1)
     minibatches: int = opt(1, "optimizer steps a pass", ge=1)
     micro_batch_tokens: int = opt(
-        16384, "padded tokens in one forward / backward on a rank; does not change the gradient", ge=1
+        16384,
+        "tokens in one forward / backward on a rank, a group's prompt counted once; does not change the gradient",
+        ge=1,
     )
     micro_batch_responses: int | None = opt(None, "a further limit, in responses", ge=1)
 

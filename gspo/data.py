@@ -1,9 +1,8 @@
-"""Prompts in token ids, made from rows when they are asked for, and the order in which they are trained.
+"""Prompts in token ids, made from rows when they are asked for.
 
 Before training every row is read, checked and forgotten (`survey`); what stays in memory is where rows begin.
 """
 
-import functools
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from gspo.rows import Messages, parse_row
 from gspo.sources import Source, open_source
 from gspo.types import Prompt
 
-__all__ = ["Batches", "Checker", "Prompts", "Splits", "Survey", "TooLong", "encode", "load_prompts", "load_splits"]
+__all__ = ["Checker", "Prompts", "Splits", "Survey", "TooLong", "encode", "load_prompts", "load_splits"]
 
 EMBEDDED = {"train": "train.json", "val": "dev.json", "test": "test.json"}
 HUB_SPLIT = {"train": "train", "val": "validation", "test": "test"}  # of a data set that names none
@@ -275,30 +274,3 @@ def shared(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
         return np.zeros(len(keys), bool)
     others = np.sort(others)
     return others[np.searchsorted(others, keys).clip(max=len(others) - 1)] == keys
-
-
-@functools.lru_cache(maxsize=1)
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng([seed, epoch]).permutation(np.arange(count))
-    order.flags.writeable = False
-    return order
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The training order: batch `step` is a function of the seed alone, so a resumed run needs only the step number."""
-
-    prompts: Sequence[Prompt]
-    size: int
-    seed: int
-    shuffle: bool = True
-
-    @property
-    def per_epoch(self) -> int:
-        return -(-len(self.prompts) // self.size)
-
-    def __getitem__(self, step: int) -> list[Prompt]:
-        epoch, index = divmod(step, self.per_epoch)
-        count = len(self.prompts)
-        order = _order(count, self.seed, epoch) if self.shuffle else range(count)
-        return [self.prompts[int(i)] for i in order[index * self.size : (index + 1) * self.size]]

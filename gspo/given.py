@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gspo.errors import UserError
+from gspo.pairs import forks
 from gspo.selfplay import Selves
 from gspo.types import Experience, Prompt, Rollout
 
@@ -41,13 +42,15 @@ def with_solutions(exp: Experience, tokenizer: Any, end_id: int, selves: Selves)
     g, n = exp.rewards.shape
     beats = torch.zeros(g, n + 1, n + 1, dtype=torch.bool, device=exp.beats.device)
     beats[:, n, :n] = True
+    rollout = _join(exp.rollout, gold)
     return replace(
         exp,
-        rollout=_join(exp.rollout, gold),
+        rollout=rollout,
         rewards=torch.cat([exp.rewards, torch.ones_like(exp.rewards[:, :1])], 1),
         beats=beats,
+        forks=forks(rollout.tokens, rollout.lengths),
         reference_logprobs=_beside(exp.reference_logprobs, reference),
-        anchors=torch.cat([exp.anchors, anchors], 1),
+        anchors=_beside(exp.anchors, anchors),
         batch_pairs=exp.batch_groups * n,
         given=1,
     )

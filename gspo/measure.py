@@ -13,7 +13,7 @@ from torch import nn
 
 from gspo import config
 from gspo.distributed import World
-from gspo.objective import Counts, Groups, implicit_rewards, kl_k3, pair_accuracy, ranking_loss
+from gspo.objective import Counts, Groups, gaps, kl_k3, pair_accuracy, ranking_loss
 from gspo.selfplay import Selves
 from gspo.types import Experience, Rollout, Scores
 from gspo.update import Update
@@ -122,15 +122,14 @@ def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objecti
     meter.mean("entropy", float(rollout.entropy.sum()), tokens)
     meter.sum("tokens", tokens)
 
-    summed = update.logprobs.double().sum(-1)
-    groups = Groups(exp.anchors, exp.rewards, exp.beats, rollout.lengths)
-    s = implicit_rewards(summed, groups, cfg)
+    groups = Groups(exp.anchors, exp.rewards, exp.beats, exp.forks, rollout.lengths)
+    gap = gaps(update.logprobs.double(), groups, cfg)
     if cfg.anchor != "old":  # there every implicit reward is zero
-        meter.mean("preference_accuracy", pair_accuracy(s, exp.beats), float(pairs.sum()))
-    gaps = (s[:, :, None] - s[:, None, :])[exp.beats]
-    meter.mean("gap_squares", float(gaps.square().sum()), gaps.numel())
-    meter.mean("gap_sum", float(gaps.sum()), gaps.numel())
-    meter.sum("ranking_loss", float(ranking_loss(s, groups, Counts(exp.batch_groups, 0.0))))
+        meter.mean("preference_accuracy", pair_accuracy(gap, exp.beats), float(pairs.sum()))
+    of_pairs = gap[exp.beats]
+    meter.mean("gap_squares", float(of_pairs.square().sum()), of_pairs.numel())
+    meter.mean("gap_sum", float(of_pairs.sum()), of_pairs.numel())
+    meter.sum("ranking_loss", float(ranking_loss(gap, groups, Counts(exp.batch_groups, 0.0))))
     mask = rollout.mask
     meter.mean("kl_divergence", float(kl_k3(update.logprobs, exp.reference_logprobs)[mask].sum()), tokens)
     meter.mean("mismatch", float((update.logprobs - rollout.logprobs)[mask].abs().sum()), tokens)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from gspo.attention import attention_of
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 
@@ -73,8 +74,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    config = model.config.get_text_config()
+
+    def as_first_computed() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        return contextlib.nullcontext(), attention_of(config, config._attn_implementation)
+
     for layer in decoder_layers(model):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=as_first_computed)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -1,7 +1,12 @@
 """The objective: pure functions of log-probabilities, anchors and rewards. No models, no ranks.
 
-Notation: l_i = log pi_T(y_i | x), the response's summed log-probability at the sampling temperature, [G, N];
-a_i its frozen anchor; s_i = beta (l_i - a_i) / n_i the implicit reward; D_ij = 1 where r_i - r_j > margin.
+Notation: l_it = log pi_T(y_it | x, y_i<t), each token's log-probability at the sampling temperature, [G, N, L];
+a_it its frozen anchor; D_ij = 1 where r_i - r_j > margin. Two answers i and j are alike up to a token, where they part:
+t_ij, the fork. What they share says nothing about who is better, and cancels. The implicit reward of i against j is
+
+    s_ij = beta / n_i * sum_{t >= t_ij} w_t (l_it - a_it),   w = 1 at the fork, `after_fork` behind it,
+
+and all that the loss sees is the gap s_ij - s_ji. With `after_fork` 1 the gap is DPO's, of whole answers.
 All normalisers are counted over the whole mini-batch before it is cut into micro-batches or ranks (`Counts`), so the
 parts add up to the same loss however it is cut.
 
@@ -9,7 +14,7 @@ To add an algorithm: write one function of this signature and one line of `ALGOR
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +27,10 @@ from gspo import config
 class Groups:
     """What is fixed about G groups of N responses while the policy moves."""
 
-    anchors: Tensor  # [G, N]
+    anchors: Tensor  # [G, N, L]
     rewards: Tensor  # [G, N]
     beats: Tensor  # [G, N, N] bool
+    forks: Tensor  # [G, N, N] int64: the token at which two responses part
     lengths: Tensor  # [G, N]
 
 
@@ -36,10 +42,22 @@ class Counts:
     pairs_per_group: float  # mean over the batch
 
 
-def implicit_rewards(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
-    """s_i = beta (l_i - a_i) / n_i, [G, N]; n_i is 1 (`sum`) or the response's length (`mean`). DPO, eq. 5."""
-    norm = 1.0 if cfg.length_norm == "sum" else groups.lengths.clamp_min(1).to(logprobs)
-    return cfg.preference_beta * (logprobs - groups.anchors.to(logprobs)) / norm
+def from_fork(values: Tensor, forks: Tensor, after: float) -> Tensor:
+    """values [G, N, L], forks [G, N, N] -> [G, N, N]: i's value where it leaves j, and `after` times what follows."""
+    nothing = values.new_zeros(*values.shape[:2], 1)
+    total = torch.cat([nothing, values.cumsum(-1)], -1)  # before each position
+    at = torch.cat([values, nothing], -1).gather(-1, forks)
+    behind = total[..., -1:] - total.gather(-1, (forks + 1).clamp_max(values.shape[-1]))
+    return at + after * behind
+
+
+def gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
+    """s_ij - s_ji [G, N, N]: by how much i is preferred to j, log-odds. n_i is 1 (`sum`) or the response's length
+    (`mean`). DPO, arXiv 2305.18290, eq. 5, counted from the fork."""
+    s = cfg.preference_beta * from_fork(logprobs - groups.anchors.to(logprobs), groups.forks, cfg.after_fork)
+    if cfg.length_norm == "mean":
+        s = s / groups.lengths.clamp_min(1).to(s)[:, :, None]
+    return s - s.transpose(1, 2)
 
 
 def pair_normalizer(beats: Tensor, kind: str, pairs_per_group: float) -> Tensor:
@@ -55,26 +73,26 @@ def pair_normalizer(beats: Tensor, kind: str, pairs_per_group: float) -> Tensor:
     }[kind]
 
 
-def preference_loss(s: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
-    """-log sigma(s_w - s_l) over all pairs (DPO, eq. 7).
+def preference_loss(gap: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
+    """-log sigma(gap) over all pairs (DPO, eq. 7), gap [G, N, N].
 
-    L_p = (1/B) sum_g (1/Z_g) sum_ij w_ij D_ij softplus(s_j - s_i).
+    L_p = (1/B) sum_g (1/Z_g) sum_ij w_ij D_ij softplus(s_ji - s_ij).
     """
-    weights = groups.beats.to(s)
+    weights = groups.beats.to(gap)
     if cfg.pair_weight == "gap":
-        weights = weights * (groups.rewards[:, :, None] - groups.rewards[:, None, :]).to(s)
-    losses = weights * F.softplus(s[:, None, :] - s[:, :, None])
-    z = pair_normalizer(groups.beats, cfg.normalizer, counts.pairs_per_group).to(s)
+        weights = weights * (groups.rewards[:, :, None] - groups.rewards[:, None, :]).to(gap)
+    losses = weights * F.softplus(-gap)
+    z = pair_normalizer(groups.beats, cfg.normalizer, counts.pairs_per_group).to(gap)
     return (losses.sum((1, 2)) / z).sum() / counts.groups
 
 
-def ranking_loss(s: Tensor, groups: Groups, counts: Counts) -> Tensor:
-    """A margin-gated Plackett-Luce likelihood, safe with ties.
+def ranking_loss(gap: Tensor, groups: Groups, counts: Counts) -> Tensor:
+    """A margin-gated Plackett-Luce likelihood, safe with ties, gap [G, N, N].
 
-    L_r = (1/B) sum_g (1/|I|) sum_{i in I} [logsumexp(s_i, {s_j : D_ij = 1}) - s_i], I = those that beat someone.
+    L_r = (1/B) sum_g (1/|I|) sum_{i in I} logsumexp(0, {s_ji - s_ij : D_ij = 1}), I = those that beat someone.
     """
-    behind = (s[:, None, :] - s[:, :, None]).masked_fill(~groups.beats, -torch.inf)  # [G, i, j] = s_j - s_i
-    per_winner = torch.cat([torch.zeros_like(s)[..., None], behind], -1).logsumexp(-1)  # 0 for who beats nobody
+    behind = (-gap).masked_fill(~groups.beats, -torch.inf)
+    per_winner = torch.cat([torch.zeros_like(gap[..., :1]), behind], -1).logsumexp(-1)  # 0 for who beats nobody
     winners = groups.beats.any(-1).sum(-1).clamp_min(1)
     return (per_winner.sum(-1) / winners).sum() / counts.groups
 
@@ -82,24 +100,24 @@ def ranking_loss(s: Tensor, groups: Groups, counts: Counts) -> Tensor:
 def winner_nll(logprobs: Tensor, groups: Groups, counts: Counts) -> Tensor:
     """Mean negative log-likelihood per token of the responses that beat someone, against likelihood displacement."""
     wins = groups.beats.any(-1).to(logprobs)
-    per_token = -logprobs / groups.lengths.clamp_min(1)
+    per_token = -logprobs.sum(-1) / groups.lengths.clamp_min(1)
     return ((wins * per_token).sum(-1) / wins.sum(-1).clamp_min(1)).sum() / counts.groups
 
 
 def gspo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """logprobs [G, N] -> the weighted terms {name: scalar}, whose sum is minimised."""
-    s = implicit_rewards(logprobs, groups, cfg)
-    terms = {"preference": preference_loss(s, groups, cfg, counts)}
+    """logprobs [G, N, L] -> the weighted terms {name: scalar}, whose sum is minimised."""
+    gap = gaps(logprobs, groups, cfg)
+    terms = {"preference": preference_loss(gap, groups, cfg, counts)}
     if cfg.use_ranking_loss:
-        terms["ranking"] = cfg.ranking_coef * ranking_loss(s, groups, counts)
+        terms["ranking"] = cfg.ranking_coef * ranking_loss(gap, groups, counts)
     if cfg.nll_coef:
         terms["nll"] = cfg.nll_coef * winner_nll(logprobs, groups, counts)
     return terms
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor, counts: Counts) -> dict[str, Tensor]:
-    """REINFORCE's surrogate -(1/(B N)) sum_gi A_i l_i: linear in l, so c_i = -A_i / (B N)."""
-    return {"policy": -(advantages.to(logprobs) * logprobs).sum() / (counts.groups * logprobs.shape[1])}
+    """REINFORCE's surrogate -(1/(B N)) sum_git A_i l_it: linear in l, so c_it = -A_i / (B N)."""
+    return {"policy": -(advantages.to(logprobs) * logprobs.sum(-1)).sum() / (counts.groups * logprobs.shape[1])}
 
 
 def rloo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
@@ -126,19 +144,19 @@ def dr_grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Cou
 
 
 def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """-log sigma(s_best - s_worst), one pair a group, none where they are within the margin (arXiv 2402.04792)."""
-    s = implicit_rewards(logprobs, groups, cfg)
+    """-log sigma(s_best - s_worst) of whole answers, one pair a group, none within the margin (arXiv 2402.04792)."""
+    gap = gaps(logprobs, groups, replace(cfg, after_fork=1.0))
     # Among equals the first: argmax promises none.
-    best, worst = (groups.rewards.sort(dim=1, descending=d, stable=True).indices[:, :1] for d in (True, False))
-    pairs = groups.beats.any((1, 2)).to(s)
-    losses = F.softplus(s.gather(1, worst) - s.gather(1, best))[:, 0]
+    best, worst = (groups.rewards.sort(dim=1, descending=d, stable=True).indices[:, 0] for d in (True, False))
+    pairs = groups.beats.any((1, 2)).to(gap)
+    losses = F.softplus(-gap[torch.arange(len(gap), device=gap.device), best, worst])
     return {"preference": (pairs * losses).sum() / counts.groups}
 
 
 def spin(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
     """-log sigma(s_gold - s_i) over the group's samples i; the gold text stands last (arXiv 2401.01335, eq. 4.7)."""
-    s = implicit_rewards(logprobs, groups, cfg)
-    return {"preference": F.softplus(s[:, :-1] - s[:, -1:]).mean(1).sum() / counts.groups}
+    gap = gaps(logprobs, groups, replace(cfg, after_fork=1.0))
+    return {"preference": F.softplus(-gap[:, -1, :-1]).mean(1).sum() / counts.groups}
 
 
 ALGORITHMS: dict[str, Callable[[Tensor, Groups, config.Objective, Counts], dict[str, Tensor]]] = {
@@ -153,7 +171,7 @@ NEEDS_SOLUTIONS = {"spin"}  # their groups end in the row's gold solution
 
 
 def coefficients(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
-    """c_i = dL/dl_i [G, N] at these log-probs: all that the loss ever tells the network."""
+    """c_it = dL/dl_it [G, N, L] at these log-probs: all that the loss ever tells the network."""
     leaf = logprobs.detach().double().requires_grad_()
     loss = sum(ALGORITHMS[cfg.algorithm](leaf, groups, cfg, counts).values())
     return torch.autograd.grad(loss, leaf)[0].to(logprobs)
@@ -173,10 +191,10 @@ def frozen_loss(
 ) -> Tensor:
     """PPO's clip on our coefficients: -sum_t w_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), A = -c.
 
-    rho_t = pi / pi_old. logprobs, old, mask, weights [R, L]; coefs [R].
-    At rho = 1 and w = 1 its gradient is exactly sum_i c_i grad l_i. Source: PPO, arXiv 1707.06347, eq. 7.
+    rho_t = pi / pi_old. All [R, L].
+    At rho = 1 and w = 1 its gradient is exactly sum_it c_it grad l_it. Source: PPO, arXiv 1707.06347, eq. 7.
     """
-    advantage = -coefs[:, None]
+    advantage = -coefs
     ratio = torch.where(mask, logprobs - old, 0.0).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
@@ -189,7 +207,6 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.exp(-d) - 1 + d
 
 
-def pair_accuracy(s: Tensor, beats: Tensor) -> float:
-    """How many pairs the implicit rewards s [G, N] order as the rewards do; an exact tie counts one half."""
-    gap = s[:, :, None] - s[:, None, :]
+def pair_accuracy(gap: Tensor, beats: Tensor) -> float:
+    """How many pairs the implicit rewards' gaps [G, N, N] order as the rewards do; an exact tie counts one half."""
     return float((beats * ((gap > 0).double() + 0.5 * (gap == 0).double())).sum())

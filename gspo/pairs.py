@@ -1,4 +1,4 @@
-"""Rewards -> who beats whom."""
+"""Rewards -> who beats whom; responses -> where they part."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,14 @@ def chosen_rejected(beats: Tensor, rewards: Tensor) -> list[tuple[int, int, floa
     """Pairs of one group, beats [N, N] and rewards [N] -> [(winner, loser, reward gap)], widest gap first."""
     found = [(int(i), int(j), float(rewards[i] - rewards[j])) for i, j in torch.nonzero(beats).tolist()]
     return sorted(found, key=lambda pair: (-pair[2], pair[0], pair[1]))
+
+
+def forks(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """tokens [G, N, L], lengths [G, N] -> [G, N, N] int64: the first position at which responses i and j differ.
+
+    Where one is the beginning of the other, its end; of i and i, its length.
+    """
+    real = torch.arange(tokens.shape[2], device=tokens.device) < lengths[..., None]
+    filled = torch.where(real, tokens, -1)
+    alike = (filled[:, :, None] == filled[:, None, :]) & real[:, :, None]
+    return alike.cumprod(-1).sum(-1)

@@ -3,7 +3,6 @@
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from gspo.batching import micro_batches
 from gspo.config import Config
 from gspo.distributed import World, copy_weights, shard_policy, shard_reference, shard_sampler
-from gspo.logprobs import rollout_logprobs
-from gspo.model import checkpoint_activations, compute_dtype, generation_ids, load_model
+from gspo.logprobs import check_packing, rollout_logprobs
+from gspo.model import checkpoint_activations, compute_dtype, load_model
 from gspo.pairs import preferences
 from gspo.types import Rollout
 
@@ -24,14 +23,14 @@ class Selves:
     the KL reference need; where they are the same model it is held once.
     """
 
-    def __init__(self, cfg: Config, world: World, tokenizer: Any, weights_from: Path | None = None):
+    def __init__(self, cfg: Config, world: World, weights_from: Path | None = None):
         self.cfg, self.world = cfg, world
         self.dtype = compute_dtype(cfg.model.precision, world.device)
         self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
         self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 
         initial = load_model(cfg.model.path, attention=cfg.model.attention)
-        _, self.pad_id = generation_ids(initial, tokenizer)
+        check_packing(initial)
         self.frozen = {name: self._freeze(copy.deepcopy(initial)) for name in {self.kl_to, self.anchor_to} - {None}}
         policy = initial if weights_from is None else load_model(str(weights_from), attention=cfg.model.attention)
         tp = cfg.rollout.tensor_model_parallel_size
@@ -71,14 +70,13 @@ class Selves:
             whole_groups=False,
         )
         temperature, count = self.cfg.rollout.temperature, self.world.max(len(parts))
-        return rollout_logprobs(model, rollout, parts, count, temperature, self.pad_id, self.autocast)
+        return rollout_logprobs(model, rollout, parts, count, temperature, self.autocast)
 
     def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """-> (log-probs under the KL reference [G, N, L], anchors [G, N]; zeros for `none` and `old`)."""
+        """-> log-probs under the KL reference and the anchor, [G, N, L]; zeros for the anchors `none` and `old`."""
         under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
-        if self.anchor_to is None:
-            return under[self.kl_to], torch.zeros_like(rollout.logprobs[..., 0])
-        return under[self.kl_to], under[self.anchor_to].double().sum(-1).float()
+        nothing = torch.zeros_like(rollout.logprobs)
+        return under[self.kl_to], under.get(self.anchor_to, nothing)
 
     def initial(self) -> nn.Module:
         """The model that training started from; opened again where it is not held."""

@@ -79,8 +79,9 @@ class Experience:
     rollout: Rollout
     rewards: Tensor  # [G, N]
     beats: Tensor  # [G, N, N] bool
-    reference_logprobs: Tensor  # [G, N, L], per token, for the KL term
-    anchors: Tensor  # [G, N], summed over tokens; see objective.py. NaN-free; zeros where the anchor is `none` or `old`
+    forks: Tensor  # [G, N, N] int64, where two responses part
+    reference_logprobs: Tensor  # [G, N, L], for the KL term
+    anchors: Tensor  # [G, N, L], see objective.py; zeros where the anchor is `none` or `old`
     positions: list[int]  # G
     batch_groups: int  # groups in the global batch
     batch_pairs: int  # pairs in the global batch

@@ -1,8 +1,8 @@
 """Experience -> optimizer steps, with gradients that depend neither on micro-batches nor on the number of ranks.
 
-The loss enters the network only through c_i = dL/dl_i and a per-token KL. With one optimizer step a rollout, and
+The loss enters the network only through c_it = dL/dl_it and a per-token KL. With one optimizer step a rollout, and
 groups that fit a micro-batch whole, the exact loss is evaluated in one forward and one backward (`live`). Otherwise a
-pass without gradients gives every l_i, the c_i are frozen, and each optimizer step minimises a clipped ratio to the
+pass without gradients gives every l_it, the c_it are frozen, and each optimizer step minimises a clipped ratio to the
 policy that sampled (`frozen`); at the first step that is the same gradient.
 """
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from gspo.batching import Row, micro_batches, take_rows
+from gspo.batching import Row, micro_batches
 from gspo.config import Config
 from gspo.distributed import World, whole
 from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs
 from gspo.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
+from gspo.packing import pack_rows
 from gspo.types import Experience
 
 
@@ -66,11 +67,10 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         cfg: Config,
         world: World,
-        pad_id: int,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.policy, self.optimizer, self.cfg, self.world = policy, optimizer, cfg, world
-        self.pad_id, self.autocast = pad_id, autocast
+        self.autocast = autocast
 
     def cut(self, exp: Experience, groups: list[int], whole_groups: bool) -> list[list[Row]] | None:
         o = self.cfg.optim
@@ -100,7 +100,6 @@ class Updater:
                 parts,
                 self.world.max(len(parts)),
                 self.cfg.rollout.temperature,
-                self.pad_id,
                 self.autocast,
             )
             for _ in range(o.epochs_per_rollout):
@@ -110,9 +109,10 @@ class Updater:
         return update
 
     def groups_of(self, exp: Experience, rows: list[int], logprobs: Tensor) -> Groups:
-        """The fixed part of these groups; the anchor `old` is where the policy stands now, logprobs [G, N]."""
-        anchors = logprobs.detach() if self.cfg.objective.anchor == "old" else exp.anchors[rows]
-        return Groups(anchors, exp.rewards[rows], exp.beats[rows], exp.rollout.lengths[rows])
+        """The fixed part of these groups; the anchor `old` is where the policy stands now, logprobs [G, N, L]."""
+        width = logprobs.shape[-1]
+        anchors = logprobs.detach() if self.cfg.objective.anchor == "old" else exp.anchors[rows][..., :width]
+        return Groups(anchors, exp.rewards[rows], exp.beats[rows], exp.forks[rows], exp.rollout.lengths[rows])
 
     def _counts(self, exp: Experience, groups: int) -> Counts:
         return Counts(groups, exp.batch_pairs / max(1, exp.batch_groups))
@@ -123,9 +123,9 @@ class Updater:
 
         def loss_of(rows: list[Row], logprobs: Tensor, mask: Tensor) -> Tensor:
             members = [g for g, i in rows if i == 0]
-            summed = logprobs.double().sum(-1).view(len(members), n)
-            update.logprobs[members, :, : logprobs.shape[1]] = logprobs.detach().view(len(members), n, -1)
-            terms = ALGORITHMS[cfg.algorithm](summed, self.groups_of(exp, members, summed), cfg, counts)
+            grouped = logprobs.double().view(len(members), n, -1)
+            update.logprobs[members, :, : grouped.shape[2]] = grouped.detach().float()
+            terms = ALGORITHMS[cfg.algorithm](grouped, self.groups_of(exp, members, grouped), cfg, counts)
             return sum(terms.values()) + self._kl(exp, rows, logprobs, mask, counts)
 
         self._descend(exp, parts, loss_of, update)
@@ -137,9 +137,8 @@ class Updater:
             return
         members = [g for g, p in enumerate(exp.positions) if p * o.minibatches // exp.batch_groups == k]
         counts = self._counts(exp, size)
-        summed = update.logprobs.double().sum(-1)
         every = list(range(len(exp.positions)))
-        coefs = coefficients(summed, self.groups_of(exp, every, summed), cfg, counts).float()
+        coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)
         several = o.epochs_per_rollout * o.minibatches > 1
         weights = torch.ones_like(update.logprobs)
         if several:
@@ -151,7 +150,7 @@ class Updater:
             g, i = (list(x) for x in zip(*rows, strict=True))
             width = logprobs.shape[1]
             old, w = update.logprobs[g, i, :width], weights[g, i, :width]
-            surrogate = frozen_loss(logprobs, old, coefs[g, i], mask, w, cfg)
+            surrogate = frozen_loss(logprobs, old, coefs[g, i, :width], mask, w, cfg)
             return surrogate + self._kl(exp, rows, logprobs, mask, counts)
 
         self._descend(exp, self.cut(exp, members, whole_groups=False), loss_of, update)
@@ -168,29 +167,22 @@ class Updater:
     def _terms(self, exp: Experience, logprobs: Tensor) -> dict[str, float]:
         """This rank's share of each loss term at the log-probs [G, N, L] before the update."""
         every, n = list(range(len(exp.positions))), logprobs.shape[1] - exp.given
-        counts, summed = self._counts(exp, exp.batch_groups), logprobs.double().sum(-1)
-        terms = ALGORITHMS[self.cfg.objective.algorithm](
-            summed, self.groups_of(exp, every, summed), self.cfg.objective, counts
-        )
+        counts, groups = self._counts(exp, exp.batch_groups), self.groups_of(exp, every, logprobs)
+        terms = ALGORITHMS[self.cfg.objective.algorithm](logprobs.double(), groups, self.cfg.objective, counts)
         kl = kl_loss(logprobs[:, :n], exp.reference_logprobs[:, :n], exp.rollout.mask[:, :n], n, counts)
         return {name: float(value) for name, value in (terms | {"kl": self.cfg.objective.kl_coef * kl}).items()}
 
     def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: Callable, update: Update) -> None:
         """Accumulate the gradient over micro-batches, clip it, take one optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
-        temperature = self.cfg.rollout.temperature
         for k in range(self.world.max(len(parts))):
             with self.autocast():
                 if k < len(parts):
-                    prompts, tokens, lengths = take_rows(exp.rollout, parts[k])
-                    logprobs = response_logprobs(self.policy, prompts, tokens, lengths, temperature, self.pad_id)
+                    packed = pack_rows(exp.rollout, parts[k])
+                    logprobs = response_logprobs(self.policy, packed, self.cfg.rollout.temperature)
                 else:
-                    logprobs = idle_forward(self.policy, temperature, self.pad_id, self.world.device)
-            if k < len(parts):
-                mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-                loss = loss_of(parts[k], logprobs, mask)
-            else:
-                loss = 0.0 * logprobs.sum()
+                    logprobs = idle_forward(self.policy, self.world.device)
+            loss = loss_of(parts[k], logprobs, packed.mask) if k < len(parts) else 0.0 * logprobs.sum()
             (loss * self.world.size).backward()  # FSDP averages over ranks; our parts are meant to be summed
         self._step(update)
 

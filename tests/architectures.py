@@ -27,6 +27,21 @@ EXTRA = {
     "gpt_neox": {},
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.5},
+    "cohere2": {"sliding_window": 6},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+    },
 }
 FAMILIES = list(EXTRA)
 

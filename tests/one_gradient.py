@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 from gspo.cli import leave
 from gspo.config import load_config
-from gspo.data import Batches, load_splits
+from gspo.data import load_splits
 from gspo.distributed import session, whole
 from gspo.model import load_model_config, load_tokenizer
+from gspo.order import Batches
 from gspo.reward import Scorer
 from gspo.rollout import Sampler
 from gspo.sampling import Sampling
@@ -27,8 +28,8 @@ def main() -> None:
     with session() as world:
         tokenizer = load_tokenizer(None)
         splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
-        batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed)[0]
-        selves = Selves(cfg, world, tokenizer)
+        batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed).take()
+        selves = Selves(cfg, world)
         optimizer = make_optimizer(selves.policy, cfg)
         tp = cfg.rollout.tensor_model_parallel_size
         sampler = Sampler(selves.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=selves.agree)
@@ -41,7 +42,7 @@ def main() -> None:
                 gradient[name] = whole(p.grad).cpu().clone().contiguous()
 
         optimizer.step = keep_gradient
-        Updater(selves.policy, optimizer, cfg, world, selves.pad_id, selves.autocast).run(experience, lr=0.0)
+        Updater(selves.policy, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
         texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), strict=True)))
         if world.is_main:
             save_file(gradient, out)

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from test_objective import COUNTS, LEVELS, G, N, a_batch
+from test_objective import COUNTS, LEVELS, G, N, a_batch, at_once
 
 from gspo.config import Objective
 from gspo.objective import ALGORITHMS, Counts, Groups, coefficients
@@ -41,7 +41,8 @@ def test_policy_gradients_by_hand(name):
         for g in range(G)
     ]
     expected = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(coefficients(logprobs, groups, cfg(name), COUNTS), expected, rtol=0, atol=1e-14)
+    c = coefficients(logprobs, groups, cfg(name), COUNTS)[..., 0]
+    torch.testing.assert_close(c, expected, rtol=0, atol=1e-14)
 
 
 def sigmoid(x):
@@ -51,7 +52,7 @@ def sigmoid(x):
 def test_online_dpo_by_hand():
     """The best pushes the worst away; who stands between them is left alone, and so is a group of equals."""
     logprobs, groups = a_batch()
-    c = coefficients(logprobs, groups, cfg("online_dpo"), COUNTS)
+    c = coefficients(logprobs, groups, cfg("online_dpo"), COUNTS)[..., 0]
     expected = torch.zeros(G, N, dtype=torch.float64)
     for g in range(1, G):
         r = groups.rewards[g].tolist()
@@ -66,23 +67,23 @@ def test_online_dpo_by_hand():
 
 
 def test_online_dpo_of_two_is_gspo_of_two():
-    logprobs = -10 * torch.rand(4, 2, dtype=torch.float64)
+    logprobs = -10 * torch.rand(4, 2, 1, dtype=torch.float64)
     rewards = LEVELS[torch.tensor([[0, 3], [3, 2], [1, 1], [2, 3]])]
-    groups = Groups(torch.zeros(4, 2), rewards, preferences(rewards, 0.1), torch.ones(4, 2))
+    groups = Groups(torch.zeros(4, 2, 1), rewards, preferences(rewards, 0.1), at_once(4, 2), torch.ones(4, 2))
     one, other = (coefficients(logprobs, groups, cfg(name), Counts(4, 1.0)) for name in ("online_dpo", "gspo"))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-15)
 
 
 def test_online_dpo_within_the_margin_is_no_pair():
-    logprobs, rewards = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.5, 0.55, 0.6]])
-    groups = Groups(torch.zeros(1, 3), rewards, preferences(rewards, 0.1), torch.ones(1, 3))
+    logprobs, rewards = torch.zeros(1, 3, 1, dtype=torch.float64), torch.tensor([[0.5, 0.55, 0.6]])
+    groups = Groups(logprobs, rewards, preferences(rewards, 0.1), at_once(1, 3), torch.ones(1, 3))
     assert coefficients(logprobs, groups, cfg("online_dpo"), Counts(1, 0.0)).abs().max() == 0
 
 
 def test_spin_by_hand():
     """The last, the gold text, against every sample; rewards play no part."""
     logprobs, groups = a_batch()
-    c = coefficients(logprobs, groups, cfg("spin"), COUNTS)
+    c = coefficients(logprobs, groups, cfg("spin"), COUNTS)[..., 0]
     expected = torch.zeros(G, N, dtype=torch.float64)
     for g in range(G):
         s = [BETA * float(logprobs[g, i] - groups.anchors[g, i]) for i in range(N)]
@@ -91,7 +92,7 @@ def test_spin_by_hand():
         expected[g, -1] = -expected[g, :-1].sum()
     torch.testing.assert_close(c, expected, rtol=0, atol=1e-14)
     other = replace(groups, rewards=1 - groups.rewards)
-    torch.testing.assert_close(coefficients(logprobs, other, cfg("spin"), COUNTS), c, rtol=0, atol=0)
+    torch.testing.assert_close(coefficients(logprobs, other, cfg("spin"), COUNTS)[..., 0], c, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -112,7 +113,7 @@ def test_permuting_responses_permutes_coefficients(name):
     groups = replace(groups, rewards=groups.rewards + 1e-3 * torch.arange(N))  # no ties, which online_dpo may break
     order = torch.tensor([3, 0, 4, 1, 2])
     fields = {k: v[:, order] for k, v in vars(groups).items()}
-    moved = Groups(**{**fields, "beats": fields["beats"][:, :, order]})
+    moved = Groups(**{**fields, **{name: fields[name][:, :, order] for name in ("beats", "forks")}})
     torch.testing.assert_close(
         coefficients(logprobs[:, order], moved, cfg(name), COUNTS),
         coefficients(logprobs, groups, cfg(name), COUNTS)[:, order],
@@ -139,9 +140,9 @@ def test_a_group_without_contrast_teaches_nothing(name):
 
 
 def test_grpo_ignores_the_size_of_a_gap_and_rloo_does_not():
-    logprobs, lengths = torch.zeros(2, 4, dtype=torch.float64), torch.ones(2, 4)
+    logprobs, lengths = torch.zeros(2, 4, 1, dtype=torch.float64), torch.ones(2, 4)
     rewards = torch.tensor([[1.0, 0, 0, 0], [0.5, 0, 0, 0]], dtype=torch.float64)
-    groups = Groups(logprobs, rewards, preferences(rewards, 0.1), lengths)
+    groups = Groups(logprobs, rewards, preferences(rewards, 0.1), at_once(2, 4), lengths)
     grpo = coefficients(logprobs, groups, cfg("grpo"), Counts(2, 3.0))
     rloo = coefficients(logprobs, groups, cfg("rloo"), Counts(2, 3.0))
     torch.testing.assert_close(grpo[0], grpo[1], rtol=1e-3, atol=0)

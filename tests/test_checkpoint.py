@@ -26,7 +26,8 @@ def saved(tmp_path, tokenizer):
     policy(input_ids=torch.tensor([[3, 9, 8]])).logits.square().sum().backward()
     optimizer.step()
     state = ckpt.State(step=4, round=1, round_rewards=[[1.0, 0.1]], tokens_sampled=9)
-    path = ckpt.save(folder / "checkpoints", state, policy, optimizer, {"opponent": opponent}, tokenizer, cfg, ALONE)
+    frozen, order = {"opponent": opponent}, {"due": torch.tensor([3, 1])}
+    path = ckpt.save(folder / "checkpoints", state, policy, optimizer, frozen, order, tokenizer, cfg, ALONE)
     return cfg, folder, path, policy, optimizer, opponent
 
 
@@ -45,6 +46,7 @@ def test_everything_comes_back(saved):
             assert value.equal(fresh.state[q][key]), key
     for p, q in zip(opponent.parameters(), frozen.parameters(), strict=True):
         assert p.equal(q)
+    assert ckpt.load_order(path)["due"].tolist() == [3, 1]
     assert torch.get_rng_state().equal(torch.tensor(state.torch_rng, dtype=torch.uint8))
 
 
@@ -87,7 +89,7 @@ def test_only_the_last_few_are_kept(saved, tokenizer):
     cfg, folder, _, policy, optimizer, _ = saved
     cfg.trainer.keep_last = 2
     for step in (5, 6):
-        ckpt.save(folder / "checkpoints", ckpt.State(step=step), policy, optimizer, {}, tokenizer, cfg, ALONE)
+        ckpt.save(folder / "checkpoints", ckpt.State(step=step), policy, optimizer, {}, {}, tokenizer, cfg, ALONE)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000005", "step_000006"]
 
 

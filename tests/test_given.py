@@ -12,7 +12,8 @@ from gspo.errors import UserError
 from gspo.given import solution_ids, with_solutions
 from gspo.logprobs import response_logprobs
 from gspo.model import load_tokenizer
-from gspo.pairs import preferences
+from gspo.packing import pack, pack_rows
+from gspo.pairs import forks, preferences
 from gspo.rollout import Sampler
 from gspo.sampling import Sampling
 from gspo.selfplay import Selves
@@ -35,12 +36,13 @@ def setting():
 
     def make(*overrides):
         cfg = load_config(None, ["objective.algorithm=spin", "objective.preference_beta=0.5", *overrides])
-        selves = Selves(cfg, WORLD, tokenizer)
+        selves = Selves(cfg, WORLD)
         sampler = Sampler(selves.sampler, tokenizer, WORLD.device)
         rollout = sampler.generate(prompts(tokenizer), 3, Sampling(0.9, max_new_tokens=16))
         reference, anchors = selves.reference(rollout)
         rewards = torch.tensor([[1.0, 0.0, 0.1], [0.0, 0.0, 0.0]])
-        exp = Experience(rollout, rewards, preferences(rewards, 0.1), reference, anchors, [0, 1], 2, 2)
+        apart = forks(rollout.tokens, rollout.lengths)
+        exp = Experience(rollout, rewards, preferences(rewards, 0.1), apart, reference, anchors, [0, 1], 2, 2)
         return cfg, selves, sampler, exp, with_solutions(exp, tokenizer, sampler.end_id, selves)
 
     return make
@@ -53,11 +55,10 @@ def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
         n = int(material.rollout.lengths[g, 3])
         ids = material.rollout.tokens[g, 3, :n].tolist()
         assert ids[-1] == sampler.end_id and tokenizer.decode(ids[:-1]) == prompt.extra_info["solution"]
-        mine = response_logprobs(
-            selves.policy, [prompt], torch.tensor([ids]), torch.tensor([n]), 0.9, selves.pad_id
-        ).detach()
+        mine = response_logprobs(selves.policy, pack([prompt], [0], torch.tensor([ids]), torch.tensor([n])), 0.9)
+        mine = mine.detach()
         torch.testing.assert_close(material.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(material.anchors[g, 3], mine.sum(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(material.anchors[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
     assert material.beats[:, 3, :3].all() and material.beats.sum() == 6 and material.given == 1
     width = exp.rollout.tokens.shape[2]
     assert material.rollout.tokens[:, :3, :width].equal(exp.rollout.tokens)
@@ -73,18 +74,16 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
     for p in selves.policy.parameters():  # away from the reference, or the KL has no gradient
         p.data.add_(0.01 * torch.randn_like(p))
     exp.rollout.logprobs.zero_()  # the weight p_train / p_sampler is at its bound or below where it is applied
-    rows = [p for p in material.rollout.prompts for _ in range(4)]
-    flat = material.rollout.tokens.flatten(0, 1)
-    lengths = material.rollout.lengths.flatten()
-    logprobs = response_logprobs(selves.policy, rows, flat, lengths, 0.9, selves.pad_id).view(2, 4, -1)
-    s = 0.5 * (logprobs.sum(-1) - material.anchors)
+    packed = pack_rows(material.rollout, [(g, i) for g in range(2) for i in range(4)])
+    logprobs = response_logprobs(selves.policy, packed, 0.9).view(2, 4, -1)
+    s = 0.5 * (logprobs - material.anchors).sum(-1)
     loss = F.softplus(s[:, :3] - s[:, 3:]).mean()
     d = (logprobs - material.reference_logprobs)[:, :3]
     loss = loss + 0.5 * (0.5 * d.square().sum() / 6)
     expected = torch.autograd.grad(loss, list(selves.policy.parameters()))
 
     seen = []
-    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD, selves.pad_id)
+    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD)
     updater._step = lambda update: seen.append([p.grad.clone() for p in selves.policy.parameters()])
     material.rollout.logprobs[:, :3] = logprobs[:, :3].detach()
     updater.run(material, 0.0)
@@ -94,7 +93,7 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
 
 def test_an_update_is_told_of_for_the_samples_only(setting):
     cfg, selves, _, exp, material = setting()
-    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD, selves.pad_id)
+    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD)
     update = updater.run(material, 0.0)
     assert update.logprobs.shape[1] == 4 and update.of(exp).logprobs.shape == exp.rollout.tokens.shape
     assert update.of(exp).logprobs.equal(update.logprobs[:, :3, : exp.rollout.tokens.shape[2]])

@@ -1,21 +1,30 @@
-"""Response log-probs equal plain transformers, one sequence at a time, unpadded."""
+"""Response log-probs equal plain transformers, one sequence at a time, unpacked."""
 
 import pytest
 import torch
 from architectures import FAMILIES, tiny_model
 
 from gspo.logprobs import response_logprobs, rollout_logprobs
+from gspo.packing import pack, pack_rows
 from gspo.types import Prompt, Rollout
 
-T = 0.7
-PROMPTS = [Prompt(i, tuple(range(5 + i, 5 + i + size)), "", "", "") for i, size in enumerate((9, 1, 4))]
+T, EOS = 0.7, 1
 
 
-def responses(seed=1):
+def a_rollout(prompt_sizes, lengths, seed=1):
+    """Random tokens; a response of one token is the end of the sequence alone."""
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([3, 12, 1])
-    tokens = torch.randint(2, 97, (3, 12), generator=g)
-    return torch.where(torch.arange(12) < lengths[:, None], tokens, 0), lengths
+    lengths = torch.tensor(lengths)
+    prompts = [Prompt(i, tuple(range(5 + i, 5 + i + size)), "", "", "") for i, size in enumerate(prompt_sizes)]
+    tokens = torch.randint(2, 97, (*lengths.shape, int(lengths.max())), generator=g)
+    tokens[torch.arange(tokens.shape[-1]) >= lengths[..., None]] = 0
+    tokens[lengths == 1] = torch.where(torch.arange(tokens.shape[-1]) == 0, EOS, 0)
+    zeros = torch.zeros(tokens.shape)
+    return Rollout(prompts, tokens, lengths, zeros, zeros, lengths > 0, [[""] * lengths.shape[1]] * len(lengths))
+
+
+RAGGED = a_rollout((9, 1, 14), [[3, 12, 1], [8, 1, 2], [1, 1, 5]])
+SOME_ROWS = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2)]  # of the second group one response, of the third two
 
 
 def one_by_one(model, prompt, tokens, temperature):
@@ -26,38 +35,55 @@ def one_by_one(model, prompt, tokens, temperature):
     return logp.gather(-1, tokens[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_and_gradients_equal_plain_transformers(family):
-    model = tiny_model(family)
-    tokens, lengths = responses()
-    logprobs = response_logprobs(model, PROMPTS, tokens, lengths, T, pad_id=0)
-    weights = torch.randn(3, 12)
+def assert_plain(model, rollout, rows):
+    """Log-probs of a pack to 1e-5, gradients to 1e-4 of the largest."""
+    model.zero_grad()
+    logprobs = response_logprobs(model, pack_rows(rollout, rows), T)
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
     (weights * logprobs).sum().backward()
-    mine = [p.grad.clone() for p in model.parameters()]
+    mine = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     loss = 0.0
-    for r, prompt in enumerate(PROMPTS):
-        n = int(lengths[r])
-        expected = one_by_one(model, prompt, tokens[r, :n], T)
+    for r, (g, i) in enumerate(rows):
+        n = int(rollout.lengths[g, i])
+        expected = one_by_one(model, rollout.prompts[g], rollout.tokens[g, i, :n], T)
         torch.testing.assert_close(logprobs[r, :n], expected, rtol=1e-5, atol=2e-5)
         assert not logprobs[r, n:].any()
         loss = loss + (weights[r, :n] * expected).sum()
     loss.backward()
-    for name_p, grad in zip(model.named_parameters(), mine, strict=True):
-        scale = name_p[1].grad.abs().max()
-        assert (grad - name_p[1].grad).abs().max() <= 1e-4 * scale + 1e-7, name_p[0]
+    for (name, p), grad in zip(model.named_parameters(), mine, strict=True):
+        assert (p.grad is None) == (grad is None), name
+        assert grad is None or (grad - p.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_equal_plain_transformers(family):
+    """Prompts and responses longer than the sliding windows, prompts of one token, responses that end at once."""
+    assert_plain(tiny_model(family), RAGGED, SOME_ROWS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("prompts", "lengths"),
+    [
+        ((7,), [[9]]),  # N = 1
+        ((1,), [[1, 1]]),  # nothing but ends of sequence behind one token
+        ((1, 20), [[1, 16], [2, 1]]),
+    ],
+)
+def test_packs_at_the_edges(family, prompts, lengths):
+    rollout = a_rollout(prompts, lengths)
+    assert_plain(tiny_model(family), rollout, [(g, i) for g in range(len(prompts)) for i in range(len(lengths[0]))])
 
 
 def test_any_cut_into_micro_batches_gives_the_same_log_probs():
     model = tiny_model("qwen2")
-    tokens, lengths = responses()
-    zeros = torch.zeros(3, 1, 12)
-    rollout = Rollout(PROMPTS, tokens[:, None], lengths[:, None], zeros, zeros, lengths[:, None] > 0, [[""]] * 3)
-    cuts = ([[(0, 0), (1, 0), (2, 0)]], [[(0, 0)], [(1, 0), (2, 0)]], [[(2, 0)], [(0, 0)], [(1, 0)]])
-    results = [rollout_logprobs(model, rollout, parts, len(parts) + 1, T, 0) for parts in cuts]
+    cuts = ([SOME_ROWS], [SOME_ROWS[:2], SOME_ROWS[2:]], [[row] for row in SOME_ROWS])
+    results = [rollout_logprobs(model, RAGGED, parts, len(parts) + 1, T) for parts in cuts]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
-    assert results[0][1, 0].abs().min() > 0
+    for row in SOME_ROWS:
+        assert results[0][row][: RAGGED.lengths[row]].abs().min() > 0
 
 
 def test_the_padding_token_may_be_a_real_one():
@@ -65,9 +91,9 @@ def test_the_padding_token_may_be_a_real_one():
     model = tiny_model("llama")
     tokens = torch.tensor([[1, 1, 5], [7, 1, 1]])
     lengths = torch.tensor([3, 2])
-    logprobs = response_logprobs(model, PROMPTS[:2], tokens, lengths, 1.0, pad_id=1)
+    logprobs = response_logprobs(model, pack(RAGGED.prompts[:2], [0, 1], tokens, lengths), 1.0)
     for r in range(2):
         n = int(lengths[r])
         torch.testing.assert_close(
-            logprobs[r, :n], one_by_one(model, PROMPTS[r], tokens[r, :n], 1.0), rtol=1e-5, atol=1e-5
+            logprobs[r, :n], one_by_one(model, RAGGED.prompts[r], tokens[r, :n], 1.0), rtol=1e-5, atol=1e-5
         )

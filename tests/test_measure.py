@@ -8,7 +8,7 @@ import torch
 
 from gspo.config import Objective
 from gspo.measure import Meter, observe
-from gspo.pairs import preferences
+from gspo.pairs import forks, preferences
 from gspo.types import Experience, Prompt, Rollout, Scores
 from gspo.update import Update
 
@@ -23,10 +23,10 @@ def an_experience(g):
     sampled = (LOGPROBS + 0.01 * (torch.arange(3) < LENGTHS[..., None]))[g]
     entropy = 0.5 * (torch.arange(3) < LENGTHS[..., None]).float()[g]
     finished = torch.tensor([[True, True], [True, False]])[g]
-    tokens = torch.full((len(g), 2, 3), 7)
+    tokens = torch.arange(7, 13).view(1, 2, 3).repeat(len(g), 1, 1)
     rollout = Rollout(prompts, tokens, LENGTHS[g], sampled, entropy, finished, [["", ""]] * len(g))
-    anchors = REFERENCE.sum(-1)[g]
-    exp = Experience(rollout, REWARDS[g], preferences(REWARDS[g], 0.1), REFERENCE[g], anchors, g, 2, 1)
+    apart = forks(tokens, LENGTHS[g])
+    exp = Experience(rollout, REWARDS[g], preferences(REWARDS[g], 0.1), apart, REFERENCE[g], REFERENCE[g], g, 2, 1)
     return exp, Update(LOGPROBS[g], {"preference": 0.25 * len(g)}, [1.0, 3.0])
 
 
@@ -81,9 +81,10 @@ def test_winners_count_once_however_many_they_beat():
 
     r = exp.rollout
     fields = {k: twice(getattr(r, k)) for k in ("tokens", "lengths", "logprobs", "entropy", "finished")}
-    wide = Experience(
-        replace(r, **fields), twice(REWARDS), beats, twice(REFERENCE), twice(exp.anchors), [0, 1], 2, int(beats.sum())
-    )
+    wide = replace(r, **fields)
+    apart = forks(wide.tokens, wide.lengths)
+    reference, pairs = twice(REFERENCE), int(beats.sum())
+    wide = Experience(wide, twice(REWARDS), beats, apart, reference, reference, [0, 1], 2, pairs)
     m = observe(wide, Scores(twice(REWARDS)), replace(update, logprobs=twice(LOGPROBS)), Objective())
     assert Meter.merge([m.state()])["winner_logprob"] == pytest.approx((-1.5 - 2.0) / 2)
 

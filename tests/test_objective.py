@@ -9,12 +9,13 @@ import torch
 
 from gspo.config import Objective
 from gspo.objective import (
+    ALGORITHMS,
     Counts,
     Groups,
     coefficients,
     frozen_loss,
+    gaps,
     gspo,
-    implicit_rewards,
     kl_k3,
     kl_loss,
     pair_accuracy,
@@ -29,18 +30,24 @@ LEVELS = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64)
 
 
 def a_batch(margin=0.1, seed=0):
+    """Responses told by one number each, as if they had one token."""
     g = torch.Generator().manual_seed(seed)
-    logprobs = -10 * torch.rand(G, N, generator=g, dtype=torch.float64)
-    anchors = logprobs + torch.randn(G, N, generator=g, dtype=torch.float64)
+    logprobs = -10 * torch.rand(G, N, 1, generator=g, dtype=torch.float64)
+    anchors = logprobs + torch.randn(G, N, 1, generator=g, dtype=torch.float64)
     rewards = LEVELS[torch.randint(0, 4, (G, N), generator=g)]
     rewards[0] = 0.5  # a group without a pair
     lengths = torch.randint(1, 9, (G, N), generator=g)
-    return logprobs, Groups(anchors, rewards, preferences(rewards, margin), lengths)
+    return logprobs, Groups(anchors, rewards, preferences(rewards, margin), at_once(G, N), lengths)
+
+
+def at_once(g, n):
+    """Responses that part at their first token."""
+    return torch.zeros(g, n, n, dtype=torch.long)
 
 
 def by_hand(logprobs, groups, cfg, counts):
     """dL/dl from the closed forms, written with loops."""
-    beta, out = cfg.preference_beta, torch.zeros(G, N, dtype=torch.float64)
+    beta, out = cfg.preference_beta, torch.zeros(G, N, 1, dtype=torch.float64)
     for g in range(G):
         n = [1.0 if cfg.length_norm == "sum" else float(x) for x in groups.lengths[g]]
         s = [beta * float(logprobs[g, i] - groups.anchors[g, i]) / n[i] for i in range(N)]
@@ -98,11 +105,11 @@ def test_coefficients_equal_finite_differences(nll):
 
 def test_two_responses_are_the_seeds_formula():
     """-log sigma(beta (log pi(y_w) - log pi(y_l))) with anchor `none`."""
-    logprobs = torch.tensor([[-3.0, -7.0]], dtype=torch.float64)
+    logprobs = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]]], dtype=torch.float64)
     rewards = torch.tensor([[0.0, 1.0]], dtype=torch.float64)  # the second wins
-    groups = Groups(torch.zeros_like(logprobs), rewards, preferences(rewards, 0.1), torch.ones(1, 2))
-    cfg = Objective(preference_beta=0.1)
-    loss = preference_loss(implicit_rewards(logprobs, groups, cfg), groups, cfg, Counts(1, 1.0))
+    groups = Groups(torch.zeros_like(logprobs), rewards, preferences(rewards, 0.1), at_once(1, 2), 2 * torch.ones(1, 2))
+    cfg = Objective(preference_beta=0.1, after_fork=1.0)
+    loss = preference_loss(gaps(logprobs, groups, cfg), groups, cfg, Counts(1, 1.0))
     assert float(loss) == pytest.approx(-math.log(1 / (1 + math.exp(-0.1 * (-7.0 + 3.0)))), abs=1e-12)
 
 
@@ -110,10 +117,11 @@ def test_ranking_loss_by_hand():
     """Three distinct rewards: the top beats two, the middle one; Plackett-Luce over those."""
     s = torch.tensor([[0.2, -0.1, 0.4]], dtype=torch.float64)
     rewards = torch.tensor([[1.0, 0.5, 0.0]], dtype=torch.float64)
-    groups = Groups(torch.zeros_like(s), rewards, preferences(rewards, 0.1), torch.ones(1, 3))
+    groups = Groups(torch.zeros(1, 3, 1), rewards, preferences(rewards, 0.1), at_once(1, 3), torch.ones(1, 3))
     top = math.log(math.exp(0.2) + math.exp(-0.1) + math.exp(0.4)) - 0.2
     middle = math.log(math.exp(-0.1) + math.exp(0.4)) + 0.1
-    assert float(ranking_loss(s, groups, Counts(1, 3.0))) == pytest.approx((top + middle) / 2, abs=1e-12)
+    gap = s[:, :, None] - s[:, None, :]
+    assert float(ranking_loss(gap, groups, Counts(1, 3.0))) == pytest.approx((top + middle) / 2, abs=1e-12)
 
 
 def test_on_policy_gap_weights_give_rloo():
@@ -125,17 +133,17 @@ def test_on_policy_gap_weights_give_rloo():
     others = (groups.rewards.sum(1, keepdim=True) - groups.rewards) / (N - 1)
     advantage = groups.rewards - others
     scale = -cfg.preference_beta / (G * N)  # beta / (B Z) * (1/2) * (N - 1), Z = N (N - 1) / 2
-    torch.testing.assert_close(c, scale * advantage, rtol=0, atol=1e-14)
+    torch.testing.assert_close(c[..., 0], scale * advantage, rtol=0, atol=1e-14)
 
 
 def test_binary_rewards_with_sqrt_give_grpo_up_to_a_constant():
     """Binary rewards, on-policy, Z = sqrt: c is proportional to the standardised reward in every group."""
     rewards = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.float64)
-    logprobs = -torch.rand(G, N, dtype=torch.float64)
-    groups = Groups(logprobs, rewards, preferences(rewards, 0.1), torch.ones(G, N))
+    logprobs = -torch.rand(G, N, 1, dtype=torch.float64)
+    groups = Groups(logprobs, rewards, preferences(rewards, 0.1), at_once(G, N), torch.ones(G, N))
     c = coefficients(logprobs, groups, Objective(normalizer="sqrt", use_ranking_loss=False), COUNTS)
     standard = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True, correction=0)
-    ratio = c / standard
+    ratio = c[..., 0] / standard
     torch.testing.assert_close(ratio, ratio[0, 0].expand(G, N), rtol=1e-12, atol=0)
     assert float(ratio[0, 0]) < 0
 
@@ -144,7 +152,7 @@ def test_binary_rewards_with_sqrt_give_grpo_up_to_a_constant():
 def test_coefficients_sum_to_zero_in_a_group_and_vanish_without_pairs(cfg):
     logprobs, groups = a_batch()
     c = coefficients(logprobs, groups, replace(cfg, length_norm="sum"), COUNTS)
-    torch.testing.assert_close(c.sum(1), torch.zeros(G, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(c.sum((1, 2)), torch.zeros(G, dtype=torch.float64), rtol=0, atol=1e-15)
     assert c[0].abs().max() == 0 and c[1:].abs().max() > 0
 
 
@@ -155,6 +163,7 @@ def test_permuting_responses_permutes_coefficients():
         groups.anchors[:, order],
         groups.rewards[:, order],
         groups.beats[:, order][:, :, order],
+        groups.forks[:, order][:, :, order],
         groups.lengths[:, order],
     )
     cfg = Objective()
@@ -174,17 +183,16 @@ def test_a_constant_added_to_all_rewards_changes_nothing():
     )
 
 
-def test_swapping_policy_and_anchor_flips_the_implicit_rewards():
+def test_swapping_policy_and_anchor_flips_the_gaps():
     logprobs, groups = a_batch()
-    s = implicit_rewards(logprobs, groups, Objective())
-    swapped = implicit_rewards(groups.anchors, replace(groups, anchors=logprobs), Objective())
-    torch.testing.assert_close(swapped, -s)
+    swapped = gaps(groups.anchors, replace(groups, anchors=logprobs), Objective())
+    torch.testing.assert_close(swapped, -gaps(logprobs, groups, Objective()))
 
 
 def test_the_loss_of_parts_adds_up_to_the_loss_of_the_whole():
     logprobs, groups = a_batch()
     cfg = Objective(normalizer="batch", nll_coef=0.1)
-    part = lambda rows: Groups(groups.anchors[rows], groups.rewards[rows], groups.beats[rows], groups.lengths[rows])  # noqa: E731
+    part = lambda rows: Groups(**{name: value[rows] for name, value in vars(groups).items()})  # noqa: E731
     whole = sum(gspo(logprobs, groups, cfg, COUNTS).values())
     parts = sum(sum(gspo(logprobs[r], part(r), cfg, COUNTS).values()) for r in ([0], [1, 2]))
     torch.testing.assert_close(parts, whole, rtol=1e-14, atol=0)
@@ -193,20 +201,20 @@ def test_the_loss_of_parts_adds_up_to_the_loss_of_the_whole():
 def test_frozen_loss_has_the_coefficients_as_gradient_at_the_old_policy():
     old = -torch.rand(4, 6, dtype=torch.float64)
     mask = torch.arange(6) < torch.tensor([6, 3, 1, 5])[:, None]
-    coefs = torch.tensor([0.3, -0.2, 0.1, -0.4], dtype=torch.float64)
+    coefs = torch.randn(4, 6, dtype=torch.float64)
     now = old.clone().requires_grad_()
     frozen_loss(now, old, coefs, mask, torch.ones_like(old), Objective()).backward()
-    torch.testing.assert_close(now.grad, coefs[:, None] * mask)
+    torch.testing.assert_close(now.grad, coefs * mask)
 
 
 def test_frozen_loss_stops_pushing_beyond_the_clip():
     old = torch.zeros(2, 1, dtype=torch.float64)
     now = torch.tensor([[math.log(1.5)], [math.log(0.5)]], dtype=torch.float64, requires_grad=True)
     mask, weights = torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 1)
-    frozen_loss(now, old, torch.tensor([-1.0, 1.0]), mask, weights, Objective()).backward()
+    frozen_loss(now, old, torch.tensor([[-1.0], [1.0]]), mask, weights, Objective()).backward()
     assert now.grad.abs().max() == 0  # a winner already up by half, a loser already down by half
     now.grad = None
-    frozen_loss(now, old, torch.tensor([1.0, -1.0]), mask, weights, Objective()).backward()
+    frozen_loss(now, old, torch.tensor([[1.0], [-1.0]]), mask, weights, Objective()).backward()
     torch.testing.assert_close(now.grad, torch.tensor([[1.5], [-0.5]], dtype=torch.float64))
 
 
@@ -239,5 +247,14 @@ def test_k3_is_unbiased_and_never_negative():
 def test_pair_accuracy_counts_a_tie_as_half():
     beats = torch.zeros(1, 3, 3, dtype=torch.bool)
     beats[0, 0, 1] = beats[0, 0, 2] = beats[0, 1, 2] = True
-    assert pair_accuracy(torch.tensor([[2.0, 2.0, 5.0]]), beats) == 0.5
-    assert pair_accuracy(torch.tensor([[3.0, 2.0, 1.0]]), beats) == 3.0
+    for s, right in (([[2.0, 2.0, 5.0]], 0.5), ([[3.0, 2.0, 1.0]], 3.0)):
+        s = torch.tensor(s)
+        assert pair_accuracy(s[:, :, None] - s[:, None, :], beats) == right
+
+
+def test_a_rank_without_groups_has_its_share_of_nothing():
+    empty = torch.zeros(0, 4, 0)
+    square = torch.zeros(0, 4, 4, dtype=torch.long)
+    groups = Groups(empty, torch.zeros(0, 4), square.bool(), square, torch.zeros(0, 4))
+    for name in ALGORITHMS:
+        assert coefficients(empty, groups, Objective(algorithm=name), COUNTS).shape == (0, 4, 0)

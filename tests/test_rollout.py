@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from gspo.distributed import World
 from gspo.logprobs import response_logprobs
+from gspo.packing import pack_rows
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling, choose, sample_keys, uniforms
 from gspo.types import Prompt
@@ -49,8 +50,8 @@ def test_greedy_tokens_and_log_probs_equal_plain_transformers(family):
 def test_sampler_and_trainer_agree_on_log_probs(family):
     model = tiny_model(family)
     rollout = sampler_for(model).generate(prompts_of((4, 9)), 5, Sampling(temperature=0.8, max_new_tokens=12))
-    rows = [p for p in rollout.prompts for _ in range(5)]
-    logprobs = response_logprobs(model, rows, rollout.tokens.flatten(0, 1), rollout.lengths.flatten(), 0.8, pad_id=0)
+    packed = pack_rows(rollout, [(g, i) for g in range(2) for i in range(5)])
+    logprobs = response_logprobs(model, packed, 0.8)
     torch.testing.assert_close(rollout.logprobs.flatten(0, 1), logprobs, rtol=1e-4, atol=1e-4)
     row = rollout.tokens[0, 0, : rollout.lengths[0, 0]]
     ids = torch.tensor([[*rollout.prompts[0].ids, *row.tolist()]])

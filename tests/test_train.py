@@ -181,7 +181,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_table(uninterrupted, run_pr
 
 
 def test_interrupt_leaves_nothing_half_written(tmp_path):
-    process = start(*SMALL, f"trainer.output_dir={tmp_path}")
+    process = start(*SMALL, f"trainer.output_dir={tmp_path}", "trainer.max_steps=1000")
     deadline = time.monotonic() + 200
     while not (tmp_path / "quick/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

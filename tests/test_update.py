@@ -9,7 +9,7 @@ from architectures import tiny_model
 from gspo.config import load_config
 from gspo.distributed import World
 from gspo.objective import ALGORITHMS, Counts, Groups, kl_loss
-from gspo.pairs import preferences
+from gspo.pairs import forks, preferences
 from gspo.types import Experience, Prompt, Rollout
 from gspo.update import Updater, learning_rate, make_optimizer
 
@@ -21,17 +21,19 @@ def experience(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     prompts = [Prompt(i, tuple(range(4, 4 + size)), "", "", "") for i, size in enumerate((5, 2, 8))]
     lengths = torch.randint(1, L + 1, (G, N), generator=g)
-    lengths[0, 0] = L
+    lengths[0, :2] = L
     tokens = torch.randint(2, 97, (G, N, L), generator=g)
+    tokens[0, 1, :2] = tokens[0, 0, :2]  # alike at first
     tokens[torch.arange(L) >= lengths[..., None]] = 0
     rewards = torch.tensor([[1.0, 0.5, 0.1, 0.0], [0.1, 0.1, 0.1, 0.1], [0.0, 1.0, 0.0, 1.0]])
     beats = preferences(rewards, 0.1)
     exact = torch.stack([torch.stack([single(model, p, t[:n]) for t, n in zip(ts, ns, strict=True)])
                          for p, ts, ns in zip(prompts, tokens, lengths, strict=True)]).detach()  # fmt: skip
     noise = torch.randn(G, N, L, generator=g) * (torch.arange(L) < lengths[..., None])
-    anchors = exact.sum(-1) + torch.randn(G, N, generator=g)
+    anchors = exact + torch.randn(G, N, L, generator=g) * (torch.arange(L) < lengths[..., None])
+    apart = forks(tokens, lengths)
     rollout = Rollout(prompts, tokens, lengths, exact, torch.zeros_like(exact), lengths < L, [[""] * N] * G)
-    return Experience(rollout, rewards, beats, exact + 0.3 * noise, anchors, [0, 1, 2], G, int(beats.sum()))
+    return Experience(rollout, rewards, beats, apart, exact + 0.3 * noise, anchors, [0, 1, 2], G, int(beats.sum()))
 
 
 def single(model, prompt, tokens, temperature=0.9):
@@ -49,9 +51,9 @@ def plain_gradient(model, exp, cfg):
     logp = torch.stack([torch.stack([single(model, p, t[:n]) for t, n in zip(ts, ns, strict=True)])
                         for p, ts, ns in zip(r.prompts, r.tokens, r.lengths, strict=True)])  # fmt: skip
     counts, o = Counts(G, exp.batch_pairs / G), cfg.objective
-    summed = logp.double().sum(-1)
-    anchors = summed.detach() if o.anchor == "old" else exp.anchors
-    terms = ALGORITHMS["gspo"](summed, Groups(anchors, exp.rewards, exp.beats, r.lengths), o, counts)
+    anchors = logp.detach() if o.anchor == "old" else exp.anchors
+    groups = Groups(anchors, exp.rewards, exp.beats, exp.forks, r.lengths)
+    terms = ALGORITHMS["gspo"](logp.double(), groups, o, counts)
     loss = sum(terms.values()) + o.kl_coef * kl_loss(logp, exp.reference_logprobs, r.mask, N, counts)
     loss.backward()
     gradient = [p.grad.clone() for p in model.parameters()]
@@ -78,7 +80,7 @@ def run(model, exp, *overrides):
         None, ["optim.grad_clip=1e9", "objective.kl_coef=0.05", "objective.preference_beta=0.5", *overrides]
     )
     recorder = Recorder(model)
-    update = Updater(model, recorder, cfg, ALONE, pad_id=0).run(exp, lr=0.0)
+    update = Updater(model, recorder, cfg, ALONE).run(exp, lr=0.0)
     return recorder.seen, update, cfg
 
 
@@ -103,7 +105,13 @@ def test_every_micro_batch_budget_gives_the_plain_gradient(anchor, budget):
 
 @pytest.mark.parametrize(
     "setting",
-    ["objective.normalizer=batch", "objective.length_norm=mean", "objective.nll_coef=0.3", "objective.pair_weight=gap"],
+    [
+        "objective.normalizer=batch",
+        "objective.length_norm=mean",
+        "objective.nll_coef=0.3",
+        "objective.pair_weight=gap",
+        "objective.after_fork=0.5",
+    ],
 )
 def test_each_variant_gives_the_plain_gradient_on_both_paths(setting):
     model = tiny_model("qwen2")
@@ -138,9 +146,9 @@ def test_checkpointed_activations_change_no_gradient():
 def test_a_small_step_raises_winners_over_losers():
     model = tiny_model("llama")
     exp = experience(model)
-    cfg = load_config(None, ["objective.kl_coef=0", "optim.learning_rate=1e-5"])
+    cfg = load_config(None, ["objective.kl_coef=0", "objective.after_fork=1", "optim.learning_rate=1e-5"])
     moved = copy.deepcopy(model)
-    Updater(moved, make_optimizer(moved, cfg), cfg, ALONE, pad_id=0).run(exp, lr=1e-5)
+    Updater(moved, make_optimizer(moved, cfg), cfg, ALONE).run(exp, lr=1e-5)
     winner, loser = (2, 1), (2, 0)
 
     def gap(m):
@@ -157,7 +165,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     cfg = load_config(None)
     exp.anchors[0, 0] = float("nan")
     before = [p.clone() for p in model.parameters()]
-    update = Updater(model, make_optimizer(model, cfg), cfg, ALONE, pad_id=0).run(exp, lr=1e-2)
+    update = Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2)
     assert update.skipped == 1
     assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -1,0 +1,115 @@
+"""Attention over packed rows, registered with transformers, and the check that it serves a model exactly.
+
+Prompts attend causally to themselves; each response attends to its prompt and to itself. That costs
+N R (P + R) scores a group, not the (P + N R)^2 of one mask over the pack.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+
+from gspo.errors import UserError
+from gspo.packing import PackedBatch
+
+PACKED = "gspo_packed"
+EXACT_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def _rows(x: Tensor, slots: Tensor) -> Tensor:
+    """Packed [1, H, T, D] -> padded rows [R, H, S, D], slots [R, S]."""
+    tokens = x[0].transpose(0, 1)
+    return tokens.index_select(0, slots.flatten()).view(*slots.shape, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """q [R, H, L, D], k [R, Hk, K, D], v [R, Hk, K, Dv], seen [R or 1, 1, L, K] (none: causal) -> [R, H, L, Dv]."""
+    grouped = q.shape[1] != k.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if seen is None:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
+    weights = scores.float().masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    pack: PackedBatch | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it: query [1, H, T, D], key, value [1, Hk, T, D] -> [1, T, H, D].
+
+    Raises UserError where the model asks for an attention that this is not.
+    """
+    assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a policy stays in eval mode"
+    _refuse_unknown(module, pack, options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = options.get("sliding_window")
+    width = pack.prompt_slots.shape[1]
+    near = None
+    if window is not None and window < width:
+        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
+    prompts = _attend(q, k, v, near, scale, softcap)
+    q = _rows(query, pack.response_slots)
+    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
+    responses = _attend(q, k, v, pack.visible(window), scale, softcap)
+    padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
+    return torch.cat(padded).index_select(0, pack.unpadded)[None], None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def _refuse_unknown(module: nn.Module, pack: PackedBatch | None, options: dict[str, Any]) -> None:
+    config = module.config
+    if pack is None:
+        raise refusal(config, "hands no extra arguments to its attention")
+    if any(options.get(name) is not None for name in ("s_aux", "position_bias", "cache")):
+        raise refusal(config, "adds attention sinks or biases of its own")
+    if not getattr(module, "is_causal", True):
+        raise refusal(config, "attends in both directions")
+    if "sliding_window" not in options and getattr(config, "sliding_window", None) is not None:
+        raise refusal(config, "keeps its sliding window from its attention function")
+
+
+def refusal(config: PreTrainedConfig, why: str) -> UserError:
+    return UserError(
+        f"model.path: this model's architecture, {config.model_type}, {why}, and packed rows would give it other "
+        "log-probs than its own; choose a decoder with causal attention, full or by sliding windows."
+    )
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """UserError where the configuration already says that a model's layers are not such attention."""
+    others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - EXACT_LAYERS
+    if others:
+        raise refusal(config, f"has layers of the kind {', '.join(sorted(others))}")
+
+
+@contextmanager
+def attention_of(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Attention by the function registered as `name`, for the forwards inside."""
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,67 @@
+"""A pack: every real token once, each response behind its own prompt, scored by the token before it."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gspo.packing import pack, pack_rows
+from gspo.types import Prompt, Rollout
+
+PROMPTS = [Prompt(0, (10, 11, 12), "", "", ""), Prompt(1, (20,), "", "", "")]
+TOKENS = torch.tensor([[30, 31, 0], [40, 0, 0], [50, 51, 52]])
+LENGTHS = torch.tensor([2, 1, 3])
+
+
+def test_a_pack_by_hand():
+    packed = pack(PROMPTS, [0, 0, 1], TOKENS, LENGTHS)
+    assert packed.ids.tolist() == [[10, 11, 12, 30, 31, 40, 20, 50, 51, 52]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3]]
+    assert packed.targets.tolist() == [30, 31, 40, 50, 51, 52]
+    assert packed.scored_by.tolist() == [2, 3, 2, 6, 7, 8]
+    assert packed.prompt_slots.tolist() == [[0, 1, 2], [6, 6, 6]]
+    assert packed.response_slots.tolist() == [[3, 4, 4], [5, 5, 5], [7, 8, 9]]
+    assert packed.sequence_slots.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 5], [6, 7, 8, 9, 9]]
+    assert packed.unpadded.tolist() == [0, 1, 2, 6, 7, 9, 3, 12, 13, 14]
+    assert packed.mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+
+
+def test_what_a_response_sees_by_hand():
+    packed = pack(PROMPTS[:1], [0], TOKENS[:1], LENGTHS[:1])
+    assert packed.visible(None).int().tolist() == [[[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]]
+    assert packed.visible(2).int().tolist() == [[[[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]]]
+    padded = pack(PROMPTS, [0, 1], TOKENS[[1, 2]], LENGTHS[[1, 2]])
+    assert padded.visible(1)[0, 0].int().tolist() == 3 * [[0, 0, 0, 1]], "padding sees what the last token sees"
+
+
+@given(st.data())
+def test_packed_rows_are_the_rollouts(data):
+    """Whatever the lengths, and whichever rows of whichever groups are in the pack."""
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    n = data.draw(st.integers(1, 3))
+    lengths = torch.tensor(data.draw(st.lists(st.lists(st.integers(1, 4), min_size=n, max_size=n),
+                                              min_size=len(sizes), max_size=len(sizes))))  # fmt: skip
+    prompts = [Prompt(g, tuple(range(100 * g, 100 * g + size)), "", "", "") for g, size in enumerate(sizes)]
+    width = int(lengths.max())
+    tokens = 1000 + torch.arange(len(sizes) * n * width).view(len(sizes), n, width)
+    zeros = torch.zeros(tokens.shape)
+    rollout = Rollout(prompts, tokens, lengths, zeros, zeros, lengths > 0, [[""] * n] * len(sizes))
+    every = [(g, i) for g in range(len(sizes)) for i in range(n)]
+    rows = [row for row in every if data.draw(st.booleans())] or every
+    packed = pack_rows(rollout, rows)
+
+    ids, positions = packed.ids[0], packed.positions[0]
+    used = {g for g, _ in rows}
+    expected = sum(sizes[g] for g in used) + sum(int(lengths[row]) for row in rows)
+    assert len(ids) == len(ids.unique()) == expected, "each token once"
+    scored = iter(zip(packed.scored_by.tolist(), packed.targets.tolist(), strict=True))
+    for r, (g, i) in enumerate(rows):
+        response = tokens[g, i, : lengths[g, i]].tolist()
+        sequence = [*prompts[g].ids, *response]
+        slots = packed.sequence_slots[r, : len(sequence)]
+        assert ids[slots].tolist() == sequence and positions[slots].tolist() == list(range(len(sequence)))
+        assert slots[sizes[g] :].tolist() == packed.response_slots[r, : len(response)].tolist()
+        for k, token in enumerate(response):
+            slot, target = next(scored)
+            assert target == token and ids[slot] == sequence[sizes[g] + k - 1]
+    padded = torch.cat([ids[packed.prompt_slots].flatten(), ids[packed.response_slots].flatten()])
+    assert padded[packed.unpadded].equal(ids)
