@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspo import config
+from kernels import PairSettings, PairwiseLoss, pairwise_loss
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,29 @@ NEEDS_SOLUTIONS = {"spin"}  # their groups end in the row's gold solution
 
 
 def coefficients(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
-    """c_it = dL/dl_it [G, N, L] at these log-probs: all that the loss ever tells the network."""
+    """c_it = dL/dl_it [G, N, L] at these log-probs: all that the loss ever tells the network. On CUDA GSPO's come from
+    one kernel, in the log-probs' dtype; else from autograd in float64."""
+    if logprobs.is_cuda and cfg.algorithm == "gspo":
+        return by_pairs(logprobs, groups, cfg, counts).coefficients
     leaf = logprobs.detach().double().requires_grad_()
     loss = sum(ALGORITHMS[cfg.algorithm](leaf, groups, cfg, counts).values())
     return torch.autograd.grad(loss, leaf)[0].to(logprobs)
+
+
+def by_pairs(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> PairwiseLoss:
+    """`gspo` and its coefficients in closed form, with the pairs' statistics: one kernel on CUDA."""
+    settings = PairSettings(
+        beta=cfg.preference_beta,
+        groups=counts.groups,
+        pairs_per_group=counts.pairs_per_group,
+        after_fork=cfg.after_fork,
+        length_norm=cfg.length_norm,
+        pair_weight=cfg.pair_weight,
+        normalizer=cfg.normalizer,
+        ranking_coef=cfg.ranking_coef if cfg.use_ranking_loss else 0.0,
+        nll_coef=cfg.nll_coef,
+    )
+    return pairwise_loss(logprobs, groups.anchors, groups.rewards, groups.beats, groups.forks, groups.lengths, settings)
 
 
 def kl_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, n: int, counts: Counts) -> Tensor:

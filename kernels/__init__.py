@@ -1,9 +1,18 @@
 """Operations that are worth writing by hand. They know tensors, and neither models nor training.
 
-`linear_logprob` runs as Triton kernels around cuBLAS on CUDA, and as plain PyTorch elsewhere.
+`linear_logprob` runs as Triton kernels around cuBLAS on CUDA, and as plain PyTorch elsewhere; `pairwise_loss` as one
+Triton kernel, or plain PyTorch.
 """
 
 from kernels.logprob import linear_logprob, linear_logprob_and_grad
+from kernels.pairwise import PairSettings, PairwiseLoss, pairwise_loss
 from kernels.reference import reference_linear_logprob
 
-__all__ = ["linear_logprob", "linear_logprob_and_grad", "reference_linear_logprob"]
+__all__ = [
+    "PairSettings",
+    "PairwiseLoss",
+    "linear_logprob",
+    "linear_logprob_and_grad",
+    "pairwise_loss",
+    "reference_linear_logprob",
+]

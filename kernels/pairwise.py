@@ -1,0 +1,154 @@
+"""The loss of all pairs of a group, its gradient in closed form, and its statistics, at once.
+
+A group's N responses have log-probs l_it and anchors a_it; i and j part at the token t_ij. What is preferred is
+
+    s_ij = b_i sum_t w_ijt (l_it - a_it)      b_i = beta or beta / n_i;  w_ijt = 0, 1, after: before, at, behind t_ij
+    g_ij = s_ij - s_ji                        the gap
+
+and s_ij stands in g_ij and, negated, in g_ji. So a loss of the gaps has, with h_ij = dL/dg_ij - dL/dg_ji,
+
+    dL/dl_it = b_i sum_j w_ijt h_ij.
+
+Where D_ij = 1, i beats j; I are those that beat someone; v_ij = 1 or r_i - r_j; Z divides a group's pairs; B is the
+number of groups. The terms, and what they add to dL/dg_ij:
+
+    preference  1/(B Z) sum_ij v_ij D_ij log(1 + e^-g_ij)            -v_ij D_ij sigma(-g_ij) / (B Z)
+    ranking     1/(B |I|) sum_i log(1 + sum_j D_ij e^-g_ij)          -D_ij e^-g_ij / (1 + sum_k D_ik e^-g_ik) / (B |I|)
+    nll         -1/(B |I|) sum_{i in I} (1/n_i) sum_t l_it           (to dL/dl_it: -1/(B |I| n_i) for i in I)
+
+On CUDA that is one kernel (`pairwise_triton.py`), elsewhere the same in plain PyTorch.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST_RESPONSES = 64  # N whose N x N comparisons fit in the registers of one program
+PARTS = ("preference", "ranking", "nll", "pairs", "ordered", "gap_sum", "gap_squares")
+
+
+class PairSettings(NamedTuple):
+    """Which loss. `groups` (B) and `pairs_per_group` are those of the whole batch that these groups are a part of."""
+
+    beta: float
+    groups: int
+    pairs_per_group: float = 1.0
+    after_fork: float = 1.0
+    length_norm: Literal["sum", "mean"] = "sum"
+    pair_weight: Literal["one", "gap"] = "one"
+    normalizer: Literal["constant", "batch", "group", "sqrt"] = "constant"
+    ranking_coef: float = 0.0
+    nll_coef: float = 0.0
+
+    def divisor(self, n: int) -> float:
+        """Z of N = n responses as far as it does not depend on the group: N(N-1)/2, or the batch's pairs a group."""
+        return max(self.pairs_per_group, 1e-12) if self.normalizer == "batch" else max(n * (n - 1) / 2, 1.0)
+
+
+class PairwiseLoss(NamedTuple):
+    """(coefficients.detach() * logprobs).sum() has the loss's gradient."""
+
+    coefficients: Tensor  # [G, N, L] dL/dl, in the log-probs' dtype
+    parts: Tensor  # [G, 7] each group's share of `PARTS`, at least float32
+
+
+def pairwise_loss(
+    logprobs: Tensor,
+    anchors: Tensor,
+    rewards: Tensor,
+    beats: Tensor,
+    forks: Tensor,
+    lengths: Tensor,
+    settings: PairSettings,
+) -> PairwiseLoss:
+    """logprobs, anchors [G, N, L], rewards, lengths [G, N], beats [G, N, N] bool, forks [G, N, N] in [0, L].
+
+    `parts` are to be summed over groups: the three terms, times their coefficients; how many pairs there are, and how
+    many of them the gaps order as the rewards do (an exact tie is one half); the sum of the pairs' gaps and of their
+    squares. The sum is left to the caller, who needs it on the CPU if at all: one launch, and no order of programs.
+    All L tokens count, so that l - a must be 0 behind a response's end. Nothing here is differentiable.
+    """
+    g, n, _ = logprobs.shape
+    assert anchors.shape == logprobs.shape, (anchors.shape, logprobs.shape)
+    assert rewards.shape == lengths.shape == (g, n), (rewards.shape, lengths.shape)
+    assert beats.shape == forks.shape == (g, n, n) and beats.dtype == torch.bool, (beats.shape, forks.shape)
+    with torch.no_grad():
+        return _implementation(logprobs)(logprobs, anchors, rewards, beats, forks, lengths, settings)
+
+
+def _implementation(logprobs: Tensor) -> Callable[..., PairwiseLoss]:
+    if logprobs.is_cuda and logprobs.dtype != torch.float64 and logprobs.shape[1] <= MOST_RESPONSES:
+        try:
+            from kernels import pairwise_triton
+
+            return pairwise_triton.pairwise_loss
+        except ImportError:
+            pass
+    return plain_pairwise_loss
+
+
+def plain_pairwise_loss(
+    logprobs: Tensor,
+    anchors: Tensor,
+    rewards: Tensor,
+    beats: Tensor,
+    forks: Tensor,
+    lengths: Tensor,
+    settings: PairSettings,
+) -> PairwiseLoss:
+    """As `pairwise_loss`, in plain PyTorch, whatever the device; in float64 for float64 log-probs, else in float32."""
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    values, n = logprobs.to(dtype), lengths.clamp_min(1).to(dtype)
+    per = n[..., None] if settings.length_norm == "mean" else 1.0
+    s = settings.beta * _from_fork(values - anchors.to(dtype), forks, settings.after_fork) / per
+    gap = s - s.mT
+    parts, slope = _terms_of_gaps(gap, rewards, beats, settings)
+
+    wins = beats.any(-1).to(dtype)
+    bonus = -settings.nll_coef * wins / (settings.groups * wins.sum(-1, keepdim=True).clamp_min(1) * n)
+    parts["nll"] = (bonus * values.sum(-1)).sum(-1)
+    coefs = _to_tokens(settings.beta * (slope - slope.mT) / per, forks, settings.after_fork, values.shape[-1])
+    coefs = (coefs + bonus[..., None]).to(logprobs.dtype)
+
+    of_pairs = gap.masked_fill(~beats, 0.0)
+    parts["pairs"] = beats.sum((1, 2)).to(dtype)
+    parts["ordered"] = (beats * (0.5 + 0.5 * gap.sign())).sum((1, 2))
+    parts["gap_sum"], parts["gap_squares"] = of_pairs.sum((1, 2)), of_pairs.square().sum((1, 2))
+    return PairwiseLoss(coefs, torch.stack([parts[name] for name in PARTS], -1))
+
+
+def _terms_of_gaps(
+    gap: Tensor, rewards: Tensor, beats: Tensor, settings: PairSettings
+) -> tuple[dict[str, Tensor], Tensor]:
+    """gap [G, N, N] -> preference and ranking [G] by name, and their sum's derivative with respect to it [G, N, N]."""
+    weights, own = beats.to(gap), beats.sum((1, 2)).clamp_min(1).to(gap)
+    if settings.pair_weight == "gap":
+        weights = weights * (rewards[:, :, None] - rewards[:, None, :]).to(gap)
+    z = torch.full_like(own, settings.divisor(gap.shape[-1]))
+    z = {"group": own, "sqrt": (z * own).sqrt()}.get(settings.normalizer, z)
+    weights = weights / (settings.groups * z[:, None, None])
+    preference = (weights * F.softplus(-gap)).sum((1, 2))
+    slope = -weights * torch.sigmoid(-gap)
+
+    behind = (-gap).masked_fill(~beats, -torch.inf)
+    total = F.pad(behind, (1, 0)).logsumexp(-1)  # 0 for who beats nobody
+    share = settings.ranking_coef / (settings.groups * beats.any(-1).sum(-1).clamp_min(1).to(gap))
+    slope = slope - share[:, None, None] * (behind - total[..., None]).exp()
+    return {"preference": preference, "ranking": share * total.sum(-1)}, slope
+
+
+def _from_fork(values: Tensor, forks: Tensor, after: float) -> Tensor:
+    """values [G, N, L], forks [G, N, N] -> [G, N, N]: i's value where it leaves j, and `after` times what follows."""
+    padded = F.pad(values, (0, 2))
+    following = padded.flip(-1).cumsum(-1).flip(-1)
+    return padded.gather(-1, forks) + after * following.gather(-1, forks + 1)
+
+
+def _to_tokens(slopes: Tensor, forks: Tensor, after: float, width: int) -> Tensor:
+    """The transpose of `_from_fork`: slopes [G, N, N] -> [G, N, L]."""
+    at = slopes.new_zeros(*slopes.shape[:2], width + 1).scatter_add_(-1, forks, slopes)
+    before = at.cumsum(-1) - at
+    return (at + after * before)[..., :width]

@@ -1,0 +1,118 @@
+"""The pairwise loss: its closed form, its kernel in Triton's interpreter and through the compiler, and on CUDA."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from pairwise_cases import COUNTS, EVERYTHING, Case, by_closed_form, by_objective, cases, distance, draw, too_far
+
+from gspo.config import Objective
+from gspo.objective import by_pairs, coefficients
+from kernels import PairSettings, pairwise, pairwise_loss
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_closed_form_is_as_near_to_the_objective_and_autograd_as_rounding_allows(dtype):
+    found = cases()
+    wrong = [line for case in found for line in too_far(case, dtype=dtype)]
+    assert len({case.name() for case in found}) == len(found) == 81 and not wrong, "\n".join(wrong)
+
+
+def test_a_pair_by_hand():
+    """Three tokens, the first shared: a gap of 0.5 * (2 + 0.5 * 4 - 2) = 1, and half the slope behind the fork."""
+    logprobs = torch.tensor([[[-9.0, -1.0, -1.0], [-9.0, -3.0, -5.0]]], dtype=torch.float64)
+    anchors = torch.tensor([[[0.0, -1.0, -1.0], [-1.0, -2.0, -3.0]]], dtype=torch.float64)
+    rewards, beats = torch.tensor([[1.0, 0.0]]), torch.tensor([[[False, True], [False, False]]])
+    forks, lengths = torch.tensor([[[3, 1], [1, 3]]]), torch.tensor([[3, 3]])
+    settings = PairSettings(beta=0.5, groups=1, after_fork=0.5, ranking_coef=2.0, nll_coef=0.3)
+    coefs, parts = pairwise_loss(logprobs, anchors, rewards, beats, forks, lengths, settings)
+    loss, chance = math.log(1 + math.exp(-1)), 1 / (1 + math.exp(1))
+    expected = [loss, 2 * loss, 0.3 * 11 / 3, 1.0, 1.0, 1.0, 1.0]
+    torch.testing.assert_close(parts, torch.tensor([expected], dtype=torch.float64))
+    up = 3 * 0.5 * chance  # both terms are the same for a single pair
+    expected = [[-0.1, -up - 0.1, -up / 2 - 0.1], [0.0, up, up / 2]]
+    torch.testing.assert_close(coefs, torch.tensor([expected], dtype=torch.float64))
+
+
+def test_a_group_without_pairs_and_one_of_ties():
+    logprobs, groups = draw(Case(5, 9, Objective()))
+    found = by_closed_form(logprobs, groups, Objective())
+    assert all(float(found[key][0]) == 0.0 for key in found if key != "coefficients")
+    assert found["coefficients"][0].abs().max() == 0
+    assert found["ordered"][2] == found["pairs"][2] / 2 > 0 and found["gap_squares"][2] == 0
+    assert found["coefficients"][2].abs().max() > 0
+
+
+def test_no_groups():
+    logprobs, groups = draw(Case(3, 4, Objective()))
+    none = type(groups)(**{k: v[:0] for k, v in vars(groups).items()})
+    coefs, parts = by_pairs(logprobs[:0], none, Objective(), COUNTS)
+    assert coefs.shape == (0, 3, 4) and parts.shape == (0, 7)
+
+
+def test_interpreted_kernel_is_as_near_to_the_objective_as_float32_allows(tmp_path):
+    """Unwritten memory is NaN."""
+    results = pytest.importorskip("test_kernels_triton").results
+    found = results("interpreted_pairwise.py", tmp_path)
+    wrong = [line for lines in found.values() for line in lines]
+    assert len(found) == 81 and not wrong, "\n".join(wrong)
+
+
+def test_kernel_compiles_for_sm_80_and_sm_90a_with_nothing_spilled(tmp_path):
+    results = pytest.importorskip("test_kernels_triton").results
+    found = results("compiled_pairwise.py", tmp_path)
+    assert len(found) == 12
+    for name, said in found.items():
+        assert said["spilled"] == 0 and said["registers"] <= 128, (name, said)
+
+
+@pytest.fixture()
+def poisoned():
+    """Memory nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_on_cuda_as_near_to_the_objective_as_float32_allows(poisoned):
+    assert pairwise._implementation(torch.zeros(1, 64, 1, device="cuda")).__module__ == "kernels.pairwise_triton"
+    steep = [Case(8, 1500, replace(EVERYTHING, normalizer=z), 4) for z in ("constant", "batch", "group")]
+    wrong = [line for case in cases() + steep for line in too_far(case, "cuda")]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_on_cuda_groups_beyond_the_kernel_and_float64(poisoned):
+    assert not too_far(Case(65, 6, EVERYTHING), "cuda")
+    assert not too_far(Case(8, 30, EVERYTHING), "cuda", torch.float64)
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_on_cuda_it_is_one_launch_and_the_same_bits_every_time():
+    logprobs, groups = draw(Case(12, 700, EVERYTHING), "cuda")
+    first = by_pairs(logprobs, groups, EVERYTHING, COUNTS)  # compiles
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        again = by_pairs(logprobs, groups, EVERYTHING, COUNTS)
+        torch.cuda.synchronize()
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert [name for name in on_device if "kernel" in name] == ["pairwise_kernel"], on_device
+    assert torch.equal(first.coefficients, again.coefficients) and torch.equal(first.parts, again.parts)
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_on_cuda_the_objective_takes_its_coefficients_from_the_kernel():
+    logprobs, groups = draw(Case(8, 40, EVERYTHING), "cuda")
+    found = coefficients(logprobs, groups, EVERYTHING, COUNTS)
+    assert torch.equal(found, by_pairs(logprobs, groups, EVERYTHING, COUNTS).coefficients)
+    exact = by_objective(logprobs.double(), groups, EVERYTHING)["coefficients"]
+    assert found.dtype == torch.float32 and distance(found, exact) < 1e-5
