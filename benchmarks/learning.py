@@ -246,8 +246,13 @@ def best_within_kl(result: dict[str, Any], limit: float = 0.1) -> float:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and standard deviation of those that are numbers, and how many are where some are not."""
+    known = [v for v in values if not np.isnan(v)]
+    if not known:
+        return "never"
+    deviation = np.std(known, ddof=1) if len(known) > 1 else 0.0
+    some = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
+    return f"{np.mean(known):.{digits}f} ± {deviation:.{digits}f}{some}"
 
 
 def task_table(results: dict[str, list[dict[str, Any]]], rates: dict[str, float], against: str) -> str:
