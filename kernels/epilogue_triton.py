@@ -1,0 +1,120 @@
+"""The two passes of `epilogue.py` as Triton kernels, one read (and one write) of a chunk each.
+
+Both are bound by memory: 16-byte accesses, no exchange between programs, no atomics, float32 arithmetic, and bf16
+rounded to nearest only where a result is stored. Rows of a chunk are padded to a multiple of 128 elements
+(`logprob.py`), so that loads stay wide whatever the vocabulary is; what lies in the padding is never used.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.epilogue import Shaping
+
+BLOCK = 4096  # elements of a row that a program holds at once
+
+
+@triton.jit
+def _shaped(raw, inner, outer, CAPPED: tl.constexpr):
+    """(logits, what multiplies k in their derivative): 1 - tanh^2 = 4 x / (1 + x)^2 with x = exp(-2 |u|)."""
+    u = raw * inner
+    bend = 1.0
+    if CAPPED:
+        x = tl.exp(-2.0 * tl.abs(u))
+        tanh = (1.0 - x) / (1.0 + x)
+        bend = 4.0 * x / ((1.0 + x) * (1.0 + x))
+        u = outer * tl.where(u < 0, -tanh, tanh)
+    return u, bend
+
+
+@triton.jit(do_not_specialize=["begin", "width"])
+def statistics_kernel(
+    raw_ptr, target_ptr, stats_ptr, tokens, begin, width, stride, inner, outer,
+    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a token: its row of the chunk, online, into its column of stats [4, tokens]."""
+    token = tl.program_id(0)
+    raw_ptr += token.to(tl.int64) * stride
+    m = tl.load(stats_ptr + token)
+    s = tl.load(stats_ptr + tokens + token)
+    e = tl.load(stats_ptr + 2 * tokens + token)
+    column = (tl.load(target_ptr + token) - begin).to(tl.int32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        raw = tl.load(raw_ptr + cols, mask=cols < stride, other=0.0).to(tl.float32)
+        z, _ = _shaped(raw, inner, outer, CAPPED)
+        z = tl.where(cols < width, z, -float("inf"))
+        top = tl.maximum(m, tl.max(z, 0))
+        fade = tl.exp(m - top)
+        p = tl.exp(z - top)
+        if ENTROPY:
+            q = tl.where(cols < width, z - top, 0.0)
+            e = fade * (e + s * (m - top)) + tl.sum(p * q, 0)
+        s = fade * s + tl.sum(p, 0)
+        m = top
+    tl.store(stats_ptr + token, m)
+    tl.store(stats_ptr + tokens + token, s)
+    if ENTROPY:
+        tl.store(stats_ptr + 2 * tokens + token, e)
+    if (column >= 0) & (column < width):
+        raw = tl.load(raw_ptr + column).to(tl.float32)
+        t, _ = _shaped(raw, inner, outer, CAPPED)
+        tl.store(stats_ptr + 3 * tokens + token, t)
+
+
+@triton.jit(do_not_specialize=["begin", "width", "blocks"])
+def gradient_kernel(
+    raw_ptr, target_ptr, rows_ptr, tokens, begin, width, stride, blocks, inner, outer,
+    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for BLOCK elements of a token's row, overwritten by their gradients."""
+    token = tl.program_id(0) // blocks
+    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    at = raw_ptr + token.to(tl.int64) * stride + cols
+    raw = tl.load(at, mask=cols < stride, other=0.0).to(tl.float32)
+    m = tl.load(rows_ptr + token)
+    log_s = tl.load(rows_ptr + tokens + token)
+    slope = tl.load(rows_ptr + 2 * tokens + token)
+    column = (tl.load(target_ptr + token) - begin).to(tl.int32)
+    z, bend = _shaped(raw, inner, outer, CAPPED)
+    q = (z - m) - log_s
+    factor = slope
+    if ENTROPY:
+        factor = tl.load(rows_ptr + 4 * tokens + token) + tl.load(rows_ptr + 3 * tokens + token) * q
+    d = (tl.where(cols == column, slope, 0.0) - tl.exp(q) * factor) * bend
+    tl.store(at, d.to(raw_ptr.dtype.element_ty), mask=cols < stride)
+
+
+def warps(block: int) -> int:
+    """Sixteen elements a thread: all of a row's block in flight at once, at 32 to 48 registers."""
+    return max(1, block // 512)
+
+
+def _sizes(raw: Tensor) -> dict[str, int]:
+    block = min(BLOCK, triton.next_power_of_2(raw.shape[1]))
+    return {"BLOCK": block, "num_warps": warps(block)}
+
+
+def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping, entropy: bool) -> None:
+    """As `epilogue.add_statistics`; stats in float32."""
+    assert raw.stride(1) == 1 and stats.is_contiguous() and stats.dtype == torch.float32
+    tokens, width = raw.shape
+    with torch.cuda.device_of(raw):
+        statistics_kernel[(tokens,)](
+            raw, targets, stats, tokens, begin, width, raw.stride(0), shaping.inner, shaping.outer,
+            CAPPED=shaping.capped, ENTROPY=entropy, **_sizes(raw),
+        )  # fmt: skip
+
+
+def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping: Shaping) -> None:
+    """As `epilogue.to_gradient`; rows in float32."""
+    assert raw.stride(1) == 1 and rows.is_contiguous() and rows.dtype == torch.float32
+    tokens, width = raw.shape
+    sizes = _sizes(raw)
+    blocks = triton.cdiv(width, sizes["BLOCK"])
+    with torch.cuda.device_of(raw):
+        gradient_kernel[(tokens * blocks,)](
+            raw, targets, rows, tokens, begin, width, raw.stride(0), blocks, shaping.inner, shaping.outer,
+            CAPPED=shaping.capped, ENTROPY=len(rows) == 5, **sizes,
+        )  # fmt: skip

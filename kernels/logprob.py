@@ -1,0 +1,304 @@
+"""Log-probs (and entropies) of tokens straight from the hidden states and the head's weight; no [T, V] logits.
+
+The vocabulary is cut into chunks. Forward: each chunk's raw products go through one buffer, and four numbers a token
+are carried along (`epilogue.py`). Backward: they are computed again, turned in place into the loss's gradient with
+respect to them, `d`, and then `dhidden += d @ weight[chunk]` in float32 and `dweight[chunk] = d.T @ hidden`, written
+once. That is 8 T D V floating-point operations where unbounded memory needs 6; of what fits in `keep` bytes the forward
+leaves the products to the backward, which saves the difference on small problems and on large memories.
+
+Cutting the tokens instead (as Liger does) reads and writes the whole of dweight once for every piece, which costs more
+than the recomputation from about a thousand tokens on; it pays where the loss's gradient is known as soon as a piece's
+log-probs are: `linear_logprob_and_grad`.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import epilogue
+from kernels.epilogue import Shaping
+
+MIB = 2**20
+CHUNK_BYTES = {"cpu": 64 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
+LEAST_WIDTH = {"cpu": 512, "cuda": 4096}  # vocabulary entries in a chunk, below which matrix products slow down
+KEEP_BYTES = {"cpu": 192 * MIB, "cuda": 768 * MIB}
+ALIGN = 128  # elements; rows of a chunk begin at multiples of it
+LEAST_PIECE = 64  # tokens
+
+Slope = Callable[[Tensor, slice], Tensor]
+
+
+class Plan(NamedTuple):
+    """What both directions need to know beside the tensors."""
+
+    shaping: Shaping
+    entropy: bool
+    dtype: torch.dtype  # of the matrix products
+    keep: int  # bytes
+    epilogue: ModuleType
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    keep: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(z)[target] of each token, with z = softcap * tanh(scale * y / softcap) / temperature (or without the
+    cap: scale * y / temperature), y = hidden @ weight.T + bias.
+
+    hidden [T, D], weight [V, D], targets [T] in [0, V), bias [V] -> log-prob [T], entropy [T] in nats or None, both
+    float32 (float64 for float64 inputs) and differentiable with respect to hidden, weight and bias. Matrix products
+    run in the inputs' dtype, or autocast's; sums over tokens and vocabulary in float32. `keep` bounds the memory held
+    between forward and backward, in bytes (default: KEEP_BYTES). weight is a plain tensor: under FSDP2 enter through a
+    forward method, so that it has been gathered.
+    """
+    hidden, weight = _inputs(hidden, weight, bias)
+    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), entropy, keep)
+    return _LinearLogprob.apply(hidden, weight, targets.contiguous(), plan)
+
+
+def linear_logprob_and_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    slope: Slope,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    keep: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `linear_logprob` for a loss that is a sum over tokens, with the gradients computed on the way: 6 T D V.
+
+    `slope(logprob [P], rows)` returns dL/dlogprob [P] of the tokens `rows` of hidden, a piece at a time; constant
+    coefficients are `lambda logprob, rows: coefficients[rows]`. Returns (surrogate, log-prob [T], entropy [T] or None)
+    where only the surrogate, sum slope * log-prob, has a gradient: the loss's. It can be used once. An entropy here
+    is for looking at.
+
+    Tokens are cut into pieces whose products fit in `keep` bytes if the weight is float32; a bfloat16 dweight cannot
+    be summed piece by piece without rounding, so there the tokens stay together and what does not fit is recomputed.
+    """
+    hidden, weight = _inputs(hidden, weight, bias)
+    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), entropy, keep)
+    return _LinearLogprobAndGrad.apply(hidden, weight, targets.contiguous(), slope, plan)
+
+
+def _inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A bias is one more column of the weight, which meets a hidden 1. Few heads have one: it may cost a copy."""
+    if not torch.is_grad_enabled():  # a Function is not told
+        hidden, weight = hidden.detach(), weight.detach()
+    if bias is None:
+        return hidden, weight
+    one = torch.zeros(8, dtype=weight.dtype, device=weight.device)  # eight columns keep rows aligned
+    one[0] = 1.0
+    columns = bias.to(weight.dtype)[:, None] * one
+    return torch.cat([hidden, one.to(hidden.dtype).expand(len(hidden), 8)], 1), torch.cat([weight, columns], 1)
+
+
+def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, entropy: bool, keep: int | None) -> Plan:
+    assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
+    assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
+    assert not hasattr(weight, "device_mesh"), "a sharded weight: enter through an FSDP forward method"
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        assert weight.dtype == dtype, (hidden.dtype, weight.dtype)
+    keep = _of(KEEP_BYTES, device) if keep is None else keep
+    return Plan(shaping, entropy, dtype, keep, _epilogue(device, dtype))
+
+
+def _epilogue(device: str, dtype: torch.dtype) -> ModuleType:
+    if device == "cuda" and dtype != torch.float64:
+        try:
+            from kernels import epilogue_triton
+
+            return epilogue_triton
+        except ImportError:
+            pass
+    return epilogue
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, plan: Plan):
+        ctx.set_materialize_grads(False)
+        x = hidden.to(plan.dtype)
+        needed = any(ctx.needs_input_grad)
+        logprob, entropy, norm, kept = _forward(x, weight, targets, plan, plan.keep if needed else 0)
+        if needed:
+            ctx.save_for_backward(hidden, weight, targets, norm, entropy)
+            ctx.plan, ctx.kept = plan, kept
+        return logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor | None, entropy_grad: Tensor | None):
+        hidden, weight, targets, norm, entropy = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, []  # a second backward finds them overwritten, and recomputes
+        rows = _rows(norm, grad, entropy, entropy_grad, ctx.plan.shaping)
+        x = hidden.to(ctx.plan.dtype)
+        dx = torch.zeros_like(hidden, dtype=norm.dtype) if ctx.needs_input_grad[0] else None
+        dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        _backward(x, weight, targets, rows, ctx.plan, kept, dx, dw, add=False)
+        return None if dx is None else dx.to(hidden.dtype), dw, None, None
+
+
+class _LinearLogprobAndGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, slope: Slope, plan: Plan):
+        x = hidden.to(plan.dtype)
+        need_x, need_w = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(hidden) if need_x else None
+        dw = torch.empty_like(weight) if need_w else None
+        parts, surrogate = [], 0.0
+        for k, rows in enumerate(_pieces(len(hidden), weight, plan)):
+            part, where = x[rows], targets[rows]
+            logprob, entropy, norm, kept = _forward(part, weight, where, plan, plan.keep if need_x or need_w else 0)
+            grad = slope(logprob, rows)
+            assert grad.shape == logprob.shape, (grad.shape, logprob.shape)
+            surrogate = surrogate + (grad * logprob).sum()
+            if need_x or need_w:
+                total = torch.zeros_like(part, dtype=norm.dtype) if need_x else None
+                numbers = _rows(norm, grad, None, None, plan.shaping)
+                _backward(part, weight, where, numbers, plan, kept, total, dw, add=k > 0)
+                if need_x:
+                    dx[rows] = total
+            parts.append((logprob, entropy))
+        ctx.grads = dx, dw
+        logprob = torch.cat([part[0] for part in parts])
+        entropy = torch.cat([part[1] for part in parts]) if plan.entropy else None
+        ctx.mark_non_differentiable(*[x for x in (logprob, entropy) if x is not None])
+        return surrogate, logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, *_):
+        assert ctx.grads is not None, "the gradients were handed out by the first backward"
+        (dx, dw), ctx.grads = ctx.grads, None
+        if grad != 1.0:  # waits for the GPU: less than a pass over dweight takes
+            for d in (dx, dw):
+                if d is not None:
+                    d.mul_(grad)
+        return dx, dw, None, None, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, targets: Tensor, plan: Plan, keep: int
+) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
+    """x [T, D] -> log-prob [T], entropy [T] or None, (m, log s) [2, T], and the raw chunks that fit in `keep` bytes."""
+    stats = epilogue.new_stats(len(x), x)
+    kept, spare = [], None
+    for begin, end, padded in _chunks(len(x), weight, plan):
+        size = len(x) * (end - begin) * x.element_size()
+        if size <= keep:
+            keep -= size
+            buffer = x.new_empty(len(x), padded)
+            kept.append(buffer)
+        else:
+            keep = 0  # the backward expects the kept ones first
+            buffer = spare = x.new_empty(len(x), padded) if spare is None else spare
+        raw = _raw(x, weight, begin, end, buffer)
+        plan.epilogue.add_statistics(raw, begin, targets, stats, plan.shaping, plan.entropy)
+    m, s, e, t = stats
+    log_s = s.log()
+    return (t - m) - log_s, log_s - e / s if plan.entropy else None, torch.stack([m, log_s]), kept
+
+
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    plan: Plan,
+    kept: list[Tensor],
+    dx: Tensor | None,
+    dw: Tensor | None,
+    add: bool,
+) -> None:
+    """Add to dx [T, D] (float32), and to dw [V, D] if `add`, else write it. The chunks in `kept` are used up."""
+    spare = None
+    for k, (begin, end, padded) in enumerate(_chunks(len(x), weight, plan)):
+        if k < len(kept):
+            raw = kept[k][:, : end - begin]
+        else:
+            spare = x.new_empty(len(x), padded) if spare is None else spare
+            raw = _raw(x, weight, begin, end, spare)
+        plan.epilogue.to_gradient(raw, begin, targets, rows, plan.shaping)
+        if dx is not None:
+            _add_product(dx, raw, weight[begin:end].to(x.dtype))
+        if dw is not None:
+            (_add_product if add else _set_product)(dw[begin:end], raw.t(), x)
+
+
+def _raw(x: Tensor, weight: Tensor, begin: int, end: int, buffer: Tensor) -> Tensor:
+    """x @ weight[begin:end].T in the buffer's first columns."""
+    return torch.mm(x, weight[begin:end].to(x.dtype).t(), out=buffer[:, : end - begin])
+
+
+def _rows(
+    norm: Tensor, grad: Tensor | None, entropy: Tensor | None, entropy_grad: Tensor | None, shaping: Shaping
+) -> Tensor:
+    """What `to_gradient` reads of each token: [3, T], or [5, T] if the entropy has a gradient."""
+    k = shaping.inner * shaping.outer
+    slope = torch.zeros_like(norm[0]) if grad is None else k * grad.to(norm.dtype)
+    if entropy_grad is None:
+        return torch.stack([*norm, slope])
+    bonus = k * entropy_grad.to(norm.dtype)
+    return torch.stack([*norm, slope, bonus, slope + bonus * entropy])
+
+
+def _chunks(tokens: int, weight: Tensor, plan: Plan) -> list[tuple[int, int, int]]:
+    """(begin, end, columns of its buffer) of each chunk of the vocabulary, of nearly equal widths."""
+    vocabulary, device = len(weight), weight.device.type
+    size = max(tokens, 1) * plan.dtype.itemsize
+    width = max(_of(CHUNK_BYTES, device) // size, _of(LEAST_WIDTH, device))
+    width = -(-vocabulary // -(-vocabulary // width))  # the same number of chunks, evenly
+    width = -(-width // ALIGN) * ALIGN
+    return [(a, min(a + width, vocabulary), width) for a in range(0, vocabulary, width)]
+
+
+def _pieces(tokens: int, weight: Tensor, plan: Plan) -> list[slice]:
+    """Runs of tokens whose raw products fit in plan.keep together."""
+    if weight.dtype != torch.promote_types(weight.dtype, torch.float32):
+        return [slice(0, tokens)]
+    most = max(plan.keep // (len(weight) * plan.dtype.itemsize), LEAST_PIECE)
+    count = max(-(-tokens // most), 1)
+    size = -(-tokens // count)
+    return [slice(k * size, min((k + 1) * size, tokens)) for k in range(count)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in total's precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b))
+
+
+def _set_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, rounded once."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def _of(table: dict[str, int], device: str) -> int:
+    return table.get(device, table["cuda"])
