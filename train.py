@@ -8,6 +8,9 @@ round ends, the policy becomes its own opponent. This file is where the stages m
 """
 
 import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +18,7 @@ from gspo import checkpoint as ckpt
 from gspo.check_data import require_gold
 from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
-from gspo.data import load_splits
+from gspo.data import Splits, load_splits
 from gspo.distributed import World, session
 from gspo.errors import UserError
 from gspo.evaluation import answer, correct_of, report
@@ -35,6 +38,24 @@ from gspo.types import Experience, Rollout, Scores
 from gspo.update import Updater, learning_rate, make_optimizer
 
 
+@dataclass
+class Run:
+    """What one training run works with."""
+
+    cfg: Config
+    world: World
+    splits: Splits
+    batches: Batches
+    scorer: Scorer
+    selves: Selves
+    sampler: Sampler
+    sampling: Sampling
+    updater: Updater
+    tracker: Tracker
+    state: ckpt.State
+    folder: Path
+
+
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
     """Run, or resume, one training run: from its configuration to its final table."""
     tokenizer = load_tokenizer(cfg.model.path)
@@ -49,60 +70,14 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
 
-    folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
-    state = ckpt.load_state(resume) if resume else ckpt.State()
-    if world.is_main:
-        ckpt.keep_reward_function(folder, scorer.pool.source, state.step)
-    selves = Selves(cfg, world, weights_from=resume)
-    optimizer = make_optimizer(selves.policy, cfg)
-    if resume:
-        ckpt.restore(resume, selves.policy, optimizer, selves.frozen, state)
-        batches.load_state(ckpt.load_order(resume))
-        say(f"{resume}: {state.step} of {total} steps done")
-    updater = Updater(selves.policy, optimizer, cfg, world, selves.autocast)
-    sampler = Sampler(
-        selves.sampler,
-        tokenizer,
-        world.device,
-        max_slots=cfg.rollout.max_slots,
-        seed=cfg.trainer.seed,
-        tp=cfg.rollout.tensor_model_parallel_size,
-        agree=selves.agree,
-    )
-    sampling, tracker, checkpoints = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step), folder / "checkpoints"
-
-    def test(name: str) -> None:
-        """Greedy and sampled accuracy on the test prompts, kept as a file of the run."""
-        selves.refresh_sampler()
-        result = report(answer(sampler, scorer, splits.test, cfg.eval.n, sampling, world))
-        if world.is_main:
-            ckpt.write_json(folder / f"{name}.json", {"step": state.step, **result})
-
-    def held_out(step: int, ends_round: bool) -> dict[str, float]:
-        """Answers to held-out prompts; when a round ends they meet the previous self's, and take their place."""
-        if not splits.val:
-            return {}
-        selves.refresh_sampler()
-        places, rollout = sampler.generate_share(
-            splits.val, cfg.rollout.n, sampling, world, purpose=EVAL, step=step, on_group=scorer.begin
-        )
-        scores = scorer(rollout)
-        rewards = world.collect(places, scores.rewards)
-        correct = world.collect(places, correct_of(scores).float())
-        metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
-        if step > 0:
-            metrics["kl_to_initial"] = kl_to(selves, selves.initial(), rollout, world)
-        if ends_round and state.round_rewards is not None:
-            before = torch.tensor(state.round_rewards)
-            metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
-        if ends_round:
-            state.round_rewards = rewards.tolist()
-        return metrics
-
+    run = start(cfg, world, tokenizer, splits, batches, scorer)
+    selves, sampler, state, tracker = run.selves, run.sampler, run.state, run.tracker
+    if run.state.step:
+        say(f"{run.folder}: {state.step} of {total} steps done")
+    elif splits.test and cfg.eval.before_and_after:
+        test(run, "eval_before")
     if state.step == 0:
-        if splits.test and cfg.eval.before_and_after:
-            test("eval_before")
-        held_out(0, ends_round=True)
+        held_out(run, 0, ends_round=True)
 
     while state.step < total:
         if alarm := world.from_main(lambda: tracker.health.alarmed):  # of the last step, or of the run resumed
@@ -112,7 +87,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         with clock("rollout"):
             selves.refresh_sampler()
             places, rollout = sampler.generate_share(
-                batch, cfg.rollout.n, sampling, world, step=step, on_group=scorer.begin
+                batch, cfg.rollout.n, run.sampling, world, step=step, on_group=scorer.begin
             )
         with clock("reward"):
             scores = scorer(rollout)
@@ -123,7 +98,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
             if cfg.objective.algorithm in NEEDS_SOLUTIONS:
                 material = with_solutions(experience, tokenizer, sampler.end_id, selves)
         with clock("update"):
-            update = updater.run(material, lr := learning_rate(step, total, cfg)).of(experience)
+            update = run.updater.run(material, lr := learning_rate(step, total, cfg)).of(experience)
 
         state.step, last = step + 1, step + 1 == total
         state.count_bad(update.skipped, cfg.health.max_bad_steps)
@@ -133,7 +108,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         now = round_of(step + 1, total, cfg.selfplay.rounds)
         ends_round = last or now > state.round
         if ends_round or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
-            metrics |= held_out(step + 1, ends_round)
+            metrics |= held_out(run, step + 1, ends_round)
         if now > state.round:
             selves.new_opponent()
             state.round = now
@@ -142,14 +117,76 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         tracker.samples(state.step, experience, cfg.trainer.sample_rows)
         alarm = world.from_main(lambda: tracker.health.alarmed)
         if last or alarm or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
-            order = batches.state()
-            ckpt.save(checkpoints, state, selves.policy, optimizer, selves.frozen, order, tokenizer, cfg, world)
+            save(run, tokenizer)
 
-    if splits.test and cfg.eval.before_and_after and ckpt.needs_test(folder, "eval_after", state.step, world):
-        test("eval_after")
+    if splits.test and cfg.eval.before_and_after and ckpt.needs_test(run.folder, "eval_after", state.step, world):
+        test(run, "eval_after")
     tracker.close()
     if world.is_main:
-        say(final_words(folder, ckpt.latest(checkpoints)))
+        say(final_words(run.folder, ckpt.latest(run.folder / "checkpoints")))
+
+
+def start(cfg: Config, world: World, tokenizer: Any, splits: Splits, batches: Batches, scorer: Scorer) -> Run:
+    """Open the run's folder, and the models as they stand at its latest checkpoint, if there is one."""
+    folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
+    state = ckpt.load_state(resume) if resume else ckpt.State()
+    if world.is_main:
+        ckpt.keep_reward_function(folder, scorer.pool.source, state.step)
+    selves = Selves(cfg, world, weights_from=resume)
+    optimizer = make_optimizer(selves.policy, cfg)
+    if resume:
+        ckpt.restore(resume, selves.policy, optimizer, selves.frozen, state)
+        batches.load_state(ckpt.load_order(resume))
+    updater = Updater(selves.policy, optimizer, cfg, world, selves.autocast)
+    sampler = Sampler(
+        selves.sampler,
+        tokenizer,
+        world.device,
+        max_slots=cfg.rollout.max_slots,
+        seed=cfg.trainer.seed,
+        tp=cfg.rollout.tensor_model_parallel_size,
+        agree=selves.agree,
+    )
+    sampling, tracker = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step)
+    return Run(cfg, world, splits, batches, scorer, selves, sampler, sampling, updater, tracker, state, folder)
+
+
+def save(run: Run, tokenizer: Any) -> None:
+    """A checkpoint from which everything goes on as if it had not stopped."""
+    policy, optimizer, order = run.selves.policy, run.updater.optimizer, run.batches.state()
+    folder = run.folder / "checkpoints"
+    ckpt.save(folder, run.state, policy, optimizer, run.selves.frozen, order, tokenizer, run.cfg, run.world)
+
+
+def test(run: Run, name: str) -> None:
+    """Greedy and sampled accuracy on the test prompts, kept as a file of the run."""
+    run.selves.refresh_sampler()
+    answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
+    if run.world.is_main:
+        ckpt.write_json(run.folder / f"{name}.json", {"step": run.state.step, **report(answers)})
+
+
+def held_out(run: Run, step: int, ends_round: bool) -> dict[str, float]:
+    """Answers to held-out prompts; when a round ends they meet the previous self's, and take their place."""
+    cfg, world, state = run.cfg, run.world, run.state
+    if not run.splits.val:
+        return {}
+    run.selves.refresh_sampler()
+    places, rollout = run.sampler.generate_share(
+        run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=step, on_group=run.scorer.begin
+    )
+    scores = run.scorer(rollout)
+    rewards = world.collect(places, scores.rewards)
+    correct = world.collect(places, correct_of(scores).float())
+    metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
+    if step > 0:
+        metrics["kl_to_initial"] = kl_to(run.selves, run.selves.initial(), rollout, world)
+    if ends_round and state.round_rewards is not None:
+        before = torch.tensor(state.round_rewards)
+        metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
+    if ends_round:
+        state.round_rewards = rewards.tolist()
+    return metrics
 
 
 def gather_experience(

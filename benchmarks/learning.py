@@ -60,6 +60,7 @@ COMMON = [
     *("eval.n=8", "eval.prompts=256", "eval.round_prompts=128", f"eval.freq={EVERY}"),
     *("trainer.save_freq=0", "trainer.keep_last=1", "trainer.sample_rows=0", "reward.workers=1", "reward.check_rows=0"),
 ]
+FAST = ["trainer.max_steps=12", "optim.warmup_steps=2", "eval.prompts=96", "eval.round_prompts=64", "eval.freq=4"]
 METHODS = {
     "GSPO": [],
     "GSPO, literal formula": ["objective.anchor=none", "objective.after_fork=1"],
@@ -245,8 +246,13 @@ def best_within_kl(result: dict[str, Any], limit: float = 0.1) -> float:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and standard deviation of those that are numbers, and how many are where some are not."""
+    known = [v for v in values if not np.isnan(v)]
+    if not known:
+        return "never"
+    deviation = np.std(known, ddof=1) if len(known) > 1 else 0.0
+    some = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
+    return f"{np.mean(known):.{digits}f} ± {deviation:.{digits}f}{some}"
 
 
 def task_table(results: dict[str, list[dict[str, Any]]], rates: dict[str, float], against: str) -> str:
@@ -340,19 +346,17 @@ def sections(by_task: dict, rates: dict[str, dict[str, float]], against: str | N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("main", "ablations"), default="main")
-    parser.add_argument("--fast", action="store_true", help="a third of the steps, fewer seeds, one step size")
+    parser.add_argument("--fast", action="store_true", help="a quarter of the steps, one seed, one step size: minutes")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument(
-        "--seeds", type=int, default=None, help="final runs of each (default 5, ablations 3; --fast 2 and 1)"
-    )
+    parser.add_argument("--seeds", type=int, default=None, help="final runs of each (default 5, ablations 3, --fast 1)")
     parser.add_argument("--out", type=Path, default=None, help="where runs, table and picture go")
     args = parser.parse_args()
     os.chdir(ROOT)
     out = args.out or ROOT / "outputs" / ("bench-fast" if args.fast else "bench")
     out.mkdir(parents=True, exist_ok=True)
-    fast = ["trainer.max_steps=16", "eval.prompts=128"] if args.fast else []
+    fast = FAST if args.fast else []
     ablations = args.what == "ablations"
-    seeds = range(args.seeds or ((1 if ablations else 2) if args.fast else (3 if ablations else 5)))
+    seeds = range(args.seeds or (1 if args.fast else 3 if ablations else 5))
     prepare_data()
 
     rates = {(t, m): 2e-4 for t in args.tasks for m in METHODS}

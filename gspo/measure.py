@@ -138,4 +138,5 @@ def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objecti
     meter.sum("loss/total", sum(update.terms.values()))
     meter.mean("grad_norm", sum(x for x in update.grad_norms if math.isfinite(x)), len(update.grad_norms))
     meter.max("skipped_updates", update.skipped)
+    meter.max("empty_updates", update.empty)
     return meter

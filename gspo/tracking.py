@@ -49,6 +49,7 @@ GLOSSARY = {
     "entropy_ratio": "entropy / mean over the first three steps (healthy above 0.3, until the task is solved)",
     "grad_norm": "gradient norm before clipping, mean over the step's updates",
     "skipped_updates": "updates skipped because the gradient was not finite",
+    "empty_updates": "updates skipped because no answer was better than another: nothing to learn but the KL term",
     "learning_rate": "AdamW step size",
     "round": "self-play round, from 0",
     "win_rate": "once a round: how often answers beat the previous self's on held-out prompts; ties count half",

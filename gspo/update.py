@@ -31,6 +31,7 @@ class Update:
     terms: dict[str, float] = field(default_factory=dict)  # this rank's share of each loss term, before the update
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0  # optimizer steps not taken because the gradient was not finite
+    empty: int = 0  # ... because no answer was better than another: AdamW would make full steps of the KL term alone
 
     def of(self, exp: Experience) -> "Update":
         """The same, for the responses of `exp` only: what was sampled, without what was given beside it."""
@@ -129,6 +130,9 @@ class Updater:
             return sum(terms.values()) + self._kl(exp, rows, logprobs, mask, counts)
 
         self._descend(exp, parts, loss_of, update)
+        every = list(range(len(exp.positions)))
+        coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)
+        self._step(update, coefs)
 
     def _frozen_step(self, exp: Experience, k: int, update: Update) -> None:
         o, cfg = self.cfg.optim, self.cfg.objective
@@ -154,6 +158,7 @@ class Updater:
             return surrogate + self._kl(exp, rows, logprobs, mask, counts)
 
         self._descend(exp, self.cut(exp, members, whole_groups=False), loss_of, update)
+        self._step(update, coefs[members])
 
     def _kl(self, exp: Experience, rows: list[Row], logprobs: Tensor, mask: Tensor, counts: Counts) -> Tensor | float:
         if not self.cfg.objective.kl_coef:
@@ -173,7 +178,7 @@ class Updater:
         return {name: float(value) for name, value in (terms | {"kl": self.cfg.objective.kl_coef * kl}).items()}
 
     def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: Callable, update: Update) -> None:
-        """Accumulate the gradient over micro-batches, clip it, take one optimizer step."""
+        """Accumulate the gradient over micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(self.world.max(len(parts))):
             with self.autocast():
@@ -184,14 +189,16 @@ class Updater:
                     logprobs = idle_forward(self.policy, self.world.device)
             loss = loss_of(parts[k], logprobs, packed.mask) if k < len(parts) else 0.0 * logprobs.sum()
             (loss * self.world.size).backward()  # FSDP averages over ranks; our parts are meant to be summed
-        self._step(update)
 
-    def _step(self, update: Update) -> None:
+    def _step(self, update: Update, coefs: Tensor) -> None:
+        """Clip the gradient and take one optimizer step; coefs [G, N, L] are what it was made of on this rank."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.optim.grad_clip)))
         update.grad_norms.append(norm)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        else:
+        if not math.isfinite(norm):
             update.skipped += 1
+        elif self.world.max(int(coefs.any())) == 0:
+            update.empty += 1
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

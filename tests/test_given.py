@@ -84,7 +84,7 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
 
     seen = []
     updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD)
-    updater._step = lambda update: seen.append([p.grad.clone() for p in selves.policy.parameters()])
+    updater._step = lambda update, coefs: seen.append([p.grad.clone() for p in selves.policy.parameters()])
     material.rollout.logprobs[:, :3] = logprobs[:, :3].detach()
     updater.run(material, 0.0)
     for got, wanted in zip(seen[0], expected, strict=True):

@@ -279,8 +279,10 @@ PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, w
         [(2, "alarm", "pairs/gap_std is above 1.5")],
     ),
     "large steps": (
-        4, ("optim.learning_rate=3e-3", "objective.kl_coef=0"), None, None,
-        [(3, "warning", "the chosen answers have lost more than 0.2 nats"), (3, "alarm", "kl_divergence is above 0.5")],
+        5,
+        ("optim.learning_rate=2e-3", "objective.kl_coef=0", "objective.after_fork=1", "data.train_batch_size=16"),
+        None, None,
+        [(4, "warning", "the chosen answers have lost more than 0.2 nats"), (3, "alarm", "kl_divergence is above 0.5")],
     ),
     "infinite steps": (
         2, ("optim.learning_rate=1e30",), None, None,

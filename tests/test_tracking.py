@@ -29,7 +29,7 @@ def an_experience(rewards=REWARDS, texts=TEXTS, margin=0.1):
     prompts = [Prompt(g, (1,), f"问题 {g}?", "7", "math") for g in range(len(rewards))]
     rollout = Rollout(prompts, zeros.long(), rewards.long() + 1, zeros, zeros, rewards >= 0, texts)
     beats = preferences(rewards, margin)
-    return Experience(rollout, rewards, beats, zeros, rewards, [0, 1], len(rewards), int(beats.sum()))
+    return Experience(rollout, rewards, beats, beats.long(), zeros, zeros, [0, 1], len(rewards), int(beats.sum()))
 
 
 def track(folder, steps, start=0, **changed):
@@ -204,7 +204,7 @@ def test_the_first_samples_are_a_table_on_the_board(tmp_path):
 
 WELL = {"preference_accuracy": 0.8, "mismatch": 1e-4, "response/cutoff": 0.0, "pairs/groups_without": 0.3,
         "pairs/gap_std": 0.1, "winner_logprob": -0.5, "entropy": 0.7, "skipped_updates": 0.0, "reward/faults": 0.0,
-        "response/length_mean": 16.0, "response/length_max": 32.0, "round": 0.0}  # fmt: skip
+        "empty_updates": 0.0, "response/length_mean": 16.0, "response/length_max": 32.0, "round": 0.0}  # fmt: skip
 
 
 def run(folder, steps, start=0, **changed):

@@ -1,6 +1,7 @@
 """Gradients: equal to a plain loop over single sequences, whatever the micro-batches, the path or the mini-batches."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,10 @@ def test_mini_batches_partition_the_gradient():
     """With weights that stand still, each mini-batch's gradient is its groups' own, normalised by their number."""
     model = tiny_model("llama")
     exp = experience(model)
+    rewards = exp.rewards.clone()
+    rewards[1, 0] = 1.0  # every group has a pair
+    beats = preferences(rewards, 0.1)
+    exp = replace(exp, rewards=rewards, beats=beats, batch_pairs=int(beats.sum()))
     whole = run(model, exp)[0][0]
     parts = run(model, exp, "optim.minibatches=3")[0]
     assert len(parts) == 3
@@ -168,6 +173,24 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     update = Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2)
     assert update.skipped == 1
     assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("path", ["live", "frozen"])
+@pytest.mark.parametrize("algorithm", ["gspo", "rloo", "grpo", "dr_grpo", "online_dpo"])
+def test_where_all_answers_are_equal_no_step_is_taken(path, algorithm):
+    """The KL term has a gradient, and AdamW would make full steps of it."""
+    model = tiny_model("llama")
+    exp = experience(model)
+    alike = torch.full((G, N), 0.5)
+    exp = replace(exp, rewards=alike, beats=preferences(alike, 0.1), batch_pairs=0)
+    cut = ["optim.micro_batch_responses=3"] if path == "frozen" else []
+    seen, update, _ = run(model, exp, f"objective.algorithm={algorithm}", *cut)
+    assert seen == [] and (update.empty, update.skipped) == (1, 0) and update.grad_norms[0] > 0
+    one_pair = alike.clone()
+    one_pair[2, 1] = 1.0
+    exp = replace(exp, rewards=one_pair, beats=preferences(one_pair, 0.1), batch_pairs=3)
+    seen, update, _ = run(model, exp, f"objective.algorithm={algorithm}", *cut)
+    assert len(seen) == 1 and update.empty == 0
 
 
 def test_learning_rate_by_hand():
