@@ -9,7 +9,8 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
-        smollm2 train-smollm2 bench-learning bench-ablations bench-reward bench-data test test-slow test-gpu lint format clean
+        smollm2 train-smollm2 bench-learning bench-ablations bench-reward bench-data bench-kernels \
+        test test-slow test-gpu lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -68,6 +69,9 @@ bench-reward: setup ## scoring in parallel and behind sampling
 
 bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
 	$(PY) benchmarks/data.py
+
+bench-kernels: setup ## the kernels against their peers, on CUDA where there is one (ten minutes on a CPU)
+	$(PY) benchmarks/kernels.py $(ARGS)
 
 test: dev ## the test suite, under 10 minutes on two cores
 	$(PY) -m pytest

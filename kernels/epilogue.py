@@ -32,12 +32,12 @@ class Shaping(NamedTuple):
             return cls(scale / temperature, 1.0, False)
         return cls(scale / softcap, softcap / temperature, True)
 
-    def __call__(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Logits in `dtype`: `raw` itself where nothing is to do, else a new tensor."""
-        z = raw.to(dtype)
+    def __call__(self, raw: Tensor, out: Tensor) -> Tensor:
+        """Logits into `out`, which may be wider."""
+        z = out.copy_(raw)
         if self.inner != 1.0:
-            z = z * self.inner
-        return z.tanh().mul_(self.outer) if self.capped else z
+            z.mul_(self.inner)
+        return z.tanh_().mul_(self.outer) if self.capped else z
 
 
 def new_stats(tokens: int, like: Tensor) -> Tensor:
@@ -50,18 +50,16 @@ def new_stats(tokens: int, like: Tensor) -> Tensor:
 def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping, entropy: bool) -> None:
     """Take a chunk into `stats`, in place (e only if entropy is asked for). `raw` stays as it is."""
     m, s, e, t = stats
-    for first, part in _blocks(raw):
-        z = shaping(part, stats.dtype)
+    for first, part, z, p in _blocks(raw, stats.dtype):
+        shaping(part, z)
         inside, column = _target_columns(part, begin + first, targets)
         t.copy_(torch.where(inside, z.gather(1, column)[:, 0], t))
         top = torch.maximum(m, z.amax(1))
         fade = (m - top).exp_()
-        q = z - top[:, None]
+        q = z.sub_(top[:, None])
+        torch.exp(q, out=p)
         if entropy:
-            p = q.exp()
             e.add_(s * (m - top)).mul_(fade).add_(q.mul_(p).sum(1))
-        else:
-            p = q.exp_()
         s.mul_(fade).add_(p.sum(1))
         m.copy_(top)
 
@@ -77,28 +75,31 @@ def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping:
     log s stay apart because the rounding of a large sum would be the same for a token's whole row.
     """
     m, log_s, slope = rows[:3, :, None]
-    for first, part in _blocks(raw):
-        z = shaping(part, rows.dtype)
-        bend = z.div(shaping.outer).square_().neg_().add_(1.0) if shaping.capped else None
+    for first, part, z, p in _blocks(raw, rows.dtype):
+        shaping(part, z)
         q = z.sub_(m).sub_(log_s)
-        if len(rows) == 3:
-            d = q.exp_().mul_(-slope)
-        else:
-            p = q.exp()
-            d = q.mul_(-rows[3, :, None]).sub_(rows[4, :, None]).mul_(p)
+        torch.exp(q, out=p)
+        d = p.mul_(-slope if len(rows) == 3 else q.mul_(-rows[3, :, None]).sub_(rows[4, :, None]))
         inside, column = _target_columns(part, begin + first, targets)
         d.scatter_add_(1, column, torch.where(inside[:, None], slope, 0.0))
-        if bend is not None:
+        if shaping.capped:
+            bend = shaping(part, z).div_(shaping.outer).square_().neg_().add_(1.0)
             d.mul_(bend)
-        if d is not part:
-            part.copy_(d)
+        part.copy_(d)
 
 
-def _blocks(raw: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first column, block) of a chunk, in blocks that a CPU's cache holds."""
-    step = max(BLOCK // max(len(raw), 1), 64)
-    for first in range(0, raw.shape[1], step):
-        yield first, raw[:, first : first + step]
+def _blocks(raw: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(first column, block, two scratch tensors like it in `dtype`), in blocks that a CPU's cache holds.
+
+    The scratch is the same memory each time: fresh pages cost a CPU more than the arithmetic on them.
+    """
+    tokens, width = raw.shape
+    step = min(max(BLOCK // max(tokens, 1), 64), width)
+    scratch = raw.new_empty(2, tokens * step, dtype=dtype)
+    for first in range(0, width, step):
+        part = raw[:, first : first + step]
+        z, p = scratch[:, : part.numel()].unflatten(1, part.shape)
+        yield first, part, z, p
 
 
 def _target_columns(raw: Tensor, begin: int, targets: Tensor) -> tuple[Tensor, Tensor]:

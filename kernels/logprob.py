@@ -22,7 +22,7 @@ from kernels import epilogue
 from kernels.epilogue import Shaping
 
 MIB = 2**20
-CHUNK_BYTES = {"cpu": 64 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
+CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
 LEAST_WIDTH = {"cpu": 512, "cuda": 4096}  # vocabulary entries in a chunk, below which matrix products slow down
 KEEP_BYTES = {"cpu": 192 * MIB, "cuda": 768 * MIB}
 ALIGN = 128  # elements; rows of a chunk begin at multiples of it
@@ -58,9 +58,9 @@ def linear_logprob(
 
     hidden [T, D], weight [V, D], targets [T] in [0, V), bias [V] -> log-prob [T], entropy [T] in nats or None, both
     float32 (float64 for float64 inputs) and differentiable with respect to hidden, weight and bias. Matrix products
-    run in the inputs' dtype, or autocast's; sums over tokens and vocabulary in float32. `keep` bounds the memory held
-    between forward and backward, in bytes (default: KEEP_BYTES). weight is a plain tensor: under FSDP2 enter through a
-    forward method, so that it has been gathered.
+    run in the inputs' dtype, or autocast's; sums over tokens and vocabulary in float32. `keep` bounds the products
+    held for the backward, in bytes (default: KEEP_BYTES); one chunk comes on top. weight is a plain tensor: under
+    FSDP2 enter through a forward method, so that it has been gathered.
     """
     hidden, weight = _inputs(hidden, weight, bias)
     plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), entropy, keep)
@@ -135,51 +135,53 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, plan: Plan):
         ctx.set_materialize_grads(False)
-        x = hidden.to(plan.dtype)
         needed = any(ctx.needs_input_grad)
-        logprob, entropy, norm, kept = _forward(x, weight, targets, plan, plan.keep if needed else 0)
+        work = _workspace(len(hidden), weight, plan, plan.keep if needed else 0)
+        logprob, entropy, norm = _forward(hidden.to(plan.dtype), weight, targets, plan, work)
         if needed:
             ctx.save_for_backward(hidden, weight, targets, norm, entropy)
-            ctx.plan, ctx.kept = plan, kept
+            ctx.plan, ctx.work = plan, work
         return logprob, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor | None, entropy_grad: Tensor | None):
         hidden, weight, targets, norm, entropy = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, []  # a second backward finds them overwritten, and recomputes
-        rows = _rows(norm, grad, entropy, entropy_grad, ctx.plan.shaping)
-        x = hidden.to(ctx.plan.dtype)
+        plan, work, ctx.work = ctx.plan, ctx.work, None
+        if work is None:  # a second backward: the first has overwritten the products
+            work = _workspace(len(hidden), weight, plan, 0)
+        rows = _rows(norm, grad, entropy, entropy_grad, plan.shaping)
         dx = torch.zeros_like(hidden, dtype=norm.dtype) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        _backward(x, weight, targets, rows, ctx.plan, kept, dx, dw, add=False)
+        _backward(hidden.to(plan.dtype), weight, targets, rows, plan, work, dx, dw, add=False)
         return None if dx is None else dx.to(hidden.dtype), dw, None, None
 
 
 class _LinearLogprobAndGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, slope: Slope, plan: Plan):
-        x = hidden.to(plan.dtype)
         need_x, need_w = ctx.needs_input_grad[:2]
         dx = torch.empty_like(hidden) if need_x else None
         dw = torch.empty_like(weight) if need_w else None
-        parts, surrogate = [], 0.0
-        for k, rows in enumerate(_pieces(len(hidden), weight, plan)):
-            part, where = x[rows], targets[rows]
-            logprob, entropy, norm, kept = _forward(part, weight, where, plan, plan.keep if need_x or need_w else 0)
+        pieces, keep = _pieces(len(hidden), weight, plan)
+        work = _workspace(pieces[0].stop, weight, plan, keep if need_x or need_w else 0)
+        results, surrogate = [], 0.0
+        for k, rows in enumerate(pieces):
+            x, where = hidden[rows].to(plan.dtype), targets[rows]
+            logprob, entropy, norm = _forward(x, weight, where, plan, work)
             grad = slope(logprob, rows)
             assert grad.shape == logprob.shape, (grad.shape, logprob.shape)
             surrogate = surrogate + (grad * logprob).sum()
             if need_x or need_w:
-                total = torch.zeros_like(part, dtype=norm.dtype) if need_x else None
+                total = torch.zeros_like(x, dtype=norm.dtype) if need_x else None
                 numbers = _rows(norm, grad, None, None, plan.shaping)
-                _backward(part, weight, where, numbers, plan, kept, total, dw, add=k > 0)
+                _backward(x, weight, where, numbers, plan, work, total, dw, add=k > 0)
                 if need_x:
                     dx[rows] = total
-            parts.append((logprob, entropy))
+            results.append((logprob, entropy))
         ctx.grads = dx, dw
-        logprob = torch.cat([part[0] for part in parts])
-        entropy = torch.cat([part[1] for part in parts]) if plan.entropy else None
+        logprob = torch.cat([result[0] for result in results])
+        entropy = torch.cat([result[1] for result in results]) if plan.entropy else None
         ctx.mark_non_differentiable(*[x for x in (logprob, entropy) if x is not None])
         return surrogate, logprob, entropy
 
@@ -195,26 +197,48 @@ class _LinearLogprobAndGrad(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
+class Workspace(NamedTuple):
+    """Where raw products lie. The first `kept` chunks have a buffer each, the others share one more."""
+
+    edges: list[tuple[int, int]]  # each chunk's first entry of the vocabulary, and the one after its last
+    buffers: Tensor  # [kept, or kept + 1, most tokens, widest chunk]
+    kept: int
+
+
+def _workspace(tokens: int, weight: Tensor, plan: Plan, keep: int) -> Workspace:
+    """Chunks of nearly equal widths, of which as many are kept as fit in `keep` bytes."""
+    vocabulary, device = len(weight), weight.device.type
+    row = max(tokens, 1) * plan.dtype.itemsize
+    width = max(_of(CHUNK_BYTES, device) // row, _of(LEAST_WIDTH, device))
+    width = -(-vocabulary // -(-vocabulary // width))  # the same number of chunks, evenly
+    width = -(-width // ALIGN) * ALIGN
+    edges = [(a, min(a + width, vocabulary)) for a in range(0, vocabulary, width)]
+    kept = min(keep // (row * width), len(edges))
+    count = min(kept + 1, len(edges))
+    return Workspace(edges, weight.new_empty(count, tokens, width, dtype=plan.dtype), kept)
+
+
+def _pieces(tokens: int, weight: Tensor, plan: Plan) -> tuple[list[slice], int]:
+    """Runs of tokens whose raw products take about plan.keep bytes, and the bytes to keep of each run."""
+    if weight.dtype != torch.promote_types(weight.dtype, torch.float32):
+        return [slice(0, tokens)], plan.keep
+    most = max(plan.keep // (len(weight) * plan.dtype.itemsize), LEAST_PIECE)
+    count = max(-(-tokens // most), 1)
+    size = -(-tokens // count)
+    return [slice(a, min(a + size, tokens)) for a in range(0, max(tokens, 1), max(size, 1))], 2**63
+
+
 def _forward(
-    x: Tensor, weight: Tensor, targets: Tensor, plan: Plan, keep: int
-) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor]]:
-    """x [T, D] -> log-prob [T], entropy [T] or None, (m, log s) [2, T], and the raw chunks that fit in `keep` bytes."""
+    x: Tensor, weight: Tensor, targets: Tensor, plan: Plan, work: Workspace
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x [T, D] -> log-prob [T], entropy [T] or None, (m, log s) [2, T]. The workspace keeps what it has room for."""
     stats = epilogue.new_stats(len(x), x)
-    kept, spare = [], None
-    for begin, end, padded in _chunks(len(x), weight, plan):
-        size = len(x) * (end - begin) * x.element_size()
-        if size <= keep:
-            keep -= size
-            buffer = x.new_empty(len(x), padded)
-            kept.append(buffer)
-        else:
-            keep = 0  # the backward expects the kept ones first
-            buffer = spare = x.new_empty(len(x), padded) if spare is None else spare
-        raw = _raw(x, weight, begin, end, buffer)
+    for k, (begin, end) in enumerate(work.edges):
+        raw = _product(x, weight, begin, end, work.buffers[min(k, work.kept)])
         plan.epilogue.add_statistics(raw, begin, targets, stats, plan.shaping, plan.entropy)
     m, s, e, t = stats
     log_s = s.log()
-    return (t - m) - log_s, log_s - e / s if plan.entropy else None, torch.stack([m, log_s]), kept
+    return (t - m) - log_s, log_s - e / s if plan.entropy else None, torch.stack([m, log_s])
 
 
 def _backward(
@@ -223,19 +247,17 @@ def _backward(
     targets: Tensor,
     rows: Tensor,
     plan: Plan,
-    kept: list[Tensor],
+    work: Workspace,
     dx: Tensor | None,
     dw: Tensor | None,
     add: bool,
 ) -> None:
-    """Add to dx [T, D] (float32), and to dw [V, D] if `add`, else write it. The chunks in `kept` are used up."""
-    spare = None
-    for k, (begin, end, padded) in enumerate(_chunks(len(x), weight, plan)):
-        if k < len(kept):
-            raw = kept[k][:, : end - begin]
+    """Add to dx [T, D] (float32), and to dw [V, D] if `add`, else write it. What was kept is overwritten."""
+    for k, (begin, end) in enumerate(work.edges):
+        if k < work.kept:
+            raw = work.buffers[k, : len(x), : end - begin]
         else:
-            spare = x.new_empty(len(x), padded) if spare is None else spare
-            raw = _raw(x, weight, begin, end, spare)
+            raw = _product(x, weight, begin, end, work.buffers[work.kept])
         plan.epilogue.to_gradient(raw, begin, targets, rows, plan.shaping)
         if dx is not None:
             _add_product(dx, raw, weight[begin:end].to(x.dtype))
@@ -243,9 +265,9 @@ def _backward(
             (_add_product if add else _set_product)(dw[begin:end], raw.t(), x)
 
 
-def _raw(x: Tensor, weight: Tensor, begin: int, end: int, buffer: Tensor) -> Tensor:
-    """x @ weight[begin:end].T in the buffer's first columns."""
-    return torch.mm(x, weight[begin:end].to(x.dtype).t(), out=buffer[:, : end - begin])
+def _product(x: Tensor, weight: Tensor, begin: int, end: int, buffer: Tensor) -> Tensor:
+    """x @ weight[begin:end].T in a corner of the buffer."""
+    return torch.mm(x, weight[begin:end].to(x.dtype).t(), out=buffer[: len(x), : end - begin])
 
 
 def _rows(
@@ -258,26 +280,6 @@ def _rows(
         return torch.stack([*norm, slope])
     bonus = k * entropy_grad.to(norm.dtype)
     return torch.stack([*norm, slope, bonus, slope + bonus * entropy])
-
-
-def _chunks(tokens: int, weight: Tensor, plan: Plan) -> list[tuple[int, int, int]]:
-    """(begin, end, columns of its buffer) of each chunk of the vocabulary, of nearly equal widths."""
-    vocabulary, device = len(weight), weight.device.type
-    size = max(tokens, 1) * plan.dtype.itemsize
-    width = max(_of(CHUNK_BYTES, device) // size, _of(LEAST_WIDTH, device))
-    width = -(-vocabulary // -(-vocabulary // width))  # the same number of chunks, evenly
-    width = -(-width // ALIGN) * ALIGN
-    return [(a, min(a + width, vocabulary), width) for a in range(0, vocabulary, width)]
-
-
-def _pieces(tokens: int, weight: Tensor, plan: Plan) -> list[slice]:
-    """Runs of tokens whose raw products fit in plan.keep together."""
-    if weight.dtype != torch.promote_types(weight.dtype, torch.float32):
-        return [slice(0, tokens)]
-    most = max(plan.keep // (len(weight) * plan.dtype.itemsize), LEAST_PIECE)
-    count = max(-(-tokens // most), 1)
-    size = -(-tokens // count)
-    return [slice(k * size, min((k + 1) * size, tokens)) for k in range(count)]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,5 +1,8 @@
 """The linear log-prob on the CPU: float64 autograd, invariances, what is kept and what is not."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_cases import Case, cases, draw, outcome, too_far
@@ -98,21 +101,22 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
-    inputs, kept, forward = draw(Case(64, 8, 2000, torch.float32)), [], logprob._forward
+    inputs, kept, workspace = draw(Case(64, 8, 2000, torch.float32)), [], logprob._workspace
 
     def watched(*args):
-        results = forward(*args)
-        kept.append(sum(chunk.numel() for chunk in results[-1]))
-        return results
+        work = workspace(*args)
+        kept.append((work.kept, len(work.buffers)))
+        return work
 
-    monkeypatch.setattr(logprob, "_forward", watched)
+    monkeypatch.setattr(logprob, "_workspace", watched)
     hidden, weight = inputs["hidden"].requires_grad_(), inputs["weight"]
     with torch.no_grad():
         value, _ = linear_logprob(hidden, weight, inputs["targets"])
     assert value.grad_fn is None
     linear_logprob(hidden.detach(), weight, inputs["targets"])
     linear_logprob(hidden, weight, inputs["targets"], keep=64 * 128 * 4 * 3 + 5)
-    assert kept == [0, 0, 64 * 128 * 3]
+    linear_logprob(hidden, weight, inputs["targets"])
+    assert kept == [(0, 1), (0, 1), (3, 4), (16, 16)]
 
 
 def test_a_second_backward_gives_the_same_gradients():
@@ -142,11 +146,12 @@ def test_a_slope_may_depend_on_the_log_prob():
         return (0.5 * (logprob - behaviour[rows]) ** 2 - clipped).sum()
 
     def slope(logprob, rows):
+        pieces.append((rows.start, rows.stop))
         with torch.enable_grad():
             leaf = logprob.requires_grad_()
             return torch.autograd.grad(loss(leaf, rows), leaf)[0]
 
-    grads = []
+    grads, pieces = [], []
     for known in (True, False):
         hidden, weight = inputs["hidden"].clone().requires_grad_(), inputs["weight"].clone().requires_grad_()
         if known:
@@ -158,6 +163,7 @@ def test_a_slope_may_depend_on_the_log_prob():
             loss(value, slice(None)).backward()
         grads.append((hidden.grad, weight.grad))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+    assert pieces == [(0, 24), (24, 48), (48, 70)], "as many as fit 40,000 bytes: 33 rows of 300 floats, evenly"
 
 
 def test_no_tokens():
@@ -179,6 +185,20 @@ def test_one_weight_as_embedding_and_as_head():
         function(torch.nn.functional.embedding(ids[:-1], weight).tanh(), weight, ids[1:])[0].mean().backward()
         grads.append(weight.grad)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_logprob_and_grad"])
+@pytest.mark.parametrize(
+    "tokens, size, vocabulary", [(600, 16, 200_000), pytest.param(2048, 896, 151_936, marks=pytest.mark.slow)]
+)
+def test_memory_above_the_gradients_is_under_300_mb(run_program, name, tokens, size, vocabulary):
+    """All logits would be 480 and 1,245 MB, and plain PyTorch holds three tensors like them."""
+    sizes = ("--tokens", tokens, "--size", size, "--vocabulary", vocabulary)
+    done = run_program("benchmarks/kernels.py", "--device", "cpu", *sizes, "--only", name)
+    assert done.returncode == 0, done.stderr[-2000:]
+    extra = json.loads(done.stdout)["extra"]
+    assert 20e6 < extra < 300e6, extra / 1e6
 
 
 def test_a_sharded_weight_is_refused():
