@@ -36,7 +36,7 @@ base-model: setup ## rebuild the embedded models, bit for bit (20 and 8 minutes 
 	$(PY) -m gspo.embedded.build
 	$(PY) -m gspo.embedded.build --task systems
 
-train-quick: setup ## four minutes on two cores: N 4, 2 rounds, embedded model and task
+train-quick: setup ## two minutes on two cores: N 4, 2 rounds, embedded model and task
 	$(PY) train.py --config configs/quick.yaml $(ARGS)
 
 train-standard: setup ## N 8, 3 rounds
