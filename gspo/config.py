@@ -169,6 +169,7 @@ class Health:
     mismatch_max: float = opt(0.02, "warn above: mean |sampler - trainer| log-prob", gt=0.0)
     mismatch_alarm: float = opt(0.1, "alarm above", gt=0.0)
     entropy_ratio_min: float = opt(0.3, "warn below: entropy / at first", ge=0.0)
+    risen_reward: float = opt(0.2, "mean reward above that at first from which misordered pairs are no illness", ge=0.0)
     solved_reward: float = opt(0.9, "mean reward from which low entropy is no illness", ge=0.0)
     skipped_updates_max: int = opt(0, "warn above: updates of a step skipped as not finite", ge=0)
     reward_faults_max: float = opt(0.05, "warn above: share of reward calls that failed", ge=0.0, le=1.0)

@@ -77,7 +77,7 @@ GUARDS = (
         "misordered pairs", "preference_accuracy", "below", "preference_accuracy_min", None,
         "preference_accuracy is below {limit:g}",
         f"check the reward function, raise objective.margin to filter noisy pairs, or {LOWER_LR}",
-        unless=("starved",),
+        unless=("starved", "risen"),
     ),
     Guard(
         "reward hacking", "heldout/diverging", "above", "diverging_rounds_max", None,
@@ -180,6 +180,9 @@ class HealthCheck:
             found.add("starved")  # the last few pairs are what the policy still gets wrong
         if values.get("reward_mean", 0.0) >= self.cfg.solved_reward:
             found.add("solved")  # who knows the answer has no doubts
+        first = self.initial["reward_mean"]
+        if first and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward:
+            found.add("risen")  # what pairs by then is what the policy, better by far, still gets wrong
         return found
 
     def _derive(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -201,6 +204,8 @@ class HealthCheck:
             found["winner_logprob_drop"] = self.winners_at_first - metrics["winner_logprob"]
         if "reward_mean" in metrics:
             self.rewards.append(metrics["reward_mean"])
+            if len(self.initial["reward_mean"]) < INITIAL_STEPS:
+                self.initial["reward_mean"].append(metrics["reward_mean"])
         if {"heldout/accuracy", ROUND_ENDS} <= metrics.keys() and self.rewards:
             now = (sum(self.rewards) / len(self.rewards), metrics["heldout/accuracy"])
             worse = self.ended is not None and now[0] > self.ended[0] and now[1] < self.ended[1]

@@ -61,7 +61,14 @@ def levels(news):
 def test_the_table_is_whole():
     limits = {name.removeprefix("health.") for name in parameters() if name.startswith("health.")}
     named = {name for g in GUARDS for name in (g.warn, g.alarm) if name}
-    assert limits - named == {"solved_reward", "patience", "alarm_patience", "on_alarm", "max_bad_steps"}
+    assert limits - named == {
+        "risen_reward",
+        "solved_reward",
+        "patience",
+        "alarm_patience",
+        "on_alarm",
+        "max_bad_steps",
+    }
     assert len({g.kind for g in GUARDS}) == len(GUARDS)
     assert {g.metric for g in GUARDS} - set(GLOSSARY) == {"pairs/groups_with"}  # 1 - pairs/groups_without
     for g in GUARDS:  # a cure names a setting, or what to do with the reward function
@@ -116,6 +123,15 @@ def test_the_accuracy_of_the_last_few_pairs_is_no_illness():
     """When hardly a group pairs, the warning is about that; what is left is what the policy gets wrong."""
     (news,) = told(Health(patience=1), [{"preference_accuracy": 0.1, "pairs/groups_without": 0.9}])
     assert len(news) == 1 and "give a pair" in news[0].text
+
+
+@pytest.mark.parametrize(("reward", "healthy"), [(0.61, True), (0.59, False), (0.2, False)])
+def test_the_order_of_pairs_is_no_illness_once_rewards_have_risen(reward, healthy):
+    check = HealthCheck(Health(patience=1))
+    for first in (0.3, 0.5, 0.4):
+        assert check.check({**WELL, "reward_mean": first}) == []
+    news = check.check({**WELL, "reward_mean": reward, "preference_accuracy": 0.3})
+    assert [n.text.split(" is ")[0] for n in news] == ([] if healthy else ["preference_accuracy"])
 
 
 def test_who_has_learned_the_answers_needs_no_entropy():
