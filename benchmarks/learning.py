@@ -351,9 +351,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=None, help="final runs of each (default 5, ablations 3, --fast 1)")
     parser.add_argument("--out", type=Path, default=None, help="where runs, table and picture go")
     args = parser.parse_args()
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: at least one run of each is needed.")
+    out = (args.out or ROOT / "outputs" / ("bench-fast" if args.fast else "bench")).resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        parser.error(f"--out {out}: {e.strerror}.")
     os.chdir(ROOT)
-    out = args.out or ROOT / "outputs" / ("bench-fast" if args.fast else "bench")
-    out.mkdir(parents=True, exist_ok=True)
     fast = FAST if args.fast else []
     ablations = args.what == "ablations"
     seeds = range(args.seeds or (1 if args.fast else 3 if ablations else 5))
@@ -377,7 +382,7 @@ def main() -> None:
     command = f"make bench-{'ablations' if ablations else 'learning'}{' ARGS=--fast' if args.fast else ''}"
     title = "Learning: ablations" if ablations else "Learning"
     text = "\n".join([heading(title, command), *sections(by_task, used, against)])
-    target = args.out or (out if args.fast else ROOT / "benchmarks")
+    target = out if args.out or args.fast else ROOT / "benchmarks"
     stem = "ablations" if ablations else "learning"
     (target / f"{stem}.md").write_text(text, encoding="utf-8")
     write_csv(target / f"{stem}.csv", results)

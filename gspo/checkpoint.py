@@ -215,8 +215,14 @@ def load_state(checkpoint: Path) -> State:
 
 
 def load_order(checkpoint: Path) -> dict[str, Tensor]:
-    """The order of training, as `Batches.state` gave it."""
-    return load_file(checkpoint / "trainer" / "order.safetensors")
+    """The order of training, as `Batches.state` gave it. UserError where a checkpoint has none."""
+    file = checkpoint / "trainer" / "order.safetensors"
+    if not file.exists():
+        raise UserError(
+            f"{checkpoint} has no trainer/order.safetensors: it was written by an earlier version, or damaged. "
+            "Resume from another one (trainer.resume=FOLDER), or start anew (trainer.resume=never)."
+        )
+    return load_file(file)
 
 
 def restore(

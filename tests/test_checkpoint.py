@@ -50,6 +50,13 @@ def test_everything_comes_back(saved):
     assert torch.get_rng_state().equal(torch.tensor(state.torch_rng, dtype=torch.uint8))
 
 
+def test_a_checkpoint_without_an_order_is_told_of(saved):
+    _, _, path, *_ = saved
+    (path / "trainer" / "order.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no trainer/order.safetensors.*trainer.resume=never"):
+        ckpt.load_order(path)
+
+
 def test_nothing_is_pickled(saved):
     _, _, path, *_ = saved
     assert {f.suffix for f in path.rglob("*") if f.is_file()} <= {".safetensors", ".json", ".jinja"}

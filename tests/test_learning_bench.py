@@ -76,3 +76,11 @@ def test_a_kept_result_counts_only_for_the_same_code_and_settings(tmp_path, monk
     monkeypatch.setattr(learning, "train_once", lambda *args: began.append(args) or {"settings": [], "pass@1": 0.7})
     other = (job, "v2") if change == "code" else (Job("equations", "GSPO", 1e-4, 0, ("a=2",)), "v1")
     assert run(other[0], str(tmp_path), other[1])["pass@1"] == 0.7 and len(began) == 1
+
+
+@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--out", "README.md/x"]])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(monkeypatch, capsys, flags):
+    monkeypatch.setattr("sys.argv", ["learning.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        learning.main()
+    assert stopped.value.code == 2 and f"error: {flags[0]}" in capsys.readouterr().err
