@@ -190,6 +190,9 @@ def run_all(jobs: list[Job], out: Path, label: str) -> dict[Job, dict[str, Any]]
         try:
             for done in track(as_completed(waiting), label, total=len(waiting)):
                 results[waiting[done]] = done.result()
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on with the runs that are not done", flush=True)
+            os._exit(130)  # the workers follow
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
