@@ -9,13 +9,21 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -121,7 +129,20 @@ def _shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) ->
     }
     for layer in decoder_layers(model):
         fully_shard(layer, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    model.inside = MethodType(_apply, model)
+    register_fsdp_forward_method(model, "inside")
+    return model
+
+
+def _apply(model: nn.Module, function: Callable, *args: Any) -> Any:
+    return function(model, *args)
+
+
+def inside(model: nn.Module, function: Callable, *args: Any) -> Any:
+    """function(model, *args) as a forward of the model's: what a sharded one keeps outside its layers (embedding, last
+    norm, head) is whole meanwhile."""
+    return model.inside(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
 
 
 def shard_policy(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:

@@ -200,25 +200,23 @@ def by_pairs(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Co
 def kl_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, n: int, counts: Counts) -> Tensor:
     """k2 per token, (1/(B N)) sum_i sum_t 0.5 d^2, d = log pi - log pi_ref; its gradient is the reverse KL's.
 
-    logprobs, reference, mask [R, L]; source: joschu.net/blog/kl-approx.html and arXiv 2506.09477 on k2 in the loss.
+    logprobs, reference, mask of one shape; source: joschu.net/blog/kl-approx.html, arXiv 2506.09477 on k2 in the loss.
     """
     d = torch.where(mask, logprobs - reference, 0.0)
     return 0.5 * d.square().sum() / (counts.groups * n)
 
 
-def frozen_loss(
-    logprobs: Tensor, old: Tensor, coefs: Tensor, mask: Tensor, weights: Tensor, cfg: config.Objective
-) -> Tensor:
+def frozen_loss(logprobs: Tensor, old: Tensor, coefs: Tensor, weights: Tensor, cfg: config.Objective) -> Tensor:
     """PPO's clip on our coefficients: -sum_t w_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), A = -c.
 
-    rho_t = pi / pi_old. All [R, L].
+    rho_t = pi / pi_old. All of one shape, one element a token; A is 0 in a padding.
     At rho = 1 and w = 1 its gradient is exactly sum_it c_it grad l_it. Source: PPO, arXiv 1707.06347, eq. 7.
     """
     advantage = -coefs
-    ratio = torch.where(mask, logprobs - old, 0.0).exp()
+    ratio = (logprobs - old).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
-    return -(gain * weights * mask).sum()
+    return -(gain * weights).sum()
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from gspo.batching import micro_batches
 from gspo.config import Config
 from gspo.distributed import World, copy_weights, shard_policy, shard_reference, shard_sampler
+from gspo.head import measure_head
 from gspo.logprobs import check_packing, rollout_logprobs
 from gspo.model import checkpoint_activations, compute_dtype, load_model
 from gspo.pairs import preferences
+from gspo.progress import say
 from gspo.types import Rollout
 
 
@@ -29,10 +31,12 @@ class Selves:
         self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
         self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 
-        initial = load_model(cfg.model.path, attention=cfg.model.attention)
+        initial = self._open(cfg.model.path)
         check_packing(initial)
+        if initial.measured_head is None:
+            say(f"{type(initial).__name__}: its head is no scaled or capped product, so all logits of a pack are held")
         self.frozen = {name: self._freeze(copy.deepcopy(initial)) for name in {self.kl_to, self.anchor_to} - {None}}
-        policy = initial if weights_from is None else load_model(str(weights_from), attention=cfg.model.attention)
+        policy = initial if weights_from is None else self._open(str(weights_from))
         tp = cfg.rollout.tensor_model_parallel_size
         shared = world.size == 1 and self.dtype == torch.float32
         sampler = policy if shared else copy.deepcopy(policy).to(self.dtype)
@@ -40,6 +44,11 @@ class Selves:
             checkpoint_activations(policy)
         self.policy = shard_policy(policy, world, self.dtype)
         self.sampler, self.agree = (policy, None) if shared else shard_sampler(sampler, world, tp)
+
+    def _open(self, path: str | None) -> nn.Module:
+        model = load_model(path, attention=self.cfg.model.attention)
+        model.measured_head = measure_head(model)
+        return model
 
     def _freeze(self, model: nn.Module) -> nn.Module:
         return shard_reference(model, self.world, self.dtype, self.cfg.reference.param_offload)
@@ -80,9 +89,7 @@ class Selves:
 
     def initial(self) -> nn.Module:
         """The model that training started from; opened again where it is not held."""
-        return self.frozen.get("initial") or self._freeze(
-            load_model(self.cfg.model.path, attention=self.cfg.model.attention)
-        )
+        return self.frozen.get("initial") or self._freeze(self._open(self.cfg.model.path))
 
 
 def round_of(step: int, total_steps: int, rounds: int) -> int:

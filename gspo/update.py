@@ -3,7 +3,7 @@
 The loss enters the network only through c_it = dL/dl_it and a per-token KL. With one optimizer step a rollout, and
 groups that fit a micro-batch whole, the exact loss is evaluated in one forward and one backward (`live`). Otherwise a
 pass without gradients gives every l_it, the c_it are frozen, and each optimizer step minimises a clipped ratio to the
-policy that sampled (`frozen`); at the first step that is the same gradient.
+policy that sampled (`frozen`), a sum over tokens; at the first step that is the same gradient.
 """
 
 import math
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from gspo.batching import Row, micro_batches
 from gspo.config import Config
 from gspo.distributed import World, whole
-from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs
+from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
 from gspo.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
-from gspo.packing import pack_rows
+from gspo.packing import PackedBatch, pack_rows
 from gspo.types import Experience
+
+LossOf = Callable[[list[Row], PackedBatch], Tensor]  # of a micro-batch
 
 
 @dataclass
@@ -122,14 +124,19 @@ class Updater:
         cfg, n = self.cfg.objective, exp.rollout.tokens.shape[1]
         counts = self._counts(exp, exp.batch_groups)
 
-        def loss_of(rows: list[Row], logprobs: Tensor, mask: Tensor) -> Tensor:
+        def part(rows: list[Row], packed: PackedBatch) -> Tensor:
             members = [g for g, i in rows if i == 0]
+            logprobs = response_logprobs(self.policy, packed, self.cfg.rollout.temperature)
             grouped = logprobs.double().view(len(members), n, -1)
             update.logprobs[members, :, : grouped.shape[2]] = grouped.detach().float()
             terms = ALGORITHMS[cfg.algorithm](grouped, self.groups_of(exp, members, grouped), cfg, counts)
-            return sum(terms.values()) + self._kl(exp, rows, logprobs, mask, counts)
+            loss = sum(terms.values())
+            if cfg.kl_coef:
+                reference, sampled = (x[..., : grouped.shape[2]].flatten(0, 1) for x in self._kl_of(exp, members))
+                loss = loss + cfg.kl_coef * kl_loss(logprobs, reference, sampled, n - exp.given, counts)
+            return loss * self.world.size
 
-        self._descend(exp, parts, loss_of, update)
+        self._descend(exp, parts, part)
         every = list(range(len(exp.positions)))
         coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)
         self._step(update, coefs)
@@ -143,31 +150,35 @@ class Updater:
         counts = self._counts(exp, size)
         every = list(range(len(exp.positions)))
         coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)
-        several = o.epochs_per_rollout * o.minibatches > 1
+        n = update.logprobs.shape[1] - exp.given
         weights = torch.ones_like(update.logprobs)
-        if several:
-            n = weights.shape[1] - exp.given
+        if o.epochs_per_rollout * o.minibatches > 1:
             drift = (update.logprobs - exp.rollout.logprobs)[:, :n].exp()
             weights[:, :n] = drift.clamp_max(cfg.max_mismatch_weight)
 
-        def loss_of(rows: list[Row], logprobs: Tensor, mask: Tensor) -> Tensor:
+        def part(rows: list[Row], packed: PackedBatch) -> Tensor:
             g, i = (list(x) for x in zip(*rows, strict=True))
-            width = logprobs.shape[1]
-            old, w = update.logprobs[g, i, :width], weights[g, i, :width]
-            surrogate = frozen_loss(logprobs, old, coefs[g, i, :width], mask, w, cfg)
-            return surrogate + self._kl(exp, rows, logprobs, mask, counts)
+            fixed = (update.logprobs, coefs, weights, *self._kl_of(exp, slice(None)))
+            fixed = [x[g, i, : packed.mask.shape[1]][packed.mask] for x in fixed]
 
-        self._descend(exp, self.cut(exp, members, whole_groups=False), loss_of, update)
+            def slope(logprob: Tensor, tokens: slice) -> Tensor:
+                old, coef, weight, reference, sampled = (x[tokens] for x in fixed)
+                with torch.enable_grad():
+                    leaf = logprob.detach().requires_grad_()
+                    loss = frozen_loss(leaf, old, coef, weight, cfg)
+                    loss = loss + cfg.kl_coef * kl_loss(leaf, reference, sampled, n, counts)
+                return torch.autograd.grad(loss, leaf)[0] * self.world.size
+
+            return surrogate(self.policy, packed, self.cfg.rollout.temperature, slope)
+
+        self._descend(exp, self.cut(exp, members, whole_groups=False), part)
         self._step(update, coefs[members])
 
-    def _kl(self, exp: Experience, rows: list[Row], logprobs: Tensor, mask: Tensor, counts: Counts) -> Tensor | float:
-        if not self.cfg.objective.kl_coef:
-            return 0.0
-        g, i = (list(x) for x in zip(*rows, strict=True))
-        n = exp.rollout.tokens.shape[1] - exp.given
-        sampled = torch.tensor(i, device=mask.device) < n
-        reference = exp.reference_logprobs[g, i, : logprobs.shape[1]]
-        return self.cfg.objective.kl_coef * kl_loss(logprobs, reference, mask & sampled[:, None], n, counts)
+    def _kl_of(self, exp: Experience, groups: list[int] | slice) -> tuple[Tensor, Tensor]:
+        """The reference's log-probs, and which tokens the KL term is about: the sampled ones. [G, N, L]"""
+        sampled = exp.rollout.mask.clone()
+        sampled[:, sampled.shape[1] - exp.given :] = False
+        return exp.reference_logprobs[groups], sampled[groups]
 
     def _terms(self, exp: Experience, logprobs: Tensor) -> dict[str, float]:
         """This rank's share of each loss term at the log-probs [G, N, L] before the update."""
@@ -177,18 +188,17 @@ class Updater:
         kl = kl_loss(logprobs[:, :n], exp.reference_logprobs[:, :n], exp.rollout.mask[:, :n], n, counts)
         return {name: float(value) for name, value in (terms | {"kl": self.cfg.objective.kl_coef * kl}).items()}
 
-    def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: Callable, update: Update) -> None:
-        """Accumulate the gradient over micro-batches."""
+    def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: LossOf) -> None:
+        """Accumulate the gradient over micro-batches. FSDP averages over ranks, and our parts are meant to be summed:
+        losses come times the number of ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(self.world.max(len(parts))):
             with self.autocast():
                 if k < len(parts):
-                    packed = pack_rows(exp.rollout, parts[k])
-                    logprobs = response_logprobs(self.policy, packed, self.cfg.rollout.temperature)
+                    loss = loss_of(parts[k], pack_rows(exp.rollout, parts[k]))
                 else:
-                    logprobs = idle_forward(self.policy, self.world.device)
-            loss = loss_of(parts[k], logprobs, packed.mask) if k < len(parts) else 0.0 * logprobs.sum()
-            (loss * self.world.size).backward()  # FSDP averages over ranks; our parts are meant to be summed
+                    loss = 0.0 * idle_forward(self.policy, self.world.device).sum()
+            loss.backward()
 
     def _step(self, update: Update, coefs: Tensor) -> None:
         """Clip the gradient and take one optimizer step; coefs [G, N, L] are what it was made of on this rank."""

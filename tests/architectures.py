@@ -1,7 +1,11 @@
 """Tiny random models of the families people bring, in fp32."""
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from gspo.head import measure_head
 
 SMALL = {
     "vocab_size": 97,
@@ -22,6 +26,7 @@ EXTRA = {
     "mistral": {"sliding_window": 6},
     "gemma2": {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "phi": {},
     "phi3": {},
     "olmo2": {},
     "gpt_neox": {},
@@ -46,12 +51,16 @@ EXTRA = {
 FAMILIES = list(EXTRA)
 
 
-def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
+def tiny_model(family: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SMALL, **EXTRA[family]})
+    config = AutoConfig.for_model(family, **{**SMALL, **EXTRA.get(family, {}), **extra})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # larger than at initialisation, so that log-probs differ between tokens
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(8.0)
-    return model.float().eval()
+        if (bias := model.get_output_embeddings().bias) is not None:  # zero at initialisation
+            bias.normal_()
+    model.float().eval()
+    model.measured_head = measure_head(model)
+    return model

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.attention import PACKED, attention_of
 from gspo.errors import UserError
+from gspo.head import measure_head
 from gspo.logprobs import check_packing
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
@@ -39,6 +40,7 @@ def test_a_model_that_would_get_other_log_probs_is_refused_by_name(family):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
+    model.measured_head = measure_head(model)
     with pytest.raises(UserError, match=rf"{family}.*{why}"):
         check_packing(model)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from architectures import FAMILIES, tiny_model
 
-from gspo.logprobs import response_logprobs, rollout_logprobs
+from gspo.logprobs import response_logprobs, rollout_logprobs, surrogate
 from gspo.packing import pack, pack_rows
 from gspo.types import Prompt, Rollout
+from kernels.logprob import KEEP_BYTES
 
 T, EOS = 0.7, 1
 
@@ -97,3 +98,27 @@ def test_the_padding_token_may_be_a_real_one():
         torch.testing.assert_close(
             logprobs[r, :n], one_by_one(model, RAGGED.prompts[r], tokens[r, :n], 1.0), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("head", ["measured", "its own"])
+def test_a_loss_over_tokens_by_its_slope_has_the_gradient_of_the_loss(head, monkeypatch):
+    """Piece by piece, as the head cuts them: every piece hears of its own tokens."""
+    monkeypatch.setitem(KEEP_BYTES, "cpu", 1)
+    monkeypatch.setattr("kernels.logprob.LEAST_PIECE", 7)
+    model, packed = tiny_model("gemma2"), pack_rows(RAGGED, SOME_ROWS)
+    target = torch.randn(len(packed.targets), generator=torch.Generator().manual_seed(3))
+    (response_logprobs(model, packed, T)[packed.mask] - target).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.measured_head = model.measured_head if head == "measured" else None
+    seen = []
+
+    def slope(logprob, tokens):
+        seen.append(tokens)
+        return 2.0 * (logprob - target[tokens])
+
+    surrogate(model, packed, T, slope).backward()
+    assert [x for s in seen for x in range(s.start, s.stop)] == list(range(len(target)))
+    assert (len(seen) > 2) == (head == "measured")
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-6
