@@ -19,7 +19,8 @@ from gspo.data import load_splits
 from gspo.distributed import World, session
 from gspo.errors import UserError
 from gspo.evaluation import Answers, answer, report, table
-from gspo.model import compute_dtype, load_model, load_tokenizer
+from gspo.model import load_model, load_model_config, load_tokenizer
+from gspo.precision import DTYPES, settle
 from gspo.progress import say
 from gspo.reward import Scorer
 from gspo.rollout import Sampler
@@ -76,8 +77,9 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
 
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score the test prompts with one model."""
-    tokenizer, dtype = load_tokenizer(name), compute_dtype(cfg.model.precision, world.device)
-    model = load_model(name, dtype, cfg.model.attention).to(world.device)
+    tokenizer = load_tokenizer(name)
+    precision, _ = world.from_main(lambda: settle(cfg.model.precision, world.device, load_model_config(name)))
+    model = load_model(name, DTYPES[precision], cfg.model.attention).to(world.device)
     prompts = world.main_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
     sampler = Sampler(model, tokenizer, world.device, max_slots=cfg.rollout.max_slots, seed=cfg.trainer.seed)
     return answer(sampler, Scorer(cfg.reward), prompts, cfg.eval.n, Sampling.of(cfg.rollout), world)

@@ -28,6 +28,7 @@ from gspo.model import load_model_config, load_tokenizer
 from gspo.objective import NEEDS_SOLUTIONS
 from gspo.order import Batches
 from gspo.pairs import forks, preferences
+from gspo.precision import DTYPES, settle
 from gspo.progress import say
 from gspo.reward import Scorer
 from gspo.rollout import EVAL, Sampler
@@ -70,7 +71,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
 
-    run = start(cfg, world, tokenizer, splits, batches, scorer)
+    run = start(cfg, world, model_config, tokenizer, splits, batches, scorer)
     selves, sampler, state, tracker = run.selves, run.sampler, run.state, run.tracker
     if run.state.step:
         say(f"{run.folder}: {state.step} of {total} steps done")
@@ -126,13 +127,19 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         say(final_words(run.folder, ckpt.latest(run.folder / "checkpoints")))
 
 
-def start(cfg: Config, world: World, tokenizer: Any, splits: Splits, batches: Batches, scorer: Scorer) -> Run:
+def start(
+    cfg: Config, world: World, model_config: Any, tokenizer: Any, splits: Splits, batches: Batches, scorer: Scorer
+) -> Run:
     """Open the run's folder, and the models as they stand at its latest checkpoint, if there is one."""
     folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
     state = ckpt.load_state(resume) if resume else ckpt.State()
     if world.is_main:
         ckpt.keep_reward_function(folder, scorer.pool.source, state.step)
-    selves = Selves(cfg, world, weights_from=resume)
+    if not state.precision:
+        state.precision, measured = world.from_main(lambda: settle(cfg.model.precision, world.device, model_config))
+        if measured:
+            say(f"model.precision=auto: {state.precision} ({measured})")
+    selves = Selves(cfg, world, DTYPES[state.precision], weights_from=resume)
     optimizer = make_optimizer(selves.policy, cfg)
     if resume:
         ckpt.restore(resume, selves.policy, optimizer, selves.frozen, state)

@@ -44,6 +44,7 @@ class State:
     bad_steps: int = 0  # non-finite updates in a row
     round_rewards: list[list[float]] | None = None  # the previous self's on the held-out prompts [P, N]
     tokens_sampled: int = 0
+    precision: str = ""  # what model.precision came to
     torch_rng: list[int] = field(default_factory=list)
 
     def count_bad(self, skipped: int, limit: int) -> None:

@@ -30,7 +30,7 @@ def opt(default: Any, help: str, **bounds: float) -> Any:
 class Model:
     path: str | None = opt(None, "Hugging Face folder or hub name; empty: the embedded model")
     precision: Literal["auto", "fp32", "bf16"] = opt(
-        "auto", "compute type; weights and optimizer stay fp32. auto: bf16 on CUDA, fp32 on CPU"
+        "auto", "of matrix products; weights and optimizer stay fp32. auto: bf16 on CUDA, measured once on a CPU"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = opt(
         "auto",

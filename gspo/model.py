@@ -83,12 +83,6 @@ def checkpoint_activations(model: nn.Module) -> None:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=as_first_computed)
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
 def load_model_config(path: str | None) -> Any:
     """The model's configuration alone. Raises UserError when it cannot be had."""
     name = resolve_path(path)

@@ -12,7 +12,7 @@ from gspo.config import Config
 from gspo.distributed import World, copy_weights, shard_policy, shard_reference, shard_sampler
 from gspo.head import measure_head
 from gspo.logprobs import check_packing, rollout_logprobs
-from gspo.model import checkpoint_activations, compute_dtype, load_model
+from gspo.model import checkpoint_activations, load_model
 from gspo.pairs import preferences
 from gspo.progress import say
 from gspo.types import Rollout
@@ -25,9 +25,8 @@ class Selves:
     the KL reference need; where they are the same model it is held once.
     """
 
-    def __init__(self, cfg: Config, world: World, weights_from: Path | None = None):
-        self.cfg, self.world = cfg, world
-        self.dtype = compute_dtype(cfg.model.precision, world.device)
+    def __init__(self, cfg: Config, world: World, dtype: torch.dtype = torch.float32, weights_from: Path | None = None):
+        self.cfg, self.world, self.dtype = cfg, world, dtype
         self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
         self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 

@@ -1,0 +1,48 @@
+"""fp32 or bf16 for the matrix products (`model.precision`); weights and optimizer are fp32 either way."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NARROW = 512  # hidden sizes below: a step is not made of products there, and bf16's rounding shows most
+WORTH = 1.5  # times as fast
+
+
+def settle(precision: str, device: torch.device, model_config: Any) -> tuple[str, str]:
+    """-> `fp32` or `bf16`, and what was measured, in a few words, if something was.
+
+    `auto` is bf16 on a GPU that has it. On a CPU it is measured, in a second: products of the model's width, forward
+    and backward. The answer may differ from day to day on a busy machine, so a run keeps its first.
+    """
+    if precision != "auto":
+        return precision, ""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32", ""
+    width = model_config.get_text_config().hidden_size
+    if width < NARROW:
+        return "fp32", ""
+    times = how_much_faster(min(width, 1024))
+    return "bf16" if times >= WORTH else "fp32", f"bf16 products are {times:.1f} times as fast on this CPU"
+
+
+def how_much_faster(width: int) -> float:
+    """Seconds of a linear layer [256, width] -> [256, 4 width], forward and backward, in fp32 / in bf16."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(256, width, generator=g), torch.randn(4 * width, width, generator=g)
+    x.requires_grad_()
+    w.requires_grad_()
+    ratios = [_seconds(x, w, torch.float32) / _seconds(x, w, torch.bfloat16) for _ in range(6)]
+    return statistics.median(ratios[1:])
+
+
+def _seconds(x: Tensor, w: Tensor, dtype: torch.dtype) -> float:
+    began = time.perf_counter()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = F.linear(x, w)
+    torch.autograd.grad(y.sum(), (x, w))
+    return time.perf_counter() - began

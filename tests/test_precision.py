@@ -1,0 +1,50 @@
+"""`model.precision`: what is asked for is done; `auto` is measured where it matters, once a run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gspo import precision
+from gspo.precision import how_much_faster, settle
+
+CPU = torch.device("cpu")
+
+
+def a_config(width):
+    config = SimpleNamespace(hidden_size=width)
+    config.get_text_config = lambda: config
+    return config
+
+
+@pytest.mark.parametrize("asked", ["fp32", "bf16"])
+def test_what_is_asked_for_is_not_measured(asked):
+    assert settle(asked, CPU, None) == (asked, "")
+
+
+@pytest.mark.parametrize(("width", "times", "expected"), [(896, 2.0, "bf16"), (896, 1.2, "fp32"), (128, 9.0, "fp32")])
+def test_auto_on_a_cpu(monkeypatch, width, times, expected):
+    monkeypatch.setattr(precision, "how_much_faster", lambda _: times)
+    chosen, why = settle("auto", CPU, a_config(width))
+    assert chosen == expected and (f"{times:.1f} times" in why) == (width >= 512)
+
+
+def test_both_precisions_are_timed():
+    """bf16 by itself: the same products, so neither can be a thousand times the other's."""
+    assert 1e-3 < how_much_faster(64) < 1e3
+
+
+def test_a_run_keeps_its_first_answer(run_program, tmp_path):
+    """A checkpoint made in bf16 goes on in bf16, whatever would be measured now."""
+    command = ["train.py", "--config", "configs/quick.yaml", f"trainer.output_dir={tmp_path}", "eval.round_prompts=0",
+               "eval.before_and_after=false", "data.train_batch_size=4", "rollout.max_new_tokens=8"]  # fmt: skip
+    assert run_program(*command, "trainer.max_steps=1").returncode == 0
+    state = tmp_path / "quick" / "checkpoints" / "step_000001" / "trainer" / "state.json"
+    saved = json.loads(state.read_text())
+    assert saved["precision"] == "fp32"
+    state.write_text(json.dumps(saved | {"precision": "bf16"}))
+    done = run_program(*command, "trainer.max_steps=2")
+    assert done.returncode == 0 and "model.precision" not in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "quick" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["mismatch"] < 1e-5 < 5e-5 < rows[1]["mismatch"]  # bf16 shows
