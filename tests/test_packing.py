@@ -1,7 +1,7 @@
 """A pack: every real token once, each response behind its own prompt, scored by the token before it."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo.packing import pack, pack_rows
@@ -44,6 +44,7 @@ def test_what_a_response_sees_by_hand():
     assert padded.visible(1)[0, 0].int().tolist() == 3 * [[0, 0, 0, 1]], "padding sees what the last token sees"
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_packed_rows_are_the_rollouts(data):
     """Whatever the lengths, and whichever rows of whichever groups are in the pack."""

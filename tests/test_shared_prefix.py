@@ -1,6 +1,8 @@
 """Attention over a pack in two parts equals attention row by row with a mask; and which tensors take which way."""
 
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from test_logprobs import RAGGED, SOME_ROWS, assert_plain
 from gspo import attention
 from gspo.shared_prefix import shared_prefix_attention
 from kernels import varlen
-from kernels.varlen import Plain, Rule, TorchFlash
+from kernels.varlen import FlashAttention, Plain, Rule, Segments, TorchFlash
 
 SCALE = 0.4
 KINDS = {
@@ -96,6 +98,40 @@ def test_the_trial_passes_the_formulas_and_names_what_is_wrong():
     assert "lse" in varlen.trial(Transposed(), *at)
     assert "dq" in varlen.trial(OwnSoftmax(), *at)
     assert "causal True" in varlen.trial(AlignedAtTheStart(), *at)
+
+
+def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
+    """The signatures of flash_attn 2.8.3, around the formulas: every argument arrives, and the trial sees no fault."""
+
+    def rule(cu_q, cu_k, longest, scale, causal, left, right, softcap):
+        assert right == (-1 if left == -1 else 0) and min(longest) > 1
+        return Rule(Segments(cu_q, cu_k, *longest, causal, None if left == -1 else left + 1), scale, softcap or None)
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        longest, window = (max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
+        how = rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, causal, *window, softcap)
+        return *Plain().forward(q, k, v, how), None, None
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        longest, window = (max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
+        how = rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, causal, *window, softcap)
+        for x, y in zip((dq, dk, dv), Plain().backward(dout, q, k, v, out, softmax_lse, how), strict=True):
+            x.copy_(y)
+
+    package = types.ModuleType("flash_attn.flash_attn_interface")
+    package._flash_attn_varlen_forward = _flash_attn_varlen_forward
+    package._flash_attn_varlen_backward = _flash_attn_varlen_backward
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
+    assert varlen.trial(FlashAttention(), torch.device("cpu"), torch.float32, 16) is None
 
 
 def test_which_tensors_go_to_which_backend(monkeypatch):
