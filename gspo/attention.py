@@ -1,7 +1,8 @@
 """Attention over packed rows, registered with transformers, and the check that it serves a model exactly.
 
 Prompts attend causally to themselves; each response attends to its prompt and to itself. That costs
-N R (P + R) scores a group, not the (P + N R)^2 of one mask over the pack.
+N R (P + R) scores a group, not the (P + N R)^2 of one mask over the pack. Half precision on CUDA goes to FlashAttention
+where there is one (shared_prefix.py); everything else gathers padded rows for PyTorch's own attention.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from gspo.errors import UserError
 from gspo.packing import PackedBatch
+from gspo.shared_prefix import shared_prefix_attention
+from kernels.varlen import backend_for
 
 PACKED = "gspo_packed"
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
@@ -38,8 +41,39 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, 
     if seen is None:
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
-    weights = scores.float().masked_fill(~seen, -torch.inf).softmax(-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return weights.to(v.dtype) @ v
+
+
+def _padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pack: PackedBatch,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """query [1, H, T, D], key, value [1, Hk, T, D] of a pack -> [1, T, H, D], row by row, with a mask."""
+    width = pack.prompt_slots.shape[1]
+    near = None
+    if window is not None and window < width:
+        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
+    prompts = _attend(q, k, v, near, scale, softcap)
+    q = _rows(query, pack.response_slots)
+    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
+    responses = _attend(q, k, v, pack.visible(window), scale, softcap)
+    padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
+    return torch.cat(padded).index_select(0, pack.unpadded)[None]
+
+
+def _as_autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What autocast on CUDA would hand to PyTorch's own attention: rotary embeddings leave queries in float32."""
+    if not (tensors[0].is_cuda and torch.is_autocast_enabled("cuda")):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype("cuda")) for x in tensors)
 
 
 def packed_attention(
@@ -63,17 +97,12 @@ def packed_attention(
     _refuse_unknown(module, pack, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
-    width = pack.prompt_slots.shape[1]
-    near = None
-    if window is not None and window < width:
-        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
-    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
-    prompts = _attend(q, k, v, near, scale, softcap)
-    q = _rows(query, pack.response_slots)
-    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
-    responses = _attend(q, k, v, pack.visible(window), scale, softcap)
-    padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
-    return torch.cat(padded).index_select(0, pack.unpadded)[None], None
+    tokens = [x[0].transpose(0, 1) for x in _as_autocast((query, key, value))]
+    backend = backend_for(*tokens, softcap)
+    if backend is not None:
+        q, k, v = (x.contiguous() for x in tokens)
+        return shared_prefix_attention(q, k, v, pack, backend, scale, softcap, window)[None], None
+    return _padded_attention(query, key, value, pack, scale, softcap, window), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

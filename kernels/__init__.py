@@ -1,7 +1,7 @@
 """Operations that are worth writing by hand. They know tensors, and neither models nor training.
 
 `linear_logprob` runs as Triton kernels around cuBLAS on CUDA, and as plain PyTorch elsewhere; `pairwise_loss` as one
-Triton kernel, or plain PyTorch.
+Triton kernel, or plain PyTorch. `kernels.varlen` finds the FlashAttention that gives its log-sum-exp.
 """
 
 from kernels.logprob import linear_logprob, linear_logprob_and_grad

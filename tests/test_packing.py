@@ -1,7 +1,7 @@
 """A pack: every real token once, each response behind its own prompt, scored by the token before it."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo.packing import pack, pack_rows
@@ -14,15 +14,26 @@ LENGTHS = torch.tensor([2, 1, 3])
 
 def test_a_pack_by_hand():
     packed = pack(PROMPTS, [0, 0, 1], TOKENS, LENGTHS)
-    assert packed.ids.tolist() == [[10, 11, 12, 30, 31, 40, 20, 50, 51, 52]]
-    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 3]]
+    assert packed.ids.tolist() == [[10, 11, 12, 20, 30, 31, 40, 50, 51, 52]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 3, 4, 3, 1, 2, 3]]
     assert packed.targets.tolist() == [30, 31, 40, 50, 51, 52]
-    assert packed.scored_by.tolist() == [2, 3, 2, 6, 7, 8]
-    assert packed.prompt_slots.tolist() == [[0, 1, 2], [6, 6, 6]]
-    assert packed.response_slots.tolist() == [[3, 4, 4], [5, 5, 5], [7, 8, 9]]
-    assert packed.sequence_slots.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 5], [6, 7, 8, 9, 9]]
-    assert packed.unpadded.tolist() == [0, 1, 2, 6, 7, 9, 3, 12, 13, 14]
+    assert packed.scored_by.tolist() == [2, 4, 2, 3, 7, 8]
+    assert packed.prompt_slots.tolist() == [[0, 1, 2], [3, 3, 3]]
+    assert packed.response_slots.tolist() == [[4, 5, 5], [6, 6, 6], [7, 8, 9]]
+    assert packed.sequence_slots.tolist() == [[0, 1, 2, 4, 5], [0, 1, 2, 6, 6], [3, 7, 8, 9, 9]]
+    assert packed.unpadded.tolist() == [0, 1, 2, 3, 6, 7, 9, 12, 13, 14]
     assert packed.mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+
+
+def test_the_segments_of_a_pack_by_hand():
+    packed = pack(PROMPTS, [0, 0, 1], TOKENS, LENGTHS)
+    assert packed.prompt_tokens == 4
+    assert packed.inside.queries.tolist() == packed.inside.keys.tolist() == [0, 3, 4, 6, 7, 10]
+    assert packed.across.queries.tolist() == [0, 3, 6] and packed.across.keys.tolist() == [0, 3, 4]
+    assert (packed.inside.longest_query, packed.across.longest_query, packed.across.longest_key) == (3, 3, 3)
+    slots, near = packed.within(2)
+    assert slots.tolist() == [0, 1, 2, 3, 2, 4, 5, 2, 6, 3, 7, 8, 9], "each response behind the last of its prompt"
+    assert near.queries.tolist() == [0, 3, 4, 6, 7, 10] and near.keys.tolist() == [0, 3, 4, 7, 9, 13]
 
 
 def test_what_a_response_sees_by_hand():
@@ -33,6 +44,7 @@ def test_what_a_response_sees_by_hand():
     assert padded.visible(1)[0, 0].int().tolist() == 3 * [[0, 0, 0, 1]], "padding sees what the last token sees"
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_packed_rows_are_the_rollouts(data):
     """Whatever the lengths, and whichever rows of whichever groups are in the pack."""
