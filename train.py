@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gspo import checkpoint as ckpt
+from gspo.balance import balance
 from gspo.check_data import require_gold
 from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
@@ -34,7 +35,7 @@ from gspo.reward import Scorer
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling
 from gspo.selfplay import Selves, round_of, win_rate
-from gspo.tracking import Tracker
+from gspo.tracking import Tracker, sample_rows
 from gspo.types import Experience, Rollout, Scores
 from gspo.update import Updater, learning_rate, make_optimizer
 
@@ -94,6 +95,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
             scores = scorer(rollout)
             batches.learn(world.collect(places, correct_of(scores).all(1)).tolist())
         with clock("reference"):
+            places, rollout, scores, share = balance(places, rollout, scores, cfg.optim.minibatches, world)
             experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
             material = experience
             if cfg.objective.algorithm in NEEDS_SOLUTIONS:
@@ -106,6 +108,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state()))
         state.tokens_sampled += int(metrics["tokens"])
         metrics |= {"learning_rate": lr, "round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
+        metrics["balance"] = share
         now = round_of(step + 1, total, cfg.selfplay.rounds)
         ends_round = last or now > state.round
         if ends_round or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
@@ -115,7 +118,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
             state.round = now
         metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
         tracker.log(state.step, metrics, total)
-        tracker.samples(state.step, experience, cfg.trainer.sample_rows)
+        tracker.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
         alarm = world.from_main(lambda: tracker.health.alarmed)
         if last or alarm or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
             save(run, tokenizer)

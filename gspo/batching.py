@@ -1,4 +1,7 @@
-"""Cutting a rollout into micro-batches that fit a token budget."""
+"""Which rank trains on which groups, in which mini- and micro-batches. Work is measured in packed tokens."""
+
+import heapq
+from itertools import groupby
 
 from gspo.types import Rollout
 
@@ -9,6 +12,42 @@ def packed_tokens(rollout: Rollout, rows: list[Row], lengths: list[list[int]]) -
     """Tokens of one forward over these rows: every response, and the prompt of every group once."""
     prompts = sum(len(rollout.prompts[g].ids) for g in {g for g, _ in rows})
     return prompts + sum(lengths[g][i] for g, i in rows)
+
+
+def group_tokens(rollout: Rollout) -> list[int]:
+    """Packed tokens of each of the G groups: its prompt once, and every response."""
+    return [len(p.ids) + n for p, n in zip(rollout.prompts, rollout.lengths.sum(1).tolist(), strict=True)]
+
+
+def minibatch_of(place: int, groups: int, minibatches: int) -> int:
+    """The mini-batch of a place in a global batch of so many groups: stretches of it, alike in length to one group."""
+    return place * minibatches // groups
+
+
+def assign(tokens: list[int], minibatches: int, ranks: int) -> list[int]:
+    """Packed tokens of a global batch's groups -> the rank that trains on each.
+
+    Each mini-batch is balanced by itself, as all ranks meet at its optimizer step: longest group first, to the rank
+    with the least tokens of the mini-batch so far, among equals to the one with the least of the whole batch. No rank
+    gets more than the mean plus one group, nor more than 4/3 of what the best assignment gives its fullest rank
+    (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969). A rank may get nothing.
+    """
+    owners, total = [0] * len(tokens), [0] * ranks
+    for _, places in groupby(range(len(tokens)), key=lambda p: minibatch_of(p, len(tokens), minibatches)):
+        loads = sorted((0, total[rank], rank) for rank in range(ranks))
+        for p in sorted(places, key=lambda p: (-tokens[p], p)):
+            load, before, owners[p] = loads[0]
+            total[owners[p]] = before + tokens[p]
+            heapq.heapreplace(loads, (load + tokens[p], total[owners[p]], owners[p]))
+    return owners
+
+
+def imbalance(tokens: list[int], owners: list[int], minibatches: int, ranks: int) -> float:
+    """Tokens of the fullest rank, summed over mini-batches, / a rank's mean: 1.0 where no rank waits for another."""
+    loads = [[0] * ranks for _ in range(minibatches)]
+    for p, (count, owner) in enumerate(zip(tokens, owners, strict=True)):
+        loads[minibatch_of(p, len(tokens), minibatches)][owner] += count
+    return sum(map(max, loads)) * ranks / sum(tokens)
 
 
 def micro_batches(

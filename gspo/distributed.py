@@ -1,11 +1,12 @@
 """Ranks, meshes, sharding: the only home of torch.distributed. Everything works, unchanged, on one process.
 
-Layout: every rank trains its share of the prompts on FSDP2 shards over all ranks. Sampling never runs through the
+Layout: every rank trains its share of the groups on FSDP2 shards over all ranks. Sampling never runs through the
 shards (that would gather the weights once a token): each rank has a whole copy, or, with tensor parallelism, each
 group of `tp` neighbouring ranks shares one.
 """
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,9 +46,9 @@ class World:
         return self.rank == 0
 
     def positions(self, count: int, tp: int = 1) -> list[int]:
-        """The places of a global batch that this rank works on; with tp > 1, that its whole group of tp ranks does.
+        """The places of a list of prompts that this rank samples and scores; with tp > 1, its whole group of tp ranks.
 
-        Strided, so that any contiguous mini-batch of the global batch is spread evenly.
+        Strided; who trains on what is decided by the lengths of the answers (balance.py).
         """
         first = self.rank - self.rank % tp
         return [p for p in range(count) if first <= p % self.size < first + tp]
@@ -66,6 +67,24 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def exchange(self, parcels: list[Any]) -> list[Any]:
+        """parcels[r] is for rank r -> [what rank 0 had for this rank, what rank 1 had, ...]; None costs nothing.
+
+        Each object crosses the wire once, from its rank to the one that wants it. Tensors must be on the CPU.
+        """
+        if self.size == 1:
+            return parcels
+        away = [b"" if r == self.rank or x is None else pickle.dumps(x) for r, x in enumerate(parcels)]
+        sent = torch.tensor([len(x) for x in away])
+        due = torch.empty_like(sent)
+        dist.all_to_all_single(due, sent)
+        arrived = torch.empty(int(due.sum()), dtype=torch.uint8)
+        mail = torch.frombuffer(bytearray(b"".join(away)), dtype=torch.uint8) if sent.any() else arrived[:0]
+        dist.all_to_all_single(arrived, mail, due.tolist(), sent.tolist())
+        opened = [pickle.loads(memoryview(x.numpy())) if len(x) else None for x in arrived.split(due.tolist())]
+        opened[self.rank] = parcels[self.rank]
+        return opened
 
     def collect(self, places: list[int], rows: Tensor) -> Tensor:
         """Rows [G, ...] that belong at `places` of a whole -> the whole, on the CPU, on every rank."""

@@ -59,6 +59,7 @@ GLOSSARY = {
     "heldout/accuracy": "with it: share of right answers: those of full reward, or as the function's `acc` says",
     "heldout/diverging": "once a round: rounds in a row in which training reward rose and held-out accuracy fell",
     "mismatch": "mean |sampler - trainer| log-prob of the same token",
+    "balance": "tokens trained on by the fullest rank / mean over ranks: 1.0 where no rank waits for another",
     "tokens_per_second": "sampled tokens a second, over the whole step",
     "tokens_sampled": "sampled tokens since the start",
     "time/rollout": "seconds sampling",
@@ -126,26 +127,16 @@ class Tracker:
             f"{row['time/step']:.2f} s"
         )
 
-    def samples(self, step: int, exp: Experience, count: int) -> None:
-        """Prompts, responses, rewards, who was chosen over whom: samples.jsonl, and the first as tensorboard text."""
+    def samples(self, step: int, parts: list[dict[int, dict[str, Any]]]) -> None:
+        """All ranks' `sample_rows`, by place: samples.jsonl, and the first two as tensorboard text."""
         if not self.active:
             return
+        rows = dict(sorted(item for part in parts for item in part.items()))
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as f:
-            for g in range(min(count, len(exp.rollout.prompts))):
-                prompt, texts = exp.rollout.prompts[g], exp.rollout.texts[g]
-                pairs = chosen_rejected(exp.beats[g], exp.rewards[g])
-                row = {
-                    "step": step,
-                    "prompt": prompt.text,
-                    "ground_truth": prompt.ground_truth,
-                    "responses": texts,
-                    "rewards": [round(r, 6) for r in exp.rewards[g].tolist()],
-                    "chosen": texts[pairs[0][0]] if pairs else None,
-                    "rejected": texts[pairs[0][1]] if pairs else None,
-                }
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if g < 2 and (step == 1 or step % 10 == 0):
-                    self.board.add_text(f"samples/{g}", _table(row), step)
+            for place, row in rows.items():
+                f.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+                if place < 2 and (step == 1 or step % 10 == 0):
+                    self.board.add_text(f"samples/{place}", _table(row), step)
 
     def note(self, text: str, step: int) -> None:
         if self.active:
@@ -154,6 +145,25 @@ class Tracker:
     def close(self) -> None:
         if self.active:
             self.board.close()
+
+
+def sample_rows(exp: Experience, count: int) -> dict[int, dict[str, Any]]:
+    """{place: prompt, responses, rewards, who was chosen over whom} of this rank's groups among the first `count`."""
+    rows = {}
+    for g, place in enumerate(exp.positions):
+        if place >= count:
+            continue
+        prompt, texts = exp.rollout.prompts[g], exp.rollout.texts[g]
+        pairs = chosen_rejected(exp.beats[g], exp.rewards[g])
+        rows[place] = {
+            "prompt": prompt.text,
+            "ground_truth": prompt.ground_truth,
+            "responses": texts,
+            "rewards": [round(r, 6) for r in exp.rewards[g].tolist()],
+            "chosen": texts[pairs[0][0]] if pairs else None,
+            "rejected": texts[pairs[0][1]] if pairs else None,
+        }
+    return rows
 
 
 def _tags(name: str, low: str | None, high: str | None) -> list[str]:

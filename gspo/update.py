@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from gspo.batching import Row, micro_batches
+from gspo.batching import Row, micro_batches, minibatch_of
 from gspo.config import Config
 from gspo.distributed import World, whole
 from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
@@ -143,10 +143,10 @@ class Updater:
 
     def _frozen_step(self, exp: Experience, k: int, update: Update) -> None:
         o, cfg = self.cfg.optim, self.cfg.objective
-        size = [p * o.minibatches // exp.batch_groups for p in range(exp.batch_groups)].count(k)
+        size = [minibatch_of(p, exp.batch_groups, o.minibatches) for p in range(exp.batch_groups)].count(k)
         if size == 0:  # fewer groups than mini-batches
             return
-        members = [g for g, p in enumerate(exp.positions) if p * o.minibatches // exp.batch_groups == k]
+        members = [g for g, p in enumerate(exp.positions) if minibatch_of(p, exp.batch_groups, o.minibatches) == k]
         counts = self._counts(exp, size)
         every = list(range(len(exp.positions)))
         coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)

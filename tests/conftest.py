@@ -26,9 +26,9 @@ def embedded_model():
     return load_model(None)
 
 
-@pytest.fixture()
-def run_program(tmp_path):
-    """Run `python ARGS` from the repository, output folder in tmp_path; returns the finished process."""
+@pytest.fixture(scope="session")
+def run_program():
+    """Run `python ARGS` from the repository; returns the finished process."""
 
     def run(*args, timeout=240, env=None):
         return subprocess.run(

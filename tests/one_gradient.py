@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from gspo.balance import balance
 from gspo.cli import leave
 from gspo.config import load_config
 from gspo.data import load_splits
@@ -34,7 +35,9 @@ def main() -> None:
         tp = cfg.rollout.tensor_model_parallel_size
         sampler = Sampler(selves.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=selves.agree)
         places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world)
-        experience = gather_experience(rollout, places, Scorer(cfg.reward)(rollout), selves, len(batch), cfg, world)
+        scores = Scorer(cfg.reward)(rollout)
+        places, rollout, scores, _ = balance(places, rollout, scores, cfg.optim.minibatches, world)
+        experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
         gradient = {}
 
         def keep_gradient() -> None:

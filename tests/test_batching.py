@@ -1,11 +1,13 @@
-"""Cutting a rollout into micro-batches: every row once, within the budget, whole groups where asked."""
+"""Groups to ranks, evenly in every mini-batch; a rollout into micro-batches, every row once, within the budget."""
+
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.batching import micro_batches, packed_tokens
+from gspo.batching import assign, group_tokens, imbalance, micro_batches, minibatch_of, packed_tokens
 from gspo.types import Prompt, Rollout
 
 
@@ -26,6 +28,52 @@ def test_packed_tokens_by_hand():
     assert packed_tokens(ROLLOUT, [(0, 0)], lengths) == 3 + 1
     assert packed_tokens(ROLLOUT, [(0, 1), (1, 0)], lengths) == (3 + 4) + (5 + 2)
     assert packed_tokens(ROLLOUT, [(g, i) for g in range(3) for i in range(2)], lengths) == 10 + 16
+    assert group_tokens(ROLLOUT) == [3 + 5, 5 + 4, 2 + 7]
+
+
+@pytest.mark.parametrize(
+    ("groups", "minibatches", "expected"),
+    [(6, 2, [0, 0, 0, 1, 1, 1]), (5, 2, [0, 0, 0, 1, 1]), (2, 3, [0, 1]), (3, 1, [0, 0, 0])],
+)
+def test_mini_batches_by_hand(groups, minibatches, expected):
+    assert [minibatch_of(p, groups, minibatches) for p in range(groups)] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "minibatches", "ranks", "owners", "uneven"),
+    [
+        ([5, 4, 3, 3, 3], 1, 2, [0, 1, 1, 0, 1], 10 / 9),  # 5 and 4; 4 + 3; 5 + 3; 7 + 3
+        ([3, 3, 4, 3, 5], 1, 2, [1, 0, 1, 1, 0], 10 / 9),  # the same groups in another order
+        ([9, 1, 1, 9], 1, 2, [0, 0, 1, 1], 1.0),
+        ([9, 1, 1, 9], 2, 2, [0, 1, 0, 1], 18 / 10),  # no choice within 9, 1; then the long one to who has had less
+        ([4, 4, 4, 4], 4, 4, [0, 1, 2, 3], 4.0),  # one group a mini-batch: all wait, but each has worked once
+        ([2, 7], 1, 3, [1, 0], 7 / 3),
+        ([6], 3, 1, [0], 1.0),
+    ],
+)
+def test_shares_by_hand(tokens, minibatches, ranks, owners, uneven):
+    assert assign(tokens, minibatches, ranks) == owners
+    assert imbalance(tokens, owners, minibatches, ranks) == pytest.approx(uneven)
+
+
+@given(st.lists(st.integers(2, 50), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 9))
+def test_in_every_mini_batch_no_rank_has_more_than_the_mean_and_one_group(tokens, minibatches, ranks):
+    owners = assign(tokens, minibatches, ranks)
+    assert len(owners) == len(tokens) and all(0 <= owner < ranks for owner in owners)
+    fullest = 0
+    for k in range(minibatches):
+        members = [p for p in range(len(tokens)) if minibatch_of(p, len(tokens), minibatches) == k]
+        loads = [sum(tokens[p] for p in members if owners[p] == rank) for rank in range(ranks)]
+        if members:
+            assert max(loads) <= sum(loads) / ranks + max(tokens[p] for p in members)
+        fullest += max(loads)
+    assert imbalance(tokens, owners, minibatches, ranks) == pytest.approx(fullest * ranks / sum(tokens))
+
+
+@given(st.lists(st.integers(2, 50), min_size=1, max_size=6), st.integers(2, 3))
+def test_no_rank_has_more_than_four_thirds_of_the_best_possible(tokens, ranks):
+    every = (imbalance(tokens, owners, 1, ranks) for owners in product(range(ranks), repeat=len(tokens)))
+    assert imbalance(tokens, assign(tokens, 1, ranks), 1, ranks) <= (4 / 3) * min(every) + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from gspo.config import Config, Health
 from gspo.pairs import preferences
-from gspo.tracking import GLOSSARY, SEED_FIVE, Tracker, _cut_after
+from gspo.tracking import GLOSSARY, SEED_FIVE, Tracker, _cut_after, sample_rows
 from gspo.types import Experience, Prompt, Rollout
 
 DERIVED = {"response/length_ratio", "entropy_ratio", "winner_logprob_drop", "heldout/diverging"}  # by health.py
@@ -29,14 +29,16 @@ def an_experience(rewards=REWARDS, texts=TEXTS, margin=0.1):
     prompts = [Prompt(g, (1,), f"问题 {g}?", "7", "math") for g in range(len(rewards))]
     rollout = Rollout(prompts, zeros.long(), rewards.long() + 1, zeros, zeros, rewards >= 0, texts)
     beats = preferences(rewards, margin)
-    return Experience(rollout, rewards, beats, beats.long(), zeros, zeros, [0, 1], len(rewards), int(beats.sum()))
+    return Experience(
+        rollout, rewards, beats, beats.long(), zeros, zeros, [*range(len(rewards))], len(rewards), int(beats.sum())
+    )
 
 
 def track(folder, steps, start=0, **changed):
     tracker = Tracker(folder, Config(), start)
     for step in steps:
         tracker.log(step, metrics(step, **changed), total_steps=9)
-        tracker.samples(step, an_experience(), count=1)
+        tracker.samples(step, [sample_rows(an_experience(), 1)])
     tracker.close()
 
 
@@ -143,7 +145,7 @@ def test_a_half_written_last_line_is_dropped_wherever_it_ends(tmp_path, cut):
 def test_cutting_keeps_lines_whose_text_holds_odd_line_ends(tmp_path, odd):
     tracker = Tracker(tmp_path, Config(), 0)
     texts = [[f"a{odd}b", "c", "d", "e"]]
-    tracker.samples(1, an_experience(REWARDS[:1], texts), count=1)
+    tracker.samples(1, [sample_rows(an_experience(REWARDS[:1], texts), 1)])
     tracker.close()
     before = (tmp_path / "samples.jsonl").read_bytes()
     _cut_after(tmp_path / "samples.jsonl", 1)
@@ -161,7 +163,7 @@ def test_cutting_nothing_and_a_file_that_is_not_there(tmp_path):
 
 def test_samples_name_the_widest_pair_and_agree_with_the_rewards(tmp_path):
     tracker = Tracker(tmp_path, Config(), 0)
-    tracker.samples(3, an_experience(), count=5)
+    tracker.samples(3, [sample_rows(an_experience(), 5)])
     tracker.close()
     first, second = lines(tmp_path / "samples.jsonl")
     assert first == {
@@ -180,7 +182,7 @@ def test_samples_name_the_widest_pair_and_agree_with_the_rewards(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_no_more_groups_are_written_than_asked(tmp_path, count):
     tracker = Tracker(tmp_path, Config(), 0)
-    tracker.samples(1, an_experience(), count)
+    tracker.samples(1, [sample_rows(an_experience(), count)])
     tracker.close()
     assert [row["prompt"] for row in lines(tmp_path / "samples.jsonl")] == ["问题 0?", "问题 1?"][:count]
 
@@ -188,7 +190,7 @@ def test_no_more_groups_are_written_than_asked(tmp_path, count):
 def test_the_first_samples_are_a_table_on_the_board(tmp_path):
     tracker = Tracker(tmp_path, Config(), 0)
     texts = [["5 | 6", "line\nbreak", "", "x"]]
-    tracker.samples(1, an_experience(REWARDS[:1], texts), count=1)
+    tracker.samples(1, [sample_rows(an_experience(REWARDS[:1], texts), 1)])
     tracker.close()
     (event,) = board(tmp_path).Tensors("samples/0/text_summary")
     text = event.tensor_proto.string_val[0].decode()
