@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
+# What the benchmarks run beside us has an environment of its own.
+RIVALS := .venv-bench
 # Further settings for any training target: make train-quick ARGS="trainer.seed=1"
 ARGS   ?=
 # The model to train; empty: the embedded one, which needs a larger step than the presets' 1e-6 for billions.
@@ -9,7 +11,7 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
-        smollm2 train-smollm2 bench-learning bench-ablations bench-reward bench-data bench-kernels \
+        smollm2 train-smollm2 bench bench-gpu bench-learning bench-ablations bench-reward bench-data \
         test test-slow test-gpu lint format clean
 
 help: ## this list
@@ -27,6 +29,11 @@ $(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.train
 setup: $(VENV)/.train ## make .venv with what training needs
 
 dev: $(VENV)/.dev ## ... and what tests and lint need
+
+$(RIVALS)/.ready: requirements-bench.txt requirements.txt
+	test -x $(RIVALS)/bin/python || $(PYTHON) -m venv $(RIVALS)
+	$(RIVALS)/bin/python -m pip install --quiet -r requirements-bench.txt
+	touch $@
 
 data: setup ## write the embedded tasks to data/equations and data/systems
 	$(PY) -m gspo.embedded.equations
@@ -70,8 +77,11 @@ bench-reward: setup ## scoring in parallel and behind sampling
 bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
 	$(PY) benchmarks/data.py
 
-bench-kernels: setup ## the kernels against their peers, on CUDA where there is one (ten minutes on a CPU)
-	$(PY) benchmarks/kernels.py $(ARGS)
+bench: $(RIVALS)/.ready smollm2 ## speed and memory beside TRL and other kernels -> kernels/BENCH.md (most of an hour on two cores)
+	$(RIVALS)/bin/python benchmarks/speed.py cpu $(ARGS)
+
+bench-gpu: $(RIVALS)/.ready ## ... on CUDA
+	$(RIVALS)/bin/python benchmarks/speed.py cuda $(ARGS)
 
 test: dev ## the test suite, under 10 minutes on two cores
 	$(PY) -m pytest
@@ -91,5 +101,5 @@ format: dev ## let ruff rewrite
 	$(PY) -m ruff check --fix .
 
 clean: ## remove what was generated, except outputs/
-	rm -rf $(VENV) data .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RIVALS) data .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

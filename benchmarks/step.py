@@ -1,6 +1,6 @@
 """A whole training step, sampling to optimizer, against TRL's GRPOTrainer: seconds, peak memory, share of the floor.
 
-    python benchmarks/step.py [--cases NAME ...] [--steps 3] [--peers PYTHON] [--markdown FILE]
+    python benchmarks/step.py [--cases NAME ...] [--steps K] [--peers PYTHON]
 
 Each contestant trains in a process of its own, ours by `train.py`: one optimizer step a batch, a reference model, the
 same prompts, temperature 0.9, a reward of microseconds. A step is the time between two `step` lines of a process, so
@@ -49,6 +49,7 @@ class Case:
     n: int
     new: int
     micro_batch_tokens: int
+    steps: int
     context: int = 0
 
     @property
@@ -57,11 +58,11 @@ class Case:
 
 
 CASES = {
-    "SmolLM2-135M, fp32, short prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 1200),
-    "SmolLM2-135M, bf16, short prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1200),
-    "SmolLM2-135M, fp32, 512-token prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 1200, context=17),
-    "SmolLM2-135M, bf16, 512-token prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1200, context=17),
-    "0.6 M parameters, fp32": Case(MODEL_DIR, "fp32", 64, 4, 14, 16384),
+    "SmolLM2-135M, fp32, short prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 1200, 4),
+    "SmolLM2-135M, bf16, short prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1200, 4),
+    "SmolLM2-135M, fp32, 512-token prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 1200, 3, context=17),
+    "SmolLM2-135M, bf16, 512-token prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1200, 3, context=17),
+    "0.6 M parameters, fp32": Case(MODEL_DIR, "fp32", 64, 4, 14, 16384, 40),
 }
 
 
@@ -147,15 +148,15 @@ def run(name: str, case: Case, steps: int, python: str) -> dict:
         )
         stamps, last = [], ""
         for line in child.stdout:
-            if line.startswith("step "):
-                stamps.append(time.perf_counter())
+            if line.startswith("step "):  # some say `step 3/10`, and not every one
+                stamps.append((time.perf_counter(), int(line.split()[1].partition("/")[0])))
             last = line.strip() or last
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             errors.seek(0)
             raise RuntimeError(f"{name}: {errors.read()[-2000:]}")
-        seconds = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+        seconds = [(b - a) / (k - j) for (a, j), (b, k) in zip(stamps, stamps[1:], strict=False)]
         return {"seconds": seconds, "gib": used.ru_maxrss / 2**20, "length": length(folder, last)}
 
 
@@ -190,7 +191,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[list[str]]:
     results, rates = {}, [bare_rate(case)]
     for contestant in CONTESTANTS:
         python = sys.executable if contestant == "GSPO" else args.peers
-        results[contestant] = run(contestant, case, args.steps, python)
+        results[contestant] = run(contestant, case, args.steps or case.steps, python)
         rates.append(bare_rate(case))
         print(f"{name}: {contestant}: {results[contestant]}", file=sys.stderr, flush=True)
     rate, baseline = statistics.median(rates), results["TRL GRPOTrainer"]
@@ -207,20 +208,16 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="default: all")
-    parser.add_argument("--steps", type=int, default=4, help="steps a contestant; the first is not counted")
+    parser.add_argument("--steps", type=int, help="steps a contestant (default: 3 to 40); the first is not counted")
     parser.add_argument("--peers", default=sys.executable, help="a Python with trl in it (default: this one)")
-    parser.add_argument("--markdown", type=Path, help="append the table to this file too")
     args = parser.parse_args()
-    if args.steps < 2:
+    if args.steps is not None and args.steps < 2:
         parser.error("--steps: at least 2, since the first is not counted")
     rows = [row for name in args.cases for row in measure(name, CASES[name], args)]
     columns = ["", "prompt tokens", "", "seconds a step", "times as fast", "floor, s", "floor / time", "peak GiB"]
     title = heading("A whole training step", " ".join(["python benchmarks/step.py", *sys.argv[1:]]))
-    text = title + "\n" + table([*columns, "of TRL's", "tokens an answer"], rows)
-    print(text)
-    if args.markdown:
-        with args.markdown.open("a", encoding="utf-8") as out:
-            out.write("\n" + text)
+    print(title)
+    print(table([*columns, "of TRL's", "tokens an answer"], rows))
 
 
 if __name__ == "__main__":

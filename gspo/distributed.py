@@ -175,8 +175,18 @@ def shard_reference(model: nn.Module, world: World, dtype: torch.dtype, offload:
     """A frozen model; with `offload` its shards live on the CPU between uses."""
     model.requires_grad_(False)
     if world.mesh is None or (world.size == 1 and not offload):
-        return model.to(world.device)
+        return _rounded(model, dtype).to(world.device)
     return _shard(model, world, dtype, offload)
+
+
+def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Linear layers in `dtype`: what autocast would make of them at every forward. Not those that share an embedding's
+    weight, which it leaves alone."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and m.weight not in embeddings:
+            m.to(dtype)
+    return model
 
 
 def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:

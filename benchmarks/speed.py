@@ -1,0 +1,74 @@
+"""Every timing that README speaks of, beside every rival, in one run -> a part of kernels/BENCH.md.
+
+    python benchmarks/speed.py cpu|cuda [--only WORD]
+
+`--only` runs the tables whose command holds the word, and leaves the others in the file as they are.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "kernels" / "BENCH.md"
+PREFACE = """# Measured
+
+By `make bench` (CPU) and `make bench-gpu`, every contestant of a table in one run. Machines are shared and noisy:
+compare within a table, by ratio.
+"""
+RUNS = {
+    "cpu": (
+        "kernels.py --device cpu --dtype float32",
+        "kernels.py --device cpu --dtype bfloat16",
+        "step.py",
+    ),
+    "cuda": (
+        "kernels.py --device cuda",
+        "packed_step.py --device cuda",
+    ),
+}
+
+
+def replaced(text: str, command: str, section: str) -> str:
+    """The file with this command's section new, at its old place or at the end."""
+    parts = re.split(r"(?m)^(?=## )", text)
+    for k, part in enumerate(parts):
+        if f"`python benchmarks/{command}`" in part:
+            parts[k] = section
+            return "".join(parts)
+    return "".join([*parts, section])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=RUNS)
+    parser.add_argument("--only", default="", metavar="WORD")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here; `make bench` measures on the CPU")
+    chosen = [command for command in RUNS[args.device] if args.only in command]
+    if not chosen:
+        parser.error(f"--only {args.only}: none of {', '.join(RUNS[args.device])}")
+    failed = []
+    for command in chosen:
+        print(f"python benchmarks/{command}", file=sys.stderr, flush=True)
+        script, *options = command.split()
+        done = subprocess.run(
+            [sys.executable, f"benchmarks/{script}", *options], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        if done.returncode:
+            failed.append(command)
+            continue
+        text = FILE.read_text(encoding="utf-8") if FILE.exists() else PREFACE
+        FILE.write_text(replaced(text, command, "\n" * (not FILE.exists()) + done.stdout), encoding="utf-8")
+        print(done.stdout, flush=True)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
