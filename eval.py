@@ -79,7 +79,8 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     tokenizer, dtype = load_tokenizer(name), compute_dtype(cfg.model.precision, world.device)
     model = load_model(name, dtype, cfg.model.attention).to(world.device)
     prompts = world.main_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
-    sampler = Sampler(model, tokenizer, world.device, max_slots=cfg.rollout.max_slots, seed=cfg.trainer.seed)
+    memory = {"max_slots": cfg.rollout.max_slots, "kv_memory_gib": cfg.rollout.kv_memory_gib}
+    sampler = Sampler(model, tokenizer, world.device, **memory, seed=cfg.trainer.seed)
     return answer(sampler, Scorer(cfg.reward), prompts, cfg.eval.n, Sampling.of(cfg.rollout), world)
 
 

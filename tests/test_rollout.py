@@ -1,5 +1,7 @@
 """The sampler against plain transformers, and what a sample may not depend on."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from architectures import FAMILIES, tiny_model
@@ -10,6 +12,7 @@ from gspo.logprobs import response_logprobs
 from gspo.packing import pack_rows
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling, choose, sample_keys, uniforms
+from gspo.slots import Slots
 from gspo.types import Prompt
 
 
@@ -33,17 +36,37 @@ def sampler_for(model, **kwargs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_and_log_probs_equal_plain_transformers(family):
-    """Every next token is the arg max of an unpadded, uncached forward over all that came before."""
-    model = tiny_model(family)
-    rollout = sampler_for(model).generate(prompts_of((3, 11, 7)), 2, Sampling(temperature=0.0, max_new_tokens=10))
+    """Every next token is the arg max of an unpadded, uncached forward over all that came before.
+
+    Five slots for twelve answers of different lengths, on pages of four tokens: slots are refilled half-way.
+    """
+    model, refills, n = tiny_model(family), [], 3
+    limits = torch.tensor([[10, 1, 7], [2, 10, 4], [10, 3, 9], [5, 10, 1]])
+    sampling = Sampling(temperature=0.0, max_new_tokens=10)
+    sampler = sampler_for(model, max_slots=5, page=4)
+    with watched_seats(refills):
+        rollout = sampler.generate(prompts_of((3, 11, 1, 7)), n, sampling, limits=limits)
+    assert max(refills[1:]) > 0, "no answer began while others were under way"
     for g, prompt in enumerate(rollout.prompts):
-        n = int(rollout.lengths[g, 0])
-        answer = rollout.tokens[g, 0, :n].tolist()
+        length = int(rollout.lengths[g].max())
+        i = int(rollout.lengths[g].argmax())
+        answer = rollout.tokens[g, i, :length].tolist()
         logits = model(input_ids=torch.tensor([[*prompt.ids, *answer]])).logits[0, len(prompt.ids) - 1 : -1].float()
         assert logits.argmax(-1).tolist() == answer
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        torch.testing.assert_close(rollout.logprobs[g, 0, :n], expected, rtol=1e-4, atol=1e-4)
-        assert rollout.tokens[g, 0].equal(rollout.tokens[g, 1])
+        for k, m in enumerate(rollout.lengths[g].tolist()):
+            assert rollout.tokens[g, k, :m].tolist() == answer[:m]
+            assert m == limits[g, k] or answer[m - 1] == 1
+            torch.testing.assert_close(rollout.logprobs[g, k, :m], expected[:m], rtol=1e-4, atol=1e-4)
+
+
+@contextmanager
+def watched_seats(live):
+    """Notes how many answers are under way whenever slots are filled."""
+    seat = Slots.seat
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Slots, "seat", lambda slots, *a: live.append(len(slots)) or seat(slots, *a))
+        yield
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
@@ -112,28 +135,20 @@ def test_first_tokens_follow_the_softmax_at_the_temperature():
 
 def test_every_group_is_told_of_once_with_its_texts_when_its_last_answer_ends(monkeypatch):
     """... and before the sampler has decoded what the longer groups still need."""
-    sampler, told, decoded = sampler_for(tiny_model("llama"), max_slots=12), {}, [0]
-    decode = sampler._decode
-
-    def counted(*args):
-        decoded[0] += 1
-        return decode(*args)
-
-    monkeypatch.setattr(sampler, "_decode", counted)
+    sampler, told, decoded, step = sampler_for(tiny_model("llama")), {}, [0], Slots.step
+    monkeypatch.setattr(Slots, "step", lambda slots: decoded.__setitem__(0, decoded[0] + 1) or step(slots))
 
     def on_group(place, prompt, texts):
         assert place not in told
         told[place] = (prompt.id, texts, decoded[0])
 
-    sizes = (3, 9, 5, 7, 4)
-    rollout = sampler.generate(prompts_of(sizes), 3, Sampling(1.5, max_new_tokens=40), on_group=on_group)
+    prompts, limits = prompts_of((3, 9, 5, 7, 4)), torch.tensor([[30], [1], [40], [12], [40]]).expand(-1, 3)
+    rollout = sampler.generate(prompts, 3, Sampling(1.5, max_new_tokens=40), on_group=on_group, limits=limits)
     assert {place: texts for place, (_, texts, _) in told.items()} == dict(enumerate(rollout.texts))
     assert all(rollout.prompts[place].id == id for place, (id, _, _) in told.items())
     longest = rollout.lengths.amax(1)
-    first_batch = sorted(range(5), key=lambda i: sizes[i])[:4]  # four prompts of three answers fill twelve slots
-    for place in first_batch:
-        assert told[place][2] == longest[place] - 1, "told at the step in which its last answer ended"
-    assert len(longest[first_batch].unique()) > 1, "lengths should differ, or the test says little"
+    assert [told[place][2] for place in range(5)] == (longest - 1).tolist(), "told at the step of its last token"
+    assert len(longest.unique()) > 2, "lengths should differ, or the test says little"
 
 
 def test_a_rank_is_told_of_its_own_prompts_only_by_their_place_in_its_rollout():
