@@ -15,8 +15,7 @@ from gspo import config
 _MASK32 = 0xFFFFFFFF
 BLOCK = 256  # vocabulary entries that are summed in float32 before float64 takes over
 NUCLEUS = 256  # tokens sorted at first for top_p
-CPU_ENTRIES = 4 * 49_152  # logits worked on at a time: some passes over 0.8 MB stay in a core's second cache
-LEAST = -1e4  # stands for minus infinity where 0 times it must be 0
+CPU_ENTRIES = 2**18  # logits worked on at a time: passes over a megabyte stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -116,20 +115,20 @@ def choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor
 
 
 def _choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.float()
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-    top = logits.amax(-1, keepdim=True)
-    below = logits - top
+    below = logits.float() / (sampling.temperature or 1.0)
+    below.sub_(below.amax(-1, keepdim=True))
     weights = below.exp()
     total = weights.sum(-1)
-    entropy = total.log() - torch.linalg.vecdot(weights, below.clamp_min(LEAST)) / total
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = below.argmax(-1)
     else:
-        least = threshold(logits, sampling)
-        tokens = invert(weights if least is None else weights.masked_fill(logits < least, 0.0), u)
-    return tokens, below.gather(-1, tokens[:, None]).squeeze(-1) - total.log(), entropy
+        least = threshold(below, sampling)
+        tokens = invert(weights if least is None else weights.masked_fill(below < least, 0.0), u)
+    logprobs = below.gather(-1, tokens[:, None]).squeeze(-1) - total.log()
+    sums = weights.mul_(below).sum(-1)
+    if sums.isnan().any():  # 0 times minus infinity, where a logit is that
+        sums = weights.nan_to_num_().sum(-1)
+    return tokens, logprobs, total.log() - sums / total
 
 
 def invert(weights: Tensor, u: Tensor) -> Tensor:
@@ -140,17 +139,18 @@ def invert(weights: Tensor, u: Tensor) -> Tensor:
     summed in float64. A token of weight 0 is never drawn.
     """
     size = weights.shape[-1]
-    whole = size // BLOCK * BLOCK
-    blocks = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    length = min(BLOCK, size)
+    whole = size // length * length
+    blocks = weights[:, :whole].unflatten(-1, (-1, length)).sum(-1)
     if whole < size:
         blocks = torch.cat([blocks, weights[:, whole:].sum(-1, keepdim=True)], -1)
     upto = blocks.cumsum(-1, dtype=torch.float64)
     goal = (u * upto[:, -1])[:, None]
     block = torch.searchsorted(upto, goal)
-    place = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    place = block * length + torch.arange(length, device=weights.device)
     inside = weights.gather(-1, place.clamp_max(size - 1)).masked_fill(place >= size, 0.0)
     inside = inside.cumsum(-1, dtype=torch.float64)
     share = blocks.gather(-1, block).double()
     rest = (goal - upto.gather(-1, block) + share) / share  # how far into the block, as a share of it
     within = torch.searchsorted(inside, rest.clamp(1e-300, 1.0) * inside[:, -1:])
-    return (block * BLOCK + within).squeeze(-1)
+    return (block * length + within).squeeze(-1)

@@ -46,9 +46,9 @@ EXTRA = {
 FAMILIES = list(EXTRA)
 
 
-def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
+def tiny_model(family: str, seed: int = 0, **changed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SMALL, **EXTRA[family]})
+    config = AutoConfig.for_model(family, **{**SMALL, **EXTRA[family], **changed})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # larger than at initialisation, so that log-probs differ between tokens
         for p in model.parameters():
