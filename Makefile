@@ -9,7 +9,7 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
-        smollm2 train-smollm2 bench-learning bench-ablations bench-reward bench-data bench-kernels \
+        smollm2 train-smollm2 bench-learning bench-ablations bench-reward bench-data bench-kernels bench-rollout \
         test test-slow test-gpu lint format clean
 
 help: ## this list
@@ -72,6 +72,9 @@ bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
 
 bench-kernels: setup ## the kernels against their peers, on CUDA where there is one (ten minutes on a CPU)
 	$(PY) benchmarks/kernels.py $(ARGS)
+
+bench-rollout: smollm2 ## sampling beside transformers' generate and generate_batch (a quarter of an hour on two cores)
+	$(PY) benchmarks/rollout.py $(ARGS)
 
 test: dev ## the test suite, under 10 minutes on two cores
 	$(PY) -m pytest

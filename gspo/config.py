@@ -34,7 +34,7 @@ class Model:
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = opt(
         "auto",
-        "for sampling; training has its own. auto: what transformers chooses; flash_attention_2 needs flash-attn",
+        "of plain forwards; sampling and training have their own. auto: what transformers chooses",
     )
     gradient_checkpointing: bool = opt(
         False, "recompute activations in the backward pass: less memory, a third more time"

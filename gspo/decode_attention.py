@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from gspo.attention import attend, attention_of, check_architecture, gather_rows, near_mask, refusal, refuse_unknown
-from gspo.slots import Layer, Prefill, Slots, Step, side_by_side
+from gspo.slots import Layer, Plan, Prefill, Slots, Step, side_by_side
 
 SLOTS = "gspo_slots"
 LN2 = math.log(2)
@@ -80,14 +80,16 @@ def attend_slots(
     step.answers.write(layer, step.page, step.offset, key[:, :, 0], value[:, :, 0])
 
     q = query.reshape(count, kv_heads, group, width)
-    own = over(q, *step.answers.read(layer, len(step.answer_owner)), step.answer_owner, step.answer_bias(window),
-               scale, softcap)  # fmt: skip
+    keys, values = step.answers.read(layer, len(step.answer_owner))
+    bias = step.answer_bias(window)
+    own = over(q, keys, values, step.answer_owner, step.answer_only, bias, scale, softcap)
 
     prompts, most = step.members.shape
     q = q.index_select(0, step.members.flatten()).view(prompts, most, kv_heads, group, width)
     q = q.transpose(1, 2).reshape(prompts, kv_heads, most * group, width)
-    shared = over(q, *step.prompts.read(layer, len(step.prompt_owner)), step.prompt_owner,
-                  step.prompt_bias(window, group), scale, softcap)  # fmt: skip
+    keys, values = step.prompts.read(layer, len(step.prompt_owner))
+    bias = step.prompt_bias(window, group)
+    shared = over(q, keys, values, step.prompt_owner, step.prompt_only, bias, scale, softcap)
     shared = [
         x.view(prompts, kv_heads, most, group, -1).transpose(1, 2).flatten(0, 1).index_select(0, step.place)
         for x in shared
@@ -97,9 +99,18 @@ def attend_slots(
 
 
 def attend_pages(
-    q: Tensor, keys: Tensor, values: Tensor, owner: Tensor, bias: Tensor, scale: float, softcap: float | None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    owner: Tensor,
+    only: Tensor | None,
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> Part:
     """Queries q [O, Hk, M, D] of O owners over pages keys, values [n, Hk, page, D], owned by owner [n].
+
+    only [O] is the page of each owner where none has more than one, and there is nothing to merge.
 
     bias [n, 1, 1 or M, page] is 0 on what is seen and HIDDEN elsewhere. -> outputs [O, Hk, M, Dv] and the log-sum-exp
     of their scores [O, Hk, M, 1], base 2, float32. Products are in the keys' type, all between them in float32. (On
@@ -118,6 +129,8 @@ def attend_pages(
     weights = weights.to(values.dtype).view(n * kv_heads, -1, page)
     out = torch.bmm(weights, values.view(n * kv_heads, page, -1)).float().view(n, kv_heads, top.shape[2], -1)
 
+    if only is not None:
+        return out.div_(total).index_select(0, only), top.add_(total.log2_()).index_select(0, only)
     where = owner[:, None, None, None].expand_as(top)
     peak = top.new_full((len(q), *top.shape[1:]), -torch.inf).scatter_reduce_(0, where, top, "amax")
     share = top.sub_(peak.index_select(0, owner)).exp2_()
@@ -152,7 +165,7 @@ def check_slots(model: nn.Module, device: torch.device) -> dict[int, Layer]:
     try:
         probe = side_by_side([(0,)], device)
         forward(model, probe)
-        slots = Slots(probe.layout, 4, 6, device, page=2)
+        slots = Slots(probe.layout, Plan(3, 3, 3, page=2, prompt_page=2), device)
         first = forward(model, slots.prefill([0, 1], prompts))
         slots.seat([0, 1, 2], owners := [0, 0, 1])
         mine = [first[owners]] + [forward(model, slots.step(), answers[:, t]) for t in range(2)]

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from gspo.errors import UserError
-from gspo.slots import Layer, pages_for
+from gspo.slots import PAGE, Layer, Plan, pages_for
 
 SHARE = 0.5  # of what is free, where `rollout.kv_memory_gib` is auto
 MOST = 1024  # slots, where `rollout.max_slots` is auto: beyond it steps only grow longer
+WASTE = 1.125  # of the prompts' pages, for larger ones
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -28,33 +29,48 @@ def free_bytes(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def prompt_page_size(sizes: list[int], page: int) -> int:
+    """`page`, or up to eight times as much where prompts of these sizes leave hardly more of such pages empty.
+
+    Larger pages make larger matrix products, and less to merge.
+    """
+    kept = lambda width: sum(pages_for(size, width) * width for size in sizes)  # noqa: E731
+    return max(width for width in (page, 2 * page, 4 * page, 8 * page) if kept(width) <= WASTE * kept(page))
+
+
 def plan_slots(
-    layout: dict[int, Layer], sizes: list[int], n: int, longest: int, max_slots: int | None, budget: int, page: int
-) -> tuple[int, int, int]:
-    """-> slots, pages for prompts, pages for answers: as many slots as `budget` bytes hold, at most `max_slots`.
+    layout: dict[int, Layer],
+    sizes: list[int],
+    n: int,
+    longest: int,
+    max_slots: int | None,
+    budget: int,
+    page: int = PAGE,
+) -> Plan:
+    """As many slots as `budget` bytes hold keys and values for, at most `max_slots`.
 
     `sizes` are the prompts' tokens, of which half as many again are kept as the slots need at one time: prompts whose
     last answer is long stay while others come. Raises UserError where not even one answer fits.
     """
-    page_bytes = page * sum(layer.token_bytes for layer in layout.values())
+    token_bytes = sum(layer.token_bytes for layer in layout.values())
+    wide = prompt_page_size(sizes, page)
     largest, each = sorted(sizes, reverse=True), pages_for(max(1, longest - 1), page)
 
     def prompt_pages(slots: int) -> int:
         here = -(-slots // n)
-        return sum(pages_for(size, page) for size in largest[: here + here // 2])
+        return sum(pages_for(size, wide) for size in largest[: here + here // 2])
 
-    def fits(slots: int) -> bool:
-        return (prompt_pages(slots) + slots * each) * page_bytes <= budget
+    def need(slots: int) -> int:
+        return (prompt_pages(slots) * wide + slots * each * page) * token_bytes
 
     low, high = 0, min(MOST if max_slots is None else max_slots, len(sizes) * n)
     while low < high:  # the most that fits
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        low, high = (middle, high) if need(middle) <= budget else (low, middle - 1)
     if low == 0:
-        need = (prompt_pages(1) + each) * page_bytes / 2**30
         raise UserError(
             f"rollout.kv_memory_gib: the keys and values of one answer of {longest} tokens to a prompt of {largest[0]} "
-            f"need {need:.3g} GiB, and there are {budget / 2**30:.3g}. Raise it, or lower rollout.max_new_tokens or "
-            "data.max_prompt_length."
+            f"need {need(1) / 2**30:.3g} GiB, and there are {budget / 2**30:.3g}. Raise it, or lower "
+            "rollout.max_new_tokens or data.max_prompt_length."
         )
-    return low, prompt_pages(low), low * each
+    return Plan(low, prompt_pages(low), low * each, page, wide)

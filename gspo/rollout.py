@@ -124,8 +124,8 @@ class Sampler:
         if self.agree is not None:  # all ranks of a group must cut the work alike
             budget = int(self.agree(torch.tensor([budget], device=self.device)))
         sizes = [len(p.ids) for p in prompts]
-        count, *pages = plan_slots(self.layout, sizes, n, longest, most, budget, self.page)
-        slots = Slots(self.layout, *pages, self.device, self.page)
+        plan = plan_slots(self.layout, sizes, n, longest, most, budget, self.page)
+        slots = Slots(self.layout, plan, self.device)
 
         ids = torch.tensor([p.id for p in prompts], device=self.device).repeat_interleave(n)
         keys = sample_keys(self.seed, purpose, step, ids, torch.arange(n, device=self.device).repeat(len(prompts)))
@@ -136,7 +136,7 @@ class Sampler:
         return Engine(
             self.model,
             slots,
-            count,
+            plan.slots,
             [p.ids for p in prompts],
             n,
             sampling,

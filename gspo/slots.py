@@ -37,6 +37,17 @@ def pages_for(tokens: int, page: int = PAGE) -> int:
     return -(-tokens // page)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is allocated: answers generated at the same time, and the pages and their sizes, in tokens."""
+
+    slots: int
+    prompt_pages: int
+    answer_pages: int
+    page: int = PAGE
+    prompt_page: int = PAGE
+
+
 class Pages:
     """A pool of pages with their owners. Those in use lie among the first `reach`, which is what attention reads."""
 
@@ -125,9 +136,11 @@ class Step:
     page: Tensor  # [S], where the new token's keys and values go
     offset: Tensor  # [S]
     answer_owner: Tensor  # [n], the slot that each page belongs to; 0 for free ones, which are hidden
+    answer_only: Tensor | None  # [S], the page of each slot, if none has more
     answer_start: Tensor  # [n]; so far behind that nothing is seen, for free ones
     prompts: Pages
     prompt_owner: Tensor  # [m], the place among the B prompts
+    prompt_only: Tensor | None  # [B]
     prompt_start: Tensor  # [m]
     prompt_sizes: Tensor  # [B]
     members: Tensor  # [B, M], slots that answer each prompt; 0 where there are fewer
@@ -179,10 +192,10 @@ def side_by_side(prompts: list[tuple[int, ...]], device: torch.device) -> Prefil
 class Slots:
     """The tables: which slot answers which prompt for which row of the results, and how long its answer is."""
 
-    def __init__(self, layout: dict[int, Layer], prompt_pages: int, answer_pages: int, device: torch.device, page: int):
+    def __init__(self, layout: dict[int, Layer], plan: Plan, device: torch.device):
         self.device = device
-        self.prompts = Pages(layout, prompt_pages, device, page)
-        self.answers = Pages(layout, answer_pages, device, page)
+        self.prompts = Pages(layout, plan.prompt_pages, device, plan.prompt_page)
+        self.answers = Pages(layout, plan.answer_pages, device, plan.page)
         self.sizes: dict[int, int] = {}  # prompts that are here: number -> tokens
         nothing = np.zeros(0, dtype=np.int64)
         self.rows, self.prompt, self.length = nothing, nothing, nothing  # [S] each
@@ -245,9 +258,11 @@ class Slots:
             page=t(page),
             offset=t(offset),
             answer_owner=t(answers.clip(min=0)),
+            answer_only=self._only(np.arange(len(self)), answers),
             answer_start=t(np.where(answers >= 0, self.answers.start[: len(answers)], FAR)),
             prompts=self.prompts,
             prompt_owner=t(np.where(asked, known, 0)),
+            prompt_only=self._only(numbers, owner),
             prompt_start=t(np.where(asked, self.prompts.start[: len(owner)], FAR)),
             prompt_sizes=t(sizes),
             members=t(members),
@@ -265,6 +280,11 @@ class Slots:
         page = np.empty_like(self.length)
         page[pool.owner[last]] = last
         return page, self.length % size
+
+    def _only(self, owners: np.ndarray, owner: np.ndarray) -> Tensor | None:
+        """The one page of each of `owners`, ascending, in pages owned by `owner`; None if some have several."""
+        pages = np.flatnonzero(np.isin(owner, owners))
+        return self._tensor(pages[owner[pages].argsort()]) if len(pages) == len(owners) else None
 
     def _tensor(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)

@@ -11,11 +11,11 @@ from gspo.distributed import World
 from gspo.engine import Engine
 from gspo.errors import UserError
 from gspo.logprobs import response_logprobs
-from gspo.memory import plan_slots
+from gspo.memory import plan_slots, prompt_page_size
 from gspo.packing import pack_rows
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling, choose, sample_keys, uniforms
-from gspo.slots import Layer, Slots, pages_for
+from gspo.slots import Layer, Plan, Slots, pages_for
 from gspo.stop import StopStrings
 from gspo.types import Prompt
 
@@ -211,12 +211,19 @@ def test_the_most_slots_that_fit_are_planned_and_none_is_the_users_mistake():
     """64 bytes a token, pages of 4: prompts of 10 and 6 tokens take 3 and 2 pages, an answer of 9 tokens 2."""
     layout = {0: Layer(heads=2, key_dim=4, value_dim=4, dtype=torch.float32)}
     plan = lambda pages, most=None: plan_slots(layout, [6, 10], 2, 9, most, pages * 4 * 64, 4)  # noqa: E731
-    assert plan(5) == plan(6) == (1, 3, 2)
-    assert plan(7) == (2, 3, 4)
-    assert plan(10) == (2, 3, 4) and plan(11) == (3, 5, 6)  # a third slot answers the second prompt
-    assert plan(99) == (4, 5, 8) and plan(99, most=3) == (3, 5, 6)
+    assert plan(5) == plan(6) == Plan(1, 3, 2, 4, 4)
+    assert plan(7) == plan(10) == Plan(2, 3, 4, 4, 4)
+    assert plan(11) == Plan(3, 5, 6, 4, 4), "a third slot answers the second prompt"
+    assert plan(99) == Plan(4, 5, 8, 4, 4) and plan(99, most=3) == Plan(3, 5, 6, 4, 4)
     with pytest.raises(UserError, match=r"rollout.kv_memory_gib.*9 tokens.*10.*max_new_tokens"):
         plan(4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "page"), [([512] * 3, 512), ([500, 510], 512), ([51, 60], 64), ([256, 120], 128), ([40, 500], 64)]
+)
+def test_pages_of_prompts_are_as_large_as_their_lengths_let_them(sizes, page):
+    assert prompt_page_size(sizes, 64) == page
 
 
 def test_resident_memory_grows_by_no_more_than_the_budget(run_program):
