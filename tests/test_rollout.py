@@ -220,7 +220,7 @@ def test_the_most_slots_that_fit_are_planned_and_none_is_the_users_mistake():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "page"), [([512] * 3, 512), ([500, 510], 512), ([51, 60], 64), ([256, 120], 128), ([40, 500], 64)]
+    ("sizes", "page"), [([512] * 3, 512), ([500, 510], 512), ([51, 60], 64), ([256, 120], 128), ([40, 500], 128)]
 )
 def test_pages_of_prompts_are_as_large_as_their_lengths_let_them(sizes, page):
     assert prompt_page_size(sizes, 64) == page
