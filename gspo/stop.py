@@ -5,13 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspo.errors import UserError
+
 SLACK = 8  # tokens before a stop string, so that how a decoder treats the beginning of a text does not matter
 
 
 class StopStrings:
-    """Tells which answers have just come to one of the strings `stops`; one look at a table a step, mostly."""
+    """Tells which answers have just come to one of the strings `stops`; one look at a table a step, mostly.
+
+    Raises UserError for an empty string.
+    """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...], vocab_size: int, device: torch.device):
+        if not all(stops):
+            raise UserError(f"rollout.stop = {list(stops)!r} holds an empty text, at which every answer would end.")
         self.tokenizer, self.stops = tokenizer, stops
         self.tail = max(len(stop.encode()) for stop in stops) + SLACK  # a token is at least a byte
         lasts = {stop[-1] for stop in stops} | {"\ufffd"}  # the latter: part of a character

@@ -272,6 +272,11 @@ def test_a_stop_string_is_looked_for_only_where_its_last_character_appears(token
     assert len(looks) < 4 and max(looks) <= stop.tail
 
 
+def test_an_empty_stop_string_is_the_users_mistake(tokenizer):
+    with pytest.raises(UserError, match=r"rollout.stop.*empty"):
+        StopStrings(tokenizer, ("a", ""), 300, torch.device("cpu"))
+
+
 def test_every_end_token_ends_an_answer():
     model = tiny_model("llama")
     sampler = sampler_for(model)
