@@ -153,6 +153,7 @@ def start(
         tokenizer,
         world.device,
         max_slots=cfg.rollout.max_slots,
+        kv_memory_gib=cfg.rollout.kv_memory_gib,
         seed=cfg.trainer.seed,
         tp=cfg.rollout.tensor_model_parallel_size,
         agree=selves.agree,

@@ -25,6 +25,7 @@ RUNS = {
         "kernels.py --device cpu --dtype float32",
         "kernels.py --device cpu --dtype bfloat16",
         "step.py",
+        "rollout.py",
     ),
     "cuda": (
         "kernels.py --device cuda",

@@ -23,13 +23,13 @@ PACKED = "gspo_packed"
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def _rows(x: Tensor, slots: Tensor) -> Tensor:
+def gather_rows(x: Tensor, slots: Tensor) -> Tensor:
     """Packed [1, H, T, D] -> padded rows [R, H, S, D], slots [R, S]."""
     tokens = x[0].transpose(0, 1)
     return tokens.index_select(0, slots.flatten()).view(*slots.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """q [R, H, L, D], k [R, Hk, K, D], v [R, Hk, K, Dv], seen [R or 1, 1, L, K] (none: causal) -> [R, H, L, Dv]."""
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
@@ -46,6 +46,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, 
     return weights.to(v.dtype) @ v
 
 
+def near_mask(width: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[1, 1, width, width] bool: what a token of a prompt sees through a sliding window; None: all before it."""
+    if window is None or window >= width:
+        return None
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril().triu(1 - window)[None, None]
+
+
 def _padded_attention(
     query: Tensor,
     key: Tensor,
@@ -56,15 +63,12 @@ def _padded_attention(
     window: int | None = None,
 ) -> Tensor:
     """query [1, H, T, D], key, value [1, Hk, T, D] of a pack -> [1, T, H, D], row by row, with a mask."""
-    width = pack.prompt_slots.shape[1]
-    near = None
-    if window is not None and window < width:
-        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
-    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
-    prompts = _attend(q, k, v, near, scale, softcap)
-    q = _rows(query, pack.response_slots)
-    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
-    responses = _attend(q, k, v, pack.visible(window), scale, softcap)
+    near = near_mask(pack.prompt_slots.shape[1], window, query.device)
+    q, k, v = (gather_rows(x, pack.prompt_slots) for x in (query, key, value))
+    prompts = attend(q, k, v, near, scale, softcap)
+    q = gather_rows(query, pack.response_slots)
+    k, v = (gather_rows(x, pack.sequence_slots) for x in (key, value))
+    responses = attend(q, k, v, pack.visible(window), scale, softcap)
     padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
     return torch.cat(padded).index_select(0, pack.unpadded)[None]
 
@@ -101,7 +105,7 @@ def packed_attention(
     Raises UserError where the model asks for an attention that this is not.
     """
     assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a policy stays in eval mode"
-    _refuse_unknown(module, pack, options)
+    refuse_unknown(module, pack, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
     query, key, value = _settled((query, key, value))
@@ -117,9 +121,10 @@ def packed_attention(
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def _refuse_unknown(module: nn.Module, pack: PackedBatch | None, options: dict[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, state: object | None, options: dict[str, Any]) -> None:
+    """UserError where a module asks for more than causal attention, or does not pass our `state` on."""
     config = module.config
-    if pack is None:
+    if state is None:
         raise refusal(config, "hands no extra arguments to its attention")
     if any(options.get(name) is not None for name in ("s_aux", "position_bias", "cache")):
         raise refusal(config, "adds attention sinks or biases of its own")
@@ -131,7 +136,7 @@ def _refuse_unknown(module: nn.Module, pack: PackedBatch | None, options: dict[s
 
 def refusal(config: PreTrainedConfig, why: str) -> UserError:
     return UserError(
-        f"model.path: this model's architecture, {config.model_type}, {why}, and packed rows would give it other "
+        f"model.path: this model's architecture, {config.model_type}, {why}, and our attention would give it other "
         "log-probs than its own; choose a decoder with causal attention, full or by sliding windows."
     )
 

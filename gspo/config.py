@@ -34,7 +34,7 @@ class Model:
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = opt(
         "auto",
-        "for sampling; training has its own. auto: what transformers chooses; flash_attention_2 needs flash-attn",
+        "of plain forwards; sampling and training have their own. auto: what transformers chooses",
     )
     gradient_checkpointing: bool = opt(
         False, "recompute activations in the backward pass: less memory, a third more time"
@@ -63,7 +63,13 @@ class Rollout:
     top_k: int = opt(0, "0: off", ge=0)
     min_p: float = opt(0.0, "0: off", ge=0.0, lt=1.0)
     max_new_tokens: int = opt(512, "longest answer", ge=1)
-    max_slots: int = opt(256, "answers generated at the same time on a rank: smaller needs less memory", ge=1)
+    stop: list[str] = opt([], "an answer also ends where one of these texts is complete, and keeps it")
+    max_slots: int | Literal["auto"] = opt(
+        256, "answers generated at the same time on a rank, at most; auto: as many as kv_memory_gib holds", ge=1
+    )
+    kv_memory_gib: float | Literal["auto"] = opt(
+        "auto", "memory for their keys and values on a rank; auto: half of what is free", gt=0.0
+    )
     tensor_model_parallel_size: int = opt(1, "ranks that share one copy of the sampler's weights", ge=1)
 
 
@@ -282,11 +288,13 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
-def coerce(value: Any, kind: Any, key: str, place: str) -> Any:
-    """`value` as the parameter's type; UserError when it is not one."""
+def coerce(value: Any, kind: Any, key: str, place: str, also: tuple[Any, ...] = ()) -> Any:
+    """`value` as the parameter's type; UserError, which names what is `also` allowed, when it is not one."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
-        return None if value is None else coerce(value, args[0], key, place)
+    if origin in (types.UnionType, typing.Union):  # only `X | None` and `X | Literal[...]` occur
+        if value is None and args[1] is types.NoneType or value in typing.get_args(args[1]):
+            return value
+        return coerce(value, args[0], key, place, also=typing.get_args(args[1]))
     if origin is Literal and value in args:
         return value
     if kind is bool and isinstance(value, bool):
@@ -311,6 +319,7 @@ def coerce(value: Any, kind: Any, key: str, place: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return value
     expected = f"one of {', '.join(map(str, args))}" if origin is Literal else _type_name(kind)
+    expected = " or ".join([expected, *map(str, also)])
     raise UserError(f"{place}: {key} = {value!r} is not {expected}.")
 
 

@@ -4,6 +4,7 @@ Randomness is stateless: the uniform behind a token depends on (seed, purpose, s
 nothing else, so a response does not change with its batch mates, with the order of work or with the number of ranks.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from gspo import config
 
 _MASK32 = 0xFFFFFFFF
+BLOCK = 256  # vocabulary entries that are summed in float32 before float64 takes over
+NUCLEUS = 256  # tokens sorted at first for top_p
+CPU_ENTRIES = 2**18  # logits worked on at a time: passes over a megabyte stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,14 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()  # an answer ends with the token that completes one of these, and keeps it
 
     @classmethod
     def of(cls, cfg: config.Rollout) -> "Sampling":
-        return cls(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.max_new_tokens)
+        return cls(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.max_new_tokens, tuple(cfg.stop))
 
     def greedy(self) -> "Sampling":
-        return Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens)
+        return Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens, stop=self.stop)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -55,26 +60,45 @@ def sample_keys(seed: int, purpose: int, step: int, prompt_ids: Tensor, sample_i
     return key
 
 
-def uniforms(keys: Tensor, position: int) -> Tensor:
-    """[R] float64, uniform on (0, 1), for token `position` of the sequences with these keys."""
+def uniforms(keys: Tensor, position: Tensor | int) -> Tensor:
+    """[R] float64, uniform on (0, 1), for token `position` ([R], or one for all) of the sequences with these keys."""
     high, low = fold(keys, 2 * position), fold(keys, 2 * position + 1)
     return (((high << 21) ^ low).double() + 0.5) / 2.0**53
 
 
-def truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Apply top_k, top_p and min_p to temperature-scaled logits [R, V]: what is ruled out becomes -inf."""
+def threshold(logits: Tensor, sampling: Sampling) -> Tensor | None:
+    """[R, 1]: the least temperature-scaled logit [R, V] that top_k, top_p and min_p, in this order, leave in the draw.
+
+    Tokens as likely as the last one kept are kept, too, so the draw does not depend on how ties are sorted. None where
+    nothing is ruled out.
+    """
+    least = None
     if sampling.top_k:
-        kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
     if sampling.top_p < 1.0:
-        ordered, index = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= sampling.top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
+        least = _nucleus(logits, least, sampling.top_p)
     if sampling.min_p:
-        top = logits.amax(-1, keepdim=True)
-        logits = logits.masked_fill(logits < top + torch.log(torch.tensor(sampling.min_p)), -torch.inf)
-    return logits
+        close = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        least = close if least is None else torch.maximum(least, close)
+    return least
+
+
+def _nucleus(logits: Tensor, least: Tensor | None, top_p: float) -> Tensor:
+    """[R, 1]: the last logit before which less than `top_p` lies, of what is at least `least` [R, 1].
+
+    Only the likeliest `count` tokens are sorted, more of them until they hold the nucleus.
+    """
+    kept = logits if least is None else logits.masked_fill(logits < least, -torch.inf)
+    total, count = kept.logsumexp(-1, keepdim=True), NUCLEUS
+    while True:
+        count = min(count, logits.shape[-1])
+        best = kept.topk(count).values
+        share = (best - total).exp()
+        before = share.cumsum(-1) - share
+        if count == logits.shape[-1] or bool((before[:, -1] >= top_p).all()):
+            last = (before < top_p).sum(-1, keepdim=True) - 1
+            return best.gather(-1, last.clamp_min(0))
+        count *= 8
 
 
 def choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,16 +106,51 @@ def choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor
 
     logits [R, V] of any dtype, u [R] uniforms (None when greedy) -> tokens [R], their log-probabilities [R] float32
     under softmax(logits / T) *before* truncation (what the trainer sees), and the entropy [R] of that distribution.
+    On the CPU a few rows at a time, so that their passes find them in the cache.
     """
-    logits = logits.float()
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-    logprobs = logits.log_softmax(-1)
-    entropy = torch.special.entr(logprobs.exp()).sum(-1)  # 0 where a logit is -inf
+    rows = max(1, CPU_ENTRIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    uniform = [None] * len(logits) if u is None else u.split(rows)
+    parts = [_choose(part, v, sampling) for part, v in zip(logits.split(rows), uniform, strict=False)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    below = logits.float() / (sampling.temperature or 1.0)
+    below.sub_(below.amax(-1, keepdim=True))
+    weights = below.exp()
+    total = weights.sum(-1)
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
+        tokens = below.argmax(-1)
     else:
-        probs = truncate(logits, sampling).softmax(-1)
-        cdf = probs.cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None]).squeeze(-1)
-    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+        least = threshold(below, sampling)
+        tokens = invert(weights if least is None else weights.masked_fill(below < least, 0.0), u)
+    logprobs = below.gather(-1, tokens[:, None]).squeeze(-1) - total.log()
+    sums = weights.mul_(below).sum(-1)
+    if sums.isnan().any():  # 0 times minus infinity, where a logit is that
+        sums = weights.nan_to_num_().sum(-1)
+    return tokens, logprobs, total.log() - sums / total
+
+
+def invert(weights: Tensor, u: Tensor) -> Tensor:
+    """The first token at which the running sum of weights [R, V] reaches the share u [R] of the whole: [R].
+
+    Two levels: float32 sums of blocks, added up in float64, choose the block; float64 sums inside it choose the token.
+    What is drawn follows the weights as exactly as float32 holds them, and only V / BLOCK + BLOCK entries a row are
+    summed in float64. A token of weight 0 is never drawn.
+    """
+    size = weights.shape[-1]
+    length = min(BLOCK, size)
+    whole = size // length * length
+    blocks = weights[:, :whole].unflatten(-1, (-1, length)).sum(-1)
+    if whole < size:
+        blocks = torch.cat([blocks, weights[:, whole:].sum(-1, keepdim=True)], -1)
+    upto = blocks.cumsum(-1, dtype=torch.float64)
+    goal = (u * upto[:, -1])[:, None]
+    block = torch.searchsorted(upto, goal)
+    place = block * length + torch.arange(length, device=weights.device)
+    inside = weights.gather(-1, place.clamp_max(size - 1)).masked_fill(place >= size, 0.0)
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    share = blocks.gather(-1, block).double()
+    rest = (goal - upto.gather(-1, block) + share) / share  # how far into the block, as a share of it
+    within = torch.searchsorted(inside, rest.clamp(1e-300, 1.0) * inside[:, -1:])
+    return (block * length + within).squeeze(-1)

@@ -41,6 +41,11 @@ class Rollout:
         """[G, N, L] bool, true on real tokens."""
         return torch.arange(self.tokens.shape[2], device=self.lengths.device) < self.lengths[..., None]
 
+    @property
+    def finish_reasons(self) -> list[list[str]]:
+        """G x N: `stop`, by an end token or a stop string, or `length`."""
+        return [["stop" if ended else "length" for ended in group] for group in self.finished.tolist()]
+
     def select(self, groups: list[int]) -> "Rollout":
         """The same, for some of the groups, no wider than they need."""
         lengths = self.lengths[groups]

@@ -1,15 +1,22 @@
 """The sampler against plain transformers, and what a sample may not depend on."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from architectures import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
 from gspo.distributed import World
+from gspo.engine import Engine
+from gspo.errors import UserError
 from gspo.logprobs import response_logprobs
+from gspo.memory import plan_slots, prompt_page_size
 from gspo.packing import pack_rows
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling, choose, sample_keys, uniforms
+from gspo.slots import Layer, Plan, Slots, pages_for
+from gspo.stop import StopStrings
 from gspo.types import Prompt
 
 
@@ -33,17 +40,37 @@ def sampler_for(model, **kwargs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_and_log_probs_equal_plain_transformers(family):
-    """Every next token is the arg max of an unpadded, uncached forward over all that came before."""
-    model = tiny_model(family)
-    rollout = sampler_for(model).generate(prompts_of((3, 11, 7)), 2, Sampling(temperature=0.0, max_new_tokens=10))
+    """Every next token is the arg max of an unpadded, uncached forward over all that came before.
+
+    Five slots for twelve answers of different lengths, on pages of four tokens: slots are refilled half-way.
+    """
+    model, refills, n = tiny_model(family), [], 3
+    limits = torch.tensor([[10, 1, 7], [2, 10, 4], [10, 3, 9], [5, 10, 1]])
+    sampling = Sampling(temperature=0.0, max_new_tokens=10)
+    sampler = sampler_for(model, max_slots=5, page=4)
+    with watched_seats(refills):
+        rollout = sampler.generate(prompts_of((3, 11, 1, 7)), n, sampling, limits=limits)
+    assert max(refills[1:]) > 0, "no answer began while others were under way"
     for g, prompt in enumerate(rollout.prompts):
-        n = int(rollout.lengths[g, 0])
-        answer = rollout.tokens[g, 0, :n].tolist()
+        length = int(rollout.lengths[g].max())
+        i = int(rollout.lengths[g].argmax())
+        answer = rollout.tokens[g, i, :length].tolist()
         logits = model(input_ids=torch.tensor([[*prompt.ids, *answer]])).logits[0, len(prompt.ids) - 1 : -1].float()
         assert logits.argmax(-1).tolist() == answer
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        torch.testing.assert_close(rollout.logprobs[g, 0, :n], expected, rtol=1e-4, atol=1e-4)
-        assert rollout.tokens[g, 0].equal(rollout.tokens[g, 1])
+        for k, m in enumerate(rollout.lengths[g].tolist()):
+            assert rollout.tokens[g, k, :m].tolist() == answer[:m]
+            assert m == limits[g, k] or answer[m - 1] == 1
+            torch.testing.assert_close(rollout.logprobs[g, k, :m], expected[:m], rtol=1e-4, atol=1e-4)
+
+
+@contextmanager
+def watched_seats(live):
+    """Notes how many answers are under way whenever slots are filled."""
+    seat = Slots.seat
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Slots, "seat", lambda slots, *a: live.append(len(slots)) or seat(slots, *a))
+        yield
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
@@ -112,28 +139,20 @@ def test_first_tokens_follow_the_softmax_at_the_temperature():
 
 def test_every_group_is_told_of_once_with_its_texts_when_its_last_answer_ends(monkeypatch):
     """... and before the sampler has decoded what the longer groups still need."""
-    sampler, told, decoded = sampler_for(tiny_model("llama"), max_slots=12), {}, [0]
-    decode = sampler._decode
-
-    def counted(*args):
-        decoded[0] += 1
-        return decode(*args)
-
-    monkeypatch.setattr(sampler, "_decode", counted)
+    sampler, told, decoded, step = sampler_for(tiny_model("llama")), {}, [0], Slots.step
+    monkeypatch.setattr(Slots, "step", lambda slots: decoded.__setitem__(0, decoded[0] + 1) or step(slots))
 
     def on_group(place, prompt, texts):
         assert place not in told
         told[place] = (prompt.id, texts, decoded[0])
 
-    sizes = (3, 9, 5, 7, 4)
-    rollout = sampler.generate(prompts_of(sizes), 3, Sampling(1.5, max_new_tokens=40), on_group=on_group)
+    prompts, limits = prompts_of((3, 9, 5, 7, 4)), torch.tensor([[30], [1], [40], [12], [40]]).expand(-1, 3)
+    rollout = sampler.generate(prompts, 3, Sampling(1.5, max_new_tokens=40), on_group=on_group, limits=limits)
     assert {place: texts for place, (_, texts, _) in told.items()} == dict(enumerate(rollout.texts))
     assert all(rollout.prompts[place].id == id for place, (id, _, _) in told.items())
     longest = rollout.lengths.amax(1)
-    first_batch = sorted(range(5), key=lambda i: sizes[i])[:4]  # four prompts of three answers fill twelve slots
-    for place in first_batch:
-        assert told[place][2] == longest[place] - 1, "told at the step in which its last answer ended"
-    assert len(longest[first_batch].unique()) > 1, "lengths should differ, or the test says little"
+    assert [told[place][2] for place in range(5)] == (longest - 1).tolist(), "told at the step of its last token"
+    assert len(longest.unique()) > 2, "lengths should differ, or the test says little"
 
 
 def test_a_rank_is_told_of_its_own_prompts_only_by_their_place_in_its_rollout():
@@ -145,3 +164,149 @@ def test_a_rank_is_told_of_its_own_prompts_only_by_their_place_in_its_rollout():
         on_group=lambda place, prompt, texts: told.update({place: (prompt, texts)}),
     )  # fmt: skip
     assert places == [1, 3] and told == dict(enumerate(zip(rollout.prompts, rollout.texts, strict=True)))
+
+
+def test_slots_pages_and_memory_do_not_show(tokenizer):
+    """Gemma 2, windows and soft caps: any number of slots, size of page, and budget, the same tokens."""
+    model, prompts, sampling = tiny_model("gemma2"), prompts_of((9, 1, 14, 4)), Sampling(1.2, max_new_tokens=14)
+    limits = torch.tensor([[14, 3, 9, 14], [1, 14, 14, 2], [14, 14, 1, 6], [8, 14, 5, 14]])
+    make = lambda **options: sampler_for(model, **options).generate(prompts, 4, sampling, limits=limits)  # noqa: E731
+    whole = make()
+    token = sum(layer.token_bytes for layer in sampler_for(model).layout.values())
+    for options in (
+        {"max_slots": 1},
+        {"max_slots": 3, "page": 2},
+        {"max_slots": "auto", "page": 5},
+        {"kv_memory_gib": 40 * token / 2**30, "page": 4},
+    ):
+        other = make(**options)
+        assert other.tokens.equal(whole.tokens) and other.lengths.equal(whole.lengths), options
+        torch.testing.assert_close(other.logprobs, whole.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("page", [2, 8])
+def test_keys_and_values_stay_within_their_budget_and_leave_with_their_owner(monkeypatch, page):
+    """Bytes of all pages, and those in use at every step: no more than the prompts and answers under way hold."""
+    model, held = tiny_model("llama"), []
+    token = 2 * 2 * (8 + 8) * 4  # layers x KV heads x (key + value) x float32
+    budget, prompts = 100 * token, prompts_of((3, 11, 7, 5, 20, 2))
+    limits = torch.tensor([[9, 2], [4, 9], [1, 1], [9, 9], [3, 5], [9, 1]])
+    sampler = sampler_for(model, max_slots="auto", kv_memory_gib=budget / 2**30, page=page)
+    step = Slots.step
+
+    def watched(slots):
+        out = step(slots)
+        held.append(slots.prompts.bytes + slots.answers.bytes)
+        assert {g for g in slots.prompts.owner.tolist() if g >= 0} == set(slots.sizes)
+        assert (slots.answers.owner >= 0).sum() == sum(pages_for(int(n), page) for n in slots.length)
+        return out
+
+    monkeypatch.setattr(Slots, "step", watched)
+    rollout = sampler.generate(prompts, 2, Sampling(1.0, max_new_tokens=9), limits=limits)
+    assert (rollout.lengths == limits).all() or rollout.finished.any()
+    assert max(held) == min(held) <= budget and max(held) > 0.5 * budget
+
+
+def test_the_most_slots_that_fit_are_planned_and_none_is_the_users_mistake():
+    """64 bytes a token, pages of 4: prompts of 10 and 6 tokens take 3 and 2 pages, an answer of 9 tokens 2."""
+    layout = {0: Layer(heads=2, key_dim=4, value_dim=4, dtype=torch.float32)}
+    plan = lambda pages, most=None: plan_slots(layout, [6, 10], 2, 9, most, pages * 4 * 64, 4)  # noqa: E731
+    assert plan(5) == plan(6) == Plan(1, 3, 2, 4, 4)
+    assert plan(7) == plan(10) == Plan(2, 3, 4, 4, 4)
+    assert plan(11) == Plan(3, 5, 6, 4, 4), "a third slot answers the second prompt"
+    assert plan(99) == Plan(4, 5, 8, 4, 4) and plan(99, most=3) == Plan(3, 5, 6, 4, 4)
+    with pytest.raises(UserError, match=r"rollout.kv_memory_gib.*9 tokens.*10.*max_new_tokens"):
+        plan(4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "page"), [([512] * 3, 512), ([500, 510], 512), ([51, 60], 64), ([256, 120], 128), ([40, 500], 128)]
+)
+def test_pages_of_prompts_are_as_large_as_their_lengths_let_them(sizes, page):
+    assert prompt_page_size(sizes, 64) == page
+
+
+def test_resident_memory_grows_by_no_more_than_the_budget(run_program):
+    """A process whose keys and values dwarf everything else: 64 KiB a token, 1,536 tokens in 96 MiB."""
+    done = run_program("tests/kv_memory.py", 96, env={"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown, pages = map(float, done.stdout.splitlines()[-1].split())
+    assert 0.5 * 96 < grown < 96 + 24 and pages <= 96
+
+
+# ---- how answers end ----
+
+
+def test_a_stop_string_ends_an_answer_with_the_token_that_completes_it(embedded_model, tokenizer):
+    """Against cutting plain samples at the first token whose text completes one."""
+    texts = ["Solve: x + 5 = 12", "解方程：3x - 4 = 20", "Solve for x: 40 - x = 7", "求 x：x / 3 + 10 = 7"]
+    prompts = [
+        Prompt(i, tuple(tokenizer(f"<|user|>{t}<|assistant|>")["input_ids"]), t, "", "") for i, t in enumerate(texts)
+    ]
+    stops = ("= 7", "案", "so")
+    sampler = Sampler(embedded_model, tokenizer, torch.device("cpu"), max_slots=7, seed=3)
+    plain = sampler.generate(prompts, 6, Sampling(0.9, max_new_tokens=32))
+    cut = sampler.generate(prompts, 6, Sampling(0.9, max_new_tokens=32, stop=stops))
+    stopped = 0
+    for g in range(4):
+        for i in range(6):
+            ids = plain.tokens[g, i, : plain.lengths[g, i]].tolist()
+            decoded = [tokenizer.decode(ids[: k + 1]) for k in range(len(ids))]
+            ends = [k + 1 for k, text in enumerate(decoded) if any(stop in text for stop in stops)]
+            expected = ids[: ends[0]] if ends else ids
+            assert cut.tokens[g, i, : cut.lengths[g, i]].tolist() == expected
+            assert bool(cut.finished[g, i]) == (bool(ends) or bool(plain.finished[g, i]))
+            assert cut.finish_reasons[g][i] == ("stop" if cut.finished[g, i] else "length")
+            stopped += bool(ends) and ends[0] < len(ids)
+    assert 3 < stopped < 24
+
+
+def test_a_stop_string_is_looked_for_only_where_its_last_character_appears(tokenizer):
+    stop, looks = StopStrings(tokenizer, ("12",), 300, torch.device("cpu")), []
+    text = lambda ids: looks.append(len(ids)) or tokenizer.decode(ids)  # noqa: E731
+    stop._text = text
+    ids = tokenizer("x = 5 + 7, x = 12" + 40 * " y", add_special_tokens=False)["input_ids"]
+    answers = torch.tensor([ids])
+    ended = [bool(stop.ended(answers, torch.tensor([0]), torch.tensor([k]))) for k in range(len(ids))]
+    assert sum(ended) == 1 and tokenizer.decode(ids[: ended.index(True) + 1]).endswith("12")
+    assert len(looks) < 4 and max(looks) <= stop.tail
+
+
+def test_an_empty_stop_string_is_the_users_mistake(tokenizer):
+    with pytest.raises(UserError, match=r"rollout.stop.*empty"):
+        StopStrings(tokenizer, ("a", ""), 300, torch.device("cpu"))
+
+
+def test_every_end_token_ends_an_answer():
+    model = tiny_model("llama")
+    sampler = sampler_for(model)
+    once = sampler.generate(prompts_of((3, 5)), 16, Sampling(1.5, max_new_tokens=12))
+    other = int(once.tokens[0, 0, 2])  # some token that occurs
+    model.generation_config = GenerationConfig(eos_token_id=[1, other], pad_token_id=0)
+    twice = Sampler(model, Tokens(), torch.device("cpu")).generate(
+        prompts_of((3, 5)), 16, Sampling(1.5, max_new_tokens=12)
+    )
+    for before, after, length in zip(
+        once.tokens.flatten(0, 1).tolist(),
+        twice.tokens.flatten(0, 1).tolist(),
+        twice.lengths.flatten().tolist(),
+        strict=True,
+    ):
+        assert after[:length] == before[:length]
+        assert all(t not in (1, other) for t in after[: length - 1])
+    assert int(twice.lengths[0, 0]) <= 3
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_token_answers_need_no_slot(monkeypatch, n):
+    monkeypatch.setattr(Engine, "_decode", lambda engine: pytest.fail("nothing to decode"))
+    told = []
+    rollout = sampler_for(tiny_model("qwen2")).generate(
+        prompts_of((1, 6)), n, Sampling(1.0, max_new_tokens=1), on_group=lambda place, prompt, texts: told.append(place)
+    )
+    assert rollout.tokens.shape == (2, n, 1) and (rollout.lengths == 1).all() and sorted(told) == [0, 1]
+
+
+def test_no_prompts_give_an_empty_rollout():
+    rollout = sampler_for(tiny_model("llama")).generate([], 4, Sampling())
+    assert rollout.tokens.shape == (0, 4, 0) and rollout.texts == []

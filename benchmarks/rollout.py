@@ -1,0 +1,196 @@
+"""The sampler beside transformers' own: tokens per second in one run, and the share of what the matrix products allow.
+
+    python benchmarks/rollout.py [MODEL] [--prompt_tokens 51 512] [--new_tokens 64]        (make bench)
+
+8 prompts x 8 samples, all of one length, then 16 x 8 whose lengths have a long tail. Prompts are random tokens, end
+tokens are switched off and lengths forced, so that all do the same work. The floor is the time of the model's linear
+layers alone, over the same tokens, measured in this process before and after. On one CPU thread (OMP_NUM_THREADS=1)
+seconds are the process's own, whatever runs beside it.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gspo  # isort: skip  # noqa: F401  before torch: how its threads wait
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from benchmarks.common import heading, table
+from gspo.model import load_model, load_tokenizer
+from gspo.rollout import Sampler
+from gspo.sampling import Sampling
+from gspo.types import Prompt
+
+N, PROMPTS, TAIL_PROMPTS, TAIL_SLOTS, TEMPERATURE = 8, 8, 16, 32, 0.9
+
+
+def seconds(work: Callable[[], object], repeats: int = 1) -> float:
+    """Median; by the clock, or on one thread of this process's own time."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    taken = []
+    for _ in range(repeats):
+        began = now()
+        work()
+        taken.append(now() - began)
+    return statistics.median(taken)
+
+
+def draw(count: int, size: int, vocabulary: int) -> list[Prompt]:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary // 10, vocabulary, (count, size), generator=g).tolist()
+    return [Prompt(i, tuple(row), "", "", "") for i, row in enumerate(ids)]
+
+
+def floor(model: nn.Module, rows: list[int]) -> float:
+    """Seconds of all linear layers, each on its own weights, over `rows` tokens a batch; of the head on the last 64."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    total, known = 0.0, {}
+    for count in rows:
+        if count not in known:
+            inputs = {m.in_features: torch.randn(count, m.in_features).to(head.weight) for m in [*layers, head]}
+
+            def once(inputs: dict[int, Tensor] = inputs) -> None:
+                for m in layers:
+                    m(inputs[m.in_features])
+                head(inputs[head.in_features][-64:])
+
+            once()
+            known[count] = min(seconds(once) for _ in range(3))
+        total += known[count]
+    return total
+
+
+# ---- the contestants: each samples prompts x N answers of `lengths` [G, N] tokens ----
+
+
+def generate(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
+    """transformers' generate, in batches of `rows` answers that last as long as their longest."""
+    ids = torch.tensor([p.ids for p in prompts]).repeat_interleave(lengths.shape[1], 0)
+    for part, wanted in zip(ids.split(rows), lengths.flatten().split(rows), strict=True):
+        longest = int(wanted.max())
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=0,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            pad_token_id=0,
+        )
+        model.generate(part, attention_mask=torch.ones_like(part), generation_config=settings)
+
+
+def generate_batch(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
+    """transformers' continuous batching, which takes one length for all."""
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_k=0,
+        max_new_tokens=int(lengths.max()),
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+    asked = [list(p.ids) for p in prompts for _ in range(lengths.shape[1])]
+    answers = model.generate_batch(asked, generation_config=settings, progress_bar=False)
+    assert sum(len(a.generated_tokens) for a in answers.values()) == len(asked) * int(lengths.max())
+
+
+def ours(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
+    sampler.max_slots = rows
+    sampling = Sampling(TEMPERATURE, max_new_tokens=int(lengths.max()))
+    got = sampler.generate(prompts, lengths.shape[1], sampling, limits=lengths)
+    assert got.lengths.equal(lengths)
+
+
+def ours_static(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
+    """The same engine without refills: batches of `rows` answers that last as long as their longest."""
+    count = rows // lengths.shape[1]
+    for at in range(0, len(prompts), count):
+        part = lengths[at : at + count]
+        ours(sampler, prompts[at : at + count], torch.full_like(part, int(part.max())), rows)
+
+
+def long_tail(count: int, longest: int) -> Tensor:
+    """[count, N]: log-normal lengths of median longest / 16 and sigma 1, cut at `longest`: most short, a few long."""
+    g = torch.Generator().manual_seed(0)
+    drawn = longest / 16 * torch.randn(count, N, generator=g).exp()
+    return drawn.round().clamp(1, longest).long()
+
+
+def compare(
+    title: str, contestants: dict[str, Callable], prompts: list[Prompt], lengths: Tensor, rows: int, repeats: int,
+    steps: list[int], model: nn.Module,
+) -> str:  # fmt: skip
+    tokens, lines, rates = int(lengths.sum()), [], {}
+    least = floor(model, steps)
+    for name, run in contestants.items():
+        try:
+            run(prompts[:1], torch.full((1, 2), 2), 2)
+            rates[name] = tokens / seconds(partial(run, prompts, lengths, rows), repeats)
+        except Exception as e:  # a peer that does not run here says why
+            lines.append([name, "-", "-", f"{type(e).__name__}: {e}".splitlines()[0][:80]])
+            continue
+        print(f"{title}, {name}: {rates[name]:.0f} tokens/s", file=sys.stderr)
+        lines.append([name, f"{rates[name]:.0f}", f"{rates[name] / next(iter(rates.values())):.1f}"])
+    least = (least + floor(model, steps)) / 2
+    for line in lines:
+        line += [f"{rates[line[0]] * least / tokens:.0%}"] if line[0] in rates else []
+    lines.append(["linear layers alone", f"{tokens / least:.0f}", "", "100%"])
+    return table([title, "tokens/s", "ratio", "share of the linear layers' rate"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="models/SmolLM2-135M-Instruct", help="default: %(default)s")
+    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[51, 512])
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=256, help="of the long tail; 0: leave it out")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
+    args = parser.parse_args()
+    model = load_model(args.model, getattr(torch, args.dtype))
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    sampler = Sampler(model, load_tokenizer(args.model), torch.device("cpu"))
+    sampler.end_ids = set()
+    known = {
+        "generate": partial(generate, model),
+        "generate_batch": partial(generate_batch, model),
+        "ours, static batches": partial(ours_static, sampler),
+        "ours": partial(ours, sampler),
+    }
+    known = {name: run for name, run in known.items() if name not in args.without}
+    vocabulary = model.config.get_text_config().vocab_size
+    command = " ".join(["python benchmarks/rollout.py", *sys.argv[1:]])
+    print(heading(f"Sampling: {args.model}, {args.dtype}, {torch.get_num_threads()} threads", command), flush=True)
+    for size in args.prompt_tokens:
+        even = torch.full((PROMPTS, N), args.new_tokens)
+        runs = {name: run for name, run in known.items() if name != "ours, static batches"}
+        title = f"{PROMPTS} x {N}, prompts of {size} tokens, {args.new_tokens} new"
+        steps = [PROMPTS * size, *[PROMPTS * N] * (args.new_tokens - 1)]
+        print(
+            compare(title, runs, draw(PROMPTS, size, vocabulary), even, PROMPTS * N, args.repeats, steps, model),
+            flush=True,
+        )
+    if args.longest:
+        size, lengths = args.prompt_tokens[0], long_tail(TAIL_PROMPTS, args.longest)
+        runs = {name: run for name, run in known.items() if name != "generate_batch"}
+        spread = f"1 to {lengths.max()} new, mean {lengths.float().mean():.0f}"
+        title = f"{TAIL_PROMPTS} x {N}, {TAIL_SLOTS} at a time, prompts of {size} tokens, {spread}"
+        whole, rest = divmod(int((lengths - 1).sum()), TAIL_SLOTS)
+        steps = [TAIL_PROMPTS * size, *[TAIL_SLOTS] * whole, max(1, rest)]
+        print(
+            compare(title, runs, draw(TAIL_PROMPTS, size, vocabulary), lengths, TAIL_SLOTS, args.repeats, steps, model)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The sampler's attention, registered with transformers.
+
+A prompt attends causally to itself, once, and leaves its keys and values in pages. A new token then attends to its
+prompt's pages and to its own: all the answers to a prompt ask its pages together, in one matrix product (Hydragen,
+Juravsky et al. 2024), each slot asks its own pages, and the two parts are merged by their log-sum-exp.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from gspo.attention import attend, attention_of, check_architecture, gather_rows, near_mask, refusal, refuse_unknown
+from gspo.slots import Layer, Plan, Prefill, Slots, Step, side_by_side
+
+SLOTS = "gspo_slots"
+LN2 = math.log(2)
+TOLERANCE = {torch.float32: 1e-4}  # mean error of a logit, as a share of their mean size
+ROUGH = 0.5  # ... in half precision, where the same model run twice as one batch and as two differs by up to a quarter
+Part = tuple[Tensor, Tensor]  # what a query found [..., Dv], and the log of its weight, base 2 [..., 1]
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    slots: Prefill | Step | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it: query [B, H, Q, D], key, value [B, Hk, Q, D] -> [B, Q, H, Dv].
+
+    B = 1 and Q = T for a `Prefill`, B = S and Q = 1 for a `Step`. Raises UserError where the model asks for an
+    attention that this is not.
+    """
+    assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a sampler is in eval mode"
+    refuse_unknown(module, slots, options)
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise refusal(module.config, "does not number its layers")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    over = attend_prompts if isinstance(slots, Prefill) else attend_slots
+    return over(slots, layer, query, key, value, scale, softcap, options.get("sliding_window")), None
+
+
+AttentionInterface.register(SLOTS, slot_attention)
+
+
+def attend_prompts(
+    p: Prefill, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """Prompts side by side, query [1, H, T, D], each with itself -> [1, T, H, Dv]; keys and values go to its pages."""
+    if p.pool is None:
+        p.layout[layer] = Layer(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+    else:
+        p.pool.write(layer, p.pages, p.offsets, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    q, k, v = (gather_rows(x, p.rows) for x in (query, key, value))
+    out = attend(q, k, v, near_mask(p.rows.shape[1], window, query.device), scale, softcap)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, p.unpadded)[None]
+
+
+def attend_slots(
+    step: Step, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """One new token a slot, query [S, H, 1, D], with its prompt and what was answered so far -> [S, 1, H, Dv]."""
+    count, heads, _, width = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    over = attend_pages_on.get(query.device.type, attend_pages)
+    step.answers.write(layer, step.page, step.offset, key[:, :, 0], value[:, :, 0])
+
+    q = query.reshape(count, kv_heads, group, width)
+    keys, values = step.answers.read(layer, len(step.answer_owner))
+    bias = step.answer_bias(window)
+    own = over(q, keys, values, step.answer_owner, step.answer_only, bias, scale, softcap)
+
+    prompts, most = step.members.shape
+    q = q.index_select(0, step.members.flatten()).view(prompts, most, kv_heads, group, width)
+    q = q.transpose(1, 2).reshape(prompts, kv_heads, most * group, width)
+    keys, values = step.prompts.read(layer, len(step.prompt_owner))
+    bias = step.prompt_bias(window, group)
+    shared = over(q, keys, values, step.prompt_owner, step.prompt_only, bias, scale, softcap)
+    shared = [
+        x.view(prompts, kv_heads, most, group, -1).transpose(1, 2).flatten(0, 1).index_select(0, step.place)
+        for x in shared
+    ]
+    weight = torch.sigmoid((shared[1] - own[1]) * LN2)  # of the prompt: 2^a / (2^a + 2^b)
+    return torch.lerp(own[0], shared[0], weight).to(query.dtype).reshape(count, 1, heads, -1)
+
+
+def attend_pages(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    owner: Tensor,
+    only: Tensor | None,
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Part:
+    """Queries q [O, Hk, M, D] of O owners over pages keys, values [n, Hk, page, D], owned by owner [n].
+
+    only [O] is the page of each owner where none has more than one, and there is nothing to merge.
+
+    bias [n, 1, 1 or M, page] is 0 on what is seen and HIDDEN elsewhere. -> outputs [O, Hk, M, Dv] and the log-sum-exp
+    of their scores [O, Hk, M, 1], base 2, float32. Products are in the keys' type, all between them in float32. (On
+    CPUs exp2 takes a third of exp's time, and a twelfth where exp underflows.)
+    """
+    n, kv_heads, page, width = keys.shape
+    rows = q.index_select(0, owner)
+    scores = torch.bmm(rows.view(n * kv_heads, -1, width), keys.view(n * kv_heads, page, width).transpose(1, 2))
+    scores = scores.view(n, kv_heads, -1, page)
+    if softcap is not None:
+        scores, scale = torch.tanh(scores.float() * (scale / softcap)), softcap
+    scores = torch.add(bias, scores, alpha=scale / LN2)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights.to(values.dtype).view(n * kv_heads, -1, page)
+    out = torch.bmm(weights, values.view(n * kv_heads, page, -1)).float().view(n, kv_heads, top.shape[2], -1)
+
+    if only is not None:
+        return out.div_(total).index_select(0, only), top.add_(total.log2_()).index_select(0, only)
+    where = owner[:, None, None, None].expand_as(top)
+    peak = top.new_full((len(q), *top.shape[1:]), -torch.inf).scatter_reduce_(0, where, top, "amax")
+    share = top.sub_(peak.index_select(0, owner)).exp2_()
+    total = torch.zeros_like(peak).index_add_(0, owner, total.mul_(share))
+    out = out.new_zeros(len(q), *out.shape[1:]).index_add_(0, owner, out.mul_(share))
+    return out.div_(total), peak.add_(total.log2_())
+
+
+attend_pages_on: dict[str, Callable[..., Part]] = {}  # device type -> a kernel of the same meaning as attend_pages
+
+
+def forward(model: nn.Module, slots: Prefill | Step, tokens: Tensor | None = None) -> Tensor:
+    """The model over prompts -> logits [B, V] at their ends; over one token [S] a slot -> logits [S, V]."""
+    with attention_of(model.config.get_text_config(), SLOTS):
+        if isinstance(slots, Step):
+            given = {"input_ids": tokens[:, None], "position_ids": slots.positions}
+            return model(**given, use_cache=False, slots=slots).logits[:, -1]
+        given = {"input_ids": slots.ids, "position_ids": slots.positions}
+        logits = model(**given, use_cache=False, logits_to_keep=slots.last, slots=slots).logits[0]
+    return logits if len(logits) == len(slots.last) else logits[slots.last]  # not every class takes indices
+
+
+@torch.no_grad()
+def check_slots(model: nn.Module, device: torch.device) -> dict[int, Layer]:
+    """What each layer keeps of a token. UserError unless slots give a few tokens the logits of plain forwards.
+
+    Sees what no configuration says: a model that keeps state of its own, that counts positions by itself, or that gives
+    its attention something we do not know.
+    """
+    check_architecture(model.config)
+    prompts, answers = [(3, 1, 4), (1,)], torch.tensor([[1, 5, 9], [2, 6, 5], [5, 3, 5]], device=device)
+    try:
+        probe = side_by_side([(0,)], device)
+        forward(model, probe)
+        slots = Slots(probe.layout, Plan(3, 3, 3, page=2, prompt_page=2), device)
+        first = forward(model, slots.prefill([0, 1], prompts))
+        slots.seat([0, 1, 2], owners := [0, 0, 1])
+        mine = [first[owners]] + [forward(model, slots.step(), answers[:, t]) for t in range(2)]
+    except (TypeError, KeyError) as e:
+        raise refusal(model.config, f"cannot be run token by token ({type(e).__name__}: {e})") from e
+    plain = []
+    for owner, answer in zip(owners, answers.tolist(), strict=True):
+        ids = torch.tensor([[*prompts[owner], *answer]], device=device)
+        plain.append(model(input_ids=ids, use_cache=False).logits[0, -4:-1].float())
+    mine, plain = torch.stack(mine, 1).float(), torch.stack(plain)
+    size = (plain - plain.mean(-1, keepdim=True)).abs().mean()
+    if (mine - plain).abs().mean() > TOLERANCE.get(first.dtype, ROUGH) * size:
+        raise refusal(model.config, "does not compute one token at a time what it computes at once")
+    return probe.layout

@@ -1,0 +1,135 @@
+"""N answers to each of a list of prompts, from any Hugging Face causal language model.
+
+    python -m gspo.sample MODEL PROMPTS ANSWERS.jsonl [--n 8 --temperature 0.9 --max_new_tokens 512 --stop TEXT ...]
+
+PROMPTS is a JSON, JSONL or parquet file of rows, or a data set, with a `prompt`: a text, or a list of {role, content}
+messages. Every row is written with its `answers`, in the same order. In Python: `sample`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gspo.cli import guarded
+from gspo.encoding import Encoder
+from gspo.errors import UserError
+from gspo.model import compute_dtype, load_model, load_tokenizer
+from gspo.progress import say
+from gspo.rollout import EVAL, Sampler
+from gspo.rows import Messages
+from gspo.sampling import Sampling
+from gspo.sources import open_source
+from gspo.types import Prompt, Rollout
+
+ROWS_AT_ONCE = 1024  # written before the next ones are sampled
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer."""
+
+    text: str  # without end tokens; a stop string stays
+    tokens: list[int]
+    logprob: float  # of all its tokens, nats, under softmax(logits / temperature)
+    finish_reason: str  # `stop`: an end token or a stop string; `length`: cut off
+
+
+def sample(
+    model: str | nn.Module | None,
+    prompts: list[str | Messages],
+    n: int = 8,
+    sampling: Sampling | None = None,
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    seed: int = 0,
+    max_slots: int | Literal["auto"] = "auto",
+    kv_memory_gib: float | Literal["auto"] = "auto",
+    on_group: Callable[[int, list[str]], None] | None = None,
+) -> list[list[Answer]]:
+    """-> n answers to each prompt: a text, or a list of {role, content} messages.
+
+    `model` is a folder or a hub name (None: the embedded model), or a loaded model, together with its `tokenizer`. The
+    tokenizer's chat template is applied where it has one. An answer depends on the seed, its prompt's place in the list
+    and its own number, and on nothing else that is sampled. `on_group(place, texts)` is called as soon as a prompt's
+    last answer has ended. Raises UserError.
+    """
+    sampler, encoder = _open(model, tokenizer, device, precision, max_slots, kv_memory_gib, seed)
+    rows = [_prompt(encoder, i, prompt, f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
+    tell = None if on_group is None else lambda place, prompt, texts: on_group(place, texts)
+    return _answers(sampler.generate(rows, n, sampling or Sampling(), purpose=EVAL, on_group=tell))
+
+
+def _open(
+    model: str | nn.Module | None,
+    tokenizer: Any,
+    device: str | None,
+    precision: str,
+    max_slots: int | Literal["auto"],
+    kv_memory_gib: float | Literal["auto"],
+    seed: int,
+) -> tuple[Sampler, Encoder]:
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_model(model, compute_dtype(precision, on)).to(on)
+    elif tokenizer is None:
+        raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")
+    encoder = Encoder(tokenizer, vocab_size=model.config.get_text_config().vocab_size)
+    return Sampler(model, tokenizer, on, max_slots=max_slots, kv_memory_gib=kv_memory_gib, seed=seed), encoder
+
+
+def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str) -> Prompt:
+    if not prompt or not isinstance(prompt, str | list):
+        raise UserError(f"{place}: no `prompt`; a text, or a list of {{role, content}} messages, is needed.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return Prompt(number, encoder.ids(messages, place), "", "", "")
+
+
+def _answers(rollout: Rollout) -> list[list[Answer]]:
+    lengths, tokens, sums = rollout.lengths.tolist(), rollout.tokens.tolist(), rollout.logprobs.sum(-1).tolist()
+    return [
+        [Answer(text, ids[:length], logprob, reason) for text, ids, length, logprob, reason in zip(*group, strict=True)]
+        for group in zip(rollout.texts, tokens, lengths, sums, rollout.finish_reasons, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="HF folder or name; '' for the embedded model")
+    parser.add_argument("prompts", help="file of rows, or a data set owner/name[:config][@split]")
+    parser.add_argument("answers", type=Path, help="JSONL file to write")
+    parser.add_argument("--n", type=int, default=8, help="answers a prompt (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.9, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--min_p", type=float, default=0.0)
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: %(default)s)")
+    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="end an answer where one is complete")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kv_memory_gib", type=float, help="memory for keys and values (default: half of the free)")
+    a = parser.parse_args()
+    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
+    source = open_source(a.prompts)
+    sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", a.kv_memory_gib or "auto", a.seed)
+    with a.answers.open("w", encoding="utf-8") as out:
+        for at in range(0, len(source), ROWS_AT_ONCE):
+            rows = [source[i] for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
+            prompts = [_prompt(encoder, at + k, row.get("prompt"), source.place(at + k)) for k, row in enumerate(rows)]
+            rollout = sampler.generate(prompts, a.n, sampling, purpose=EVAL)
+            for row, group in zip(rows, _answers(rollout), strict=True):
+                answers = [asdict(answer) for answer in group]
+                out.write(json.dumps({**row, "answers": answers}, ensure_ascii=False) + "\n")
+    say(f"{a.answers}: {len(source):,} prompts, {a.n} answers each")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,300 @@
+"""Where the sampler keeps keys and values: the prompts' once each, the answers' one row a slot, both in pages.
+
+A page holds the keys and values of PAGE tokens of one owner, in every layer. Prompts' pages are read by all the answers
+to a prompt at once; answers' pages by their own slot. A slot is a row of a few small tables: an answer that ends gives
+its pages back, one that waits takes its row, and no key or value is ever moved for it.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE = 64  # tokens
+FAR = 2**62  # first position of a page that nobody reads
+HIDDEN = -1e30  # added to the scores of what is not seen; finite, so that a page without anything seen gives no NaN
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer keeps of a token on this rank: `heads` keys of `key_dim` numbers and values of `value_dim`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+def pages_for(tokens: int, page: int = PAGE) -> int:
+    return -(-tokens // page)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is allocated: answers generated at the same time, and the pages and their sizes, in tokens."""
+
+    slots: int
+    prompt_pages: int
+    answer_pages: int
+    page: int = PAGE
+    prompt_page: int = PAGE
+
+
+class Pages:
+    """A pool of pages with their owners. Those in use lie among the first `reach`, which is what attention reads."""
+
+    def __init__(self, layout: dict[int, Layer], count: int, device: torch.device, page: int = PAGE):
+        def room(layer: Layer, width: int) -> Tensor:  # zeros: what was never written must not be NaN
+            return torch.zeros(count, layer.heads, page, width, dtype=layer.dtype, device=device)
+
+        self.page, self.count = page, count
+        self.keys = {i: room(layer, layer.key_dim) for i, layer in layout.items()}
+        self.values = {i: room(layer, layer.value_dim) for i, layer in layout.items()}
+        self.owner = np.full(count, -1)
+        self.start = np.zeros(count, dtype=np.int64)  # position of a page's first token in its sequence
+        self._free = list(range(count))
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for part in (self.keys, self.values) for x in part.values())
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def reach(self) -> int:
+        used = np.flatnonzero(self.owner >= 0)
+        return int(used[-1]) + 1 if len(used) else 0
+
+    def take(self, owners: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Page numbers, the lowest that are free, for these owners and first positions."""
+        assert len(owners) <= self.free, "pages were promised that are not there"
+        pages = np.array([heapq.heappop(self._free) for _ in owners], dtype=np.int64)
+        self.owner[pages], self.start[pages] = owners, starts
+        return pages
+
+    def release(self, gone: np.ndarray) -> None:
+        """Free the pages of which `gone` [count] is true."""
+        for page in np.flatnonzero(gone).tolist():
+            heapq.heappush(self._free, page)
+        self.owner[gone] = -1
+
+    def write(self, layer: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys, values [T, Hk, D] at places `offsets` [T] of `pages` [T]."""
+        self.keys[layer][pages, :, offsets] = keys
+        self.values[layer][pages, :, offsets] = values
+
+    def read(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `count` pages, [count, Hk, page, D]."""
+        return self.keys[layer][:count], self.values[layer][:count]
+
+    def gather(self) -> None:
+        """Move pages down into free ones when most of those read are free: the last long answers are then cheap."""
+        used = np.flatnonzero(self.owner >= 0)
+        if self.reach <= 2 * len(used):
+            return
+        free = np.flatnonzero(self.owner[: len(used)] < 0)
+        moved = used[used >= len(used)]
+        for x in (*self.keys.values(), *self.values.values()):
+            x[torch.from_numpy(free)] = x[torch.from_numpy(moved)]
+        self.owner[free], self.start[free] = self.owner[moved], self.start[moved]
+        self.owner[moved] = -1
+        self._free = list(range(len(used), self.count))
+
+
+@dataclass(eq=False)
+class Prefill:
+    """Prompts side by side, T tokens without padding: what the model's forward over them needs. P: the longest."""
+
+    ids: Tensor  # [1, T]
+    positions: Tensor  # [1, T]
+    last: Tensor  # [B], where each prompt ends
+    rows: Tensor  # [B, P], each prompt's tokens; its last one repeated where it is shorter
+    unpadded: Tensor  # [T], each token's index in [B * P]
+    pages: Tensor | None = None  # [T], where its keys and values go
+    offsets: Tensor | None = None  # [T]
+    pool: Pages | None = None  # None: nothing is kept but the layout
+    layout: dict[int, Layer] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Step:
+    """One new token for each of S slots, asked of B prompts by at most M slots each."""
+
+    positions: Tensor  # [S, 1]
+    lengths: Tensor  # [S], tokens of the answer kept, the new one included
+    answers: Pages
+    page: Tensor  # [S], where the new token's keys and values go
+    offset: Tensor  # [S]
+    answer_owner: Tensor  # [n], the slot that each page belongs to; 0 for free ones, which are hidden
+    answer_only: Tensor | None  # [S], the page of each slot, if none has more
+    answer_start: Tensor  # [n]; so far behind that nothing is seen, for free ones
+    prompts: Pages
+    prompt_owner: Tensor  # [m], the place among the B prompts
+    prompt_only: Tensor | None  # [B]
+    prompt_start: Tensor  # [m]
+    prompt_sizes: Tensor  # [B]
+    members: Tensor  # [B, M], slots that answer each prompt; 0 where there are fewer
+    place: Tensor  # [S], each slot's index in [B * M]
+    _bias: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    def answer_bias(self, window: int | None) -> Tensor:
+        """[n, 1, 1, page]: HIDDEN where a page holds nothing that its slot sees."""
+        if (key := ("answer", window)) not in self._bias:
+            at = self.answer_start[:, None] + torch.arange(self.answers.page, device=self.lengths.device)
+            length = self.lengths.index_select(0, self.answer_owner)[:, None]
+            seen = at < length if window is None else (at < length) & (at >= length - window)
+            self._bias[key] = _bias(seen)[:, None, None]
+        return self._bias[key]
+
+    def prompt_bias(self, window: int | None, group: int) -> Tensor:
+        """[m, 1, 1 or M * group, page]: the same for the pages of prompts, `group` query heads a KV head."""
+        if (key := ("prompt", window, group)) not in self._bias:
+            at = self.prompt_start[:, None] + torch.arange(self.prompts.page, device=self.lengths.device)
+            size = self.prompt_sizes.index_select(0, self.prompt_owner)
+            seen = (at < size[:, None])[:, None]
+            if window is not None:
+                length = self.lengths.index_select(0, self.members.flatten()).view(self.members.shape)
+                first = size[:, None] + length.index_select(0, self.prompt_owner) - window  # [m, M]
+                seen = (seen & (at[:, None] >= first[..., None])).repeat_interleave(group, 1)
+            self._bias[key] = _bias(seen)[:, None]
+        return self._bias[key]
+
+
+def _bias(seen: Tensor) -> Tensor:
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, HIDDEN)
+
+
+def side_by_side(prompts: list[tuple[int, ...]], device: torch.device) -> Prefill:
+    """A pass over these prompts that keeps nothing yet."""
+    size = torch.tensor([len(ids) for ids in prompts])
+    start = size.cumsum(0) - size
+    at = torch.arange(int(size.max()))
+    real = at < size[:, None]
+    return Prefill(
+        ids=torch.tensor([list(chain.from_iterable(prompts))], device=device),
+        positions=at.expand_as(real)[real][None].to(device),
+        last=(start + size - 1).to(device),
+        rows=(start[:, None] + torch.minimum(at, size[:, None] - 1)).to(device),
+        unpadded=real.flatten().nonzero().squeeze(1).to(device),
+    )
+
+
+class Slots:
+    """The tables: which slot answers which prompt for which row of the results, and how long its answer is."""
+
+    def __init__(self, layout: dict[int, Layer], plan: Plan, device: torch.device):
+        self.device = device
+        self.prompts = Pages(layout, plan.prompt_pages, device, plan.prompt_page)
+        self.answers = Pages(layout, plan.answer_pages, device, plan.page)
+        self.sizes: dict[int, int] = {}  # prompts that are here: number -> tokens
+        nothing = np.zeros(0, dtype=np.int64)
+        self.rows, self.prompt, self.length = nothing, nothing, nothing  # [S] each
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fits(self, sizes: list[int]) -> bool:
+        return sum(pages_for(size, self.prompts.page) for size in sizes) <= self.prompts.free
+
+    def prefill(self, numbers: list[int], prompts: list[tuple[int, ...]]) -> Prefill:
+        """A pass over these prompts that leaves keys and values in pages owned by `numbers`."""
+        p, page = side_by_side(prompts, self.device), self.prompts.page
+        pages = []
+        for number, ids in zip(numbers, prompts, strict=True):
+            starts = np.arange(0, len(ids), page)
+            mine = self.prompts.take(np.full(len(starts), number), starts)
+            pages.append(mine.repeat(page)[: len(ids)])
+            self.sizes[number] = len(ids)
+        p.pages, p.offsets = self._tensor(np.concatenate(pages)), p.positions[0] % page
+        p.pool = self.prompts
+        return p
+
+    def forget(self, numbers: list[int]) -> None:
+        """Free the pages of prompts that have no answer under way or to come."""
+        for number in numbers:
+            self.prompts.release(self.prompts.owner == number)
+            del self.sizes[number]
+
+    def seat(self, rows: list[int], prompts: list[int]) -> None:
+        """Further slots, for these rows of the results, each with the number of its prompt."""
+        self.rows = np.concatenate([self.rows, np.array(rows, dtype=np.int64)])
+        self.prompt = np.concatenate([self.prompt, np.array(prompts, dtype=np.int64)])
+        self.length = np.concatenate([self.length, np.zeros(len(rows), dtype=np.int64)])
+
+    def keep(self, going_on: np.ndarray) -> None:
+        """Drop the slots [S] that are not going on; the rest move together."""
+        owner = self.answers.owner
+        self.answers.release((owner >= 0) & ~going_on[owner])
+        self.answers.owner = np.where(owner >= 0, (going_on.cumsum() - 1)[owner], -1)
+        self.rows, self.prompt, self.length = (x[going_on] for x in (self.rows, self.prompt, self.length))
+
+    def step(self) -> Step:
+        """Make room for one more token in every slot, and say where everything lies."""
+        page, offset = self._places()
+        self.length = self.length + 1
+        numbers, which = np.unique(self.prompt, return_inverse=True)
+        sizes = np.array([self.sizes[number] for number in numbers.tolist()])
+        members, place = _members(which)
+        self.prompts.gather()
+        owner = self.prompts.owner[: self.prompts.reach]
+        known = np.searchsorted(numbers, owner).clip(max=len(numbers) - 1)
+        asked = numbers[known] == owner  # not the pages of prompts whose answers all wait
+        answers = self.answers.owner[: self.answers.reach]
+        t = self._tensor
+        return Step(
+            positions=t(sizes[which] + self.length - 1)[:, None],
+            lengths=t(self.length),
+            answers=self.answers,
+            page=t(page),
+            offset=t(offset),
+            answer_owner=t(answers.clip(min=0)),
+            answer_only=self._only(np.arange(len(self)), answers),
+            answer_start=t(np.where(answers >= 0, self.answers.start[: len(answers)], FAR)),
+            prompts=self.prompts,
+            prompt_owner=t(np.where(asked, known, 0)),
+            prompt_only=self._only(numbers, owner),
+            prompt_start=t(np.where(asked, self.prompts.start[: len(owner)], FAR)),
+            prompt_sizes=t(sizes),
+            members=t(members),
+            place=t(place),
+        )
+
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """-> the page and the place in it [S] of each slot's next token; a page is taken where one begins."""
+        size, pool = self.answers.page, self.answers
+        fresh = np.flatnonzero(self.length % size == 0)
+        pool.take(fresh, self.length[fresh])
+        pool.gather()
+        used = np.flatnonzero(pool.owner >= 0)
+        last = used[pool.start[used] == self.length[pool.owner[used]] // size * size]
+        page = np.empty_like(self.length)
+        page[pool.owner[last]] = last
+        return page, self.length % size
+
+    def _only(self, owners: np.ndarray, owner: np.ndarray) -> Tensor | None:
+        """The one page of each of `owners`, ascending, in pages owned by `owner`; None if some have several."""
+        pages = np.flatnonzero(np.isin(owner, owners))
+        return self._tensor(pages[owner[pages].argsort()]) if len(pages) == len(owners) else None
+
+    def _tensor(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+
+
+def _members(which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """which [S], the prompt that a slot answers -> members [B, M], the slots of each, and a slot's index in it [S]."""
+    order, counts = which.argsort(kind="stable"), np.bincount(which)
+    nth = np.empty_like(which)
+    nth[order] = np.arange(len(which)) - (counts.cumsum() - counts)[which[order]]
+    members = np.zeros((len(counts), counts.max()), dtype=np.int64)
+    members[which, nth] = np.arange(len(which))
+    return members, which * members.shape[1] + nth
