@@ -20,13 +20,13 @@ PACKED = "gspo_packed"
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def gather_rows(x: Tensor, slots: Tensor) -> Tensor:
+def _rows(x: Tensor, slots: Tensor) -> Tensor:
     """Packed [1, H, T, D] -> padded rows [R, H, S, D], slots [R, S]."""
     tokens = x[0].transpose(0, 1)
     return tokens.index_select(0, slots.flatten()).view(*slots.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """q [R, H, L, D], k [R, Hk, K, D], v [R, Hk, K, Dv], seen [R or 1, 1, L, K] (none: causal) -> [R, H, L, Dv]."""
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
@@ -40,13 +40,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, s
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
     weights = scores.float().masked_fill(~seen, -torch.inf).softmax(-1)
     return weights.to(v.dtype) @ v
-
-
-def near_mask(width: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[1, 1, width, width] bool: what a token of a prompt sees through a sliding window; None: all before it."""
-    if window is None or window >= width:
-        return None
-    return torch.ones(width, width, dtype=torch.bool, device=device).tril().triu(1 - window)[None, None]
 
 
 def packed_attention(
@@ -71,12 +64,14 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
     width = pack.prompt_slots.shape[1]
-    near = near_mask(width, window, query.device)
-    q, k, v = (gather_rows(x, pack.prompt_slots) for x in (query, key, value))
-    prompts = attend(q, k, v, near, scale, softcap)
-    q = gather_rows(query, pack.response_slots)
-    k, v = (gather_rows(x, pack.sequence_slots) for x in (key, value))
-    responses = attend(q, k, v, pack.visible(window), scale, softcap)
+    near = None
+    if window is not None and window < width:
+        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
+    prompts = _attend(q, k, v, near, scale, softcap)
+    q = _rows(query, pack.response_slots)
+    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
+    responses = _attend(q, k, v, pack.visible(window), scale, softcap)
     padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
     return torch.cat(padded).index_select(0, pack.unpadded)[None], None
 
