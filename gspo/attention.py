@@ -23,13 +23,13 @@ PACKED = "gspo_packed"
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def gather_rows(x: Tensor, slots: Tensor) -> Tensor:
+def _rows(x: Tensor, slots: Tensor) -> Tensor:
     """Packed [1, H, T, D] -> padded rows [R, H, S, D], slots [R, S]."""
     tokens = x[0].transpose(0, 1)
     return tokens.index_select(0, slots.flatten()).view(*slots.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """q [R, H, L, D], k [R, Hk, K, D], v [R, Hk, K, Dv], seen [R or 1, 1, L, K] (none: causal) -> [R, H, L, Dv]."""
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
@@ -46,13 +46,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, s
     return weights.to(v.dtype) @ v
 
 
-def near_mask(width: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[1, 1, width, width] bool: what a token of a prompt sees through a sliding window; None: all before it."""
-    if window is None or window >= width:
-        return None
-    return torch.ones(width, width, dtype=torch.bool, device=device).tril().triu(1 - window)[None, None]
-
-
 def _padded_attention(
     query: Tensor,
     key: Tensor,
@@ -63,12 +56,15 @@ def _padded_attention(
     window: int | None = None,
 ) -> Tensor:
     """query [1, H, T, D], key, value [1, Hk, T, D] of a pack -> [1, T, H, D], row by row, with a mask."""
-    near = near_mask(pack.prompt_slots.shape[1], window, query.device)
-    q, k, v = (gather_rows(x, pack.prompt_slots) for x in (query, key, value))
-    prompts = attend(q, k, v, near, scale, softcap)
-    q = gather_rows(query, pack.response_slots)
-    k, v = (gather_rows(x, pack.sequence_slots) for x in (key, value))
-    responses = attend(q, k, v, pack.visible(window), scale, softcap)
+    width = pack.prompt_slots.shape[1]
+    near = None
+    if window is not None and window < width:
+        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
+    prompts = _attend(q, k, v, near, scale, softcap)
+    q = _rows(query, pack.response_slots)
+    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
+    responses = _attend(q, k, v, pack.visible(window), scale, softcap)
     padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
     return torch.cat(padded).index_select(0, pack.unpadded)[None]
 

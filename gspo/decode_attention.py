@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from gspo.attention import attend, attention_of, check_architecture, gather_rows, near_mask, refusal, refuse_unknown
+from gspo.attention import attention_of, check_architecture, refusal, refuse_unknown
 from gspo.slots import Layer, Plan, Prefill, Slots, Step, side_by_side
 
 SLOTS = "gspo_slots"
 LN2 = math.log(2)
+QUERIES = 128  # of a prompt at a time: their scores stay in the cache, and half of what is hidden is never computed
 TOLERANCE = {torch.float32: 1e-4}  # mean error of a logit, as a share of their mean size
 ROUGH = 0.5  # ... in half precision, where the same model run twice as one batch and as two differs by up to a quarter
 Part = tuple[Tensor, Tensor]  # what a query found [..., Dv], and the log of its weight, base 2 [..., 1]
@@ -63,9 +64,20 @@ def attend_prompts(
         p.layout[layer] = Layer(key.shape[1], key.shape[3], value.shape[3], key.dtype)
     else:
         p.pool.write(layer, p.pages, p.offsets, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    q, k, v = (gather_rows(x, p.rows) for x in (query, key, value))
-    out = attend(q, k, v, near_mask(p.rows.shape[1], window, query.device), scale, softcap)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, p.unpadded)[None]
+    heads, kv_heads = query.shape[1], key.shape[1]
+    keys, values = key[0].contiguous(), value[0].contiguous()
+    out = query.new_empty(query.shape[2], heads, value.shape[3])
+    for start, size in zip(p.starts, p.sizes, strict=True):
+        for at in range(0, size, QUERIES):
+            end = min(at + QUERIES, size)
+            first = 0 if window is None else max(0, at + 1 - window)
+            mine, seen = slice(start + at, start + end), slice(start + first, start + end)
+            q = query[0, :, mine].reshape(kv_heads, -1, query.shape[3])
+            shape = (kv_heads, heads // kv_heads, end - at)
+            bias = p.bias(at, end, first, window)
+            found, total, _ = weigh(q, keys[:, seen], values[:, seen], shape, bias, scale, softcap)
+            out[mine] = found.div_(total).flatten(0, 1).transpose(0, 1)
+    return out[None]
 
 
 def attend_slots(
@@ -110,25 +122,14 @@ def attend_pages(
 ) -> Part:
     """Queries q [O, Hk, M, D] of O owners over pages keys, values [n, Hk, page, D], owned by owner [n].
 
-    only [O] is the page of each owner where none has more than one, and there is nothing to merge.
-
+    only [O] is the page of each owner where none has more than one, and there is nothing to merge;
     bias [n, 1, 1 or M, page] is 0 on what is seen and HIDDEN elsewhere. -> outputs [O, Hk, M, Dv] and the log-sum-exp
-    of their scores [O, Hk, M, 1], base 2, float32. Products are in the keys' type, all between them in float32. (On
-    CPUs exp2 takes a third of exp's time, and a twelfth where exp underflows.)
+    of their scores [O, Hk, M, 1], base 2, float32.
     """
-    n, kv_heads, page, width = keys.shape
-    rows = q.index_select(0, owner)
-    scores = torch.bmm(rows.view(n * kv_heads, -1, width), keys.view(n * kv_heads, page, width).transpose(1, 2))
-    scores = scores.view(n, kv_heads, -1, page)
-    if softcap is not None:
-        scores, scale = torch.tanh(scores.float() * (scale / softcap)), softcap
-    scores = torch.add(bias, scores, alpha=scale / LN2)
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    weights = weights.to(values.dtype).view(n * kv_heads, -1, page)
-    out = torch.bmm(weights, values.view(n * kv_heads, page, -1)).float().view(n, kv_heads, top.shape[2], -1)
-
+    n, kv_heads = keys.shape[:2]
+    rows = q.index_select(0, owner).flatten(0, 1)
+    shape = (n, kv_heads, rows.shape[1])
+    out, total, top = weigh(rows, keys.flatten(0, 1), values.flatten(0, 1), shape, bias, scale, softcap)
     if only is not None:
         return out.div_(total).index_select(0, only), top.add_(total.log2_()).index_select(0, only)
     where = owner[:, None, None, None].expand_as(top)
@@ -137,6 +138,31 @@ def attend_pages(
     total = torch.zeros_like(peak).index_add_(0, owner, total.mul_(share))
     out = out.new_zeros(len(q), *out.shape[1:]).index_add_(0, owner, out.mul_(share))
     return out.div_(total), peak.add_(total.log2_())
+
+
+def weigh(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shape: tuple[int, int, int],
+    bias: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, M, D], keys [B, K, D], values [B, K, Dv], of which B * M is taken as `shape`, with a bias [..., K] for it.
+
+    -> sums of the values by weights 2^(score - top) [*shape, Dv], sums of the weights and top [*shape, 1], in float32;
+    products are in the type of the keys. On CPUs exp2 takes a third of exp's time, and a twelfth where exp underflows.
+    """
+    scores = torch.bmm(q, keys.transpose(1, 2)).view(*shape, -1)
+    if softcap is not None:
+        scores, scale = torch.tanh(scores.float() * (scale / softcap)), softcap
+    scores = torch.add(bias, scores, alpha=scale / LN2)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.bmm(weights.to(values.dtype).view(*q.shape[:2], -1), values)
+    return out.float().view(*shape, -1), total, top
 
 
 attend_pages_on: dict[str, Callable[..., Part]] = {}  # device type -> a kernel of the same meaning as attend_pages

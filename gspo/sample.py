@@ -19,7 +19,8 @@ from torch import nn
 from gspo.cli import guarded
 from gspo.encoding import Encoder
 from gspo.errors import UserError
-from gspo.model import compute_dtype, load_model, load_tokenizer
+from gspo.model import load_model, load_model_config, load_tokenizer
+from gspo.precision import DTYPES, settle
 from gspo.progress import say
 from gspo.rollout import EVAL, Sampler
 from gspo.rows import Messages
@@ -79,7 +80,8 @@ def _open(
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model, compute_dtype(precision, on)).to(on)
+        chosen, _ = settle(precision, on, load_model_config(model))
+        model = load_model(model, DTYPES[chosen]).to(on)
     elif tokenizer is None:
         raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")
     encoder = Encoder(tokenizer, vocab_size=model.config.get_text_config().vocab_size)

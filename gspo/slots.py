@@ -7,7 +7,7 @@ its pages back, one that waits takes its row, and no key or value is ever moved 
 
 import heapq
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -113,17 +113,27 @@ class Pages:
 
 @dataclass(eq=False)
 class Prefill:
-    """Prompts side by side, T tokens without padding: what the model's forward over them needs. P: the longest."""
+    """Prompts side by side, T tokens without padding: what the model's forward over them needs."""
 
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
     last: Tensor  # [B], where each prompt ends
-    rows: Tensor  # [B, P], each prompt's tokens; its last one repeated where it is shorter
-    unpadded: Tensor  # [T], each token's index in [B * P]
+    starts: list[int]  # B
+    sizes: list[int]  # B
     pages: Tensor | None = None  # [T], where its keys and values go
     offsets: Tensor | None = None  # [T]
     pool: Pages | None = None  # None: nothing is kept but the layout
     layout: dict[int, Layer] = field(default_factory=dict)
+    _bias: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    def bias(self, at: int, end: int, first: int, window: int | None) -> Tensor:
+        """[end - at, end - first]: HIDDEN where a prompt's tokens from `at` to `end` do not see those from `first`."""
+        if (key := (at, end, first, window)) not in self._bias:
+            query = torch.arange(at, end, device=self.ids.device)[:, None]
+            other = torch.arange(first, end, device=self.ids.device)
+            seen = other <= query if window is None else (other <= query) & (other > query - window)
+            self._bias[key] = _bias(seen)
+        return self._bias[key]
 
 
 @dataclass(eq=False)
@@ -176,16 +186,14 @@ def _bias(seen: Tensor) -> Tensor:
 
 def side_by_side(prompts: list[tuple[int, ...]], device: torch.device) -> Prefill:
     """A pass over these prompts that keeps nothing yet."""
-    size = torch.tensor([len(ids) for ids in prompts])
-    start = size.cumsum(0) - size
-    at = torch.arange(int(size.max()))
-    real = at < size[:, None]
+    sizes = [len(ids) for ids in prompts]
+    ends = list(accumulate(sizes))
     return Prefill(
         ids=torch.tensor([list(chain.from_iterable(prompts))], device=device),
-        positions=at.expand_as(real)[real][None].to(device),
-        last=(start + size - 1).to(device),
-        rows=(start[:, None] + torch.minimum(at, size[:, None] - 1)).to(device),
-        unpadded=real.flatten().nonzero().squeeze(1).to(device),
+        positions=torch.cat([torch.arange(size) for size in sizes])[None].to(device),
+        last=torch.tensor(ends, device=device) - 1,
+        starts=[end - size for end, size in zip(ends, sizes, strict=True)],
+        sizes=sizes,
     )
 
 

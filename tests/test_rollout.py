@@ -7,6 +7,7 @@ import torch
 from architectures import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
+from gspo import decode_attention
 from gspo.distributed import World
 from gspo.engine import Engine
 from gspo.errors import UserError
@@ -39,11 +40,13 @@ def sampler_for(model, **kwargs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_and_log_probs_equal_plain_transformers(family):
+def test_greedy_tokens_and_log_probs_equal_plain_transformers(family, monkeypatch):
     """Every next token is the arg max of an unpadded, uncached forward over all that came before.
 
-    Five slots for twelve answers of different lengths, on pages of four tokens: slots are refilled half-way.
+    Five slots for twelve answers of different lengths, on pages of four tokens: slots are refilled half-way. Prompts
+    attend to themselves four tokens at a time.
     """
+    monkeypatch.setattr(decode_attention, "QUERIES", 4)
     model, refills, n = tiny_model(family), [], 3
     limits = torch.tensor([[10, 1, 7], [2, 10, 4], [10, 3, 9], [5, 10, 1]])
     sampling = Sampling(temperature=0.0, max_new_tokens=10)
