@@ -79,7 +79,7 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score the test prompts with one model."""
     tokenizer = load_tokenizer(name)
     precision, _ = world.from_main(lambda: settle(cfg.model.precision, world.device, load_model_config(name)))
-    model = load_model(name, DTYPES[precision], cfg.model.attention).to(world.device)
+    model = load_model(name, DTYPES[precision]).to(world.device)
     prompts = world.main_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
     memory = {"max_slots": cfg.rollout.max_slots, "kv_memory_gib": cfg.rollout.kv_memory_gib}
     sampler = Sampler(model, tokenizer, world.device, **memory, seed=cfg.trainer.seed)

@@ -32,10 +32,6 @@ class Model:
     precision: Literal["auto", "fp32", "bf16"] = opt(
         "auto", "of matrix products; weights and optimizer stay fp32. auto: bf16 on CUDA, measured once on a CPU"
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = opt(
-        "auto",
-        "of plain forwards; sampling and training have their own. auto: what transformers chooses",
-    )
     gradient_checkpointing: bool = opt(
         False, "recompute activations in the backward pass: less memory, a third more time"
     )

@@ -31,17 +31,23 @@ def _refuse(path: str, error: Exception) -> UserError:
     return UserError(f"model.path = {path!r} {what}: {reason}. Give a Hugging Face folder or name, or leave it empty.")
 
 
-def load_model(path: str | None, dtype: torch.dtype = torch.float32, attention: str = "auto") -> nn.Module:
+def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A causal LM on the CPU, in `dtype`, in eval mode, where it stays: a policy trained with dropout would not be
     the one that samples. Raises UserError when it cannot be had."""
     name = resolve_path(path)
     try:
-        chosen = {} if attention == "auto" else {"attn_implementation": attention}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **chosen)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as e:  # transformers and the hub raise a dozen kinds
         raise _refuse(name, e) from e
     model.config.use_cache = False
     return model.eval()
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Its parameters cast, not its buffers: rotary frequencies in bf16 would be another model's."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
 
 
 def load_tokenizer(path: str | None) -> Any:

@@ -12,7 +12,7 @@ from gspo.config import Config
 from gspo.distributed import World, copy_weights, shard_policy, shard_reference, shard_sampler
 from gspo.head import measure_head
 from gspo.logprobs import check_packing, rollout_logprobs
-from gspo.model import checkpoint_activations, load_model
+from gspo.model import checkpoint_activations, in_dtype, load_model
 from gspo.pairs import preferences
 from gspo.progress import say
 from gspo.types import Rollout
@@ -38,14 +38,14 @@ class Selves:
         policy = initial if weights_from is None else self._open(str(weights_from))
         tp = cfg.rollout.tensor_model_parallel_size
         shared = world.size == 1 and self.dtype == torch.float32
-        sampler = policy if shared else copy.deepcopy(policy).to(self.dtype)
+        sampler = policy if shared else in_dtype(copy.deepcopy(policy), self.dtype)
         if cfg.model.gradient_checkpointing:
             checkpoint_activations(policy)
         self.policy = shard_policy(policy, world, self.dtype)
         self.sampler, self.agree = (policy, None) if shared else shard_sampler(sampler, world, tp)
 
     def _open(self, path: str | None) -> nn.Module:
-        model = load_model(path, attention=self.cfg.model.attention)
+        model = load_model(path)
         model.measured_head = measure_head(model)
         return model
 

@@ -6,7 +6,15 @@ from architectures import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from gspo.errors import UserError
-from gspo.model import architecture, decoder_layers, generation_ids, load_model, load_tokenizer, save_pretrained
+from gspo.model import (
+    architecture,
+    decoder_layers,
+    generation_ids,
+    in_dtype,
+    load_model,
+    load_tokenizer,
+    save_pretrained,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,3 +68,14 @@ def test_what_is_no_model_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be opened"):
         load_model(str(tmp_path))
+
+
+def test_a_cast_model_is_the_one_that_transformers_opens_in_that_dtype(tmp_path):
+    """Rotary frequencies stay in float32, as `from_pretrained(dtype=...)` leaves them: the same logits, bit for bit."""
+    opened = load_model(None, torch.bfloat16)
+    cast = in_dtype(load_model(None), torch.bfloat16)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert cast(input_ids=ids).logits.equal(opened(input_ids=ids).logits)
+    assert cast.lm_head.weight is cast.model.embed_tokens.weight
+    assert not load_model(None).to(torch.bfloat16)(input_ids=ids).logits.equal(opened(input_ids=ids).logits)
