@@ -16,6 +16,7 @@ from gspo.distributed import World
 from gspo.engine import Engine
 from gspo.memory import SHARE, free_bytes, plan_slots
 from gspo.model import generation_ids
+from gspo.prepared import prepared
 from gspo.progress import track
 from gspo.sampling import Sampling, sample_keys
 from gspo.slots import PAGE, Slots
@@ -77,11 +78,12 @@ class Sampler:
         if not prompts:
             return self._collect(prompts, n, None, texts)
         engine = self._engine(prompts, n, sampling, purpose, step, limits)
-        for g in track(engine.run(), "sampling", len(prompts)):
-            rows = slice(g * n, (g + 1) * n)
-            texts[g] = self._texts(engine.tokens[rows], engine.lengths[rows])
-            if on_group:
-                on_group(g, prompts[g], texts[g])
+        with prepared(self.model, engine.max_slots):
+            for g in track(engine.run(), "sampling", len(prompts)):
+                rows = slice(g * n, (g + 1) * n)
+                texts[g] = self._texts(engine.tokens[rows], engine.lengths[rows])
+                if on_group:
+                    on_group(g, prompts[g], texts[g])
         return self._collect(prompts, n, engine, texts)
 
     def generate_share(
