@@ -63,7 +63,8 @@ def attend_prompts(
     if p.pool is None:
         p.layout[layer] = Layer(key.shape[1], key.shape[3], value.shape[3], key.dtype)
     else:
-        p.pool.write(layer, p.pages, p.offsets, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        rows = (x[0].transpose(0, 1).flatten(0, 1) for x in (key, value))
+        p.pool.write(layer, p.places(key.shape[1]), *rows)
     heads, kv_heads = query.shape[1], key.shape[1]
     keys, values = key[0].contiguous(), value[0].contiguous()
     out = query.new_empty(query.shape[2], heads, value.shape[3])
@@ -89,7 +90,7 @@ def attend_slots(
     kv_heads = key.shape[1]
     group = heads // kv_heads
     over = attend_pages_on.get(query.device.type, attend_pages)
-    step.answers.write(layer, step.page, step.offset, key[:, :, 0], value[:, :, 0])
+    step.answers.write(layer, step.places(kv_heads), key[:, :, 0].flatten(0, 1), value[:, :, 0].flatten(0, 1))
 
     q = query.reshape(count, kv_heads, group, width)
     keys, values = step.answers.read(layer, len(step.answer_owner))

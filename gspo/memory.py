@@ -29,13 +29,21 @@ def free_bytes(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def answer_page_size(longest: int) -> int:
+    """PAGE, or less where answers of at most `longest` tokens would leave most of it empty: all of a page is read."""
+    return min(PAGE, max(16, 1 << (longest - 1).bit_length()))
+
+
 def prompt_page_size(sizes: list[int], page: int) -> int:
-    """`page`, or up to eight times as much where prompts of these sizes leave hardly more of such pages empty.
+    """`page`, or a multiple, up to 8 PAGE, where prompts of these sizes leave hardly more of such pages empty.
 
     Larger pages make larger matrix products, and less to merge.
     """
     kept = lambda width: sum(pages_for(size, width) * width for size in sizes)  # noqa: E731
-    return max(width for width in (page, 2 * page, 4 * page, 8 * page) if kept(width) <= WASTE * kept(page))
+    widths = [page]
+    while 2 * widths[-1] <= 8 * max(page, PAGE):
+        widths.append(2 * widths[-1])
+    return max(width for width in widths if kept(width) <= WASTE * kept(page))
 
 
 def plan_slots(

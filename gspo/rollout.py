@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from gspo.decode_attention import check_slots
 from gspo.distributed import World
 from gspo.engine import Engine
-from gspo.memory import SHARE, free_bytes, plan_slots
+from gspo.memory import SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.model import generation_ids
 from gspo.prepared import prepared
 from gspo.progress import track
 from gspo.sampling import Sampling, sample_keys
-from gspo.slots import PAGE, Slots
+from gspo.slots import Slots
 from gspo.stop import StopStrings
 from gspo.types import Prompt, Rollout
 
@@ -31,8 +31,8 @@ class Sampler:
     """Generates with one model; `tp` ranks may share its weights, and then `agree` on every token drawn.
 
     At most `max_slots` answers are generated at the same time, and no more than `kv_memory_gib` (auto: half of what is
-    free) holds keys and values for. Neither changes an answer. Raises UserError where the model's attention is not one
-    that slots compute exactly.
+    free) holds keys and values for, in pages of `page` tokens (None: as the answers' length asks for). None of these
+    changes an answer. Raises UserError where the model's attention is not one that slots compute exactly.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Sampler:
         seed: int = 0,
         tp: int = 1,
         agree: Callable[[Tensor], Tensor] | None = None,
-        page: int = PAGE,
+        page: int | None = None,
     ):
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.max_slots, self.kv_memory_gib, self.page = max_slots, kv_memory_gib, page
@@ -126,7 +126,7 @@ class Sampler:
         if self.agree is not None:  # all ranks of a group must cut the work alike
             budget = int(self.agree(torch.tensor([budget], device=self.device)))
         sizes = [len(p.ids) for p in prompts]
-        plan = plan_slots(self.layout, sizes, n, longest, most, budget, self.page)
+        plan = plan_slots(self.layout, sizes, n, longest, most, budget, self.page or answer_page_size(longest))
         slots = Slots(self.layout, plan, self.device)
 
         ids = torch.tensor([p.id for p in prompts], device=self.device).repeat_interleave(n)

@@ -88,10 +88,15 @@ class Pages:
             heapq.heappush(self._free, page)
         self.owner[gone] = -1
 
-    def write(self, layer: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys, values [T, Hk, D] at places `offsets` [T] of `pages` [T]."""
-        self.keys[layer][pages, :, offsets] = keys
-        self.values[layer][pages, :, offsets] = values
+    def write(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys, values [T * Hk, D] at `where` [T * Hk], of `places`."""
+        self.keys[layer].view(-1, keys.shape[1]).index_copy_(0, where, keys)
+        self.values[layer].view(-1, values.shape[1]).index_copy_(0, where, values)
+
+    def places(self, pages: Tensor, offsets: Tensor, heads: int) -> Tensor:
+        """[T * Hk]: which rows of [count * Hk * page] are those at `offsets` [T] of `pages` [T]."""
+        head = torch.arange(heads, device=pages.device)
+        return ((pages[:, None] * heads + head) * self.page + offsets[:, None]).flatten()
 
     def read(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `count` pages, [count, Hk, page, D]."""
@@ -124,6 +129,14 @@ class Prefill:
     offsets: Tensor | None = None  # [T]
     pool: Pages | None = None  # None: nothing is kept but the layout
     layout: dict[int, Layer] = field(default_factory=dict)
+    _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def places(self, heads: int) -> Tensor:
+        """[T * Hk]: where in the pool its keys and values go."""
+        if heads not in self._places:
+            self._places[heads] = self.pool.places(self.pages, self.offsets, heads)
+        return self._places[heads]
+
     _bias: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     def bias(self, at: int, end: int, first: int, window: int | None) -> Tensor:
@@ -156,6 +169,13 @@ class Step:
     members: Tensor  # [B, M], slots that answer each prompt; 0 where there are fewer
     place: Tensor  # [S], each slot's index in [B * M]
     _bias: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def places(self, heads: int) -> Tensor:
+        """[S * Hk]: where among the answers' pages the new keys and values go."""
+        if heads not in self._places:
+            self._places[heads] = self.answers.places(self.page, self.offset, heads)
+        return self._places[heads]
 
     def answer_bias(self, window: int | None) -> Tensor:
         """[n, 1, 1, page]: HIDDEN where a page holds nothing that its slot sees."""

@@ -12,7 +12,7 @@ from gspo.distributed import World
 from gspo.engine import Engine
 from gspo.errors import UserError
 from gspo.logprobs import response_logprobs
-from gspo.memory import plan_slots, prompt_page_size
+from gspo.memory import answer_page_size, plan_slots, prompt_page_size
 from gspo.packing import pack_rows
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling, choose, sample_keys, uniforms
@@ -229,12 +229,17 @@ def test_pages_of_prompts_are_as_large_as_their_lengths_let_them(sizes, page):
     assert prompt_page_size(sizes, 64) == page
 
 
+def test_short_answers_have_small_pages_and_their_prompts_large_ones_still():
+    assert [answer_page_size(longest) for longest in (1, 14, 17, 33, 64, 65, 4096)] == [16, 16, 32, 64, 64, 64, 64]
+    assert [prompt_page_size([size] * 3, 16) for size in (20, 512)] == [32, 512]
+
+
 def test_resident_memory_grows_by_no_more_than_the_budget(run_program):
     """A process whose keys and values dwarf everything else: 64 KiB a token, 1,536 tokens in 96 MiB."""
     done = run_program("tests/kv_memory.py", 96, env={"PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr[-2000:]
     grown, pages = map(float, done.stdout.splitlines()[-1].split())
-    assert 0.5 * 96 < grown < 96 + 24 and pages <= 96
+    assert 0.5 * 96 < grown < 96 + 32 and pages <= 96
 
 
 # ---- how answers end ----
