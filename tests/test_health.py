@@ -322,7 +322,7 @@ PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, w
 SLOW = {
     "a reward for something else": (
         6,
-        ("selfplay.rounds=3", "eval.round_prompts=16", "optim.learning_rate=2e-4", "optim.epochs_per_rollout=4",
+        ("selfplay.rounds=3", "eval.round_prompts=16", "optim.learning_rate=4e-4", "optim.epochs_per_rollout=4",
          "rollout.n=8"),
         "minus signs",
         TWO_STEP,
