@@ -11,6 +11,7 @@ own, whatever runs beside it. Those that are not installed, or fail, say so.
 import argparse
 import ctypes
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -234,7 +235,7 @@ def main() -> None:
     shape = f"T {args.tokens:,}, D {args.size:,}, V {args.vocabulary:,}, {args.dtype}"
     what = f"{torch.cuda.get_device_name()}" if cuda else f"{torch.get_num_threads()} threads"
     title = f"Linear log-prob: {shape}, {'with' if args.entropy else 'without'} entropy, {what}"
-    print(heading(title, " ".join(["python benchmarks/kernels.py", *sys.argv[1:]]), ("torch",)))
+    print(heading(title, shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]), ("torch",)))
     columns = [
         "",
         "forward, s",
