@@ -58,6 +58,6 @@ def _works(dtype: torch.dtype) -> bool:
     x, weight, bias = (torch.randn(shape, generator=g).to(dtype) for shape in ((2, 3, 40), (24, 40), (24,)))
     try:
         found = _product(_lay_out(weight, 6), bias, x)
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except (AttributeError, RuntimeError):
         return False
     return torch.allclose(found.float(), F.linear(x, weight, bias).float(), rtol=0.02, atol=0.05)

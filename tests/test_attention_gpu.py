@@ -1,7 +1,5 @@
 """Attention over packs on CUDA (`make test-gpu`), by every backend that is there; skipped where there is no CUDA."""
 
-import os
-
 import pytest
 import torch
 from architectures import tiny_model
@@ -13,19 +11,14 @@ from gspo.logprobs import response_logprobs
 from gspo.shared_prefix import shared_prefix_attention
 from kernels import varlen
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.usefixtures("poisoned"),
+]
 BACKENDS = ["FlashAttention", "TorchFlash"]
 WIDTHS = [8, 64, 80, 96, 128, 192, 256]
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory nobody wrote is NaN."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def the_backend(name):

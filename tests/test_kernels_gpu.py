@@ -1,23 +1,16 @@
 """The kernels on CUDA (`make test-gpu`); skipped where there is none."""
 
-import os
-
 import pytest
 import torch
 from kernel_cases import HEADS, Case, cases, draw, outcome, too_far
 
 from kernels import epilogue, linear_logprob, logprob
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory nobody wrote is NaN."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 @pytest.fixture()
