@@ -53,10 +53,6 @@ class Case:
     steps: int
     context: int = 0
 
-    @property
-    def chat(self) -> bool:
-        return self.model == SMOLLM2
-
 
 CASES = {
     "SmolLM2-135M, fp32, short prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 600, 4),
@@ -70,7 +66,7 @@ CASES = {
 def write_rows(case: Case, folder: Path) -> tuple[Path, float]:
     """-> a data file, and the mean number of tokens of its prompts as the model gets them."""
     before = "".join(SHOP.format(k, k + 2, k + 3, (k + 2) * (k + 3)) for k in range(case.context))
-    if case.chat:
+    if case.model == SMOLLM2:
         texts = [before + TEMPLATE.format(i + 9, 2 * i + 5, i + 1, i % 4 + 2) for i in range(64)]
     else:
         texts = [f"Solve: {i % 9 + 2}x + {i} = {(i % 9 + 2) * (i % 7) + i}" for i in range(256)]
@@ -115,7 +111,7 @@ def ours(case: Case, rows: Path, steps: int, folder: Path, python: str) -> list[
 def trl(case: Case, rows: Path, steps: int, folder: Path, python: str) -> list[str]:
     numbers = {"prompts": case.prompts, "n": case.n, "new": case.new, "steps": steps}
     flags = [f"--{name}={value}" for name, value in numbers.items()]
-    flags += ["--chat"] * case.chat + ["--bf16"] * (case.precision == "bf16")
+    flags += ["--bf16"] * (case.precision == "bf16")
     return [python, str(ROOT / "benchmarks" / "peers" / "trl_step.py"), str(case.model), str(rows), *flags]
 
 

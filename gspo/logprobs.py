@@ -19,7 +19,7 @@ from gspo.types import Prompt, Rollout
 from kernels import linear_logprob, linear_logprob_and_grad
 
 Autocast = Callable[[], AbstractContextManager]
-Slope = Callable[[Tensor, slice], Tensor]
+Slope = Callable[[Tensor, slice | Tensor], Tensor]
 NOBODY = Prompt(0, (0,), "", "", "")
 
 
@@ -32,23 +32,40 @@ def response_logprobs(model: nn.Module, packed: PackedBatch, temperature: float)
         logprobs = _from_logits(model, packed, temperature)
     else:
         logprobs = inside(model, _from_hidden, packed, temperature)
+    if packed.twins is not None:
+        logprobs = logprobs.index_select(0, packed.twins)
     return logprobs.new_zeros(packed.mask.shape).masked_scatter(packed.mask, logprobs)
 
 
 def surrogate(model: nn.Module, packed: PackedBatch, temperature: float, slope: Slope) -> Tensor:
     """sum slope * log-prob over the response tokens, a scalar whose gradient is the loss's, for a loss that is a sum
-    over tokens: `slope(logprob [P], tokens)` is its dL/dlogprob [P] at the pack's response tokens `tokens` (of M).
+    over tokens: `slope(logprob [P], tokens)` is its dL/dlogprob [P] at the response tokens `tokens` (of M).
 
     Where no logits are held it costs a quarter less in the head than `response_logprobs` and a backward. One backward.
     """
+    if packed.twins is not None:
+        slope = _summed(slope, packed.twins)
     if model.measured_head is None:
         logprobs = _from_logits(model, packed, temperature)
         return (slope(logprobs.detach(), slice(0, len(logprobs))) * logprobs).sum()
     return inside(model, _from_hidden, packed, temperature, slope)
 
 
+def _summed(slope: Slope, twins: Tensor) -> Slope:
+    """A slope at the D tokens of a pack, from one at the M tokens of its responses: the sum over a token's twins."""
+    order, last = twins.argsort(stable=True), twins.bincount().cumsum(0).tolist()
+
+    def summed(logprob: Tensor, held: slice) -> Tensor:
+        first = last[held.start - 1] if held.start else 0
+        tokens = order[first : last[held.stop - 1]]
+        which = twins[tokens] - held.start
+        return torch.zeros_like(logprob).index_add(0, which, slope(logprob.index_select(0, which), tokens))
+
+    return summed
+
+
 def _from_hidden(model: nn.Module, packed: PackedBatch, temperature: float, slope: Slope | None = None) -> Tensor:
-    """[M] log-probs, or with a slope the surrogate; of the [M, V] logits no more than a chunk is held."""
+    """[D] log-probs, or with a slope the surrogate; of the [D, V] logits no more than a chunk is held."""
     head, layer = model.measured_head, model.get_output_embeddings()
     with attention_of(model.config.get_text_config(), PACKED):
         hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
@@ -58,7 +75,7 @@ def _from_hidden(model: nn.Module, packed: PackedBatch, temperature: float, slop
 
 
 def _from_logits(model: nn.Module, packed: PackedBatch, temperature: float) -> Tensor:
-    """[M] log-probs, by the model's own head."""
+    """[D] log-probs, by the model's own head."""
     with attention_of(model.config.get_text_config(), PACKED):
         logits = model(**_inputs(packed), logits_to_keep=packed.scored_by).logits[0]
     if len(logits) != len(packed.targets):  # not every class takes indices
@@ -111,8 +128,8 @@ def check_packing(model: nn.Module) -> None:
     check_architecture(model.config)
     device = next(model.parameters()).device
     prompts = [Prompt(0, (3, 1, 4), "", "", ""), Prompt(1, (1,), "", "", "")]
-    owners, tokens = [0, 0, 1], torch.tensor([[1, 5, 9], [2, 6, 0], [5, 3, 5]], device=device)
-    lengths = torch.tensor([3, 2, 3])
+    owners, tokens = [0, 0, 1], torch.tensor([[1, 5, 9], [1, 6, 0], [5, 3, 5]], device=device)
+    lengths = torch.tensor([3, 2, 3])  # the first two share a token
     try:
         mine = response_logprobs(model, pack(prompts, owners, tokens, lengths), 1.0)
     except (TypeError, KeyError) as e:

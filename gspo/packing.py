@@ -1,13 +1,16 @@
-"""Rows of a rollout as one sequence without padding, in which the responses to a prompt share it.
+"""Rows of a rollout as one sequence without padding, in which the responses to a prompt share it, and one another's
+beginnings.
 
 `[P_1 | P_2 | ... | R_1i | R_1j | ... | R_2i | ...]`: the prompts of the groups that have rows in the pack, then their
-responses; positions restart at |P| for every response. Linear layers see each real token once. Only attention needs
-rows again: it gathers them by the slots kept here, or attends inside the segments kept here.
+responses; positions restart at |P| for every response. Linear layers see each real token once, and a token that
+several responses to a prompt have behind the same tokens only in one of them. Only attention needs rows again: it
+gathers them by the slots kept here, or attends inside the segments kept here.
 """
 
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +21,11 @@ from kernels.varlen import Segments
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """T packed tokens: B prompts and R responses, of which M tokens are response tokens.
+    """T packed tokens: B prompts and R responses of M tokens, of which the pack holds the D that are different.
 
     P and L are the longest prompt and response, K the longest prompt and response together. A slot is a place in the
-    pack; where a row is shorter than its tensor, the row's last slot is repeated.
+    pack; where a row is shorter than its tensor, the row's last slot is repeated. Segments speak of A = T - D + M
+    places: of a pack in which every response has all its tokens.
     """
 
     ids: Tensor  # [1, T]
@@ -31,12 +35,15 @@ class PackedBatch:
     sequence_slots: Tensor  # [R, K], each response behind its prompt: the index is the position
     response_positions: Tensor  # [R, L]
     unpadded: Tensor  # [T], each packed token's index in [B * P prompt tokens, R * L response tokens]
-    targets: Tensor  # [M], response tokens, row by row
-    scored_by: Tensor  # [M], the slot whose hidden state scores each: the token before it
+    targets: Tensor  # [D], the response tokens of the pack
+    scored_by: Tensor  # [D], the slot whose hidden state scores each: the token before it
     mask: Tensor  # [R, L] bool, true on real tokens
+    slots: Tensor | None  # [A], the slot of every token of the prompts and responses; None where all are different
+    held: Tensor | None  # [T], the other way: the first place of each
     prompt_tokens: int  # the responses lie behind them
-    inside: Segments  # B + R of the pack, causal: every prompt, every response
+    inside: Segments  # B + R, causal: every prompt, every response
     across: Segments  # B: the responses to a prompt, and the prompt
+    sequence_places: Tensor  # [R, K], as sequence_slots, in A
     _visible: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
     _within: dict[int, tuple[Tensor, Segments]] = field(default_factory=dict, repr=False)
 
@@ -49,8 +56,13 @@ class PackedBatch:
             self._visible[window] = seen if window is None else seen & (key > query - window)
         return self._visible[window]
 
+    @property
+    def twins(self) -> Tensor | None:
+        """[M]: which of the D each token of the responses is."""
+        return None if self.slots is None else self.slots[self.prompt_tokens :] - self.prompt_tokens
+
     def within(self, window: int) -> tuple[Tensor, Segments]:
-        """Slots [S] of the keys that prompts and responses reach by a window, and B + R causal segments over them.
+        """Places [S] in A of the keys that prompts and responses reach by a window, B + R causal segments over them.
 
         Those of a prompt are its own tokens, those of a response the last window - 1 of its prompt, then its own.
         """
@@ -58,10 +70,10 @@ class PackedBatch:
             start = self.response_positions[:, :1]
             at = torch.arange(self.sequence_slots.shape[1], device=start.device)
             reached = (at > start - window) & (at < start + self.mask.sum(1, keepdim=True))
-            slots = torch.cat([torch.arange(self.prompt_tokens, device=start.device), self.sequence_slots[reached]])
+            places = torch.cat([torch.arange(self.prompt_tokens, device=start.device), self.sequence_places[reached]])
             queries = self.inside.queries.diff().cpu()
             keys = torch.cat([queries[: len(self.prompt_slots)], reached.sum(1).cpu()])
-            self._within[window] = slots, Segments.of(queries, keys, True, window, start.device)
+            self._within[window] = places, Segments.of(queries, keys, True, window, start.device)
         return self._within[window]
 
 
@@ -73,43 +85,85 @@ def pack(prompts: list[Prompt], owners: list[int], tokens: Tensor, lengths: Tens
     device = tokens.device
     p = torch.tensor([len(prompt.ids) for prompt in prompts])
     owner, n = torch.tensor(owners), lengths.cpu()
+    count = int(p.sum())
     prompt_starts = p.cumsum(0) - p
-    row_starts = p.sum() + n.cumsum(0) - n
+    row_starts = count + n.cumsum(0) - n
 
     at = torch.arange(int((p[owner] + n).max()))  # positions in a row
     prompt_at, response_at = at[: int(p.max())], at[: int(n.max())]
     prompt_mask, mask = prompt_at < p[:, None], response_at < n[:, None]
     prompt_slots = prompt_starts[:, None] + torch.minimum(prompt_at, p[:, None] - 1)
     response_at = torch.minimum(response_at, n[:, None] - 1)
-    response_slots = row_starts[:, None] + response_at
+    response_places = row_starts[:, None] + response_at
     in_prompt = at < p[owner, None]
     own = row_starts[:, None] + torch.minimum(at - p[owner, None], n[:, None] - 1)
-    sequence_slots = torch.where(in_prompt, prompt_starts[owner, None] + at, own)
+    sequence_places = torch.where(in_prompt, prompt_starts[owner, None] + at, own)
     response_positions = p[owner, None] + response_at
-    scored_by = torch.cat([prompt_starts[owner, None] + p[owner, None] - 1, response_slots[:, :-1]], 1)[mask]
-
+    scored_by = torch.cat([prompt_starts[owner, None] + p[owner, None] - 1, response_places[:, :-1]], 1)[mask]
     unpadded = torch.cat([prompt_mask.flatten(), mask.flatten()]).nonzero().squeeze(1)
     positions = torch.cat([prompt_at.expand_as(prompt_mask)[prompt_mask], response_positions[mask]])
+    prompt_ids = torch.tensor(list(chain.from_iterable(prompt.ids for prompt in prompts)))
+    ids = torch.cat([prompt_ids, tokens.cpu()[:, : mask.shape[1]][mask]])
+
+    slots, held = _different(owners, ids[count:], n, count)
+    response_slots, sequence_slots = response_places, sequence_places
+    if slots is not None:
+        response_slots, sequence_slots, scored_by = (slots[x] for x in (response_places, sequence_places, scored_by))
+        unpadded, positions, ids, scored_by = (
+            unpadded[held],
+            positions[held],
+            ids[held],
+            scored_by[held[count:] - count],
+        )
     answered = torch.zeros_like(p).index_add(0, owner, n)  # response tokens of each prompt
     lengths = torch.cat([p, n])
-    prompt_ids = torch.tensor(list(chain.from_iterable(prompt.ids for prompt in prompts)), device=device)
-    mask = mask.to(device)
-    targets = tokens[:, : mask.shape[1]][mask]
     return PackedBatch(
-        ids=torch.cat([prompt_ids, targets])[None],
+        ids=ids.to(device)[None],
         positions=positions.to(device)[None],
         prompt_slots=prompt_slots.to(device),
         response_slots=response_slots.to(device),
         sequence_slots=sequence_slots.to(device),
         response_positions=response_positions.to(device),
         unpadded=unpadded.to(device),
-        targets=targets,
+        targets=ids[count:].to(device),
         scored_by=scored_by.to(device),
-        mask=mask,
-        prompt_tokens=len(prompt_ids),
+        mask=mask.to(device),
+        slots=None if slots is None else slots.to(device),
+        held=None if held is None else held.to(device),
+        prompt_tokens=count,
         inside=Segments.of(lengths, lengths, causal=True, device=device),
         across=Segments.of(answered, p, device=device),
+        sequence_places=sequence_places.to(device),
     )
+
+
+def _different(owners: list[int], tokens: Tensor, n: Tensor, before: int) -> tuple[Tensor | None, Tensor | None]:
+    """Responses tokens [M], one behind the other, n [R] of each, behind `before` others -> (`slots`, `held`).
+
+    Two tokens are one if the responses are of the same owner and equal up to them. In alphabetical order, responses
+    that begin alike are neighbours, and a token is new where its response differs from the one above.
+    """
+    rows = tokens.numpy().astype(">u4")  # as bytes they compare as they do
+    texts = [x.tobytes() for x in np.split(rows, n.cumsum(0)[:-1].numpy())]
+    order = sorted(range(len(texts)), key=lambda r: (owners[r], texts[r]))
+    width, table = int(n.max()), np.zeros((len(texts), int(n.max())), dtype=np.int64)
+    mask = np.arange(width) < n.numpy()[:, None]
+    table[mask] = tokens.numpy()
+    table, mask, owner = table[order], mask[order], np.array(owners)[order]
+    like = (table[1:] == table[:-1]) & mask[1:] & mask[:-1] & (owner[1:] == owner[:-1])[:, None]
+    new = np.ones_like(mask)
+    new[1:] = ~np.logical_and.accumulate(like, axis=1)
+    if new[mask].all():
+        return None, None
+    first = np.maximum.accumulate(np.where(new, np.arange(len(new))[:, None], 0), axis=0)
+    names = np.empty_like(first)
+    names[order] = first * width + np.arange(width)
+    back = np.empty_like(mask)
+    back[order] = mask
+    _, where, which = np.unique(names[back], return_index=True, return_inverse=True)
+    rank = where.argsort().argsort()  # the pack holds the first of equals, in the order of the rows
+    prompts, where = torch.arange(before), torch.from_numpy(np.sort(where))
+    return torch.cat([prompts, before + torch.from_numpy(rank[which])]), torch.cat([prompts, before + where])
 
 
 def pack_rows(rollout: Rollout, rows: list[Row]) -> PackedBatch:

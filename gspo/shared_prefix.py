@@ -67,11 +67,28 @@ def shared_prefix_attention(
 
     A window shorter than the longest sequence reaches from a response into its prompt, from each token less deep. There
     a response's keys are the prompt tokens that its first token reaches, then its own: copies, but of at most
-    window - 1 tokens a response; and one causal varlen attention with a window is all of it.
+    window - 1 tokens a response; and one causal varlen attention with a window is all of it. Tokens that responses
+    share are multiplied for it, and one result of each is kept.
     """
+    if pack.slots is not None:
+        query, key, value = (x.index_select(0, pack.slots) for x in (query, key, value))
+    out = _over_all(query, key, value, pack, backend, scale, softcap, window)
+    return out if pack.held is None else out.index_select(0, pack.held)
+
+
+def _over_all(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pack: PackedBatch,
+    backend: Backend,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
     if window is None or window >= pack.sequence_slots.shape[1]:
         inside, across = (Rule(x, scale, softcap) for x in (pack.inside, pack.across))
         return _SharedPrefix.apply(query, key, value, backend, inside, across, pack.prompt_tokens)
-    slots, segments = pack.within(window)
-    key, value = (x.index_select(0, slots) for x in (key, value))
+    places, segments = pack.within(window)
+    key, value = (x.index_select(0, places) for x in (key, value))
     return _SharedPrefix.apply(query, key, value, backend, Rule(segments, scale, softcap), None, 0)

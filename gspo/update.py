@@ -161,7 +161,7 @@ class Updater:
             fixed = (update.logprobs, coefs, weights, *self._kl_of(exp, slice(None)))
             fixed = [x[g, i, : packed.mask.shape[1]][packed.mask] for x in fixed]
 
-            def slope(logprob: Tensor, tokens: slice) -> Tensor:
+            def slope(logprob: Tensor, tokens: slice | Tensor) -> Tensor:
                 old, coef, weight, reference, sampled = (x[tokens] for x in fixed)
                 with torch.enable_grad():
                     leaf = logprob.detach().requires_grad_()

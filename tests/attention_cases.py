@@ -21,9 +21,11 @@ LARGE = (
 )
 
 
-def a_pack(shape, device="cpu"):
+def a_pack(shape, device="cpu", alphabet=10**9):
+    """Tokens of a small alphabet give responses that begin alike; of 10^9, none."""
     prompts, owners, lengths = shape
-    tokens = torch.zeros(len(owners), max(lengths), dtype=torch.long, device=device)
+    g = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, alphabet, (len(owners), max(lengths)), generator=g).to(device)
     prompts = [Prompt(i, (5,) * n, "", "", "") for i, n in enumerate(prompts)]
     return pack(prompts, owners, tokens, torch.tensor(lengths, device=device))
 

@@ -44,10 +44,26 @@ def test_what_a_response_sees_by_hand():
     assert padded.visible(1)[0, 0].int().tolist() == 3 * [[0, 0, 0, 1]], "padding sees what the last token sees"
 
 
+def test_responses_that_begin_alike_by_hand():
+    """Three of one prompt, the middle one a beginning of the first; behind another prompt they are other tokens."""
+    tokens = torch.tensor([[30, 31, 32], [30, 31, 0], [30, 40, 32], [30, 31, 0]])
+    packed = pack(PROMPTS, [0, 0, 0, 1], tokens, torch.tensor([3, 2, 3, 2]))
+    assert packed.ids.tolist() == [[10, 11, 12, 20, 30, 31, 32, 40, 32, 30, 31]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 3, 4, 5, 4, 5, 1, 2]]
+    assert packed.targets.tolist() == [30, 31, 32, 40, 32, 30, 31]
+    assert packed.scored_by.tolist() == [2, 4, 5, 4, 7, 3, 9]
+    assert packed.response_slots.tolist() == [[4, 5, 6], [4, 5, 5], [4, 7, 8], [9, 10, 10]]
+    assert packed.sequence_slots[:, :3].tolist() == [[0, 1, 2]] * 3 + [[3, 9, 10]]
+    assert packed.twins.tolist() == [0, 1, 2, 0, 1, 0, 3, 4, 5, 6]
+    assert packed.slots.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4, 7, 8, 9, 10]
+    assert packed.held.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13]
+    assert packed.inside.queries.tolist() == [0, 3, 4, 7, 9, 12, 14], "segments know nothing of it"
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_packed_rows_are_the_rollouts(data):
-    """Whatever the lengths, and whichever rows of whichever groups are in the pack."""
+    """Whatever the lengths, whichever rows of whichever groups are in the pack, and whatever they have in common."""
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     n = data.draw(st.integers(1, 3))
     lengths = torch.tensor(data.draw(st.lists(st.lists(st.integers(1, 4), min_size=n, max_size=n),
@@ -55,6 +71,9 @@ def test_packed_rows_are_the_rollouts(data):
     prompts = [Prompt(g, tuple(range(100 * g, 100 * g + size)), "", "", "") for g, size in enumerate(sizes)]
     width = int(lengths.max())
     tokens = 1000 + torch.arange(len(sizes) * n * width).view(len(sizes), n, width)
+    if data.draw(st.booleans()):
+        tokens = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=tokens.numel(), max_size=tokens.numel())))
+        tokens = tokens.view(len(sizes), n, width)
     zeros = torch.zeros(tokens.shape)
     rollout = Rollout(prompts, tokens, lengths, zeros, zeros, lengths > 0, [[""] * n] * len(sizes))
     every = [(g, i) for g in range(len(sizes)) for i in range(n)]
@@ -62,10 +81,11 @@ def test_packed_rows_are_the_rollouts(data):
     packed = pack_rows(rollout, rows)
 
     ids, positions = packed.ids[0], packed.positions[0]
-    used = {g for g, _ in rows}
-    expected = sum(sizes[g] for g in used) + sum(int(lengths[row]) for row in rows)
-    assert len(ids) == len(ids.unique()) == expected, "each token once"
-    scored = iter(zip(packed.scored_by.tolist(), packed.targets.tolist(), strict=True))
+    beginnings = [(g, *tokens[g, i, :k].tolist()) for g, i in rows for k in range(1, int(lengths[g, i]) + 1)]
+    assert len(ids) == sum(sizes[g] for g in {g for g, _ in rows}) + len(set(beginnings)), "each token once"
+    twins = torch.arange(len(packed.targets)) if packed.twins is None else packed.twins
+    assert (packed.twins is None) == (len(beginnings) == len(packed.targets))
+    scored = iter(zip(packed.scored_by[twins].tolist(), packed.targets[twins].tolist(), strict=True))
     for r, (g, i) in enumerate(rows):
         response = tokens[g, i, : lengths[g, i]].tolist()
         sequence = [*prompts[g].ids, *response]
@@ -74,6 +94,6 @@ def test_packed_rows_are_the_rollouts(data):
         assert slots[sizes[g] :].tolist() == packed.response_slots[r, : len(response)].tolist()
         for k, token in enumerate(response):
             slot, target = next(scored)
-            assert target == token and ids[slot] == sequence[sizes[g] + k - 1]
+            assert target == token and slot == slots[sizes[g] + k - 1]
     padded = torch.cat([ids[packed.prompt_slots].flatten(), ids[packed.response_slots].flatten()])
     assert padded[packed.unpadded].equal(ids)

@@ -43,10 +43,11 @@ def worst(mine, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alphabet", [10**9, 2], ids=["all different", "beginnings alike"])
 @pytest.mark.parametrize("shape", PACKS)
-def test_outputs_and_gradients_equal_those_row_by_row(shape, kind):
+def test_outputs_and_gradients_equal_those_row_by_row(shape, alphabet, kind):
     """Grouped queries, and values narrower than keys; in float64, and in float32 as near as rows are."""
-    packed = a_pack(PACKS[shape])
+    packed = a_pack(PACKS[shape], alphabet=alphabet)
     tensors = draw(packed, 4, 2, 6, value_width=5)
     expected = outcome(by_rows(packed, **KINDS[kind]), tensors)
     assert worst(outcome(two_parts(packed, **KINDS[kind]), tensors), expected) < 1e-12

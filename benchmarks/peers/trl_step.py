@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on the work of benchmarks/step.py: a line `step k` when an optimizer step ends, then its lengths.
 
-    python benchmarks/peers/trl_step.py MODEL ROWS.json --prompts 4 --n 8 --new 64 --steps 3 [--chat] [--bf16]
+    python benchmarks/peers/trl_step.py MODEL ROWS.json --prompts 4 --n 8 --new 64 --steps 3 [--bf16]
 
 One step a batch, a reference model for the KL term, no gradient checkpointing. Its own defaults otherwise.
 """
@@ -16,13 +16,9 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 
-def content(completion: str | list[dict]) -> str:
-    return completion if isinstance(completion, str) else completion[0]["content"]
-
-
 def reward(completions: list, **_) -> list[float]:
     """The score of benchmarks/step_reward.py."""
-    return [len(set(content(c))) / 100 for c in completions]
+    return [len(set(c[0]["content"])) / 100 for c in completions]
 
 
 class Steps(TrainerCallback):
@@ -45,11 +41,10 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     for name in ("prompts", "n", "new", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--chat", action="store_true", help="prompts as chats")
     parser.add_argument("--bf16", action="store_true")
     a = parser.parse_args()
     texts = [row["prompt"] for row in json.loads(a.rows.read_text(encoding="utf-8"))]
-    prompts = [[{"role": "user", "content": text}] for text in texts] if a.chat else texts
+    prompts = [[{"role": "user", "content": text}] for text in texts]
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=a.prompts * a.n,
