@@ -7,7 +7,7 @@ several responses to a prompt have behind the same tokens only in one of them. O
 gathers them by the slots kept here, or attends inside the segments kept here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 
 import numpy as np
@@ -21,7 +21,8 @@ from kernels.varlen import Segments
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """T packed tokens: B prompts and R responses of M tokens, of which the pack holds the D that are different.
+    """T packed tokens: B prompts and R responses of M tokens, of which the pack holds the D that are different, in rows
+    of R' responses: one that another begins with needs none.
 
     P and L are the longest prompt and response, K the longest prompt and response together. A slot is a place in the
     pack; where a row is shorter than its tensor, the row's last slot is repeated. Segments speak of A = T - D + M
@@ -31,10 +32,10 @@ class PackedBatch:
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
     prompt_slots: Tensor  # [B, P]
-    response_slots: Tensor  # [R, L]
-    sequence_slots: Tensor  # [R, K], each response behind its prompt: the index is the position
-    response_positions: Tensor  # [R, L]
-    unpadded: Tensor  # [T], each packed token's index in [B * P prompt tokens, R * L response tokens]
+    response_slots: Tensor  # [R', L]
+    sequence_slots: Tensor  # [R', K], each response behind its prompt: the index is the position
+    response_positions: Tensor  # [R', L]
+    unpadded: Tensor  # [T], each packed token's index in [B * P prompt tokens, R' * L response tokens]
     targets: Tensor  # [D], the response tokens of the pack
     scored_by: Tensor  # [D], the slot whose hidden state scores each: the token before it
     mask: Tensor  # [R, L] bool, true on real tokens
@@ -43,18 +44,23 @@ class PackedBatch:
     prompt_tokens: int  # the responses lie behind them
     inside: Segments  # B + R, causal: every prompt, every response
     across: Segments  # B: the responses to a prompt, and the prompt
-    sequence_places: Tensor  # [R, K], as sequence_slots, in A
+    sequence_places: Tensor  # [R, K], each response behind its prompt, in A
+    behind: Tensor  # [R], the length of each response's prompt
     _visible: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
     _within: dict[int, tuple[Tensor, Segments]] = field(default_factory=dict, repr=False)
 
     def visible(self, window: int | None) -> Tensor:
-        """[R, 1, L, K] bool: which tokens of its own sequence a response token attends to, itself included."""
+        """[R', 1, L, K] bool: which tokens of its own sequence a response token attends to, itself included."""
         if window not in self._visible:
             query = self.response_positions[:, None, :, None]
             key = torch.arange(self.sequence_slots.shape[1], device=query.device)
             seen = key <= query
             self._visible[window] = seen if window is None else seen & (key > query - window)
         return self._visible[window]
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
 
     @property
     def twins(self) -> Tensor | None:
@@ -67,8 +73,8 @@ class PackedBatch:
         Those of a prompt are its own tokens, those of a response the last window - 1 of its prompt, then its own.
         """
         if window not in self._within:
-            start = self.response_positions[:, :1]
-            at = torch.arange(self.sequence_slots.shape[1], device=start.device)
+            start = self.behind[:, None]
+            at = torch.arange(self.sequence_places.shape[1], device=start.device)
             reached = (at > start - window) & (at < start + self.mask.sum(1, keepdim=True))
             places = torch.cat([torch.arange(self.prompt_tokens, device=start.device), self.sequence_places[reached]])
             queries = self.inside.queries.diff().cpu()
@@ -105,35 +111,52 @@ def pack(prompts: list[Prompt], owners: list[int], tokens: Tensor, lengths: Tens
     prompt_ids = torch.tensor(list(chain.from_iterable(prompt.ids for prompt in prompts)))
     ids = torch.cat([prompt_ids, tokens.cpu()[:, : mask.shape[1]][mask]])
 
-    slots, held = _different(owners, ids[count:], n, count)
-    response_slots, sequence_slots = response_places, sequence_places
-    if slots is not None:
-        response_slots, sequence_slots, scored_by = (slots[x] for x in (response_places, sequence_places, scored_by))
-        unpadded, positions, ids, scored_by = (
-            unpadded[held],
-            positions[held],
-            ids[held],
-            scored_by[held[count:] - count],
-        )
     answered = torch.zeros_like(p).index_add(0, owner, n)  # response tokens of each prompt
     lengths = torch.cat([p, n])
-    return PackedBatch(
-        ids=ids.to(device)[None],
-        positions=positions.to(device)[None],
-        prompt_slots=prompt_slots.to(device),
-        response_slots=response_slots.to(device),
-        sequence_slots=sequence_slots.to(device),
-        response_positions=response_positions.to(device),
-        unpadded=unpadded.to(device),
-        targets=ids[count:].to(device),
-        scored_by=scored_by.to(device),
-        mask=mask.to(device),
-        slots=None if slots is None else slots.to(device),
-        held=None if held is None else held.to(device),
+    whole = PackedBatch(
+        ids=ids[None],
+        positions=positions[None],
+        prompt_slots=prompt_slots,
+        response_slots=response_places,
+        sequence_slots=sequence_places,
+        response_positions=response_positions,
+        unpadded=unpadded,
+        targets=ids[count:],
+        scored_by=scored_by,
+        mask=mask,
+        slots=None,
+        held=None,
         prompt_tokens=count,
         inside=Segments.of(lengths, lengths, causal=True, device=device),
         across=Segments.of(answered, p, device=device),
-        sequence_places=sequence_places.to(device),
+        sequence_places=sequence_places,
+        behind=p[owner],
+    )
+    return _without_twins(whole, owners, n).to(device)
+
+
+def _without_twins(whole: PackedBatch, owners: list[int], n: Tensor) -> PackedBatch:
+    """The pack with one of each of the tokens that are the same behind the same tokens, and rows for these only."""
+    slots, held = _different(owners, whole.targets, n, whole.prompt_tokens)
+    if slots is None:
+        return whole
+    of_prompts, width = whole.prompt_slots.numel(), whole.mask.shape[1]
+    unpadded, mine = whole.unpadded[held], held[whole.prompt_tokens :] - whole.prompt_tokens
+    row = (unpadded[whole.prompt_tokens :] - of_prompts) // width
+    rows, which = row.unique(return_inverse=True)
+    unpadded[whole.prompt_tokens :] += (which - row) * width
+    return replace(
+        whole,
+        ids=whole.ids[:, held],
+        positions=whole.positions[:, held],
+        response_slots=slots[whole.response_slots[rows]],
+        sequence_slots=slots[whole.sequence_slots[rows]],
+        response_positions=whole.response_positions[rows],
+        unpadded=unpadded,
+        targets=whole.targets[mine],
+        scored_by=slots[whole.scored_by[mine]],
+        slots=slots,
+        held=held,
     )
 
 

@@ -52,8 +52,10 @@ def test_responses_that_begin_alike_by_hand():
     assert packed.positions.tolist() == [[0, 1, 2, 0, 3, 4, 5, 4, 5, 1, 2]]
     assert packed.targets.tolist() == [30, 31, 32, 40, 32, 30, 31]
     assert packed.scored_by.tolist() == [2, 4, 5, 4, 7, 3, 9]
-    assert packed.response_slots.tolist() == [[4, 5, 6], [4, 5, 5], [4, 7, 8], [9, 10, 10]]
-    assert packed.sequence_slots[:, :3].tolist() == [[0, 1, 2]] * 3 + [[3, 9, 10]]
+    assert packed.response_slots.tolist() == [[4, 5, 6], [4, 7, 8], [9, 10, 10]], "no row for what another begins with"
+    assert packed.sequence_slots[:, :3].tolist() == [[0, 1, 2]] * 2 + [[3, 9, 10]]
+    assert packed.response_positions.tolist() == [[3, 4, 5], [3, 4, 5], [1, 2, 2]]
+    assert packed.unpadded.tolist() == [0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13]
     assert packed.twins.tolist() == [0, 1, 2, 0, 1, 0, 3, 4, 5, 6]
     assert packed.slots.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4, 7, 8, 9, 10]
     assert packed.held.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13]
@@ -86,14 +88,17 @@ def test_packed_rows_are_the_rollouts(data):
     twins = torch.arange(len(packed.targets)) if packed.twins is None else packed.twins
     assert (packed.twins is None) == (len(beginnings) == len(packed.targets))
     scored = iter(zip(packed.scored_by[twins].tolist(), packed.targets[twins].tolist(), strict=True))
+    before = sum(sizes[g] for g in {g for g, _ in rows})
+    slots = torch.arange(before + len(beginnings)) if packed.slots is None else packed.slots
     for r, (g, i) in enumerate(rows):
         response = tokens[g, i, : lengths[g, i]].tolist()
         sequence = [*prompts[g].ids, *response]
-        slots = packed.sequence_slots[r, : len(sequence)]
-        assert ids[slots].tolist() == sequence and positions[slots].tolist() == list(range(len(sequence)))
-        assert slots[sizes[g] :].tolist() == packed.response_slots[r, : len(response)].tolist()
+        mine = slots[packed.sequence_places[r, : len(sequence)]]
+        assert ids[mine].tolist() == sequence and positions[mine].tolist() == list(range(len(sequence)))
         for k, token in enumerate(response):
             slot, target = next(scored)
-            assert target == token and slot == slots[sizes[g] + k - 1]
+            assert target == token and slot == mine[sizes[g] + k - 1]
+    for own, sequence in zip(packed.response_slots, packed.sequence_slots, strict=True):
+        assert sequence[positions[own]].equal(own), "the index is the position"
     padded = torch.cat([ids[packed.prompt_slots].flatten(), ids[packed.response_slots].flatten()])
     assert padded[packed.unpadded].equal(ids)
