@@ -7,6 +7,7 @@ Juravsky et al. 2024), each slot asks its own pages, and the two parts are merge
 
 import math
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -66,18 +67,25 @@ def attend_prompts(
         rows = (x[0].transpose(0, 1).flatten(0, 1) for x in (key, value))
         p.pool.write(layer, p.places(key.shape[1]), *rows)
     heads, kv_heads = query.shape[1], key.shape[1]
-    keys, values = key[0].contiguous(), value[0].contiguous()
     out = query.new_empty(query.shape[2], heads, value.shape[3])
-    for start, size in zip(p.starts, p.sizes, strict=True):
+    start = 0
+    for size, alike in groupby(p.sizes):  # neighbours of one length go together
+        count = len(list(alike))
+        mine = slice(start, start := start + count * size)
+        q, keys, values = (x[0, :, mine].unflatten(1, (count, size)) for x in (query, key, value))
+        keys, values = (x.flatten(0, 1).contiguous() for x in (keys, values))
+        found = out[mine].view(count, size, heads, -1)
         for at in range(0, size, QUERIES):
             end = min(at + QUERIES, size)
             first = 0 if window is None else max(0, at + 1 - window)
-            mine, seen = slice(start + at, start + end), slice(start + first, start + end)
-            q = query[0, :, mine].reshape(kv_heads, -1, query.shape[3])
-            shape = (kv_heads, heads // kv_heads, end - at)
+            some = (
+                q[:, :, at:end].unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(kv_heads * count, -1, q.shape[3])
+            )
+            shape = (kv_heads * count, heads // kv_heads, end - at)
             bias = p.bias(at, end, first, window)
-            found, total, _ = weigh(q, keys[:, seen], values[:, seen], shape, bias, scale, softcap)
-            out[mine] = found.div_(total).flatten(0, 1).transpose(0, 1)
+            sums, total, _ = weigh(some, keys[:, first:end], values[:, first:end], shape, bias, scale, softcap)
+            sums = sums.div_(total).view(kv_heads, count, *sums.shape[1:])
+            found[:, at:end] = sums.permute(1, 3, 0, 2, 4).flatten(2, 3)
     return out[None]
 
 

@@ -123,7 +123,6 @@ class Prefill:
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
     last: Tensor  # [B], where each prompt ends
-    starts: list[int]  # B
     sizes: list[int]  # B
     pages: Tensor | None = None  # [T], where its keys and values go
     offsets: Tensor | None = None  # [T]
@@ -212,7 +211,6 @@ def side_by_side(prompts: list[tuple[int, ...]], device: torch.device) -> Prefil
         ids=torch.tensor([list(chain.from_iterable(prompts))], device=device),
         positions=torch.cat([torch.arange(size) for size in sizes])[None].to(device),
         last=torch.tensor(ends, device=device) - 1,
-        starts=[end - size for end, size in zip(ends, sizes, strict=True)],
         sizes=sizes,
     )
 
