@@ -42,7 +42,8 @@ SHOP = "Example {}: a shop sells {} pens at {} coins each, so they cost {} coins
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work. `context`: worked examples in front of each question."""
+    """One piece of work. `context`: worked examples in front of each question; `rows`: answers that TRL trains on at a
+    time, where all at once do not fit 24 GB."""
 
     model: Path
     precision: str
@@ -52,13 +53,14 @@ class Case:
     micro_batch_tokens: int
     steps: int
     context: int = 0
+    rows: int | None = None
 
 
 CASES = {
     "SmolLM2-135M, fp32, short prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 600, 4),
     "SmolLM2-135M, bf16, short prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 600, 4),
-    "SmolLM2-135M, fp32, 512-token prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 1100, 3, context=17),
-    "SmolLM2-135M, bf16, 512-token prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1100, 3, context=17),
+    "SmolLM2-135M, fp32, 512-token prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 1100, 3, context=17, rows=8),
+    "SmolLM2-135M, bf16, 512-token prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1100, 3, context=17, rows=8),
     "0.6 M parameters, fp32": Case(MODEL_DIR, "fp32", 64, 4, 14, 16384, 40),
 }
 
@@ -109,7 +111,8 @@ def ours(case: Case, rows: Path, steps: int, folder: Path, python: str) -> list[
 
 
 def trl(case: Case, rows: Path, steps: int, folder: Path, python: str) -> list[str]:
-    numbers = {"prompts": case.prompts, "n": case.n, "new": case.new, "steps": steps}
+    rows_at_once = case.rows or case.prompts * case.n
+    numbers = {"prompts": case.prompts, "n": case.n, "new": case.new, "steps": steps, "rows_at_once": rows_at_once}
     flags = [f"--{name}={value}" for name, value in numbers.items()]
     flags += ["--bf16"] * (case.precision == "bf16")
     return [python, str(ROOT / "benchmarks" / "peers" / "trl_step.py"), str(case.model), str(rows), *flags]

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on the work of benchmarks/step.py: a line `step k` when an optimizer step ends, then its lengths.
 
-    python benchmarks/peers/trl_step.py MODEL ROWS.json --prompts 4 --n 8 --new 64 --steps 3 [--bf16]
+    python benchmarks/peers/trl_step.py MODEL ROWS.json --prompts 4 --n 8 --new 64 --steps 3 --rows_at_once 32 [--bf16]
 
 One step a batch, a reference model for the KL term, no gradient checkpointing. Its own defaults otherwise.
 """
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("rows", type=Path)
-    for name in ("prompts", "n", "new", "steps"):
+    for name in ("prompts", "n", "new", "steps", "rows_at_once"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--bf16", action="store_true")
     a = parser.parse_args()
@@ -47,7 +47,8 @@ def main() -> None:
     prompts = [[{"role": "user", "content": text}] for text in texts]
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=a.prompts * a.n,
+        per_device_train_batch_size=a.rows_at_once,
+        gradient_accumulation_steps=a.prompts * a.n // a.rows_at_once,
         num_generations=a.n,
         max_completion_length=a.new,
         max_steps=a.steps,
