@@ -1,5 +1,8 @@
 """A run with one step of AdamW behind it, for the tests of its folder and its checkpoints."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,3 +54,14 @@ def a_run(output_dir: Path, tokenizer, *overrides: str) -> SavedRun:
     policy(input_ids=torch.tensor([[3, 9, 8]])).logits.square().sum().backward()
     optimizer.step()
     return SavedRun(cfg, folder, policy, optimizer, opponent, Checkpoints(folder, cfg, tokenizer, ALONE))
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As if the disk were full for what is larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,13 +1,11 @@
 """Checkpoints: everything comes back, whoever wrote it and however long that took; a full disk costs nothing else."""
 
-import resource
 import subprocess
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
-from saved_run import ALONE, a_run
+from saved_run import ALONE, a_run, no_file_above
 
 from gspo import checkpoint as ckpt
 from gspo import manifest
@@ -111,16 +109,6 @@ def test_a_step_is_the_best_when_its_held_out_accuracy_is_above_all_before():
 
 
 # ---- a disk that is full ----
-
-
-@contextmanager
-def no_file_above(size):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_checkpoint_that_finds_no_room_is_told_of_and_the_next_one_succeeds(run, capsys):
