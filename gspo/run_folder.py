@@ -154,7 +154,10 @@ def _set_aside(folder: Path) -> None:
 
 
 def keep_reward_function(folder: Path, source: str, step: int) -> None:
-    """A copy of the reward function beside the run; one that has changed since is told of, and both are kept."""
+    """A copy of the reward function beside the run; one that has changed since is told of, and both are kept.
+
+    For the main process; OSError when they cannot be written.
+    """
     kept = folder / "reward_func.py"
     if kept.exists() and step and (before := kept.read_text(encoding="utf-8")) != source:
         older = folder / f"reward_func_until_step_{step}.py"
