@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from gspo import checkpoint as ckpt
 from gspo.cli import guarded
 from gspo.config import Config, load_config, set_value
 from gspo.data import load_splits
 from gspo.distributed import World, session
 from gspo.errors import UserError
 from gspo.evaluation import Answers, answer, report, table
+from gspo.files import write_json
 from gspo.model import load_model, load_model_config, load_tokenizer
 from gspo.precision import DTYPES, settle
 from gspo.progress import say
 from gspo.reward import Scorer
 from gspo.rollout import Sampler
+from gspo.run_folder import latest
 from gspo.sampling import Sampling
 from gspo.selfplay import win_rate
 
@@ -89,7 +90,7 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
 def main() -> None:
     args = options()
     name = args.model
-    if name and (newest := ckpt.latest(Path(name))):
+    if name and (newest := latest(Path(name))):
         name = str(newest)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
@@ -105,14 +106,14 @@ def main() -> None:
         columns = {"all": result, **result.get("by_data_source", {})}
         say(f"\n{title}\n{table(columns)}")
         if args.compare:
-            other = ckpt.latest(Path(args.compare)) or args.compare
+            other = latest(Path(args.compare)) or args.compare
             theirs = evaluate(str(other), cfg, world)
             wins, ties = win_rate(torch.tensor(mine.rewards), torch.tensor(theirs.rewards), cfg.objective.margin)
             result["compare"] = {"other": str(other), "win_rate": wins, "ties": ties, **report(theirs)}
             say(f"\nwin rate against {other}: {wins:.3f} (ties count half; {ties:.3f} are ties)")
             say(table({"this": result, "other": result["compare"]}))
         if args.json and world.is_main:
-            ckpt.write_json(args.json, {"model": str(name or "embedded"), **result})
+            write_json(args.json, {"model": str(name or "embedded"), **result})
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from gspo import checkpoint as ckpt
 from gspo.balance import balance
 from gspo.check_data import require_gold
+from gspo.checkpoint import Checkpoints, State, load_order, load_state, restore
 from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
 from gspo.data import Splits, load_splits
 from gspo.distributed import World, session
 from gspo.errors import UserError
 from gspo.evaluation import answer, correct_of, report
+from gspo.files import write_json
 from gspo.given import with_solutions
 from gspo.measure import Clock, Meter, kl_to, observe, peak_memory_gib
 from gspo.model import load_model_config, load_tokenizer
@@ -30,9 +31,11 @@ from gspo.objective import NEEDS_SOLUTIONS
 from gspo.order import Batches
 from gspo.pairs import forks, preferences
 from gspo.precision import DTYPES, settle
+from gspo.preemption import Preemption
 from gspo.progress import say
 from gspo.reward import Scorer
 from gspo.rollout import EVAL, Sampler
+from gspo.run_folder import keep_reward_function, latest, needs_test, open_run
 from gspo.sampling import Sampling
 from gspo.selfplay import Selves, round_of, win_rate
 from gspo.tracking import Tracker, sample_rows
@@ -54,8 +57,10 @@ class Run:
     sampling: Sampling
     updater: Updater
     tracker: Tracker
-    state: ckpt.State
+    state: State
     folder: Path
+    checkpoints: Checkpoints
+    preemption: Preemption
 
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
@@ -73,17 +78,37 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
 
     run = start(cfg, world, model_config, tokenizer, splits, batches, scorer)
-    selves, sampler, state, tracker = run.selves, run.sampler, run.state, run.tracker
-    if run.state.step:
+    state = run.state
+    if state.step:
         say(f"{run.folder}: {state.step} of {total} steps done")
     elif splits.test and cfg.eval.before_and_after:
         test(run, "eval_before")
     if state.step == 0:
         held_out(run, 0, ends_round=True)
 
+    with run.checkpoints as checkpoints:  # what is being written when something fails is written to its end
+        alarm, signal = play(run, total)
+        if state.step:
+            save(run)
+            checkpoints.require(state.step)
+        run.tracker.close()
+    if alarm:
+        raise UserError(f"stopped after step {state.step}, with a checkpoint: {alarm}")
+    if signal:
+        return say(f"{signal}: left after step {state.step} of {total}; the same command goes on from there")
+    if splits.test and cfg.eval.before_and_after and needs_test(run.folder, "eval_after", state.step, world):
+        test(run, "eval_after")
+    if world.is_main:
+        say(final_words(run.folder, latest(run.folder / "checkpoints")))
+
+
+def play(run: Run, total: int) -> tuple[str, str]:
+    """Take steps until there are `total` -> the alarm, and the signal, that ended it earlier, or "" and ""."""
+    cfg, world, batches, scorer = run.cfg, run.world, run.batches, run.scorer
+    selves, sampler, state, tracker = run.selves, run.sampler, run.state, run.tracker
     while state.step < total:
-        if alarm := world.from_main(lambda: tracker.health.alarmed):  # of the last step, or of the run resumed
-            raise UserError(f"stopped after step {state.step}, with a checkpoint: {alarm}")
+        if any(early := reasons_to_end(run)):
+            return early
         step, clock = state.step, Clock(world.device)
         batch = batches.take()
         with clock("rollout"):
@@ -99,7 +124,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
             experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
             material = experience
             if cfg.objective.algorithm in NEEDS_SOLUTIONS:
-                material = with_solutions(experience, tokenizer, sampler.end_id, selves)
+                material = with_solutions(experience, sampler.tokenizer, sampler.end_id, selves)
         with clock("update"):
             update = run.updater.run(material, lr := learning_rate(step, total, cfg)).of(experience)
 
@@ -119,25 +144,27 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
         tracker.log(state.step, metrics, total)
         tracker.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
-        alarm = world.from_main(lambda: tracker.health.alarmed)
-        if last or alarm or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
-            save(run, tokenizer)
+        run.checkpoints.commit()
+        best = state.is_best(metrics) and cfg.trainer.keep_best
+        if best or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
+            save(run)
+    return "", ""
 
-    if splits.test and cfg.eval.before_and_after and ckpt.needs_test(run.folder, "eval_after", state.step, world):
-        test(run, "eval_after")
-    tracker.close()
-    if world.is_main:
-        say(final_words(run.folder, ckpt.latest(run.folder / "checkpoints")))
+
+def reasons_to_end(run: Run) -> tuple[str, str]:
+    """An alarm, of the last step or of the run resumed, and a signal to any rank: "" and "", mostly."""
+    alarms, signals = zip(*run.world.gather((run.tracker.health.alarmed or "", run.preemption.by)), strict=True)
+    return max(alarms), max(signals)
 
 
 def start(
     cfg: Config, world: World, model_config: Any, tokenizer: Any, splits: Splits, batches: Batches, scorer: Scorer
 ) -> Run:
     """Open the run's folder, and the models as they stand at its latest checkpoint, if there is one."""
-    folder, resume = world.from_main(lambda: ckpt.open_run(cfg))
-    state = ckpt.load_state(resume) if resume else ckpt.State()
+    folder, resume = open_run(cfg, world)
+    state = load_state(resume) if resume else State()
     if world.is_main:
-        ckpt.keep_reward_function(folder, scorer.pool.source, state.step)
+        keep_reward_function(folder, scorer.pool.source, state.step)
     if not state.precision:
         state.precision, measured = world.from_main(lambda: settle(cfg.model.precision, world.device, model_config))
         if measured:
@@ -145,8 +172,8 @@ def start(
     selves = Selves(cfg, world, DTYPES[state.precision], weights_from=resume)
     optimizer = make_optimizer(selves.policy, cfg)
     if resume:
-        ckpt.restore(resume, selves.policy, optimizer, selves.frozen, state)
-        batches.load_state(ckpt.load_order(resume))
+        restore(resume, selves.policy, optimizer, selves.frozen, state)
+        batches.load_state(load_order(resume))
     updater = Updater(selves.policy, optimizer, cfg, world, selves.autocast)
     sampler = Sampler(
         selves.sampler,
@@ -159,14 +186,16 @@ def start(
         agree=selves.agree,
     )
     sampling, tracker = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step)
-    return Run(cfg, world, splits, batches, scorer, selves, sampler, sampling, updater, tracker, state, folder)
+    checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
+    return Run(
+        cfg, world, splits, batches, scorer, selves, sampler, sampling, updater, tracker, state, folder, checkpoints,
+        preemption,
+    )  # fmt: skip
 
 
-def save(run: Run, tokenizer: Any) -> None:
-    """A checkpoint from which everything goes on as if it had not stopped."""
-    policy, optimizer, order = run.selves.policy, run.updater.optimizer, run.batches.state()
-    folder = run.folder / "checkpoints"
-    ckpt.save(folder, run.state, policy, optimizer, run.selves.frozen, order, tokenizer, run.cfg, run.world)
+def save(run: Run) -> None:
+    """Begin a checkpoint from which everything goes on as if it had not stopped."""
+    run.checkpoints.save(run.state, run.selves.policy, run.updater.optimizer, run.selves.frozen, run.batches.state())
 
 
 def test(run: Run, name: str) -> None:
@@ -174,7 +203,11 @@ def test(run: Run, name: str) -> None:
     run.selves.refresh_sampler()
     answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
     if run.world.is_main:
-        ckpt.write_json(run.folder / f"{name}.json", {"step": run.state.step, **report(answers)})
+        result = {"step": run.state.step, **report(answers)}
+        try:
+            write_json(run.folder / f"{name}.json", result)
+        except OSError as e:
+            say(f"warning: {name}.json cannot be written ({e.strerror}); pass@1 is {result['pass@1']:.3f}")
 
 
 def held_out(run: Run, step: int, ends_round: bool) -> dict[str, float]:

@@ -134,7 +134,8 @@ def train_once(job: Job, folder: Path) -> dict[str, Any]:
 
     torch.manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)
-    settings = [*job.settings, f"trainer.output_dir={folder.parent}", f"trainer.run_name={folder.name}"]
+    where = [f"trainer.output_dir={folder.parent}", f"trainer.run_name={folder.name}", "trainer.keep_best=false"]
+    settings = [*job.settings, *where]
     began = time.monotonic()
     folder.mkdir(parents=True)
     with (folder / "log").open("w") as log, contextlib.redirect_stdout(log), session() as world:

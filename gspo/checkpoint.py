@@ -1,39 +1,36 @@
-"""Runs on disk: their folders, checkpoints that resume everything, exports that transformers opens.
+"""Checkpoints: everything that a run goes on from, written while it goes on.
 
 `outputs/<run>/checkpoints/step_000050/` is a Hugging Face folder (the policy) with a `trainer/` folder beside the
-weights: optimizer moments, the frozen models and the data order as safetensors, everything else in `state.json`. It is
-written under another name and committed by one rename, so a folder called `step_*` is always whole. Nothing is pickled.
+weights: optimizer moments, the frozen models and the data order as safetensors, everything else in `state.json`.
+Nothing is pickled. Several ranks write a shard each: whole tensors, dealt out by size and gathered one at a time, so
+that no rank ever has the whole model. Between two steps the state is copied to CPU memory; a thread on every rank
+writes it; at the end of a later step all ranks agree that it is written, and rank 0 adds the manifest and gives the
+folder its name. A folder called `step_*` is therefore whole.
 """
 
 import json
-import os
-import re
-import shutil
-import time
-from dataclasses import asdict, dataclass, field
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gspo import config as configuration
+from gspo import manifest
 from gspo.config import Config
-from gspo.distributed import World, load_weights, shard_like, whole, whole_weights
+from gspo.distributed import World, load_like, load_weights, whole
 from gspo.errors import UserError
-from gspo.model import architecture, resolve_path, save_pretrained
+from gspo.files import PART, point_link, remove, sync_folder
+from gspo.hf_folder import Blueprint, index, shard_files
+from gspo.model import resolve_path
 from gspo.progress import say
+from gspo.run_folder import latest, steps
+from gspo.weights import deal, open_weights, write_bytes, write_weights
 
-# What a resumed run may change; everything else would make it another experiment.
-FREE_TO_CHANGE = re.compile(
-    r"trainer\.(max_steps|total_epochs|save_freq|keep_last|resume|sample_rows|output_dir|n_gpus|nnodes)$"
-    r"|health\.|eval\.|data\.test_files$|reference\.param_offload$"
-    r"|rollout\.(max_slots|kv_memory_gib|tensor_model_parallel_size)$"
-    r"|optim\.micro_batch_|model\.gradient_checkpointing$"
-    r"|reward\.(workers|timeout_s|memory_gib|concurrency|check_rows)$"
-)
+Shards = dict[str, dict[str, Tensor]]  # file -> its tensors
+Pieces = Callable[[str, Tensor], dict[str, Tensor]]  # a tensor -> what the files have of it, by name
 
 
 @dataclass
@@ -46,6 +43,8 @@ class State:
     round_rewards: list[list[float]] | None = None  # the previous self's on the held-out prompts [P, N]
     tokens_sampled: int = 0
     precision: str = ""  # what model.precision came to
+    best_accuracy: float = -1.0  # on the held-out prompts
+    best_step: int = 0
     torch_rng: list[int] = field(default_factory=list)
 
     def count_bad(self, skipped: int, limit: int) -> None:
@@ -57,159 +56,208 @@ class State:
                 "before. Lower optim.learning_rate, or use model.precision=fp32."
             )
 
-
-def open_run(cfg: Config) -> tuple[Path, Path | None]:
-    """-> (run folder, checkpoint to resume from or None), with the resolved config written. For the main process.
-
-    UserError when the folder holds another experiment. `resume=never` sets an old run aside; nothing is deleted.
-    """
-    folder = Path(cfg.trainer.output_dir) / cfg.trainer.run_name
-    resume = cfg.trainer.resume
-    if resume == "never" and folder.exists():
-        aside = folder.with_name(
-            f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(folder.stat().st_mtime))}"
-        )
-        while aside.exists():
-            aside = aside.with_name(aside.name + "x")
-        folder.rename(aside)
-        say(f"set the earlier run aside as {aside}")
-    checkpoint = None
-    if resume == "auto":
-        checkpoint = latest(folder / "checkpoints")
-        if checkpoint is not None:
-            _check_same_experiment(folder / "config.yaml", cfg)
-    elif resume != "never":
-        checkpoint = Path(resume)
-        if not (checkpoint / "trainer" / "state.json").exists():
-            raise UserError(f"trainer.resume = {resume!r} is not a checkpoint folder (no trainer/state.json in it).")
-    if checkpoint is not None:
-        _check_same_model(checkpoint, cfg)
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for part in (folder / "checkpoints").glob("*.part"):
-            shutil.rmtree(part)
-        if checkpoint is None:  # an earlier attempt that never reached a checkpoint
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        (folder / "config.yaml").write_text(configuration.dump(cfg), encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"trainer.output_dir: cannot write {folder}: {e.strerror or e}.") from e
-    _link_latest_run(folder)
-    return folder, checkpoint
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether this step has the best held-out accuracy so far, which is then taken down."""
+        accuracy = metrics.get("heldout/accuracy", -1.0)
+        if accuracy <= self.best_accuracy:
+            return False
+        self.best_accuracy, self.best_step = accuracy, self.step
+        return True
 
 
-def keep_reward_function(folder: Path, source: str, step: int) -> None:
-    """A copy of the reward function beside the run; one that has changed since is told of, and both are kept."""
-    kept = folder / "reward_func.py"
-    if kept.exists() and step and (before := kept.read_text(encoding="utf-8")) != source:
-        older = folder / f"reward_func_until_step_{step}.py"
-        older.write_text(before, encoding="utf-8")
-        say(
-            f"warning: the reward function is another one than this run began with (kept as {older}). From step {step} "
-            "on it scores by the new one; trainer.resume=never starts anew."
-        )
-    kept.write_text(source, encoding="utf-8")
+class Writing(threading.Thread):
+    """Writes this rank's files of one checkpoint."""
+
+    def __init__(self, part: Path, state: State, shards: Shards, small: dict[str, bytes], error: str):
+        super().__init__(name="checkpoint", daemon=True)
+        self.part, self.state, self.shards, self.small = part, state, shards, small
+        self.files: manifest.Files = {}
+        self.error = error  # why it cannot be, or was not, written
+
+    def run(self) -> None:
+        if self.error:
+            return
+        try:
+            (self.part / "trainer").mkdir(parents=True, exist_ok=True)
+            for name, tensors in self.shards.items():
+                self.files[name] = write_weights(self.part / name, tensors)
+            for name, data in self.small.items():
+                (self.part / name).parent.mkdir(exist_ok=True)
+                self.files[name] = write_bytes(self.part / name, [data])
+        except Exception as e:  # whatever it is, training can go on without this checkpoint
+            self.error = _said(e)
+        self.shards = {}  # memory
 
 
-def _check_same_experiment(stored: Path, cfg: Config) -> None:
-    before = configuration.flatten(yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
-    now = configuration.flatten(configuration.to_dict(cfg))
-    changed = [k for k in now if k in before and before[k] != now[k] and not FREE_TO_CHANGE.match(k)]
-    if changed:
-        k = changed[0]
-        raise UserError(
-            f"{stored.parent} holds a run with {k} = {before[k]!r}; this command has {now[k]!r}"
-            f"{f' (and {len(changed) - 1} more differences)' if len(changed) > 1 else ''}. "
-            "Give it another trainer.run_name, or trainer.resume=never to set the old run aside and start anew."
-        )
+class Checkpoints:
+    """Saves a run, one checkpoint at a time. Every rank calls every method, at the same place."""
+
+    def __init__(self, run: Path, cfg: Config, tokenizer: Any, world: World):
+        self.folder, self.cfg, self.world = run / "checkpoints", cfg.trainer, world
+        self.blueprint = Blueprint(resolve_path(cfg.model.path), tokenizer)
+        self.writing: Writing | None = None
+
+    def save(
+        self,
+        state: State,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        frozen: dict[str, nn.Module],
+        order: dict[str, Tensor],
+    ) -> None:
+        """Begin to write `step_<state.step>`, when the one before is written. A step that is there is kept."""
+        self.finish()
+        target = self.folder / f"step_{state.step:06d}"
+        if self.world.from_main(target.exists):
+            return
+        state.torch_rng = torch.get_rng_state().tolist()
+        part = target.with_name(target.name + PART)
+        shards, small = self._snapshot(policy, optimizer, frozen)
+        error = ""
+        if self.world.is_main:
+            small["trainer/state.json"] = json.dumps(asdict(state)).encode()
+            shards["trainer/order.safetensors"] = order
+            try:
+                small |= self.blueprint.beside(self.folder / f"beside{PART}", next(policy.parameters()).dtype)
+            except Exception as e:  # the tokenizer raises kinds of its own
+                error = _said(e)
+        self.writing = Writing(part, replace(state), shards, small, error)
+        self.writing.start()
+        if not self.cfg.async_save:
+            self.finish()
+
+    def commit(self) -> None:
+        """Give the checkpoint that is being written its name, if all ranks have written it. Between two steps."""
+        if self.writing and not any(self.world.gather(self.writing.is_alive())):
+            self._conclude()
+
+    def finish(self) -> None:
+        """Wait until nothing is being written."""
+        if self.writing:
+            self.writing.join()
+            self._conclude()
+
+    def require(self, step: int) -> None:
+        """UserError unless `step_<step>` is there: for the end of a run."""
+        self.finish()
+        if not self.world.from_main((self.folder / f"step_{step:06d}").exists):
+            before = self.world.from_main(lambda: latest(self.folder))
+            raise UserError(
+                f"step {step} is done, but its checkpoint could not be written (see above). Make room and give the "
+                f"same command again: it goes on from {before.name if before else 'the beginning'}."
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None or self.world.size == 1:  # several ranks may not meet again after an error
+            self.finish()
+
+    def _snapshot(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, frozen: dict[str, nn.Module]
+    ) -> tuple[Shards, dict[str, bytes]]:
+        """This rank's tensors, and the indexes that say which file has which."""
+        names = {id(p): name for name, p in policy.named_parameters()}
+        moments = {
+            f"{names[id(p)]}:{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for p, values in optimizer.state.items()
+            for key, value in values.items()
+        }
+        shards: Shards = {}
+        small: dict[str, bytes] = {}
+        self._share("model", _tensors(policy), self.blueprint.pieces, shards, small)
+        self._share("trainer/optimizer", moments, _as_it_is, shards, small)
+        for name, model in frozen.items():
+            self._share(f"trainer/{name}", dict(model.named_parameters()), _as_it_is, shards, small)
+        return shards, small
+
+    def _share(self, stem: str, tensors: dict[str, Tensor], pieces: Pieces, shards: Shards, small: dict) -> None:
+        """Gather tensors one by one, and keep those that are this rank's to write."""
+        sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
+        hands = [hand for hand in deal(sizes, self.world.size) if hand] or [[]]
+        files = shard_files(stem, len(hands))
+        owner = {name: k for k, hand in enumerate(hands) for name in hand}
+        mine: dict[str, Tensor] = {}
+        for name, x in tensors.items():
+            full = whole(x)
+            if owner[name] == self.world.rank:  # on one process it is the parameter itself, which the next step changes
+                kept = full.to("cpu", copy=self.cfg.async_save).contiguous()
+                mine |= pieces(name, kept)
+        if self.world.rank < len(hands):
+            shards[files[self.world.rank]] = mine
+        if self.world.is_main and len(hands) > 1:
+            places = {
+                piece: Path(files[owner[name]]).name
+                for name, x in tensors.items()
+                for piece in pieces(name, torch.empty(x.shape, dtype=x.dtype, device="meta"))
+            }
+            small[f"{stem}.safetensors.index.json"] = index(sum(sizes.values()), places)
+
+    def _conclude(self) -> None:
+        done, self.writing = self.writing, None
+        parts = self.world.gather((done.files, done.error))
+        error = next((error for _, error in parts if error), "")
+        files = {name: entry for part, _ in parts for name, entry in part.items()}
+        error = self.world.from_main(lambda: self._name(done, files, error))
+        if error:
+            before = self.world.from_main(lambda: latest(self.folder))
+            say(
+                f"warning: the checkpoint of step {done.state.step} could not be written ({error}); training goes on, "
+                f"the latest checkpoint is {before.name if before else 'none yet'}."
+            )
+
+    def _name(self, done: Writing, files: manifest.Files, error: str) -> str:
+        """On rank 0: the manifest, and the name; or, when anything failed, nothing. -> what failed."""
+        try:
+            if error:
+                remove(done.part)
+                return error
+            manifest.write(done.part, files)
+            for folder in {(done.part / name).parent for name in files} | {done.part}:
+                sync_folder(folder)
+            done.part.rename(done.part.with_name(done.part.name.removesuffix(PART)))
+        except OSError as e:
+            error = error or _said(e)
+            try:
+                remove(done.part)
+            except OSError as left:
+                say(f"warning: {done.part} cannot be removed ({left.strerror})")
+            return error
+        try:
+            sync_folder(self.folder)
+            self._tidy(done.state)
+        except OSError as e:
+            say(f"warning: {self.folder}: an older checkpoint could not be removed ({_said(e)})")
+        return ""
+
+    def _tidy(self, state: State) -> None:
+        """`best` -> the best by held-out accuracy, which is kept besides the last few."""
+        best = self.folder / f"step_{state.best_step:06d}"
+        if self.cfg.keep_best and best.exists():
+            point_link(self.folder / "best", Path(best.name))
+        if self.cfg.keep_last:
+            for old in steps(self.folder)[: -self.cfg.keep_last]:
+                if not (self.cfg.keep_best and old == best):
+                    remove(old)
 
 
-def _check_same_model(checkpoint: Path, cfg: Config) -> None:
-    mine, theirs = architecture(resolve_path(cfg.model.path)), architecture(str(checkpoint))
-    wrong = [k for k in mine if mine[k] != theirs[k]]
-    if wrong:
-        k = wrong[0]
-        raise UserError(
-            f"{checkpoint} is a checkpoint of another model: {k} is {theirs[k]!r} there and {mine[k]!r} in "
-            f"model.path = {resolve_path(cfg.model.path)!r}."
-        )
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and what else belongs in a file of weights; tied ones once."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        unique.setdefault(id(x), (name, x))
+    return dict(unique.values())
 
 
-def _link_latest_run(folder: Path) -> None:
-    """`outputs/checkpoints` -> this run's, where the seed says that models are."""
-    link, fresh = folder.parent / "checkpoints", folder.parent / ".checkpoints.part"
-    if link.exists() and not link.is_symlink():
-        say(f"{link} is not a link, so it is left alone; this run's checkpoints are in {folder / 'checkpoints'}")
-        return
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(Path(folder.name) / "checkpoints")
-    fresh.replace(link)
+def _as_it_is(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {name: tensor}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a whole file or none."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def needs_test(folder: Path, name: str, step: int, world: World) -> bool:
-    """Whether the evaluation `name` has yet to be made for this step."""
-
-    def missing() -> bool:
-        file = folder / f"{name}.json"
-        return not file.exists() or json.loads(file.read_text(encoding="utf-8")).get("step") != step
-
-    return world.from_main(missing)
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below a `checkpoints` folder."""
-    steps = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return max((p for p in steps if (p / "trainer" / "state.json").exists()), default=None, key=lambda p: p.name)
-
-
-def save(
-    folder: Path,
-    state: State,
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    frozen: dict[str, nn.Module],
-    order: dict[str, Tensor],
-    tokenizer: Any,
-    cfg: Config,
-    world: World,
-) -> Path:
-    """Write `step_<state.step>`; every rank calls this, rank 0 writes. Overwrites nothing: an existing step is kept."""
-    target = folder / f"step_{state.step:06d}"
-    names = {id(p): name for name, p in policy.named_parameters()}
-    weights = whole_weights(policy, world.is_main)
-    moments: dict[str, Tensor] = {}
-    for p, values in optimizer.state.items():
-        for key, value in values.items():
-            full = whole(value) if isinstance(value, Tensor) else torch.tensor(value)
-            if world.is_main:
-                moments[f"{names[id(p)]}:{key}"] = full.cpu().contiguous()
-    others = {name: whole_weights(model, world.is_main) for name, model in frozen.items()}
-    if not world.is_main or target.exists():
-        return target
-    part = target.with_name(target.name + ".part")
-    (part / "trainer").mkdir(parents=True, exist_ok=True)
-    save_pretrained(part, resolve_path(cfg.model.path), weights, tokenizer)
-    save_file(moments, part / "trainer" / "optimizer.safetensors")
-    save_file(order, part / "trainer" / "order.safetensors")
-    for name, tensors in others.items():
-        save_file(tensors, part / "trainer" / f"{name}.safetensors")
-    state.torch_rng = torch.get_rng_state().tolist()
-    (part / "trainer" / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
-    for file in part.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-    part.rename(target)
-    if cfg.trainer.keep_last:
-        for old in sorted(folder.glob("step_*"))[: -cfg.trainer.keep_last]:
-            shutil.rmtree(old)
-    return target
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def load_state(checkpoint: Path) -> State:
@@ -218,25 +266,32 @@ def load_state(checkpoint: Path) -> State:
 
 def load_order(checkpoint: Path) -> dict[str, Tensor]:
     """The order of training, as `Batches.state` gave it. UserError where a checkpoint has none."""
-    file = checkpoint / "trainer" / "order.safetensors"
-    if not file.exists():
+    if not (checkpoint / "trainer" / "order.safetensors").exists():
         raise UserError(
             f"{checkpoint} has no trainer/order.safetensors: it was written by an earlier version, or damaged. "
             "Resume from another one (trainer.resume=FOLDER), or start anew (trainer.resume=never)."
         )
-    return load_file(file)
+    weights = open_weights(checkpoint / "trainer", "order")
+    return {name: weights.read(name).clone() for name in weights.names}
 
 
 def restore(
     checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, frozen: dict[str, nn.Module], state: State
 ) -> None:
-    """Put the optimizer's moments and the frozen models back; the policy was opened from the checkpoint itself."""
-    moments = load_file(checkpoint / "trainer" / "optimizer.safetensors")
+    """Put the optimizer's moments and the frozen models back; the policy was opened from the checkpoint itself.
+
+    Each rank reads only what it holds, a tensor at a time, whatever number of ranks wrote it.
+    """
+    moments = open_weights(checkpoint / "trainer", "optimizer")
+    keys: dict[str, list[str]] = {}
+    for name in moments.names:
+        keys.setdefault(name.rpartition(":")[0], []).append(name.rpartition(":")[2])
     for name, p in policy.named_parameters():
-        values = {key.rpartition(":")[2]: v for key, v in moments.items() if key.rpartition(":")[0] == name}
-        if values:
-            optimizer.state[p] = {k: v if k == "step" else shard_like(v, p) for k, v in values.items()}
+        for key in keys.get(name, []):
+            moment = f"{name}:{key}"
+            value = moments.read(moment).clone() if key == "step" else load_like(moment, moments.read, p)
+            optimizer.state[p][key] = value
     for name, model in frozen.items():
-        load_weights(model, load_file(checkpoint / "trainer" / f"{name}.safetensors"))
+        load_weights(model, open_weights(checkpoint / "trainer", name).read)
     if state.torch_rng:
         torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))

@@ -1,7 +1,10 @@
 """What the programs share: the way they fail, and what they say at the end."""
 
+import ctypes
 import json
 import os
+import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(
 def guarded(main: Callable[[], None]) -> None:
     """Run a program: a user's mistake is one paragraph on stderr and exit code 2, Ctrl-C one line and 130."""
     try:
+        end_with_torchrun()
         main()
         leave()
     except UserError as e:
@@ -30,6 +34,18 @@ def guarded(main: Callable[[], None]) -> None:
             print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)
+
+
+def end_with_torchrun() -> None:
+    """A process that torchrun started ends when torchrun does, however that ends: left behind, it would train on,
+    beside the one that takes its place."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    try:  # torchrun may have ended before that line, while we imported; its store, then, is gone as well
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()
+    except OSError:
+        sys.exit("the torchrun that started this process has ended")
 
 
 def leave() -> None:

@@ -187,6 +187,8 @@ class Trainer:
     max_steps: int | None = opt(None, "stop after so many steps, whatever the epochs", ge=1)
     save_freq: int = opt(50, "checkpoint every so many steps and at the end; 0: only at the end", ge=0)
     keep_last: int = opt(3, "checkpoints kept; 0: all", ge=0)
+    keep_best: bool = opt(True, "one more is saved and kept when held-out accuracy is the best so far: `best`")
+    async_save: bool = opt(True, "write checkpoints while training goes on, from a copy in CPU memory")
     output_dir: str = opt("outputs", "runs are written below it")
     run_name: str | None = opt(None, "folder of the run; empty: the name of the config file")
     seed: int = opt(0, "of sampling and data order", ge=0)

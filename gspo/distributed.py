@@ -260,19 +260,35 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
             q.copy_(whole(p))
 
 
+def held(tensor: Tensor) -> tuple[slice, ...]:
+    """The slices, one a dimension, of the whole tensor that this rank holds."""
+    at = [slice(0, n) for n in tensor.shape]
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for placement, size, place in zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True):
+            if not placement.is_replicate():
+                d, (start, stop) = placement.dim, (at[placement.dim].start, at[placement.dim].stop)
+                step = -(-(stop - start) // size)  # as torch.chunk cuts
+                at[d] = slice(min(start + place * step, stop), min(start + (place + 1) * step, stop))
+        assert tuple(s.stop - s.start for s in at) == tensor.to_local().shape, (at, tensor.to_local().shape)
+    return tuple(at)
+
+
+Read = Callable[[str, tuple[slice, ...]], Tensor]  # a tensor's name, slices of it -> that part, on the CPU
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put whole tensors, named as in `named_parameters()`, into a model of any sharding."""
+def load_weights(model: nn.Module, read: Read) -> None:
+    """Fill a model of any sharding, tensor by tensor, each rank with what it holds. No communication."""
     for name, p in model.named_parameters():
-        part = shard_like(weights[name], p)
-        (p.to_local() if isinstance(p, DTensor) else p).copy_(part.to_local() if isinstance(part, DTensor) else part)
+        (p.to_local() if isinstance(p, DTensor) else p).copy_(read(name, held(p)))
 
 
-def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """{name: whole tensor on the CPU}, tied parameters once. Every rank calls it, those that `keep` get the result."""
-    weights = {}
-    for name, p in model.named_parameters():
-        full = whole(p)
-        if keep:
-            weights[name] = full.cpu().contiguous()
-    return weights
+def load_like(name: str, read: Read, like: Tensor) -> Tensor:
+    """The tensor `name`, sharded and placed as `like` is. No communication."""
+    part = read(name, held(like)).to(like.device, like.dtype, copy=True)
+    if not isinstance(like, DTensor):
+        return part
+    shape, stride = like.shape, like.stride()
+    sharded = DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return sharded.to(like.device)

@@ -2,14 +2,13 @@
 
 import contextlib
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from gspo.attention import attention_of
@@ -103,27 +102,3 @@ def architecture(folder: str) -> dict[str, Any]:
     c = load_model_config(folder).get_text_config()
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     return {name: getattr(c, name, None) for name in names}
-
-
-def save_pretrained(folder: Path, source: str, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
-    """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
-
-    `weights` are whole tensors named as in the model's `named_parameters()`; `source` is the folder or name the
-    model came from, whose config and generation config are kept.
-    """
-    config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    with contextlib.suppress(OSError):  # not every model has one
-        skeleton.generation_config = GenerationConfig.from_pretrained(source)
-    state = dict(weights)
-    for name, tensor in skeleton.state_dict(keep_vars=True).items():  # tied names, which parameters list once
-        if name not in state:
-            twin = next((n for n, p in skeleton.named_parameters() if p is tensor), None)
-            if twin is not None:
-                state[name] = state[twin]
-    skeleton.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text())
-    written |= {"architectures": [type(skeleton).__name__], "dtype": str(next(iter(weights.values())).dtype)[6:]}
-    (folder / "config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, a plain line now and then elsewhere, nothing for what takes under two seconds."""
 
+import contextlib
 import os
 import sys
 import time
@@ -20,8 +21,9 @@ def is_main() -> bool:
 def say(text: str) -> None:
     """Print a line from the main process, above any bar."""
     if is_main():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a log file on a full disk is no reason to stop
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

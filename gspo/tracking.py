@@ -1,5 +1,7 @@
 """Curves: tensorboard, `metrics.jsonl`, the console line, sample tables, and the warnings of `health.py`.
 
+Nothing here stops a run: what a full disk does not take is written when there is room again.
+
 `GLOSSARY` is the one list of what every metric means; the README's table is printed from it
 (`python -m gspo.tracking`).
 """
@@ -11,9 +13,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from gspo.board import Board
 from gspo.config import Config
+from gspo.files import Growing, write_text
 from gspo.health import HealthCheck
 from gspo.pairs import chosen_rejected
 from gspo.progress import is_main, say
@@ -84,15 +86,16 @@ class Tracker:
 
     def __init__(self, folder: Path, cfg: Config, start_step: int):
         self.folder, self.cfg, self.active = folder, cfg, is_main()
-        self.health, self.last_line = HealthCheck(cfg.health), 0.0
+        self.health, self.last_line, self.full = HealthCheck(cfg.health), 0.0, False
         if not self.active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             _cut_after(folder / name, start_step)
         for row in _rows(folder / "metrics.jsonl"):  # a resumed run knows again what it had seen and said
             self.health.check(row)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        self.board.add_custom_scalars({"GSPO": {title: ["Multiline", _tags(*spec)] for title, spec in PAGE.items()}})
+        self.metrics_file, self.samples_file = (Growing(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
+        self.board = Board(folder / "tensorboard", start_step + 1 if start_step else None)
+        self.board.page({"GSPO": {title: ["Multiline", _tags(*spec)] for title, spec in PAGE.items()}})
 
     def log(self, step: int, metrics: dict[str, float], total_steps: int) -> None:
         """One object in metrics.jsonl, one point on every curve, one line on the console. `step` counts from 1."""
@@ -101,14 +104,10 @@ class Tracker:
         news = self.health.check(metrics)
         values = metrics | self.health.derived
         row = {"step": step, **{k: v for k, v in values.items() if k in GLOSSARY or k.startswith("reward/")}}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, step)
-        for _, low, high in PAGE.values():
-            for bound in filter(None, (low, high)):
-                self.board.add_scalar(f"healthy/{bound}", getattr(self.cfg.health, bound), step)
+        bounds = {bound for _, *both in PAGE.values() for bound in both if bound}
+        limits = {f"healthy/{bound}": getattr(self.cfg.health, bound) for bound in sorted(bounds)}
+        self._told(self.metrics_file.append((json.dumps(row) + "\n").encode()))
+        self._told(self.board.scalars({name: x for name, x in (row | limits).items() if name != "step"}, step))
         for level, text in news:
             say(f"{level}, step {step}: {text}.")
         self._line(step, row, total_steps)
@@ -132,19 +131,32 @@ class Tracker:
         if not self.active:
             return
         rows = dict(sorted(item for part in parts for item in part.items()))
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as f:
-            for place, row in rows.items():
-                f.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
-                if place < 2 and (step == 1 or step % 10 == 0):
-                    self.board.add_text(f"samples/{place}", _table(row), step)
+        lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows.values()]
+        self._told(self.samples_file.append("".join(lines).encode()))
+        for place, row in rows.items():
+            if place < 2 and (step == 1 or step % 10 == 0):
+                self._told(self.board.text(f"samples/{place}", _table(row), step))
 
-    def note(self, text: str, step: int) -> None:
-        if self.active:
-            self.board.add_text("evaluation", text, step)
+    def _told(self, error: OSError | None) -> None:
+        """Say once that the disk takes nothing, and once that it does again."""
+        if error and not self.full:
+            say(
+                f"warning: {self.folder}: curves and samples cannot be written ({error.strerror}); they wait in "
+                "memory, and training goes on."
+            )
+        waiting = any(file.waiting for file in (self.metrics_file, self.samples_file, self.board.file))
+        if self.full and not waiting:
+            say(f"{self.folder}: curves and samples are written again, none is missing.")
+        self.full = waiting
 
     def close(self) -> None:
-        if self.active:
-            self.board.close()
+        """Write what still waits, or say that it is lost."""
+        if not self.active:
+            return
+        for file in (self.metrics_file, self.samples_file, self.board.file):
+            self._told(file.append(b""))
+        if self.full:
+            say(f"warning: {self.folder}: the last curves and samples found no room, and are lost.")
 
 
 def sample_rows(exp: Experience, count: int) -> dict[int, dict[str, Any]]:
@@ -197,9 +209,7 @@ def _cut_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _rows(path: Path) -> list[dict[str, float]]:

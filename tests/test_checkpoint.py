@@ -1,135 +1,196 @@
-"""Folders of runs: what may follow on what, and that a step is there whole or not at all."""
+"""Checkpoints: everything comes back, whoever wrote it and however long that took; a full disk costs nothing else."""
 
+import contextlib
 import json
+import subprocess
+import threading
 
 import pytest
 import torch
+from processes import Program, wait_until
+from saved_run import ALONE, a_run, no_file_above
 
 from gspo import checkpoint as ckpt
-from gspo.config import load_config
-from gspo.distributed import World
+from gspo import manifest
+from gspo.checkpoint import State, load_order, load_state, restore
 from gspo.errors import UserError
 from gspo.model import load_model
+from gspo.run_folder import latest
 from gspo.update import make_optimizer
-
-ALONE = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture()
-def saved(tmp_path, tokenizer):
-    """A run with one step of AdamW behind it, saved; (cfg, folder, checkpoint, policy, optimizer, opponent)."""
-    cfg = load_config("configs/quick.yaml", [f"trainer.output_dir={tmp_path}"])
-    folder, _ = ckpt.open_run(cfg)
-    policy, opponent = load_model(None), load_model(None)
-    optimizer = make_optimizer(policy, cfg)
-    optimizer.param_groups[0]["lr"] = 1e-3
-    policy(input_ids=torch.tensor([[3, 9, 8]])).logits.square().sum().backward()
-    optimizer.step()
-    state = ckpt.State(step=4, round=1, round_rewards=[[1.0, 0.1]], tokens_sampled=9)
-    frozen, order = {"opponent": opponent}, {"due": torch.tensor([3, 1])}
-    path = ckpt.save(folder / "checkpoints", state, policy, optimizer, frozen, order, tokenizer, cfg, ALONE)
-    return cfg, folder, path, policy, optimizer, opponent
+def run(tmp_path, tokenizer):
+    return a_run(tmp_path, tokenizer)
 
 
-def test_everything_comes_back(saved):
-    cfg, _, path, policy, optimizer, opponent = saved
+def test_everything_comes_back(run):
+    path = run.save(4, round=1, round_rewards=[[1.0, 0.1]], tokens_sampled=9)
     again, frozen = load_model(str(path)), load_model(None)
     with torch.no_grad():
         frozen.lm_head.weight.zero_()
-    fresh, state = make_optimizer(again, cfg), ckpt.load_state(path)
+    fresh, state = make_optimizer(again, run.cfg), load_state(path)
     torch.manual_seed(5)
-    ckpt.restore(path, again, fresh, {"opponent": frozen}, state)
+    restore(path, again, fresh, {"opponent": frozen}, state)
     assert (state.step, state.round, state.round_rewards, state.tokens_sampled) == (4, 1, [[1.0, 0.1]], 9)
-    for p, q in zip(policy.parameters(), again.parameters(), strict=True):
+    for p, q in zip(run.policy.parameters(), again.parameters(), strict=True):
         assert p.equal(q)
-        for key, value in optimizer.state[p].items():
+        for key, value in run.optimizer.state[p].items():
             assert value.equal(fresh.state[q][key]), key
-    for p, q in zip(opponent.parameters(), frozen.parameters(), strict=True):
+    for p, q in zip(run.opponent.parameters(), frozen.parameters(), strict=True):
         assert p.equal(q)
-    assert ckpt.load_order(path)["due"].tolist() == [3, 1]
+    assert load_order(path)["due"].tolist() == [3, 1]
     assert torch.get_rng_state().equal(torch.tensor(state.torch_rng, dtype=torch.uint8))
 
 
-def test_a_checkpoint_without_an_order_is_told_of(saved):
-    _, _, path, *_ = saved
+@pytest.mark.parametrize("async_save", ["true", "false"])
+def test_what_is_saved_is_the_state_at_the_step_whatever_comes_next(tmp_path, tokenizer, monkeypatch, async_save):
+    """The next update moves weights, moments and opponent in place before a byte of them is written."""
+    run = a_run(tmp_path, tokenizer, f"trainer.async_save={async_save}")
+    go_on = threading.Event()
+    if async_save == "true":
+        write = ckpt.write_weights
+        monkeypatch.setattr(ckpt, "write_weights", lambda *args: go_on.wait(60) and write(*args))
+    before = {name: p.detach().clone() for name, p in run.policy.named_parameters()}
+    moments = [run.optimizer.state[p]["exp_avg"].clone() for p in run.policy.parameters()]
+    run.begin(4)
+    path = run.folder / "checkpoints" / "step_000004"
+    run.checkpoints.commit()
+    assert path.exists() == (async_save == "false")
+    run.optimizer.step()
+    with torch.no_grad():
+        for p in run.opponent.parameters():
+            p.zero_()
+    go_on.set()
+    run.checkpoints.finish()
+    again, frozen = load_model(str(path)), load_model(None)
+    restore(path, again, fresh := make_optimizer(again, run.cfg), {"opponent": frozen}, load_state(path))
+    for (name, p), moment in zip(again.named_parameters(), moments, strict=True):
+        assert p.equal(before[name]) and not p.equal(dict(run.policy.named_parameters())[name])
+        assert fresh.state[p]["exp_avg"].equal(moment)
+    assert all(p.equal(q) for p, q in zip(frozen.parameters(), load_model(None).parameters(), strict=True))
+
+
+def test_a_checkpoint_without_an_order_is_told_of(run):
+    path = run.save(4)
     (path / "trainer" / "order.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no trainer/order.safetensors.*trainer.resume=never"):
-        ckpt.load_order(path)
+        load_order(path)
 
 
-def test_nothing_is_pickled(saved):
-    _, _, path, *_ = saved
-    assert {f.suffix for f in path.rglob("*") if f.is_file()} <= {".safetensors", ".json", ".jinja"}
+def test_nothing_is_pickled_and_the_manifest_lists_every_file(run):
+    path = run.save(4)
+    files = {f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()}
+    assert {f.rpartition(".")[2] for f in files} <= {"safetensors", "json", "jinja"}
+    listed, wrong = manifest._read(path)
+    assert set(listed) == files - {"manifest.json"} and wrong == ""
 
 
-def test_the_same_run_goes_on_and_another_is_refused(saved):
-    cfg, folder, path, *_ = saved
-    assert ckpt.open_run(cfg) == (folder, path)
-    for free in ("trainer.max_steps=999", "optim.micro_batch_tokens=7", "health.patience=3", "eval.n=2"):
-        assert (
-            ckpt.open_run(load_config("configs/quick.yaml", [f"trainer.output_dir={folder.parent}", free]))[1] == path
-        )
-    for other in ("trainer.seed=1", "optim.learning_rate=1", "rollout.n=5", "objective.margin=0.2", "model.path=x"):
-        with pytest.raises(UserError, match=other.split("=")[0]):
-            ckpt.open_run(load_config("configs/quick.yaml", [f"trainer.output_dir={folder.parent}", other]))
+def test_only_the_last_few_are_kept_and_the_best(run):
+    run.cfg.trainer.keep_last = 2
+    for step, best in ((4, 4), (5, 5), (6, 5), (7, 5), (8, 5)):
+        run.save(step, best_step=best, best_accuracy=0.1 * best)
+    assert run.names() == ["best", "step_000005", "step_000007", "step_000008"]
+    assert (run.folder / "checkpoints" / "best").resolve().name == "step_000005"
+    assert latest(run.folder / "checkpoints").name == "step_000008"
+    run.save(9, best_step=9, best_accuracy=1.0)
+    assert run.names() == ["best", "step_000008", "step_000009"]
+    run.cfg.trainer.keep_best = False
+    for step in (10, 11):
+        run.save(step, best_step=9, best_accuracy=1.0)
+    assert run.names() == ["best", "step_000010", "step_000011"]
 
 
-def test_never_sets_the_old_run_aside(saved):
-    cfg, folder, path, *_ = saved
-    cfg.trainer.resume = "never"
-    assert ckpt.open_run(cfg) == (folder, None)
-    aside = [p for p in folder.parent.iterdir() if p.name.startswith("quick-")]
-    assert len(aside) == 1 and (aside[0] / "checkpoints" / path.name / "model.safetensors").exists()
-    assert (folder.parent / "checkpoints").resolve() == folder / "checkpoints"
+def test_a_step_is_the_best_when_its_held_out_accuracy_is_above_all_before():
+    state = State()
+    seen = [None, 0.5, 0.5, None, 0.25, 0.75]
+    for step, accuracy in enumerate(seen):
+        state.step = step
+        best = state.is_best({} if accuracy is None else {"heldout/accuracy": accuracy})
+        assert best == (step in (1, 5))
+    assert (state.best_step, state.best_accuracy) == (5, 0.75)
 
 
-def test_half_a_checkpoint_is_never_the_latest(saved):
-    cfg, folder, path, *_ = saved
-    (folder / "checkpoints" / "step_000009.part" / "trainer").mkdir(parents=True)
-    (folder / "checkpoints" / "step_000008").mkdir()
-    assert ckpt.latest(folder / "checkpoints") == path
-    ckpt.open_run(cfg)
-    assert not (folder / "checkpoints" / "step_000009.part").exists()
+# ---- a disk that is full ----
 
 
-def test_only_the_last_few_are_kept(saved, tokenizer):
-    cfg, folder, _, policy, optimizer, _ = saved
-    cfg.trainer.keep_last = 2
-    for step in (5, 6):
-        ckpt.save(folder / "checkpoints", ckpt.State(step=step), policy, optimizer, {}, {}, tokenizer, cfg, ALONE)
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000005", "step_000006"]
+def test_a_checkpoint_that_finds_no_room_is_told_of_and_the_next_one_succeeds(run, capsys):
+    run.save(2)
+    with no_file_above(100_000):
+        run.save(4)
+        (warning,) = capsys.readouterr().out.splitlines()
+        assert warning.startswith("warning: the checkpoint of step 4 could not be written (File too large")
+        assert warning.endswith("training goes on, the latest checkpoint is step_000002.")
+        assert run.names() == ["step_000002"]
+        with pytest.raises(UserError, match=r"step 4 is done.*goes on from step_000002"):
+            run.checkpoints.require(4)
+    assert manifest.damage(run.save(4), ALONE) == "" and capsys.readouterr().out == ""
+    run.checkpoints.require(4)
 
 
-def test_a_real_folder_named_checkpoints_is_left_alone(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "mine.txt").write_text("precious")
-    ckpt.open_run(load_config("configs/quick.yaml", [f"trainer.output_dir={tmp_path}"]))
-    assert (tmp_path / "checkpoints" / "mine.txt").read_text() == "precious"
+def test_not_even_the_tokenizer_finds_room(run, capsys):
+    """What transformers and tokenizers write raises errors of other kinds."""
+    with no_file_above(1_000):
+        run.save(2)
+    assert "training goes on, the latest checkpoint is none yet" in capsys.readouterr().out
+    run.save(4)
+    assert run.names() == ["step_000004"]
 
 
-def test_an_evaluation_is_repeated_only_for_another_step(tmp_path):
-    assert ckpt.needs_test(tmp_path, "eval_after", 6, ALONE)
-    ckpt.write_json(tmp_path / "eval_after.json", {"step": 6})
-    assert not ckpt.needs_test(tmp_path, "eval_after", 6, ALONE)
-    assert ckpt.needs_test(tmp_path, "eval_after", 9, ALONE)
-    assert json.loads((tmp_path / "eval_after.json").read_text()) == {"step": 6}
+@pytest.fixture()
+def small_disk(tmp_path, request):
+    """A file system of so many MB; one checkpoint has 10.4."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", disk]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"may not mount a tmpfs: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("small_disk", [12], indirect=True)
+def test_a_disk_that_is_really_full(small_disk, tokenizer, capsys):
+    run = a_run(small_disk, tokenizer, "trainer.keep_last=1")
+    (small_disk / "other").write_bytes(bytes(4 << 20))
+    run.save(2)
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert "No space left on device" in warning and run.names() == []
+    (small_disk / "other").unlink()
+    assert manifest.damage(run.save(4), ALONE) == "" and run.names() == ["step_000004"]
+    run.save(6)  # the one before is removed only when this one is whole
+    assert "No space left on device" in capsys.readouterr().out and run.names() == ["step_000004"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("small_disk", [24], indirect=True)
+def test_a_run_goes_on_when_its_disk_is_full_and_loses_nothing_but_a_checkpoint(small_disk, tmp_path):
+    """From the outside: the disk fills up after a few steps, and is emptied when the run has complained."""
+    program = Program(
+        "train.py", "--config", "configs/quick.yaml", "data.train_batch_size=4", "trainer.max_steps=40",
+        "trainer.save_freq=2", "trainer.keep_last=1", "trainer.keep_best=false", "eval.before_and_after=false",
+        "eval.round_prompts=0", "reward.check_rows=0", f"trainer.output_dir={small_disk}", log=tmp_path / "log",
+    )  # fmt: skip
+    run = small_disk / "quick"
+    said = lambda: (tmp_path / "log").read_text()  # noqa: E731
+    assert wait_until(lambda: (run / "checkpoints" / "step_000002").exists())
+    with contextlib.suppress(OSError):
+        (small_disk / "other").write_bytes(bytes(24 << 20))
+    assert wait_until(lambda: "could not be written" in said() and "they wait in memory" in said())
+    assert latest(run / "checkpoints") is not None and program.process.poll() is None
+    (small_disk / "other").unlink()
+    assert program.process.wait(1000) == 0, said()[-3000:]
+    assert "No space left on device" in said() and "are written again, none is missing" in said()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [*range(1, 41)]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000040"]
+    assert manifest.damage(run / "checkpoints" / "step_000040", ALONE) == ""
 
 
 def test_updates_that_are_never_finite_stop_the_run():
-    state = ckpt.State()
+    state = State()
     for skipped in (1, 1, 0, 1, 1):
         state.count_bad(skipped, limit=3)
     with pytest.raises(UserError, match="not finite"):
         state.count_bad(1, limit=3)
-
-
-def test_a_reward_function_that_changes_between_resumes_is_told_of_and_both_are_kept(tmp_path, capsys):
-    ckpt.keep_reward_function(tmp_path, "return 0.5", 0)
-    ckpt.keep_reward_function(tmp_path, "return 0.5", 20)
-    assert capsys.readouterr().out == ""
-    ckpt.keep_reward_function(tmp_path, "return 1.0", 40)
-    assert "another one than this run began with" in capsys.readouterr().out
-    assert (tmp_path / "reward_func.py").read_text() == "return 1.0"
-    assert (tmp_path / "reward_func_until_step_40.py").read_text() == "return 0.5"
-    ckpt.keep_reward_function(tmp_path, "return 0.0", 0)
-    assert capsys.readouterr().out == "" and (tmp_path / "reward_func.py").read_text() == "return 0.0", "a run anew"

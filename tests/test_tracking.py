@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from saved_run import no_file_above
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -112,6 +113,29 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     track(tmp_path, [1])
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- a full disk ----
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room_again(tmp_path, capsys):
+    tracker = Tracker(tmp_path, Config(), 0)
+    for step in (1, 2):
+        tracker.log(step, metrics(step), total_steps=9)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with no_file_above(size + 100):  # step 3 would end in the middle of a line
+        for step in (3, 4):
+            tracker.log(step, metrics(step), total_steps=9)
+            tracker.samples(step, [sample_rows(an_experience(), 1)])
+        assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    said = [line for line in capsys.readouterr().out.splitlines() if "written" in line]
+    assert len(said) == 1 and "cannot be written (File too large); they wait in memory" in said[0]
+    tracker.log(5, metrics(5), total_steps=9)
+    tracker.close()
+    assert "are written again, none is missing" in capsys.readouterr().out
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in curve(board(tmp_path), "reward_mean")] == [1, 2, 3, 4, 5]
+    assert {row["step"] for row in lines(tmp_path / "samples.jsonl")} == {3, 4}
 
 
 # ---- resuming ----

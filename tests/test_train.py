@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Program, wait_until
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -64,14 +65,14 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_killed_in_the_middle_ends_bit_for_bit_the_same(uninterrupted, run_program, tmp_path):
-    """Killed in the second round, when the opponent is no longer the initial model."""
+    """Killed while it saves, in the second round, when the opponent is no longer the initial model."""
     whole, _ = uninterrupted
-    process = start(*SMALL, f"trainer.output_dir={tmp_path}")
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "quick/checkpoints/step_000004").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program = Program("train.py", *SMALL, f"trainer.output_dir={tmp_path}", log=tmp_path / "log")
+    step = tmp_path / "quick" / "checkpoints" / "step_000004"
+    saving = step.with_name("step_000004.part")
+    assert wait_until(lambda: any(saving.glob("*.safetensors")) or step.exists(), every_s=0.0005)
+    program.kill(program.process.pid)
+    assert program.orphans() == {}, "nor the processes of the reward function"
     assert not (tmp_path / "quick/checkpoints/step_000006").exists(), "killed too late to test anything"
     done = finished(run_program, *SMALL, f"trainer.output_dir={tmp_path}")
     assert "of 6 steps done" in done.stdout
@@ -80,6 +81,24 @@ def test_a_run_killed_in_the_middle_ends_bit_for_bit_the_same(uninterrupted, run
     curves = [[{k: r[k] for k in keys} for r in rows(f / "metrics.jsonl")] for f in (whole, tmp_path / "quick")]
     assert curves[0] == curves[1] and [r["step"] for r in curves[0]] == [1, 2, 3, 4, 5, 6]
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_that_is_asked_to_leave_ends_its_step_saves_and_goes_on_later_bit_for_bit(
+    uninterrupted, run_program, tmp_path
+):
+    """SIGUSR1, as slurm sends before time is up;."""
+    whole, _ = uninterrupted
+    few = [*SMALL, "trainer.save_freq=0", f"trainer.output_dir={tmp_path}"]
+    process = start(*few)
+    assert wait_until((tmp_path / "quick/metrics.jsonl").exists)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and err == "" and "SIGUSR1: left after step" in out.splitlines()[-1]
+    step = len(rows(tmp_path / "quick/metrics.jsonl"))
+    assert step < 6 and (tmp_path / f"quick/checkpoints/step_{step:06d}").exists()
+    done = finished(run_program, *few)
+    assert f"{step} of 6 steps done" in done.stdout
+    assert_equal_bits(final(tmp_path / "quick"), final(whole))
 
 
 def test_what_a_run_leaves(uninterrupted):
@@ -162,6 +181,7 @@ def test_a_checkpoint_of_another_model_is_refused(uninterrupted, run_program, tm
     folder, _ = uninterrupted
     other = tmp_path / "other"
     subprocess.run(["cp", "-r", str(folder / "checkpoints/step_000006"), str(other)], check=True)
+    (other / "manifest.json").unlink()  # changed by hand, and not damaged
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     done = run_program("train.py", *SMALL, f"trainer.output_dir={tmp_path}/out", f"trainer.resume={other}")

@@ -1,0 +1,119 @@
+"""A checkpoint -> a Hugging Face folder to give away: verified, in few files, in bf16 if wanted. No GPU.
+
+    python -m gspo.export outputs/checkpoints my-model [--dtype bf16] [--max_shard_gb 5]
+
+CHECKPOINT is a checkpoint, a folder of checkpoints (the newest is taken), or any Hugging Face folder. Tensors are read
+one at a time; no more than a file of them is in memory.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gspo import manifest
+from gspo.cli import guarded
+from gspo.distributed import World
+from gspo.errors import UserError
+from gspo.files import PART, remove
+from gspo.hf_folder import index, json_bytes, shard_files
+from gspo.run_folder import latest
+from gspo.weights import Weights, open_weights, write_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> Path:
+    """Write `folder`, whole or not at all -> the checkpoint that was taken.
+
+    UserError when the checkpoint is damaged, the folder is there and not empty, or the disk is full.
+    """
+    source = latest(checkpoint) or checkpoint
+    if not (source / "config.json").exists():
+        raise UserError(f"{source} is neither a checkpoint nor a Hugging Face folder (no config.json in it).")
+    if (source / manifest.NAME).exists() and (wrong := manifest.damage(source, ALONE)):
+        raise UserError(f"{source} is damaged: {wrong}. Export another checkpoint.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty. Name another folder.")
+    weights, part = open_weights(source), folder.with_name(folder.name + PART)
+    try:
+        remove(part)
+        part.mkdir(parents=True)
+        for file in source.iterdir():
+            if file.is_file() and ".safetensors" not in file.suffixes and file.name != manifest.NAME:
+                shutil.copyfile(file, part / file.name)
+        _write(part, weights, dtype, shard_bytes)
+        _verify(part, weights, dtype)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except OSError as e:
+        remove(part)
+        raise UserError(f"{folder} cannot be written: {e.strerror or e}.") from e
+    return source
+
+
+def _write(part: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    shards = list(_shards(weights, dtype, shard_bytes))
+    places, total = {}, 0
+    for file, names in zip(shard_files("model", len(shards)), shards, strict=True):
+        tensors = {name: _cast(weights.read(name), dtype) for name in names}
+        total += sum(x.nbytes for x in tensors.values())
+        write_weights(part / file, tensors)
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        (part / "model.safetensors.index.json").write_bytes(index(total, places))
+    if dtype is not None:
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        (part / "config.json").write_bytes(json_bytes(config | {"dtype": str(dtype)[6:]}))
+
+
+def _shards(weights: Weights, dtype: torch.dtype | None, most: int) -> Iterator[list[str]]:
+    """The names of each file's tensors, in their order, at most so many bytes a file unless one tensor is larger."""
+    names, size = [], 0
+    for name in weights.names:
+        each = _cast(torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta"), dtype).nbytes
+        if names and size + each > most:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += each
+    yield names
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None or not x.is_floating_point() else x.to(dtype)
+
+
+def _verify(part: Path, weights: Weights, dtype: torch.dtype | None) -> None:
+    """OSError unless every tensor reads back as it should be, bit for bit."""
+    written = open_weights(part)
+    for name in weights.names:
+        mine, theirs = written.read(name), _cast(weights.read(name), dtype)
+        if mine.dtype != theirs.dtype or not mine.view(-1).view(torch.uint8).equal(theirs.view(-1).view(torch.uint8)):
+            raise OSError(f"{name} reads back other than it was written")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="to be made")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: as the checkpoint has it")
+    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="10^9 bytes a file (default %(default)s)")
+    args = parser.parse_args()
+    if args.dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype {args.dtype}: must be fp32, bf16 or fp16.")
+    if not args.max_shard_gb > 0:
+        raise UserError(f"--max_shard_gb {args.max_shard_gb:g}: must be above 0.")
+    taken = export(args.checkpoint, args.folder, DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9))
+    size = sum(file.stat().st_size for file in args.folder.iterdir())
+    print(f"{taken} -> {args.folder}: {size / 1e6:.1f} MB, verified")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,128 @@
+"""Tensors in safetensors files: those of a folder read by name and slice, and files of them written with a checksum."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gspo.errors import UserError
+
+DTYPES = {  # as the format spells them, https://huggingface.co/docs/safetensors
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Weights:
+    """The tensors of one or several safetensors files, by name. Nothing is read before it is asked for."""
+
+    def __init__(self, files: dict[str, Path]):
+        self._files, self._open = files, {}  # tensor -> its file; file -> its handle
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        spelled = self._slice(name).get_dtype()
+        return next(dtype for dtype, known in DTYPES.items() if known == spelled)
+
+    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, or its part at `slices` (one a dimension), on the CPU: a view of the file's own pages, of which
+        only those that are looked at come into memory. Copy it before changing it."""
+        return self._slice(name)[slices] if slices else self._handle(name).get_tensor(name)
+
+    def _slice(self, name: str):
+        return self._handle(name).get_slice(name)
+
+    def _handle(self, name: str):
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = _opened(file)
+        return self._open[file]
+
+
+def open_weights(folder: Path, stem: str = "model") -> Weights:
+    """`<stem>.safetensors` of a folder, or the shards that `<stem>.safetensors.index.json` lists.
+
+    UserError when there is neither, or a file is damaged.
+    """
+    folder = Path(folder)
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.exists():
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return Weights({name: folder / file for name, file in where.items()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise UserError(f"{index} is no index of safetensors files: {e}.") from e
+    if not single.exists():
+        raise UserError(f"{folder} has no {single.name}, nor an index of several such files.")
+    return Weights(dict.fromkeys(_opened(single).keys(), single))
+
+
+def _opened(file: Path):
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{file} is no whole safetensors file: {e}.") from e
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
+    """Write whole CPU tensors as a safetensors file, down to the disk -> (bytes, their sha256). OSError if it fails.
+
+    One pass over the tensors as they lie in memory, so the checksum is of what was meant, not of what arrived.
+    """
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
+        at += x.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return write_bytes(file, [len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())])
+
+
+def write_bytes(file: Path, pieces: list[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file down to the disk -> (bytes, their sha256). OSError if it fails."""
+    digest, size = hashlib.sha256(), 0
+    with file.open("wb", buffering=0) as f:
+        for piece in pieces:
+            view = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
+            for start in range(0, len(view), 1 << 24):
+                chunk = view[start : start + (1 << 24)]
+                digest.update(chunk)
+                while len(chunk):
+                    chunk = chunk[f.write(chunk) :]
+            size += len(view)
+        os.fsync(f.fileno())
+    return size, digest.hexdigest()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    assert x.device.type == "cpu" and x.is_contiguous()
+    return memoryview(x.view(-1).view(torch.uint8).numpy()) if x.numel() else memoryview(b"")
+
+
+def deal(sizes: dict[str, int], ranks: int) -> list[list[str]]:
+    """Names for each rank, the largest first to the rank that has least: the same on every rank."""
+    hands: list[list[str]] = [[] for _ in range(ranks)]
+    held = [0] * ranks
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = held.index(min(held))
+        hands[least].append(name)
+        held[least] += sizes[name]
+    return hands

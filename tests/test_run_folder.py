@@ -1,0 +1,177 @@
+"""Folders of runs: what may follow on what, what is kept, and that a damaged checkpoint is not gone on from."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from saved_run import ALONE, a_run
+
+from gspo import manifest
+from gspo.config import load_config
+from gspo.errors import UserError
+from gspo.files import write_json
+from gspo.run_folder import keep_reward_function, latest, needs_test, open_run
+
+
+@pytest.fixture()
+def run(tmp_path, tokenizer):
+    run = a_run(tmp_path, tokenizer)
+    run.save(4)
+    return run
+
+
+def again(run, *overrides):
+    cfg = load_config("configs/quick.yaml", [f"trainer.output_dir={run.folder.parent}", *overrides])
+    return open_run(cfg, ALONE)
+
+
+def test_the_same_run_goes_on_and_another_is_refused(run):
+    step = run.folder / "checkpoints" / "step_000004"
+    assert again(run) == (run.folder, step)
+    for free in ("trainer.max_steps=999", "optim.micro_batch_tokens=7", "health.patience=3", "eval.n=2"):
+        assert again(run, free)[1] == step
+    for other in ("trainer.seed=1", "optim.learning_rate=1", "rollout.n=5", "objective.margin=0.2", "model.path=x"):
+        with pytest.raises(UserError, match=other.split("=")[0]):
+            again(run, other)
+
+
+def test_never_sets_the_old_run_aside(run):
+    assert again(run, "trainer.resume=never") == (run.folder, None)
+    aside = [p for p in run.folder.parent.iterdir() if p.name.startswith("quick-")]
+    assert len(aside) == 1 and (aside[0] / "checkpoints" / "step_000004" / "model.safetensors").exists()
+    assert (run.folder.parent / "checkpoints").resolve() == run.folder / "checkpoints"
+
+
+@pytest.mark.parametrize("resume", ["never", "FOLDER"])
+def test_a_worker_that_torchrun_restarts_goes_on_where_it_was(run, monkeypatch, resume, tmp_path):
+    """The command said where to begin; that was done before the restart."""
+    step = run.folder / "checkpoints" / "step_000004"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert again(run, f"trainer.resume={resume}") == (run.folder, step)
+    assert [p.name for p in run.folder.parent.iterdir() if p.name.startswith("quick")] == ["quick"]
+
+
+def test_leftovers_of_a_killed_run_are_removed(run):
+    for name in ("checkpoints/step_000009.part/trainer", "checkpoints/beside.part"):
+        (run.folder / name).mkdir(parents=True)
+    (run.folder / "metrics.jsonl.part").write_text("{")
+    (run.folder / "checkpoints/.best.part").symlink_to("step_000009")
+    again(run)
+    assert [p for p in run.folder.parent.rglob("*.part")] == [] and run.names() == ["step_000004"]
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(run, monkeypatch):
+    monkeypatch.setattr("gspo.run_folder.PATIENCE_S", 0.3)
+    hold = f"import fcntl, os, time; fcntl.flock(os.open({str(run.folder)!r}, os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); time.sleep(99)"  # noqa: E501
+    import os
+
+    from gspo import run_folder
+
+    os.close(run_folder._held.pop(run.folder))
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    for resume in ("auto", "never"):
+        with pytest.raises(UserError, match="is being trained in by another process"):
+            again(run, f"trainer.resume={resume}")
+    other.kill()
+    other.wait()
+    assert again(run)[1].name == "step_000004"
+
+
+def every_file(checkpoint):
+    return sorted(p for p in checkpoint.rglob("*") if p.is_file())
+
+
+def test_a_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_is_used(run, capsys):
+    """First, last and a byte in between of each file; every byte of the manifest itself."""
+    newest = run.save(6)
+    assert len(every_file(newest)) >= 9
+    for file in every_file(newest):
+        whole = file.read_bytes()
+        is_manifest = file.name == manifest.NAME
+        for at in range(len(whole)) if is_manifest else (0, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            said = manifest.damage(newest, ALONE)
+            assert file.relative_to(newest).as_posix() in said, (file, at, said)
+        file.write_bytes(whole)
+        assert manifest.damage(newest, ALONE) == ""
+
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert again(run)[1].name == "step_000004"
+        (warning,) = capsys.readouterr().out.splitlines()
+        assert warning.startswith(f"warning: {newest} is damaged: {file.relative_to(newest)}")
+        assert run.names() == ["step_000004", "step_000006.damaged"], "and the next step 6 has room"
+        (newest.with_name("step_000006.damaged")).rename(newest)
+        file.write_bytes(whole)
+    assert again(run)[1] == newest and capsys.readouterr().out == ""
+
+
+def test_a_file_that_is_missing_or_cut_is_found(run):
+    step = run.folder / "checkpoints" / "step_000004"
+    for file in every_file(step):
+        if file.name == "manifest.json":
+            continue
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        assert f"has {len(whole) - 1} bytes instead of {len(whole)}" in manifest.damage(step, ALONE)
+        file.unlink()
+        assert "is missing" in manifest.damage(step, ALONE)
+        file.write_bytes(whole)
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_start_over_by_itself(run):
+    (run.folder / "checkpoints/step_000004/config.json").unlink()
+    (run.folder / "checkpoints/step_000002").mkdir()
+    with pytest.raises(UserError, match=r"step_000002 is damaged.*none before it is whole.*trainer.resume=never"):
+        again(run)
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_and_stays(run):
+    step = run.folder / "checkpoints" / "step_000004"
+    (step / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step_000004' is damaged: config.json"):
+        again(run, f"trainer.resume={step}", "trainer.run_name=other")
+    assert step.exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_manifest_and_is_used_if_its_files_have_their_length(run, capsys):
+    newest = run.save(6)
+    (newest / "manifest.json").unlink()
+    assert again(run)[1] == newest
+    weights = newest / "trainer" / "opponent.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert again(run)[1].name == "step_000004" and "it has no manifest.json" in capsys.readouterr().out
+
+
+def test_a_real_folder_named_checkpoints_is_left_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine.txt").write_text("precious")
+    open_run(load_config("configs/quick.yaml", [f"trainer.output_dir={tmp_path}"]), ALONE)
+    assert (tmp_path / "checkpoints" / "mine.txt").read_text() == "precious"
+
+
+def test_half_a_checkpoint_is_never_the_latest(run):
+    (run.folder / "checkpoints" / "step_000009.part" / "trainer").mkdir(parents=True)
+    (run.folder / "checkpoints" / "step_000008").mkdir()
+    assert latest(run.folder / "checkpoints").name == "step_000004"
+
+
+def test_an_evaluation_is_repeated_only_for_another_step(tmp_path):
+    assert needs_test(tmp_path, "eval_after", 6, ALONE)
+    write_json(tmp_path / "eval_after.json", {"step": 6})
+    assert not needs_test(tmp_path, "eval_after", 6, ALONE)
+    assert needs_test(tmp_path, "eval_after", 9, ALONE)
+    assert json.loads((tmp_path / "eval_after.json").read_text()) == {"step": 6}
+
+
+def test_a_reward_function_that_changes_between_resumes_is_told_of_and_both_are_kept(tmp_path, capsys):
+    keep_reward_function(tmp_path, "return 0.5", 0)
+    keep_reward_function(tmp_path, "return 0.5", 20)
+    assert capsys.readouterr().out == ""
+    keep_reward_function(tmp_path, "return 1.0", 40)
+    assert "another one than this run began with" in capsys.readouterr().out
+    assert (tmp_path / "reward_func.py").read_text() == "return 1.0"
+    assert (tmp_path / "reward_func_until_step_40.py").read_text() == "return 0.5"
+    keep_reward_function(tmp_path, "return 0.0", 0)
+    assert capsys.readouterr().out == "" and (tmp_path / "reward_func.py").read_text() == "return 0.0", "a run anew"
