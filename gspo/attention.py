@@ -144,6 +144,30 @@ def check_architecture(config: PreTrainedConfig) -> None:
         raise refusal(config, f"has layers of the kind {', '.join(sorted(others))}")
 
 
+def check_length(config: PreTrainedConfig, tokens: int) -> None:
+    """UserError where a prompt and its answer, `tokens` together, reach positions at which a model's rotary frequencies
+    depend on the forward that they are in.
+
+    Beyond a length, transformers chooses those of dynamic NTK and LongRoPE for all rows by the largest position
+    (modeling_rope_utils.py, `dynamic_rope_update`): log-probs would change with batch mates and with how a batch is
+    cut, and the keys that a sampler keeps would not be those of a later forward.
+    """
+    c = config.get_text_config()
+    ropes = getattr(c, "rope_parameters", None) or {}
+    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # of all layers, or by the kind of layer
+        kind = rope["rope_type"]
+        if "dynamic" not in kind and kind != "longrope":
+            continue
+        limit = rope["original_max_position_embeddings"] if kind == "longrope" else c.max_position_embeddings
+        if tokens > limit:
+            raise UserError(
+                f"a prompt and its answer may have {tokens:,} tokens together. Beyond {limit:,} this model's positions "
+                f"({c.model_type}, rope_type {kind!r}) are scaled by the longest sequence of a batch, and an answer "
+                f"would depend on its batch mates. Keep the two within {limit:,} (data.max_prompt_length and "
+                "rollout.max_new_tokens; with spin, the rows' solutions), or choose a model of another rope_type."
+            )
+
+
 @contextmanager
 def attention_of(config: PreTrainedConfig, name: str) -> Iterator[None]:
     """Attention by the function registered as `name`, for the forwards inside."""

@@ -10,11 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from gspo.attention import check_length
 from gspo.config import Config
 from gspo.distributed import World, check_tensor_parallel
 from gspo.errors import UserError
 from gspo.evaluation import table
+from gspo.precision import DTYPES
 from gspo.progress import is_main, say
+from gspo.selfplay import shares_weights
 
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 
@@ -57,9 +62,13 @@ def leave() -> None:
 
 
 def check_launch(cfg: Config, model_config: Any, world: World, started: bool = True) -> None:
-    """UserError when the configuration wants other ranks than torchrun started; notes on what may surprise."""
+    """UserError when the configuration wants other ranks than torchrun started, or more than the model can; notes on
+    what may surprise."""
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
     check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
+    precision = DTYPES.get(cfg.model.precision, torch.float32)  # auto is measured later
+    shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
+    check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
     if started and wanted not in (0, world.size):
         raise UserError(
             f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "

@@ -67,6 +67,9 @@ class Rollout:
         "auto", "memory for their keys and values on a rank; auto: half of what is free", gt=0.0
     )
     tensor_model_parallel_size: int = opt(1, "ranks that share one copy of the sampler's weights", ge=1)
+    weights: Literal["auto", "share", "copy"] = opt(
+        "auto", "share: sample with the policy's own parameters (one process, fp32); copy; auto: share where possible"
+    )
 
 
 @dataclass

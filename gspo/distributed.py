@@ -31,6 +31,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from gspo.errors import UserError
 from gspo.model import decoder_layers
 
+PIECE = 2**26  # numbers of a parameter that is between two shardings
+
 
 @dataclass(frozen=True)
 class World:
@@ -238,6 +240,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor()
 
 
+def local_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters on this rank."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
+
+
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that `like` holds on this rank, as the same kind of tensor. No communication."""
     if not isinstance(like, DTensor):
@@ -249,15 +256,48 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """target <- source, parameter by parameter, whatever the two's sharding and dtypes."""
+    """target <- source, parameter by parameter, whatever the two's sharding and dtypes.
+
+    Between shards of two kinds a parameter flows in pieces of PIECE numbers, in the target's dtype: no rank holds more
+    of it at a time, beside what is its own.
+    """
     for (name, p), (other, q) in zip(source.named_parameters(), target.named_parameters(), strict=True):
         assert name == other, (name, other)
-        if isinstance(p, DTensor) and isinstance(q, DTensor) and p.device_mesh == q.device_mesh:
+        sharded = isinstance(p, DTensor), isinstance(q, DTensor)
+        if not any(sharded):
+            q.copy_(p)
+            continue
+        if all(sharded) and p.device_mesh == q.device_mesh:
             q.to_local().copy_(p.to_local())
-        elif isinstance(q, DTensor):
-            q.to_local().copy_(shard_like(whole(p), q).to_local())
-        else:
-            q.copy_(whole(p))
+            continue
+        *rows, own = held(q)
+        mine = q.to_local() if isinstance(q, DTensor) else q
+        for columns in _columns(p):
+            piece = whole(p[..., columns].to(q.dtype))
+            start, stop = max(own.start, columns.start), max(own.start, min(own.stop, columns.stop))
+            wanted = piece[(*rows, slice(start - columns.start, stop - columns.start))]
+            mine[..., start - own.start : stop - own.start].copy_(wanted)
+
+
+def _columns(p: Tensor) -> Iterator[slice]:
+    """Slices of a tensor's last dimension, which is sharded in vectors only, that hold PIECE numbers or a column."""
+    width = p.shape[-1]
+    step = width if p.ndim == 1 else max(1, PIECE * width // p.numel())
+    return (slice(at, min(at + step, width)) for at in range(0, width, step))
+
+
+def held(tensor: Tensor) -> tuple[slice, ...]:
+    """The slices, one a dimension, of the whole tensor that this rank holds."""
+    at = [slice(0, n) for n in tensor.shape]
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for placement, size, place in zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True):
+            if not placement.is_replicate():
+                d, (start, stop) = placement.dim, (at[placement.dim].start, at[placement.dim].stop)
+                step = -(-(stop - start) // size)  # as torch.chunk cuts
+                at[d] = slice(min(start + place * step, stop), min(start + (place + 1) * step, stop))
+        assert tuple(s.stop - s.start for s in at) == tensor.to_local().shape, (at, tensor.to_local().shape)
+    return tuple(at)
 
 
 def held(tensor: Tensor) -> tuple[slice, ...]:

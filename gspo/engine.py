@@ -48,12 +48,14 @@ class Engine:
         self.waiting: deque[int] = deque()  # rows whose first token is drawn
         self.left = np.full(len(prompts), n)  # answers of each prompt that have not ended
 
-    def run(self) -> Iterator[int]:
-        """Sample everything; yields each prompt's number as soon as its last answer has ended."""
+    def run(self, tick: Callable[[], None] = lambda: None) -> Iterator[int]:
+        """Sample everything; yields each prompt's number as soon as its last answer has ended. Calls `tick` now and
+        then."""
         while self.queue or self.waiting or len(self.slots):
             yield from self._admit()
             if len(self.slots):
                 yield from self._decode()
+            tick()
 
     def _admit(self) -> Iterator[int]:
         """Give free slots to those that wait, and compute further prompts where too few do."""

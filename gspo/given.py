@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gspo.attention import check_length
 from gspo.errors import UserError
 from gspo.pairs import forks
 from gspo.selfplay import Selves
@@ -38,6 +39,7 @@ def solutions(prompts: list[Prompt], like: Rollout, tokenizer: Any, end_id: int)
 def with_solutions(exp: Experience, tokenizer: Any, end_id: int, selves: Selves) -> Experience:
     """The same groups, the gold solution last and preferred to all of them. Every rank must call this."""
     gold = solutions(exp.rollout.prompts, exp.rollout, tokenizer, end_id)
+    check_length(selves.policy.config, selves.world.max(gold.longest))
     reference, anchors = selves.reference(gold)
     g, n = exp.rewards.shape
     beats = torch.zeros(g, n + 1, n + 1, dtype=torch.bool, device=exp.beats.device)

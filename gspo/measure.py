@@ -77,7 +77,8 @@ class Clock:
     def metrics(self, tokens: float) -> dict[str, float]:
         """The step so far: seconds of its stages and in all, and sampled tokens a second."""
         step = time.perf_counter() - self.start
-        return {**self.seconds, "time/step": step, "tokens_per_second": tokens / step}
+        rates = {"tokens_per_second": tokens / step, "tokens_per_second/rollout": tokens / self.seconds["time/rollout"]}
+        return {**self.seconds, "time/step": step, **rates}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -4,13 +4,15 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
-DELAY_S, LINE_EVERY_S = 2.0, 15.0
+DELAY_S, SHOW_EVERY_S, LINE_EVERY_S = 2.0, 0.5, 15.0
+ANSWERS = "{l_bar}{bar}| {n_fmt}/{total_fmt} answers{postfix} [{elapsed}<{remaining}]"
 
 
 def is_main() -> bool:
@@ -42,3 +44,41 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
             last = now
             print(f"{what}: {done}{f' / {total}' if total else ''}, {now - started:.0f} s", flush=True)
         yield item
+
+
+@contextmanager
+def watch(what: str, total: int, so_far: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
+    """Show how far sampling got: answers done of `total`, tokens a second.
+
+    Yields what to call at every step; only when a line is due does it ask `so_far` for answers and tokens.
+    """
+    if not is_main():
+        yield lambda: None
+        return
+    bar = None
+    if sys.stdout.isatty():
+        shown = {"delay": DELAY_S, "leave": False, "file": sys.stdout, "dynamic_ncols": True, "miniters": 0}
+        bar = tqdm(desc=what, total=total, bar_format=ANSWERS, **shown)
+    every = LINE_EVERY_S if bar is None else SHOW_EVERY_S
+    began = last = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last <= every:
+            return
+        last, (done, tokens) = now, so_far()
+        rate = f"{tokens / (now - began):,.0f} tok/s"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            rate += " on this rank"
+        if bar is None:
+            print(f"{what}: {done} / {total} answers, {rate}, {now - began:.0f} s", flush=True)
+        else:
+            bar.set_postfix_str(rate, refresh=False)
+            bar.update(done - bar.n)
+
+    try:
+        yield tick
+    finally:
+        if bar is not None:
+            bar.close()

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gspo.attention import check_length
 from gspo.decode_attention import check_slots
 from gspo.distributed import World
 from gspo.engine import Engine
 from gspo.memory import SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.model import generation_ids
 from gspo.prepared import prepared
-from gspo.progress import track
+from gspo.progress import watch
 from gspo.sampling import Sampling, sample_keys
 from gspo.slots import Slots
 from gspo.stop import StopStrings
@@ -72,14 +73,20 @@ class Sampler:
         """Sample n answers to each prompt: a Rollout [G, n, L] on the sampler's device, in the prompts' order.
 
         `on_group(place, prompt, texts)` is called as soon as the n answers to a prompt have ended, while others go on.
-        `limits` [G, n] cuts single answers earlier than `sampling.max_new_tokens`.
+        `limits` [G, n] cuts single answers earlier than `sampling.max_new_tokens`. A line on the terminal shows answers
+        done and tokens a second. Raises UserError where the model cannot tell positions so far from batch mates'.
         """
+        self._check_length(prompts, sampling)
         texts: dict[int, list[str]] = {}
         if not prompts:
             return self._collect(prompts, n, None, texts)
         engine = self._engine(prompts, n, sampling, purpose, step, limits)
-        with prepared(self.model, engine.max_slots):
-            for g in track(engine.run(), "sampling", len(prompts)):
+
+        def so_far() -> tuple[int, int]:
+            return len(prompts) * n - int(engine.left.sum()), int(engine.lengths.sum())
+
+        with prepared(self.model, engine.max_slots), watch("sampling", len(prompts) * n, so_far) as tick:
+            for g in engine.run(tick):
                 rows = slice(g * n, (g + 1) * n)
                 texts[g] = self._texts(engine.tokens[rows], engine.lengths[rows])
                 if on_group:
@@ -102,6 +109,7 @@ class Sampler:
         Ranks that share one tensor-parallel model generate the share of all of them together; `on_group` hears of
         this rank's own, with their places in its Rollout.
         """
+        self._check_length(prompts, sampling)  # of all ranks, so that none fails alone
         together, mine = world.positions(len(prompts), self.tp), world.positions(len(prompts))
 
         def own(i: int, prompt: Prompt, texts: list[str]) -> None:
@@ -112,6 +120,10 @@ class Sampler:
             [prompts[p] for p in together], n, sampling, purpose=purpose, step=step, on_group=own if on_group else None
         )
         return mine, rollout if together == mine else rollout.select([together.index(p) for p in mine])
+
+    def _check_length(self, prompts: list[Prompt], sampling: Sampling) -> None:
+        longest = max((len(p.ids) for p in prompts), default=0)
+        check_length(self.model.config, longest + sampling.max_new_tokens)
 
     def _engine(
         self, prompts: list[Prompt], n: int, sampling: Sampling, purpose: int, step: int, limits: Tensor | None

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gspo.batching import micro_batches
 from gspo.config import Config
-from gspo.distributed import World, copy_weights, shard_policy, shard_reference, shard_sampler
+from gspo.distributed import World, copy_weights, local_bytes, shard_policy, shard_reference, shard_sampler
+from gspo.errors import UserError
 from gspo.head import measure_head
 from gspo.logprobs import check_packing, rollout_logprobs
 from gspo.model import checkpoint_activations, in_dtype, load_model
@@ -19,7 +20,10 @@ from gspo.types import Rollout
 
 
 class Selves:
-    """The policy, the copy of it that samples, and the frozen selves it is measured against.
+    """The policy, the sampler, and the frozen selves that the policy is measured against.
+
+    The self that plays is always the policy as it stands when a rollout begins; so the sampler is the policy itself
+    (`rollout.weights: share`), or a copy of it that `refresh_sampler` brings up to date.
 
     `frozen` holds `opponent` (the policy as it stood when the round began) and / or `initial`, whichever the anchor and
     the KL reference need; where they are the same model it is held once.
@@ -37,12 +41,15 @@ class Selves:
         self.frozen = {name: self._freeze(copy.deepcopy(initial)) for name in {self.kl_to, self.anchor_to} - {None}}
         policy = initial if weights_from is None else self._open(str(weights_from))
         tp = cfg.rollout.tensor_model_parallel_size
-        shared = world.size == 1 and self.dtype == torch.float32
+        shared, why = shares_weights(cfg.rollout.weights, world.size > 1, self.dtype)
         sampler = policy if shared else in_dtype(copy.deepcopy(policy), self.dtype)
         if cfg.model.gradient_checkpointing:
             checkpoint_activations(policy)
         self.policy = shard_policy(policy, world, self.dtype)
         self.sampler, self.agree = (policy, None) if shared else shard_sampler(sampler, world, tp)
+        if cfg.rollout.weights == "auto":
+            size = f"{local_bytes(self.sampler) / 2**30:.2g} GiB on each process"
+            say(f"rollout.weights=auto: {'share' if shared else f'copy, {size}, as {why}'}")
 
     def _open(self, path: str | None) -> nn.Module:
         model = load_model(path)
@@ -89,6 +96,23 @@ class Selves:
     def initial(self) -> nn.Module:
         """The model that training started from; opened again where it is not held."""
         return self.frozen.get("initial") or self._freeze(self._open(self.cfg.model.path))
+
+
+def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:
+    """-> whether the sampler reads the policy's own parameters (`rollout.weights`), and why it cannot, if so.
+
+    It may: the policy changes in updates only, when nobody samples. It cannot read shards, nor sample in another type
+    than the parameters'. Sharing takes neither memory nor time, so `auto` shares where it can. Raises UserError where
+    `share` cannot.
+    """
+    why, cure = "", ""
+    if sharded:
+        why, cure = "the policy is in shards, to be gathered anew for every token", "start one process"
+    elif dtype != torch.float32:
+        why, cure = f"the policy is kept in float32 and samples in {str(dtype)[6:]}", "set model.precision=fp32"
+    if why and weights == "share":
+        raise UserError(f"rollout.weights = 'share' is not possible: {why}. Use copy, or auto, or {cure}.")
+    return not why and weights != "copy", why
 
 
 def round_of(step: int, total_steps: int, rounds: int) -> int:

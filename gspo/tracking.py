@@ -63,6 +63,7 @@ GLOSSARY = {
     "mismatch": "mean |sampler - trainer| log-prob of the same token",
     "balance": "tokens trained on by the fullest rank / mean over ranks: 1.0 where no rank waits for another",
     "tokens_per_second": "sampled tokens a second, over the whole step",
+    "tokens_per_second/rollout": "... over the seconds of sampling alone",
     "tokens_sampled": "sampled tokens since the start",
     "time/rollout": "seconds sampling",
     "time/reward": "seconds scoring",

@@ -46,6 +46,12 @@ class Rollout:
         """G x N: `stop`, by an end token or a stop string, or `length`."""
         return [["stop" if ended else "length" for ended in group] for group in self.finished.tolist()]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        widest = self.lengths.amax(1).tolist()
+        return max((len(prompt.ids) + n for prompt, n in zip(self.prompts, widest, strict=True)), default=0)
+
     def select(self, groups: list[int]) -> "Rollout":
         """The same, for some of the groups, no wider than they need."""
         lengths = self.lengths[groups]

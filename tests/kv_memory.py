@@ -17,6 +17,12 @@ def resident(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in STATUS.read_text().splitlines() if line.startswith(key))
 
 
+def watch_peak() -> float:
+    """Forget the peak so far (`VmHWM`) -> MiB resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model = tiny_model("llama", head_dim=1024, num_key_value_heads=4, num_hidden_layers=2)
@@ -24,8 +30,7 @@ if __name__ == "__main__":
     sampler.generate(prompts_of((5,)), 1, Sampling(1.0, max_new_tokens=2))
     made, begin = [], Slots.__init__
     Slots.__init__ = lambda slots, *a: begin(slots, *a) or made.append(slots.prompts.bytes + slots.answers.bytes)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = watch_peak()
     sampler.end_ids = set()
     sampler.generate(prompts_of((5, 8, 3, 17)), 24, Sampling(1.0, max_new_tokens=33))
     print(resident("VmHWM") - before, max(made) / 2**20)

@@ -46,7 +46,9 @@ def main() -> None:
 
         optimizer.step = keep_gradient
         Updater(selves.policy, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
-        texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), strict=True)))
+        answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
+        tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]
+        texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), tokens, strict=True)))
         if world.is_main:
             save_file(gradient, out)
             rows = sorted(row for part in texts for row in part)

@@ -1,15 +1,20 @@
 """Which models packed rows serve exactly, and that the others are refused by name."""
 
+import copy
+
 import pytest
 import torch
 from architectures import FAMILIES, SMALL, tiny_model
+from test_rollout import prompts_of, sampler_for
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from gspo.attention import PACKED, attention_of
+from gspo.attention import PACKED, attention_of, check_length
 from gspo.decode_attention import check_slots
 from gspo.errors import UserError
 from gspo.head import measure_head
-from gspo.logprobs import check_packing
+from gspo.logprobs import check_packing, response_logprobs
+from gspo.packing import pack_rows
+from gspo.sampling import Sampling
 from gspo.slots import Step
 
 CPU = torch.device("cpu")
@@ -76,3 +81,76 @@ def test_the_models_own_attention_returns_even_after_a_fault():
         assert config._attn_implementation == PACKED
         raise ZeroDivisionError
     assert config._attn_implementation == "sdpa"
+
+
+# ---- rotary frequencies chosen by the longest sequence of a forward ----
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+            "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+BY_LENGTH = {
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
+    "longrope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "max_position_embeddings": 96, "original_max_position_embeddings": 24},
+    ),
+    "of some layers": (
+        "gemma3_text",
+        {
+            "rope_parameters": {"full_attention": LONGROPE, "sliding_attention": PLAIN},
+            "layer_types": ["full_attention", "sliding_attention"],
+            "max_position_embeddings": 96,
+        },
+    ),
+}
+
+
+def by_length(case):
+    family, extra = BY_LENGTH[case]
+    return tiny_model(family, **copy.deepcopy(extra))  # transformers writes into what it is given
+
+
+def alone(model, rollout, g, i):
+    """Log-probs of one answer, by a forward of its own."""
+    answer = rollout.tokens[g, i, : rollout.lengths[g, i]]
+    ids = torch.tensor([[*rollout.prompts[g].ids, *answer.tolist()]])
+    logits = model(input_ids=ids).logits[0, ids.shape[1] - len(answer) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", BY_LENGTH)
+def test_frequencies_chosen_by_length_are_served_exactly_up_to_where_they_change(case):
+    model = by_length(case)
+    sampler = sampler_for(model, max_slots=4)
+    sampler.end_ids = {-1}  # every answer is as long as may be
+    rollout = sampler.generate(prompts_of((3, 12, 7)), 2, Sampling(1.0, max_new_tokens=12))
+    rows = [(g, i) for g in range(3) for i in range(2)]
+    packed = response_logprobs(model, pack_rows(rollout, rows), 1.0)
+    assert rollout.longest == 24
+    for logprobs, (g, i) in zip(packed, rows, strict=True):
+        torch.testing.assert_close(logprobs, alone(model, rollout, g, i), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rollout.logprobs[g, i], logprobs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", BY_LENGTH)
+def test_and_are_refused_by_name_beyond_for_a_longer_batch_mate_would_change_an_answer(case, monkeypatch):
+    model = by_length(case)
+    sampler, sampling = sampler_for(model), Sampling(1.0, max_new_tokens=12)
+    kind = "dynamic" if case == "dynamic" else "longrope"
+    said = rf"25 tokens.*24.*{model.config.model_type}.*{kind}.*within 24.*rollout.max_new_tokens"
+    with pytest.raises(UserError, match=said):
+        sampler.generate(prompts_of((3, 13)), 2, sampling)
+    monkeypatch.setattr("gspo.rollout.check_length", lambda *_: None)
+    sampler.end_ids = {-1}
+    rollout = sampler.generate(prompts_of((3, 13)), 1, sampling)
+    both = response_logprobs(model, pack_rows(rollout, [(0, 0), (1, 0)]), 1.0)
+    assert (both[0] - alone(model, rollout, 0, 0)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rope", [PLAIN, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}], ids=str)
+def test_other_frequencies_reach_as_far_as_one_likes(rope):
+    check_length(tiny_model("llama", rope_parameters=rope, max_position_embeddings=24).config, 10**6)
+    check_length(AutoConfig.for_model("bloom"), 10**6)

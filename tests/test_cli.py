@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from gspo.cli import check_launch, final_words, guarded
 from gspo.config import load_config
@@ -92,6 +93,14 @@ def test_another_number_of_processes_than_asked_for_is_refused(overrides, size, 
     with pytest.raises(UserError) as e:
         check_launch(load_config(None, overrides), load_model_config(None), a_world(size))
     assert f"asks for {wanted} processes, this run has {size}" in str(e.value) and "torchrun" in str(e.value)
+
+
+def test_answers_longer_than_a_models_frequencies_allow_are_refused_before_training():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model("llama", rope_parameters=rope, max_position_embeddings=1024)
+    check_launch(load_config(None, ["rollout.max_new_tokens=24", "data.max_prompt_length=1000"]), config, a_world())
+    with pytest.raises(UserError, match=r"1,025 tokens.*1,024.*data.max_prompt_length"):
+        check_launch(load_config(None, ["rollout.max_new_tokens=25", "data.max_prompt_length=1000"]), config, a_world())
 
 
 @pytest.mark.parametrize(

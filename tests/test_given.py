@@ -99,6 +99,17 @@ def test_an_update_is_told_of_for_the_samples_only(setting):
     assert update.of(exp).logprobs.equal(update.logprobs[:, :3, : exp.rollout.tokens.shape[2]])
 
 
+def test_a_solution_longer_than_the_models_frequencies_allow_is_refused(setting):
+    _, selves, sampler, exp, material = setting()
+    sizes, config = [len(p.ids) for p in exp.rollout.prompts], selves.policy.config
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config.max_position_embeddings = int((torch.tensor(sizes) + material.rollout.lengths[:, 3]).max())
+    with_solutions(exp, load_tokenizer(None), sampler.end_id, selves)
+    config.max_position_embeddings -= 1
+    with pytest.raises(UserError, match="with spin, the rows' solutions"):
+        with_solutions(exp, load_tokenizer(None), sampler.end_id, selves)
+
+
 def test_a_row_without_a_solution_is_a_users_mistake():
     with pytest.raises(UserError, match="spin learns from gold texts: the row of .* has no field 'solution'"):
         solution_ids(Prompt(0, (1,), "Solve", "7", ""), load_tokenizer(None), 0)

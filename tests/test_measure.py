@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gspo.config import Objective
-from gspo.measure import Meter, observe
+from gspo.measure import Clock, Meter, observe
 from gspo.pairs import forks, preferences
 from gspo.types import Experience, Prompt, Rollout, Scores
 from gspo.update import Update
@@ -95,3 +95,16 @@ def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():
     m = Meter.merge([observe(exp, scores, update, Objective()).state()] * 2)
     assert (m["reward_mean"], m["reward_max"]) == (0.5, 1.0)
     assert (m["reward/errors"], m["reward/timeouts"], m["reward/faults"]) == (2, 4, 6 / 24)
+
+
+def test_tokens_a_second_of_the_step_and_of_sampling(monkeypatch):
+    """Sampling from 1 to 5 s, the update from 5 to 10 s: 80 tokens in 4 s, and in 10."""
+    times = iter([0.0, 1.0, 5.0, 5.0, 10.0, 10.0])
+    monkeypatch.setattr("gspo.measure.time.perf_counter", lambda: next(times))
+    clock = Clock(torch.device("cpu"))
+    with clock("rollout"):
+        pass
+    with clock("update"):
+        pass
+    seconds = {"time/rollout": 4.0, "time/update": 5.0, "time/step": 10.0}
+    assert clock.metrics(80) == {**seconds, "tokens_per_second": 8.0, "tokens_per_second/rollout": 20.0}

@@ -1,6 +1,15 @@
 """Progress lines: none for short work, some for long work, none from other ranks."""
 
+import io
+import re
+
+import pytest
+from tqdm import tqdm
+
 import gspo.progress as progress
+from gspo.rollout import Sampler
+from gspo.sampling import Sampling
+from gspo.types import Prompt
 
 
 def test_every_item_passes_in_order(monkeypatch):
@@ -26,3 +35,49 @@ def test_other_ranks_are_silent(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     progress.say("me")
     assert capsys.readouterr().out == "me\n"
+
+
+# ---- while sampling ----
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_long_sampling_tells_answers_done_and_tokens_a_second(monkeypatch, capsys):
+    """Six seconds a step: a line at 18 and 36 s, by when 2 and 5 of 8 answers, 180 and 540 tokens are there."""
+    clock, seen = iter(range(0, 10_000, 6)), []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    progress_of = iter([(2, 180), (5, 540)])
+    with progress.watch("sampling", 8, lambda: seen.append(1) or next(progress_of)) as tick:
+        for _ in range(7):
+            tick()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["sampling: 2 / 8 answers, 10 tok/s, 18 s", "sampling: 5 / 8 answers, 15 tok/s, 36 s"]
+    assert len(seen) == 2, "tokens are counted only for a line"
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "3", "WORLD_SIZE": "4"}, {}], ids=["other rank", "short"])
+def test_other_ranks_and_short_sampling_are_silent(monkeypatch, capsys, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with progress.watch("sampling", 8, lambda: pytest.fail("nothing is to be shown")) as tick:
+        for _ in range(50):
+            tick()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_sees_one_line_that_moves_and_is_gone_at_the_end(monkeypatch, embedded_model, tokenizer):
+    terminal = Terminal()
+    monkeypatch.setattr(progress.sys, "stdout", terminal)
+    monkeypatch.setattr(progress, "DELAY_S", 1e-9)
+    monkeypatch.setattr(progress, "SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "tqdm", lambda *a, **k: tqdm(*a, **k, mininterval=0.0, ascii=True))
+    prompts = [Prompt(i, tuple(tokenizer(t)["input_ids"]), t, "", "") for i, t in enumerate(("1 + 1 =", "2 - 3 ="))]
+    sampler = Sampler(embedded_model, tokenizer, embedded_model.device, max_slots=2)
+    rollout = sampler.generate(prompts, 4, Sampling(1.0, max_new_tokens=10))
+    frames = [frame for frame in terminal.getvalue().split("\r") if "answers" in frame]
+    done = [int(re.search(r"(\d+)/8 answers, [\d,]+ tok/s", frame)[1]) for frame in frames]
+    assert len(frames) >= int((rollout.lengths - 1).sum()) // 2 and done == sorted(done) and done[-1] == 8
+    assert "\n" not in terminal.getvalue() and terminal.getvalue().split("\r")[-2].strip() == ""

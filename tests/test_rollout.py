@@ -91,22 +91,24 @@ def test_sampler_and_trainer_agree_on_log_probs(family):
 
 
 def test_a_sample_depends_on_nothing_but_its_key(embedded_model, tokenizer):
-    """Batch mates, slots, order: the same answers, token for token."""
+    """Batch mates, slots, order: the same answers, token for token. Ranks: test_distributed.py."""
     texts = ["Solve: x + 5 = 12", "解方程：3x - 4 = 20", "Solve for x: 40 - x = 7", "求 x：x / 3 + 10 = 7"]
     encode = lambda t: tuple(tokenizer(f"<|user|>{t}<|assistant|>")["input_ids"])  # noqa: E731
     prompts = [Prompt(i, encode(t), t, "", "") for i, t in enumerate(texts)]
     sampling = Sampling(0.9, max_new_tokens=32)
     make = lambda slots: Sampler(embedded_model, tokenizer, torch.device("cpu"), max_slots=slots, seed=3)  # noqa: E731
-    whole = make(256).generate(prompts, 6, sampling, step=2)
-    one_at_a_time = make(6).generate(prompts, 6, sampling, step=2)
-    reversed_order = make(12).generate(prompts[::-1], 6, sampling, step=2)
-    alone = make(256).generate([prompts[2]], 6, sampling, step=2)
-    assert one_at_a_time.texts == whole.texts
-    assert reversed_order.texts[::-1] == whole.texts
-    assert alone.texts[0] == whole.texts[2]
-    assert make(256).generate(prompts, 4, sampling, step=2).texts == [t[:4] for t in whole.texts]
-    assert make(256).generate(prompts, 6, sampling, step=3).texts != whole.texts
-    assert make(256).generate(prompts, 6, sampling, step=2, purpose=EVAL).texts != whole.texts
+
+    def answers(slots, prompts, n=6, step=2, **options):
+        rollout = make(slots).generate(prompts, n, sampling, step=step, **options)
+        groups = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
+        return [[ids[:length] for ids, length in zip(*group, strict=True)] for group in groups]
+
+    whole = answers(256, prompts)
+    assert answers(5, prompts) == whole, "slots"
+    assert answers(12, prompts[::-1])[::-1] == whole, "order"
+    assert answers(256, [prompts[2]]) == [whole[2]], "batch mates"
+    assert answers(256, prompts, n=4) == [group[:4] for group in whole]
+    assert answers(256, prompts, step=3) != whole != answers(256, prompts, purpose=EVAL)
 
 
 def test_answers_end_at_the_first_end_token_and_are_cut_at_the_limit():

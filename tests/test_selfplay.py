@@ -1,11 +1,19 @@
-"""When rounds begin, and the win rate against the previous self."""
+"""When rounds begin, the win rate against the previous self, and whose weights the sampler reads."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.selfplay import round_of, win_rate
+from gspo.config import load_config
+from gspo.distributed import World
+from gspo.errors import UserError
+from gspo.rollout import Sampler
+from gspo.sampling import Sampling
+from gspo.selfplay import Selves, round_of, shares_weights, win_rate
+from gspo.types import Prompt
+
+WORLD = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +69,61 @@ def test_the_two_sides_win_rates_sum_to_one(seed, margin, n, m):
     assert forth + back == pytest.approx(1.0) and ties == pytest.approx(same)
     order = torch.randperm(n, generator=g)
     assert win_rate(a[:, order], b, margin) == pytest.approx((forth, ties))
+
+
+# ---- rollout.weights ----
+
+
+def selves_of(weights, dtype=torch.float32):
+    return Selves(load_config(None, [f"rollout.weights={weights}"]), WORLD, dtype)
+
+
+def storages(model):
+    return {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", ["auto", "share", "copy"])
+def test_the_sampler_reads_the_policys_storage_where_it_is_to_and_can(weights, dtype, capsys):
+    if weights == "share" and dtype != torch.float32:
+        with pytest.raises(UserError, match=r"rollout.weights = 'share'.*float32.*bfloat16.*copy.*precision=fp32"):
+            selves_of(weights, dtype)
+        return
+    selves = selves_of(weights, dtype)
+    shared = weights != "copy" and dtype == torch.float32
+    assert storages(selves.sampler) & storages(selves.policy) == (storages(selves.policy) if shared else set())
+    assert not storages(selves.policy) & storages(selves.frozen["opponent"]), "the opponent stays what it was"
+    said = {"share": "auto: share", "copy": "auto: copy, 0.0012 GiB on each process, as the policy is kept in float32"}
+    out = capsys.readouterr().out
+    assert ("rollout.weights=" in out) == (weights == "auto")
+    assert weights != "auto" or said["share" if shared else "copy"] in out
+
+
+def test_shards_cannot_be_shared_and_auto_copies_them():
+    assert shares_weights("auto", True, torch.float32)[0] is shares_weights("copy", True, torch.float32)[0] is False
+    with pytest.raises(UserError, match="rollout.weights = 'share'.*shards.*copy, or auto, or start one process"):
+        shares_weights("share", True, torch.float32)
+
+
+def test_both_sample_the_policy_as_it_stands_when_a_rollout_begins(tokenizer):
+    prompts = [Prompt(i, tuple(tokenizer(t)["input_ids"]), t, "", "") for i, t in enumerate(("3x = 9", "x - 4 = 5"))]
+    answers = {}
+    for weights in ("share", "copy"):
+        selves, told = selves_of(weights), []
+        sampler = Sampler(selves.sampler, tokenizer, WORLD.device)
+        for _ in range(2):
+            selves.refresh_sampler()
+            told.append(sampler.generate(prompts, 4, Sampling(0.9, max_new_tokens=12)).tokens.tolist())
+            with torch.no_grad():
+                for p in selves.policy.parameters():
+                    p.mul_(1.2)
+        answers[weights] = told
+    assert answers["share"] == answers["copy"] and answers["copy"][0] != answers["copy"][1]
+
+
+def test_sharing_saves_a_models_memory(run_program):
+    done = run_program("tests/shared_weights.py", env={"PYTHONPATH": ".", "MALLOC_MMAP_THRESHOLD_": "65536"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    size, shared, copied = map(float, done.stdout.splitlines()[-1].split())
+    assert 1.9 * size < shared < 2.1 * size, "policy and opponent"
+    assert 2.9 * size < copied < 3.1 * size
