@@ -300,20 +300,6 @@ def held(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(at)
 
 
-def held(tensor: Tensor) -> tuple[slice, ...]:
-    """The slices, one a dimension, of the whole tensor that this rank holds."""
-    at = [slice(0, n) for n in tensor.shape]
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        for placement, size, place in zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True):
-            if not placement.is_replicate():
-                d, (start, stop) = placement.dim, (at[placement.dim].start, at[placement.dim].stop)
-                step = -(-(stop - start) // size)  # as torch.chunk cuts
-                at[d] = slice(min(start + place * step, stop), min(start + (place + 1) * step, stop))
-        assert tuple(s.stop - s.start for s in at) == tensor.to_local().shape, (at, tensor.to_local().shape)
-    return tuple(at)
-
-
 Read = Callable[[str, tuple[slice, ...]], Tensor]  # a tensor's name, slices of it -> that part, on the CPU
 
 
