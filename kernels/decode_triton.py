@@ -1,8 +1,8 @@
 """`decode.py` as Triton kernels: one that works off a pool of pages, called for prompts and for answers, and a merge.
 
 Bound by memory. A program holds up to BLOCK_M queries, those of a KV head's query heads and of the slots that read
-together, and goes over a share of the keys, which are read once and multiplied by tensor cores (float32 in three
-products of TF32 parts, which keep all but its last bit or two). Grids depend on the
+together, and goes over a share of the keys, which are read once and multiplied by tensor cores (float32 as three
+products of TF32 parts, which keep all but its last bit or two; wide heads of it by plain units). Grids depend on the
 tables' shapes, never on what is in them: a program whose share is empty says so and ends.
 """
 
@@ -29,6 +29,7 @@ def part_kernel(
     q_slot, q_head, inner, outer, window, table, splits, first_split, all_splits,
     MEMBERS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, SHARE: tl.constexpr, CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences * blocks of queries, KV heads, splits) -> out [S, H, all_splits, DV] and, base 2,
@@ -73,7 +74,7 @@ def part_kernel(
         v = tl.load(
             values_ptr + token[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0
         )
-        scores, _ = shaped(tl.dot(q, tl.trans(k), input_precision="tf32x3"), inner, outer, CAPPED)
+        scores, _ = shaped(tl.dot(q, tl.trans(k), input_precision=PRECISION), inner, outer, CAPPED)
         seen = inside[None, :]
         if WINDOW:
             seen = seen & (at[None, :] >= first[:, None])
@@ -82,7 +83,7 @@ def part_kernel(
         weights = tl.exp2(scores - peak[:, None])
         fade = tl.exp2(top - peak)
         total = total * fade + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, out * fade[:, None], input_precision="tf32x3")
+        out = tl.dot(weights.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
         top = peak
 
     found = real & (total > 0.0)
@@ -114,14 +115,23 @@ def split_count(pool: Pool) -> int:
     return min(SPLITS, triton.cdiv(pool.readers.pages.shape[1] * pool.keys.shape[2], SHARE))
 
 
-def blocks(queries: int, page: int, width: int, value_width: int, itemsize: int) -> dict[str, int]:
+def blocks(queries: int, page: int, width: int, value_width: int, itemsize: int) -> dict[str, int | str]:
     """Sizes of a program for sequences that `queries` queries read. Tensor cores take 16 rows at least."""
     d, dv = (max(16, triton.next_power_of_2(x)) for x in (width, value_width))
     most, n = (QUERIES, 64 if max(d, dv) <= 128 else 32) if itemsize == 2 else (16, 16)  # float32 in three parts each
     m = min(most, max(16, triton.next_power_of_2(queries)))
     n = min(n, max(16, page & -page))  # in one page, if pages are a power of two
+    precision = "tf32x3" if max(d, dv) <= 128 else "ieee"
     warps = 8 if m * max(d, dv) >= 64 * 128 or itemsize * max(d, dv) > 512 else 4
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": d, "BLOCK_DV": dv, "num_warps": warps, "num_stages": 2}
+    return {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_D": d,
+        "BLOCK_DV": dv,
+        "PRECISION": precision,
+        "num_warps": warps,
+        "num_stages": 2,
+    }
 
 
 def decode_attention(

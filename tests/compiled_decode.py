@@ -24,18 +24,18 @@ SHAPES = {
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-def compiled(kernel, capability: int, values: dict, types: dict, divisible: list[str], options: dict) -> str:
-    """PTX, with `divisible` arguments, and all pointers, known to be multiples of 16."""
+def compiled(kernel, capability: int, values: dict, types: dict, divisible: list[str], options: dict):
+    """A compiled kernel, with `divisible` arguments, and all pointers, known to be multiples of 16."""
     names = kernel.arg_names
     signature = {
         n: "constexpr" if n in values else types.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names
     }
     known = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in divisible}
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in values.items()}, known)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def part(capability: int, shape: tuple[int, ...], dtype: str, capped: bool, window: bool) -> str:
+def part(capability: int, shape: tuple[int, ...], dtype: str, capped: bool, window: bool):
     heads, kv_heads, width, value_width, members, page = shape
     group = heads // kv_heads
     values = decode_triton.blocks(members * group, page, width, value_width, ITEMSIZE[dtype])
@@ -47,14 +47,17 @@ def part(capability: int, shape: tuple[int, ...], dtype: str, capped: bool, wind
     return compiled(decode_triton.part_kernel, capability, values, types, ["q_slot", "q_head"], options)
 
 
-def merge(capability: int, dtype: str) -> str:
+def merge(capability: int, dtype: str):
     types = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "merged_ptr": f"*{dtype}"}
     values = {"DV": 128, "BLOCK_SPLITS": 16, "BLOCK_DV": 128}
     return compiled(decode_triton.merge_kernel, capability, values, types, [], {"num_warps": 1})
 
 
-def report(ptx: str, target: str) -> dict[str, int]:
-    return assemble(ptx, target) | {"tensor cores": len(re.findall(r"mma\.sync|wgmma\.mma", ptx))}
+def report(kernel, target: str) -> dict[str, int]:
+    """Of ptxas; bytes of shared memory; how often tensor cores are called."""
+    ptx = kernel.asm["ptx"]
+    products = len(re.findall(r"mma\.sync|wgmma\.mma", ptx))
+    return assemble(ptx, target) | {"shared": kernel.metadata.shared, "tensor cores": products}
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ def main() -> None:
         for name, (kernel, warps, values) in VARIANTS.items():
             values = values | ROW | ({"LOW_BITS": low} if name == "least" else {})
             types = TYPES | {"logits_ptr": f"*{dtype}"}
-            ptx = compiled(kernel, capability, values, types, ["stride"], {"num_warps": warps})
-            results[f"{name} {target} {dtype}"] = assemble(ptx, target)
+            made = compiled(kernel, capability, values, types, ["stride"], {"num_warps": warps})
+            results[f"{name} {target} {dtype}"] = assemble(made.asm["ptx"], target)
     print(json.dumps(results))
 
 

@@ -13,6 +13,8 @@ from kernels.decode import Pool, Readers, decode_attention, plain_decode_attenti
 
 SLACK = {torch.float64: 1e-14, torch.float32: 4e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
+THREE_PARTS = 4e-6  # float32 on tensor cores, as three TF32 products
+
 
 class Case(NamedTuple):
     dtype: torch.dtype
@@ -130,21 +132,25 @@ def too_far(case: Case, device: str = "cpu") -> list[str]:
     for what, norm in (("largest", torch.inf), ("mean square", 2)):
         size = exact.norm(norm)
         mine, theirs = ((x.double() - exact).norm(norm) / size for x in (ours, plain))
-        if not mine <= 1.15 * theirs + SLACK[case.dtype]:
+        slack = THREE_PARTS if device == "cuda" and case.dtype == torch.float32 else SLACK[case.dtype]
+        if not mine <= 1.15 * theirs + slack:
             wrong.append(f"{case.name()}, {what}: {mine:.2e} > {theirs:.2e}")
     return wrong
 
 
 def cases() -> list[Case]:
     """What makes a path of its own: dtypes, heads, widths, pages, windows, caps, and members by the block."""
-    found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        found += [
-            Case(dtype),
-            Case(dtype, heads=2, window=1),
-            Case(dtype, heads=7, kv_heads=1, window=20, softcap=1.5),
-            Case(dtype, kv_heads=4, width=24, value_width=16, page=5, prompt_page=48, window=33),
-            Case(dtype, heads=6, page=64, prompt_page=64, prompts=((130, 3), (3, 1)), members=2, softcap=3.0),
-            Case(dtype, heads=36, kv_heads=2, prompts=((20, 4), (0, 1)), members=4, longest=20),
-        ]
-    return [*found, Case(torch.float16), Case(torch.float16, heads=7, kv_heads=1, window=20, softcap=1.5)]
+    half, all_of_it = torch.bfloat16, {"heads": 7, "kv_heads": 1, "window": 20, "softcap": 1.5}
+    cut = {"heads": 6, "page": 64, "prompt_page": 64, "prompts": ((130, 3), (3, 1)), "members": 2, "softcap": 3.0}
+    return [
+        Case(torch.float32),
+        Case(torch.float32, heads=2, window=1),
+        Case(torch.float32, **all_of_it),
+        Case(torch.float32, kv_heads=4, width=24, value_width=16, page=5, prompt_page=48, window=33),
+        Case(torch.float32, **cut),
+        Case(torch.float32, heads=36, kv_heads=2, prompts=((20, 4), (0, 1)), members=4, longest=20),
+        Case(half, **all_of_it),
+        Case(half, kv_heads=4, width=24, value_width=16, page=5, prompt_page=48, window=33),
+        Case(half, **cut),
+        Case(torch.float16, **all_of_it),
+    ]

@@ -27,7 +27,7 @@ def main() -> None:
     keys, positions = keys_of(100)
     u = torch.empty(100, dtype=torch.float64)
     uniform_kernel[(100,)](keys, positions, u)
-    counts = [x.tolist() for x in observed(12, Sampling(0.8), 400)]
+    counts = [x.tolist() for x in observed(12, Sampling(0.8), 120)]
     wrong = {case.name(): differences(case) for case in cases()}
     print(json.dumps({"uniforms": torch.equal(u, uniforms(keys, positions)), "counts": counts, "wrong": wrong}))
 

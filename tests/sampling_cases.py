@@ -58,6 +58,7 @@ def differences(case: Case, device: str = "cpu", seed: int = 0) -> list[str]:
     for row in (tokens != expected).nonzero().flatten().tolist():
         if not s.temperature or not _at_an_edge(logits[row], u[row], s, int(tokens[row]), int(expected[row])):
             wrong.append(f"{case.name()}, row {row}: token {int(tokens[row])}, not {int(expected[row])}")
+    # float32 knows a logit of z to about 6e-8 z
     error = (logprobs - true.gather(1, tokens[:, None])[:, 0]).abs() / (1 + z.amax(-1).abs())
     if not error.max() <= 4e-6:
         wrong.append(f"{case.name()}: log-prob off by {float(error.max()):.1e}")
@@ -80,10 +81,10 @@ def _at_an_edge(logits: Tensor, u: Tensor, sampling: Sampling, token: int, expec
 
 
 def cases() -> list[Case]:
-    plain, half = Sampling(0.9), (torch.bfloat16, torch.float16)
+    plain = Sampling(0.9)
     found = [Case(3, size, torch.float32, plain) for size in (1, 7, 256, 257, 3000)]
     found += [Case(3, 2001, torch.float32, plain, kind) for kind in ("peaked", "flat", "ties", "holes")]
-    found += [Case(3, 2001, dtype, Sampling(1.3), kind) for dtype in half for kind in ("normal", "holes")]
+    found += [Case(3, 2001, dtype, Sampling(1.3), "holes") for dtype in (torch.bfloat16, torch.float16)]
     found += [Case(3, 2001, torch.bfloat16, Sampling(0.0), kind) for kind in ("normal", "ties", "holes")]
     cuts = [
         Sampling(0.7, min_p=0.02),
@@ -92,9 +93,9 @@ def cases() -> list[Case]:
         Sampling(0.8, top_k=40, top_p=0.95, min_p=0.05),
         Sampling(2.0, top_k=10**6, top_p=0.999),
     ]
-    for s in cuts:
-        found += [Case(3, 2001, torch.float32, s), Case(3, 2001, torch.bfloat16, s, "ties")]
-    return [*found, Case(3, 2000, torch.float16, cuts[3]), Case(3, 700, torch.bfloat16, cuts[2], "holes")]
+    found += [Case(2, 1101, torch.bfloat16, s, "ties") for s in cuts]
+    found += [Case(2, 1101, torch.float32, s) for s in cuts[3:]]
+    return [*found, Case(3, 1024, torch.float16, cuts[3]), Case(3, 700, torch.bfloat16, cuts[2], "holes")]
 
 
 def observed(size: int, sampling: Sampling, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:

@@ -33,13 +33,15 @@ def test_interpreted_kernels_are_as_near_to_float64_as_plain_pytorch(tmp_path):
     results = pytest.importorskip("test_kernels_triton").results
     found = results("interpreted_decode.py", tmp_path)
     wrong = [line for lines in found.values() for line in lines]
-    assert len(found) == 14 and not wrong, "\n".join(wrong)
+    assert len(found) == 10 and not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_sm_80_and_sm_90a_with_nothing_spilled_and_on_tensor_cores(tmp_path):
     results = pytest.importorskip("test_kernels_triton").results
     found = results("compiled_decode.py", tmp_path)
     assert len(found) == 40
     for name, said in found.items():
-        assert said["spilled"] == 0, (name, said)
-        assert ("merge" in name) == (said["tensor cores"] == 0), (name, said)
+        assert said["spilled"] == 0 and said["shared"] <= 99 * 1024, (name, said)  # what every GPU since sm_80 has
+        plain = "merge" in name or "fp32" in name and ("x256" in name or "x192" in name)
+        assert plain == (said["tensor cores"] == 0), (name, said)
