@@ -56,7 +56,7 @@ class Engine:
         if steps := STEPS.get(device.type, 0):
             self.most_tokens = limits.cpu().numpy()
             self.tables = Tables(slots, max_slots, n, max(map(len, prompts)), most)
-            self.replay = Replay(self._fixed_step, graphs=device.type == "cuda" and agree is None)
+            self.replay = Replay(device if device.type == "cuda" and agree is None else None)
         self.steps = steps
         self.queue = deque(sorted(range(len(prompts)), key=lambda g: len(prompts[g])))  # alike lengths pad least
         self.waiting: deque[int] = deque()  # rows whose first token is drawn
@@ -127,7 +127,7 @@ class Engine:
         steps, count = min(self.steps, int((most - first).max())), self.tables.count()
         self.tables.load(count, np.minimum(slots.length + steps, most - 1), nobody=self.nobody)
         for _ in range(steps):
-            self.replay(count)
+            self.replay(self._fixed_step, count)
         rows, lengths = self.tables.read()
         ended = rows == self.nobody
         if self.stop is not None:

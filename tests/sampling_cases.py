@@ -95,6 +95,10 @@ def cases() -> list[Case]:
     ]
     found += [Case(2, 1101, torch.bfloat16, s, "ties") for s in cuts]
     found += [Case(2, 1101, torch.float32, s) for s in cuts[3:]]
+    found += [
+        Case(10, 40, torch.float32, Sampling(3.0, top_k=2)),
+        Case(10, 40, torch.bfloat16, Sampling(3.0, top_p=0.3)),
+    ]
     return [*found, Case(3, 1024, torch.float16, cuts[3]), Case(3, 700, torch.bfloat16, cuts[2], "holes")]
 
 

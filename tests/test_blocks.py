@@ -1,5 +1,8 @@
 """Blocks of steps without a look in between, as CUDA has them, run on the CPU: what they may not change."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -147,3 +150,15 @@ def test_prompts_by_a_varlen_backend_are_the_same(family, monkeypatch):
     plain = sampled(model, 0, monkeypatch)
     monkeypatch.setattr(decode_attention, "backend_for", lambda q, k, v, softcap: varlen.Plain())
     assert_same(sampled(model, 0, monkeypatch), plain)
+
+
+def test_pages_are_free_as_soon_as_the_engine_is(monkeypatch):
+    """Nothing in a circle, which would wait for the garbage collector."""
+    made, begin = [], Slots.__init__
+    monkeypatch.setattr(Slots, "__init__", lambda slots, *a: begin(slots, *a) or made.append(weakref.ref(slots)))
+    gc.disable()
+    try:
+        sampled(tiny_model("llama"), 3, monkeypatch)
+        assert len(made) == 2 and all(ref() is None for ref in made)
+    finally:
+        gc.enable()

@@ -121,7 +121,7 @@ def test_graphs_are_recorded_and_give_the_bits_of_plain_steps(dtype, monkeypatch
     limits, made, begin = torch.arange(1, 121).view(5, 24) % 60 + 1, [], Replay.__init__
     monkeypatch.setattr(Replay, "__init__", lambda r, *a, **k: begin(r, *a, **k) or made.append(r))
     results = []
-    for call in (Replay.__call__, lambda replay, size: replay._work(size)):
+    for call in (Replay.__call__, lambda replay, work, size: work(size)):
         monkeypatch.setattr(Replay, "__call__", call)
         sampler = sampler_on("cuda", tiny_model("qwen2").to(dtype), max_slots=40)
         sampling = Sampling(1.0, max_new_tokens=60, top_p=0.95)
@@ -153,9 +153,9 @@ def test_work_that_waits_is_run_as_it_is(capsys):
         amount = value.item()
         total.add_(size * amount)
 
-    replay = Replay(work, graphs=True)
+    replay = Replay(torch.device("cuda"))
     for _ in range(4):
-        replay(3)
+        replay(work, 3)
     assert total.item() == 12 and "without CUDA graphs" in capsys.readouterr().err
     with pytest.raises(RuntimeError), no_waiting():
         value.item()
