@@ -29,3 +29,12 @@ def test_kernels_compile_for_sm_80_and_sm_90a_with_nothing_spilled(tmp_path):
     assert len(found) == 20
     for name, said in found.items():
         assert said["spilled"] == 0 and said["registers"] <= 128, (name, said)
+
+
+@pytest.mark.slow
+def test_the_engine_with_interpreted_kernels_samples_what_pytorch_does(tmp_path):
+    """Whole models, as on CUDA but for the graphs: blocks of steps, refills, windows, soft caps, a truncated draw."""
+    found = results("interpreted_engine.py", tmp_path)
+    assert set(found) == {"gemma2", "qwen3"}
+    for family, said in found.items():
+        assert said["same"] and said["off"] < 1e-4 and said["lengths"] > 3, (family, said)
