@@ -164,6 +164,8 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
     args = parser.parse_args()
     if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("no CUDA device here")
         from benchmarks import rollout_cuda
 
         return rollout_cuda.main(args)
