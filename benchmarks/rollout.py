@@ -1,10 +1,12 @@
 """The sampler beside transformers' own: tokens per second in one run, and the share of what the matrix products allow.
 
     python benchmarks/rollout.py [MODEL] [--prompt_tokens 51 512] [--new_tokens 64]        (make bench)
+    python benchmarks/rollout.py --device cuda                                             (make bench-gpu)
 
 8 prompts x 8 samples, all of one length, then 16 x 8 whose lengths have a long tail. Prompts are random tokens, end
 tokens are switched off and lengths forced, so that all do the same work. The floor is the time of the model's linear
-layers alone, over the same tokens, measured in this process before and after. On one CPU thread (OMP_NUM_THREADS=1)
+layers alone, over the same tokens, measured in this process before and after. What CUDA measures is in rollout_cuda.py.
+On one CPU thread (OMP_NUM_THREADS=1)
 seconds are the process's own, whatever runs beside it.
 """
 
@@ -33,12 +35,15 @@ N, PROMPTS, TAIL_PROMPTS, TAIL_SLOTS, TEMPERATURE = 8, 8, 16, 32, 0.9
 
 
 def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Median; by the clock, or on one thread of this process's own time."""
-    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Median; by the clock, or on one thread, without CUDA, of this process's own time."""
+    cuda = torch.cuda.is_available()
+    now = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
     taken = []
     for _ in range(repeats):
         began = now()
         work()
+        if cuda:
+            torch.cuda.synchronize()
         taken.append(now() - began)
     return statistics.median(taken)
 
@@ -74,7 +79,7 @@ def floor(model: nn.Module, rows: list[int]) -> float:
 
 def generate(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
     """transformers' generate, in batches of `rows` answers that last as long as their longest."""
-    ids = torch.tensor([p.ids for p in prompts]).repeat_interleave(lengths.shape[1], 0)
+    ids = torch.tensor([p.ids for p in prompts], device=model.device).repeat_interleave(lengths.shape[1], 0)
     for part, wanted in zip(ids.split(rows), lengths.flatten().split(rows), strict=True):
         longest = int(wanted.max())
         settings = GenerationConfig(
@@ -107,7 +112,7 @@ def ours(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) ->
     sampler.max_slots = rows
     sampling = Sampling(TEMPERATURE, max_new_tokens=int(lengths.max()))
     got = sampler.generate(prompts, lengths.shape[1], sampling, limits=lengths)
-    assert got.lengths.equal(lengths)
+    assert got.lengths.cpu().equal(lengths)
 
 
 def ours_static(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
@@ -150,13 +155,21 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="models/SmolLM2-135M-Instruct", help="default: %(default)s")
-    parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[51, 512])
-    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--prompt_tokens", type=int, nargs="+", help="default: 51 512 (CUDA: 256)")
+    parser.add_argument("--new_tokens", type=int, help="default: 64 (CUDA: 512)")
     parser.add_argument("--longest", type=int, default=256, help="of the long tail; 0: leave it out")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
     args = parser.parse_args()
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("no CUDA device here")
+        from benchmarks import rollout_cuda
+
+        return rollout_cuda.main(args)
+    args.prompt_tokens, args.new_tokens = args.prompt_tokens or [51, 512], args.new_tokens or 64
     model = load_model(args.model, getattr(torch, args.dtype))
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     sampler = Sampler(model, load_tokenizer(args.model), torch.device("cpu"))

@@ -30,6 +30,7 @@ RUNS = {
     "cuda": (
         "kernels.py --device cuda",
         "packed_step.py --device cuda",
+        "rollout.py --device cuda",
     ),
 }
 

@@ -6,7 +6,7 @@ Juravsky et al. 2024), each slot asks its own pages, and the two parts are merge
 """
 
 import math
-from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from gspo.attention import attention_of, check_architecture, refusal, refuse_unknown
-from gspo.slots import Layer, Plan, Prefill, Slots, Step, side_by_side
+from gspo.slots import PAGE, Layer, Plan, Prefill, Slots, Step, side_by_side
+from gspo.tables import FixedStep, Tables
+from kernels.decode import decode_attention
+from kernels.varlen import Rule, backend_for
 
 SLOTS = "gspo_slots"
 LN2 = math.log(2)
@@ -32,7 +35,7 @@ def slot_attention(
     value: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    slots: Prefill | Step | None = None,
+    slots: Prefill | Step | FixedStep | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -40,7 +43,7 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """An attention function as transformers calls it: query [B, H, Q, D], key, value [B, Hk, Q, D] -> [B, Q, H, Dv].
 
-    B = 1 and Q = T for a `Prefill`, B = S and Q = 1 for a `Step`. Raises UserError where the model asks for an
+    B = 1 and Q = T for a `Prefill`, B = S and Q = 1 for a step. Raises UserError where the model asks for an
     attention that this is not.
     """
     assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a sampler is in eval mode"
@@ -49,7 +52,7 @@ def slot_attention(
     if layer is None:
         raise refusal(module.config, "does not number its layers")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    over = attend_prompts if isinstance(slots, Prefill) else attend_slots
+    over = {Prefill: attend_prompts, Step: attend_slots, FixedStep: attend_fixed}[type(slots)]
     return over(slots, layer, query, key, value, scale, softcap, options.get("sliding_window")), None
 
 
@@ -66,6 +69,9 @@ def attend_prompts(
     else:
         rows = (x[0].transpose(0, 1).flatten(0, 1) for x in (key, value))
         p.pool.write(layer, p.places(key.shape[1]), *rows)
+    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
+    if (backend := backend_for(*tokens, softcap)) is not None:
+        return backend.forward(*(x.contiguous() for x in tokens), Rule(p.segments(window), scale, softcap))[0][None]
     heads, kv_heads = query.shape[1], key.shape[1]
     out = query.new_empty(query.shape[2], heads, value.shape[3])
     start = 0
@@ -97,26 +103,34 @@ def attend_slots(
     count, heads, _, width = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    over = attend_pages_on.get(query.device.type, attend_pages)
     step.answers.write(layer, step.places(kv_heads), key[:, :, 0].flatten(0, 1), value[:, :, 0].flatten(0, 1))
 
     q = query.reshape(count, kv_heads, group, width)
     keys, values = step.answers.read(layer, len(step.answer_owner))
     bias = step.answer_bias(window)
-    own = over(q, keys, values, step.answer_owner, step.answer_only, bias, scale, softcap)
+    own = attend_pages(q, keys, values, step.answer_owner, step.answer_only, bias, scale, softcap)
 
     prompts, most = step.members.shape
     q = q.index_select(0, step.members.flatten()).view(prompts, most, kv_heads, group, width)
     q = q.transpose(1, 2).reshape(prompts, kv_heads, most * group, width)
     keys, values = step.prompts.read(layer, len(step.prompt_owner))
     bias = step.prompt_bias(window, group)
-    shared = over(q, keys, values, step.prompt_owner, step.prompt_only, bias, scale, softcap)
+    shared = attend_pages(q, keys, values, step.prompt_owner, step.prompt_only, bias, scale, softcap)
     shared = [
         x.view(prompts, kv_heads, most, group, -1).transpose(1, 2).flatten(0, 1).index_select(0, step.place)
         for x in shared
     ]
     weight = torch.sigmoid((shared[1] - own[1]) * LN2)  # of the prompt: 2^a / (2^a + 2^b)
     return torch.lerp(own[0], shared[0], weight).to(query.dtype).reshape(count, 1, heads, -1)
+
+
+def attend_fixed(
+    step: FixedStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """The same as `attend_slots` by tables on the device, in shapes that do not depend on them."""
+    step.write(layer, key[:, :, 0], value[:, :, 0])
+    return decode_attention(query[:, :, 0], *step.pools(layer), step.flat_positions, scale, softcap, window)[:, None]
 
 
 def attend_pages(
@@ -174,13 +188,10 @@ def weigh(
     return out.float().view(*shape, -1), total, top
 
 
-attend_pages_on: dict[str, Callable[..., Part]] = {}  # device type -> a kernel of the same meaning as attend_pages
-
-
-def forward(model: nn.Module, slots: Prefill | Step, tokens: Tensor | None = None) -> Tensor:
+def forward(model: nn.Module, slots: Prefill | Step | FixedStep, tokens: Tensor | None = None) -> Tensor:
     """The model over prompts -> logits [B, V] at their ends; over one token [S] a slot -> logits [S, V]."""
     with attention_of(model.config.get_text_config(), SLOTS):
-        if isinstance(slots, Step):
+        if not isinstance(slots, Prefill):
             given = {"input_ids": tokens[:, None], "position_ids": slots.positions}
             return model(**given, use_cache=False, slots=slots).logits[:, -1]
         given = {"input_ids": slots.ids, "position_ids": slots.positions}
@@ -189,8 +200,9 @@ def forward(model: nn.Module, slots: Prefill | Step, tokens: Tensor | None = Non
 
 
 @torch.no_grad()
-def check_slots(model: nn.Module, device: torch.device) -> dict[int, Layer]:
-    """What each layer keeps of a token. UserError unless slots give a few tokens the logits of plain forwards.
+def check_slots(model: nn.Module, device: torch.device, fixed: bool) -> dict[int, Layer]:
+    """What each layer keeps of a token. UserError unless slots give a few tokens the logits of plain forwards, by steps
+    of either kind.
 
     Sees what no configuration says: a model that keeps state of its own, that counts positions by itself, or that gives
     its attention something we do not know.
@@ -200,10 +212,12 @@ def check_slots(model: nn.Module, device: torch.device) -> dict[int, Layer]:
     try:
         probe = side_by_side([(0,)], device)
         forward(model, probe)
-        slots = Slots(probe.layout, Plan(3, 3, 3, page=2, prompt_page=2), device)
+        page = PAGE if fixed else 2
+        slots = Slots(probe.layout, Plan(3, 3, 3, page=page, prompt_page=page), device)
         first = forward(model, slots.prefill([0, 1], prompts))
         slots.seat([0, 1, 2], owners := [0, 0, 1])
-        mine = [first[owners]] + [forward(model, slots.step(), answers[:, t]) for t in range(2)]
+        step = partial(_fixed_step, Tables(slots, 3, 2, 3, 3)) if fixed else slots.step
+        mine = [first[owners]] + [forward(model, step(), answers[:, t]) for t in range(2)]
     except (TypeError, KeyError) as e:
         raise refusal(model.config, f"cannot be run token by token ({type(e).__name__}: {e})") from e
     plain = []
@@ -215,3 +229,11 @@ def check_slots(model: nn.Module, device: torch.device) -> dict[int, Layer]:
     if (mine - plain).abs().mean() > TOLERANCE.get(first.dtype, ROUGH) * size:
         raise refusal(model.config, "does not compute one token at a time what it computes at once")
     return probe.layout
+
+
+def _fixed_step(tables: Tables) -> FixedStep:
+    """A step of a block of its own."""
+    slots = tables.slots
+    tables.load(len(slots), slots.length + 1, nobody=len(slots))
+    slots.length = slots.length + 1
+    return FixedStep(tables, len(slots))

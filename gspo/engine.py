@@ -1,4 +1,8 @@
-"""The sampling loop: prompts wait in a queue, answers in slots grow by a token a step, and make room when they end."""
+"""The sampling loop: prompts wait in a queue, answers in slots grow by a token a step, and make room when they end.
+
+On the CPU the host looks at every token and lays out the next step as tightly as it goes. On CUDA it looks every few
+steps, which all have the same shape (tables.py) and are replayed (replay.py).
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -8,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from gspo.decode_attention import forward
-from gspo.sampling import Sampling, choose, uniforms
+from gspo.replay import Replay
+from gspo.sampling import Sampling, draw
 from gspo.slots import Slots
 from gspo.stop import StopStrings
+from gspo.tables import FixedStep, Tables
 
 PREFILL_AHEAD = 256  # prompt tokens computed at once, if there is room: fewer make poor matrix products
 PREFILL_MOST = 4096  # ... and at most, unless one prompt is longer
 DRAWN_AT_ONCE = 256  # first tokens
+STEPS = {"cuda": 8}  # between two looks of the host; elsewhere it looks at every token
 
 
 class Engine:
@@ -36,14 +43,21 @@ class Engine:
         pad_id: int,
     ):
         self.model, self.slots, self.max_slots, self.prompts, self.n = model, slots, max_slots, prompts, n
-        self.sampling, self.keys, self.ends, self.limits = sampling, keys, ends, limits
+        self.sampling, self.ends = sampling, ends
         self.stop, self.agree = stop, agree
-        device, rows = keys.device, len(prompts) * n
-        self.tokens = torch.full((rows, sampling.max_new_tokens), pad_id, device=device)
-        self.logprobs = torch.zeros(rows, sampling.max_new_tokens, device=device)
-        self.entropy = torch.zeros(rows, sampling.max_new_tokens, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        device, rows, most = keys.device, len(prompts) * n, sampling.max_new_tokens
+        # the last row is nobody's: what slots that stand still draw goes there
+        self.tokens = torch.full((rows + 1, most), pad_id, device=device)
+        self.logprobs, self.entropy = (torch.zeros(rows + 1, most, device=device) for _ in range(2))
+        self.lengths = torch.zeros(rows + 1, dtype=torch.long, device=device)
+        self.finished = torch.zeros(rows + 1, dtype=torch.bool, device=device)
+        self.keys, self.limits = (torch.nn.functional.pad(x, (0, 1)) for x in (keys, limits))
+        self.pad_id, self.nobody = pad_id, rows
+        if steps := STEPS.get(device.type, 0):
+            self.most_tokens = limits.cpu().numpy()
+            self.tables = Tables(slots, max_slots, n, max(map(len, prompts)), most)
+            self.replay = Replay(device if device.type == "cuda" and agree is None else None)
+        self.steps = steps
         self.queue = deque(sorted(range(len(prompts)), key=lambda g: len(prompts[g])))  # alike lengths pad least
         self.waiting: deque[int] = deque()  # rows whose first token is drawn
         self.left = np.full(len(prompts), n)  # answers of each prompt that have not ended
@@ -90,37 +104,87 @@ class Engine:
             part = slice(at, at + DRAWN_AT_ONCE)
             mine = torch.from_numpy(rows[part]).to(logits.device)
             owner = torch.arange(len(rows), device=logits.device)[part] // self.n
-            going_on[part] = ~self._draw(logits[owner], mine, torch.zeros_like(mine))
+            position = torch.zeros_like(mine)
+            ended = self._draw(logits[owner], mine, position)
+            going_on[part] = ~self._look(mine, position, ended)
         self.waiting.extend(rows[going_on].tolist())
         yield from self._ended(rows[~going_on])
 
     def _decode(self) -> Iterator[int]:
+        """Further tokens for every slot, until the next look."""
+        yield from self._decode_block() if self.steps else self._decode_token()
+
+    def _decode_token(self) -> Iterator[int]:
         """One more token for every slot."""
         rows = torch.from_numpy(self.slots.rows).to(self.tokens.device)
         step = self.slots.step()
         logits = forward(self.model, step, self.tokens[rows, step.lengths - 1])
         ended = self._draw(logits, rows, step.lengths)
-        if ended.any():
-            gone = self.slots.rows[ended]
-            self.slots.keep(~ended)
-            yield from self._ended(gone)
+        yield from self._leave(self._look(rows, step.lengths, ended))
 
-    def _draw(self, logits: Tensor, rows: Tensor, position: Tensor) -> np.ndarray:
-        """Draw a token from each of logits [S, V] and write it at `position` [S] of `rows` [S] -> [S], who has ended.
+    def _decode_block(self) -> Iterator[int]:
+        """Up to `steps` more tokens for every slot, and then one look."""
+        slots, most = self.slots, self.most_tokens[self.slots.rows]
+        first = slots.length + 1
+        steps, count = min(self.steps, int((most - first).max())), self.tables.count()
+        self.tables.load(count, np.minimum(slots.length + steps, most - 1), nobody=self.nobody)
+        for _ in range(steps):
+            self.replay(self._fixed_step, count)
+        rows, lengths = self.tables.read()
+        ended = rows == self.nobody
+        if self.stop is not None:
+            ended |= self._cut(first)
+        slots.length = lengths
+        yield from self._leave(ended)
 
-        The one look that the host takes at what was drawn.
-        """
-        u = None if self.sampling.temperature == 0 else uniforms(self.keys[rows], position)
-        token, logprob, entropy = choose(logits, u, self.sampling)
+    def _fixed_step(self, count: int) -> None:
+        """One more token for the first `count` slots of the tables. Nothing here waits for the device."""
+        step = FixedStep(self.tables, count)
+        logits = forward(self.model, step, self.tokens[step.rows, step.lengths - 1])
+        ended = self._draw(logits, step.rows, step.lengths)
+        rows = step.rows.masked_fill(ended, self.nobody)
+        step.lengths.add_(rows != self.nobody)
+        step.rows.copy_(rows)
+
+    def _draw(self, logits: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+        """Draw a token from each of logits [S, V] and write it at `position` [S] of `rows` [S] -> [S], whether it is an
+        answer's last, stop strings aside."""
+        token, logprob, entropy = draw(logits, self.keys[rows], position, self.sampling)
         if self.agree is not None:
             token = self.agree(token)
         self.tokens[rows, position], self.logprobs[rows, position] = token, logprob
         self.entropy[rows, position], self.lengths[rows] = entropy, position + 1
-        finished = torch.isin(token, self.ends)
-        if self.stop is not None:
-            finished |= self.stop.ended(self.tokens, rows, position)
+        finished = (token[:, None] == self.ends).any(-1)
         self.finished[rows] = finished
-        return (finished | (position + 1 >= self.limits[rows])).cpu().numpy()
+        return finished | (position + 1 >= self.limits[rows])
+
+    def _look(self, rows: Tensor, position: Tensor, ended: Tensor) -> np.ndarray:
+        """[S], who has ended with the token at `position` [S] of `rows` [S]: a look of the host at what was drawn."""
+        if self.stop is not None:
+            stopped = self.stop.ends(self.tokens, rows, position, position + 1) > 0
+            self.finished[rows] |= stopped
+            ended = ended | stopped
+        return ended.cpu().numpy()
+
+    def _cut(self, first: np.ndarray) -> np.ndarray:
+        """[S], which slots' answers have come to a stop string since their tokens `first` [S], and end there."""
+        rows = torch.from_numpy(self.slots.rows).to(self.tokens.device)
+        ends = self.stop.ends(self.tokens, rows, torch.from_numpy(first).to(rows), self.lengths[rows])
+        stopped = ends > 0
+        rows, ends = rows[stopped], ends[stopped]
+        behind = torch.arange(self.tokens.shape[1], device=rows.device) >= ends[:, None]
+        for x, nothing in ((self.tokens, self.pad_id), (self.logprobs, 0.0), (self.entropy, 0.0)):
+            x[rows] = x[rows].masked_fill(behind, nothing)
+        self.lengths[rows], self.finished[rows] = ends, True
+        return stopped.cpu().numpy()
+
+    def _leave(self, ended: np.ndarray) -> list[int]:
+        """Take the slots [S] that have ended from their answers -> prompts that have no answer left."""
+        if not ended.any():
+            return []
+        gone = self.slots.rows[ended]
+        self.slots.keep(~ended)
+        return self._ended(gone)
 
     def _ended(self, rows: np.ndarray) -> list[int]:
         """Prompts that have no answer left, which are forgotten."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gspo.attention import check_length
 from gspo.decode_attention import check_slots
 from gspo.distributed import World
-from gspo.engine import Engine
+from gspo.engine import STEPS, Engine
 from gspo.memory import SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.model import generation_ids
 from gspo.prepared import prepared
@@ -55,7 +55,7 @@ class Sampler:
         self.end_ids, self.pad_id = generation_ids(model, tokenizer)
         own = tokenizer.eos_token_id
         self.end_id = own if own in self.end_ids else min(self.end_ids)  # what a given text ends with
-        self.layout = check_slots(model, device)
+        self.layout = check_slots(model, device, fixed=device.type in STEPS)
         self._stops: dict[tuple[str, ...], StopStrings] = {}
 
     @torch.no_grad()
@@ -179,9 +179,9 @@ class Sampler:
             empty = torch.zeros(0, n, 0, device=self.device)
             none = torch.zeros(0, n, dtype=torch.long, device=self.device)
             return Rollout([], empty.long(), none, empty, empty, none.bool(), [])
-        width = int(engine.lengths.max())
+        width = int(engine.lengths[:-1].max())
         tokens, logprobs, entropy = (
-            x[:, :width].clone().view(-1, n, width) for x in (engine.tokens, engine.logprobs, engine.entropy)
+            x[:-1, :width].clone().view(-1, n, width) for x in (engine.tokens, engine.logprobs, engine.entropy)
         )
-        lengths, finished = engine.lengths.view(-1, n), engine.finished.view(-1, n)
+        lengths, finished = engine.lengths[:-1].view(-1, n), engine.finished[:-1].view(-1, n)
         return Rollout(prompts, tokens, lengths, logprobs, entropy, finished, [texts[g] for g in range(len(prompts))])

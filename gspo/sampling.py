@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gspo import config
+from kernels import sampling as kernel
 
 _MASK32 = 0xFFFFFFFF
 BLOCK = 256  # vocabulary entries that are summed in float32 before float64 takes over
@@ -99,6 +100,17 @@ def _nucleus(logits: Tensor, least: Tensor | None, top_p: float) -> Tensor:
             last = (before < top_p).sum(-1, keepdim=True) - 1
             return best.gather(-1, last.clamp_min(0))
         count *= 8
+
+
+def draw(logits: Tensor, keys: Tensor, position: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """`choose` from logits [R, V], by the uniforms of the sequences with these keys [R] for tokens `position` [R].
+
+    On CUDA by kernels/sampling.py, without a wait for the device.
+    """
+    s = sampling
+    if kernel.serves(logits):
+        return kernel.sample(logits, keys, position, s.temperature, s.top_k, s.top_p, s.min_p)
+    return choose(logits, None if s.temperature == 0 else uniforms(keys, position), s)
 
 
 def choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:

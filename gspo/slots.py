@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.varlen import Segments
+
 PAGE = 64  # tokens
 FAR = 2**62  # first position of a page that nobody reads
 HIDDEN = -1e30  # added to the scores of what is not seen; finite, so that a page without anything seen gives no NaN
@@ -75,6 +77,12 @@ class Pages:
         used = np.flatnonzero(self.owner >= 0)
         return int(used[-1]) + 1 if len(used) else 0
 
+    @property
+    def spare(self) -> int:
+        """A page that nobody has."""
+        assert self._free, "every page has an owner"
+        return self._free[0]
+
     def take(self, owners: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Page numbers, the lowest that are free, for these owners and first positions."""
         assert len(owners) <= self.free, "pages were promised that are not there"
@@ -129,6 +137,8 @@ class Prefill:
     pool: Pages | None = None  # None: nothing is kept but the layout
     layout: dict[int, Layer] = field(default_factory=dict)
     _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _bias: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    _segments: dict[int | None, Segments] = field(default_factory=dict, repr=False)
 
     def places(self, heads: int) -> Tensor:
         """[T * Hk]: where in the pool its keys and values go."""
@@ -136,7 +146,12 @@ class Prefill:
             self._places[heads] = self.pool.places(self.pages, self.offsets, heads)
         return self._places[heads]
 
-    _bias: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    def segments(self, window: int | None) -> Segments:
+        """The prompts, each of which attends causally to itself."""
+        if window not in self._segments:
+            sizes = torch.tensor(self.sizes)
+            self._segments[window] = Segments.of(sizes, sizes, True, window, self.ids.device)
+        return self._segments[window]
 
     def bias(self, at: int, end: int, first: int, window: int | None) -> Tensor:
         """[end - at, end - first]: HIDDEN where a prompt's tokens from `at` to `end` do not see those from `first`."""
@@ -263,6 +278,15 @@ class Slots:
         self.answers.release((owner >= 0) & ~going_on[owner])
         self.answers.owner = np.where(owner >= 0, (going_on.cumsum() - 1)[owner], -1)
         self.rows, self.prompt, self.length = (x[going_on] for x in (self.rows, self.prompt, self.length))
+
+    def reserve(self, upto: np.ndarray) -> None:
+        """Take the pages that the first `upto` [S] tokens of the answers need beyond those kept."""
+        page = self.answers.page
+        have = -(-self.length // page)
+        more = -(-upto // page) - have
+        owners = np.repeat(np.arange(len(self)), more)
+        nth = np.arange(len(owners)) - np.repeat(more.cumsum() - more, more)
+        self.answers.take(owners, (have[owners] + nth) * page)
 
     def step(self) -> Step:
         """Make room for one more token in every slot, and say where everything lies."""

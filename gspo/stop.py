@@ -29,12 +29,15 @@ class StopStrings:
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def ended(self, answers: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-        """[S] bool: whether the answers [R, L] in `rows` [S] come to a stop string with the token at `position` [S]."""
-        newest = answers[rows, position]
-        ended = self.may_end[newest]
-        for k in ended.nonzero().flatten().tolist():
-            upto = int(position[k]) + 1
-            text = self._text(answers[rows[k], max(0, upto - self.tail) : upto].tolist())
-            ended[k] = any(stop in text for stop in self.stops)
-        return ended
+    def ends(self, answers: Tensor, rows: Tensor, first: Tensor, upto: Tensor) -> Tensor:
+        """[S]: tokens of each answer until a stop string is complete, if the first one is by the newest tokens of the
+        answers [R, L] in `rows` [S], from `first` [S] to `upto` [S], and 0 where none is."""
+        at = first[:, None] + torch.arange(int((upto - first).amax()), device=first.device)
+        newest = answers[rows[:, None], at.clamp(max=answers.shape[1] - 1)]
+        found = torch.zeros_like(first)
+        for k, nth in (self.may_end[newest] & (at < upto[:, None])).nonzero().tolist():
+            if found[k] == 0:
+                end = int(first[k]) + nth + 1
+                text = self._text(answers[rows[k], max(0, end - self.tail) : end].tolist())
+                found[k] = end if any(stop in text for stop in self.stops) else 0
+        return found

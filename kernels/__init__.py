@@ -1,7 +1,8 @@
 """Operations that are worth writing by hand. They know tensors, and neither models nor training.
 
 `linear_logprob` runs as Triton kernels around cuBLAS on CUDA, and as plain PyTorch elsewhere; `pairwise_loss` as one
-Triton kernel, or plain PyTorch. `kernels.varlen` finds the FlashAttention that gives its log-sum-exp.
+Triton kernel, or plain PyTorch. `kernels.varlen` finds the FlashAttention that gives its log-sum-exp. The sampler's are
+`kernels.decode`, attention over pages, and `kernels.sampling`, the draw of a token.
 """
 
 from kernels.logprob import linear_logprob, linear_logprob_and_grad

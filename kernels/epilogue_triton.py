@@ -16,7 +16,7 @@ BLOCK = 4096  # elements of a row that a program holds at once
 
 
 @triton.jit
-def _shaped(raw, inner, outer, CAPPED: tl.constexpr):
+def shaped(raw, inner, outer, CAPPED: tl.constexpr):
     """(logits, what multiplies k in their derivative): 1 - tanh^2 = 4 x / (1 + x)^2 with x = exp(-2 |u|)."""
     u = raw * inner
     bend = 1.0
@@ -43,7 +43,7 @@ def statistics_kernel(
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         raw = tl.load(raw_ptr + cols, mask=cols < stride, other=0.0).to(tl.float32)
-        z, _ = _shaped(raw, inner, outer, CAPPED)
+        z, _ = shaped(raw, inner, outer, CAPPED)
         z = tl.where(cols < width, z, -float("inf"))
         top = tl.maximum(m, tl.max(z, 0))
         fade = tl.exp(m - top)
@@ -59,7 +59,7 @@ def statistics_kernel(
         tl.store(stats_ptr + 2 * tokens + token, e)
     if (column >= 0) & (column < width):
         raw = tl.load(raw_ptr + column).to(tl.float32)
-        t, _ = _shaped(raw, inner, outer, CAPPED)
+        t, _ = shaped(raw, inner, outer, CAPPED)
         tl.store(stats_ptr + 3 * tokens + token, t)
 
 
@@ -77,7 +77,7 @@ def gradient_kernel(
     log_s = tl.load(rows_ptr + tokens + token)
     slope = tl.load(rows_ptr + 2 * tokens + token)
     column = (tl.load(target_ptr + token) - begin).to(tl.int32)
-    z, bend = _shaped(raw, inner, outer, CAPPED)
+    z, bend = shaped(raw, inner, outer, CAPPED)
     q = (z - m) - log_s
     factor = slope
     if ENTROPY:

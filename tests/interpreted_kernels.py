@@ -20,9 +20,9 @@ SHAPES = [(12, 8, 700), (1, 8, 300), (13, 24, 257)]
 
 
 def repair_interpreter() -> None:
-    """Two faults of Triton 3.6 to 3.9: it truncates float32 to bfloat16, and 3.6.0 with numpy 2.4 takes no run-time
-    bound in `range`. (A third, bfloat16 `tl.dot`, does not matter to kernels without one.)"""
-    cast = interpreter.InterpreterBuilder.cast_impl
+    """Three faults of Triton 3.6 to 3.9: it truncates float32 to bfloat16, multiplies the bits of bfloat16 in `tl.dot`,
+    and 3.6.0 with numpy 2.4 takes no run-time bound in `range`."""
+    cast, dot = interpreter.InterpreterBuilder.cast_impl, interpreter.InterpreterBuilder.create_dot
 
     def rounding_cast(self, source, dtype):
         if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
@@ -30,7 +30,14 @@ def repair_interpreter() -> None:
             return interpreter.TensorHandle(nearest.view(np.uint16).reshape(source.data.shape), tl.bfloat16)
         return cast(self, source, dtype)
 
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = np.ascontiguousarray(x.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
     patch = interpreter._patch_lang_tensor
 
     def patch_with_index(tensor, scope):

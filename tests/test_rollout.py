@@ -277,9 +277,12 @@ def test_a_stop_string_is_looked_for_only_where_its_last_character_appears(token
     stop._text = text
     ids = tokenizer("x = 5 + 7, x = 12" + 40 * " y", add_special_tokens=False)["input_ids"]
     answers = torch.tensor([ids])
-    ended = [bool(stop.ended(answers, torch.tensor([0]), torch.tensor([k]))) for k in range(len(ids))]
-    assert sum(ended) == 1 and tokenizer.decode(ids[: ended.index(True) + 1]).endswith("12")
+    row = torch.tensor([0])
+    ends = [int(stop.ends(answers, row, torch.tensor([k]), torch.tensor([k + 1]))) for k in range(len(ids))]
+    (end,) = [end for end in ends if end]
+    assert ends.index(end) == end - 1 and tokenizer.decode(ids[:end]).endswith("12")
     assert len(looks) < 4 and max(looks) <= stop.tail
+    assert int(stop.ends(answers, row, torch.tensor([2]), torch.tensor([len(ids)]))) == end, "many tokens at once"
 
 
 def test_an_empty_stop_string_is_the_users_mistake(tokenizer):

@@ -1,0 +1,114 @@
+"""Attention of one new token a sequence over keys and values kept in pages, prompts shared by all that answer them.
+
+Keys [n, Hk, page, D] and values [n, Hk, page, Dv] lie in pages of as many tokens each. `Readers` says which slots read
+which pages: the answers to a prompt read its pages together, every slot reads its own. With scores
+s = softcap * tanh(scale * q k / softcap), or scale * q k, and weights exp(s - lse), the two results are merged by their
+log-sum-exp. Which keys are seen is known to the tables alone: shapes, and so launches, do not depend on lengths.
+
+On CUDA that is three launches (`decode_triton.py`): a prompt's pages are read once for all its slots and all the query
+heads of a KV head, in matrix products; long sequences are split among programs; the parts are merged.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Readers(NamedTuple):
+    """T sequences of keys, each with the slots that read it. Several may have the same pages."""
+
+    pages: Tensor  # [T, P] int32, their pages, in order; what is behind the last one is not looked at
+    members: Tensor  # [T, M] int32, the slots; -1: nobody
+    sizes: Tensor  # [T] int32, tokens in these pages
+    starts: Tensor  # [T] int32, position of the first of them
+
+
+class Pool(NamedTuple):
+    """Pages and their readers."""
+
+    keys: Tensor  # [n, Hk, page, D]
+    values: Tensor  # [n, Hk, page, Dv]
+    readers: Readers
+
+
+def decode_attention(
+    q: Tensor,
+    prompts: Pool,
+    answers: Pool,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """q [S, H, D], whose tokens are at `positions` [S] int32 of their sequences -> [S, H, Dv] in the values' dtype.
+
+    Every slot is a member of one sequence of `prompts`, which may be empty, and of one of `answers`, which holds the
+    new token itself. `window`: positions that a token sees, its own included. Products are in the keys' dtype, sums in
+    float32 (float64 for float64). q has the keys' dtype.
+    """
+    slots, heads, width = q.shape
+    for keys, values, readers in (prompts, answers):
+        assert keys.shape[:3] == values.shape[:3] and keys.shape[3] == width and heads % keys.shape[1] == 0
+        assert keys.is_contiguous() and values.is_contiguous() and q.dtype == keys.dtype == values.dtype
+        assert all(x.is_contiguous() and x.dtype == torch.int32 for x in readers)
+    assert positions.shape == (slots,) and positions.dtype == torch.int32
+    return _implementation(q)(q, prompts, answers, positions, scale, softcap, window)
+
+
+def _implementation(q: Tensor) -> Callable[..., Tensor]:
+    if q.is_cuda and q.dtype != torch.float64:
+        try:
+            from kernels import decode_triton
+
+            return decode_triton.decode_attention
+        except ImportError:
+            pass
+    return plain_decode_attention
+
+
+def plain_decode_attention(
+    q: Tensor,
+    prompts: Pool,
+    answers: Pool,
+    positions: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The formulas, over all pages in the tables at once: memory in proportion to them."""
+    parts = [_part(q, pool, positions, scale, softcap, window) for pool in (prompts, answers)]
+    lse = torch.stack([part[1] for part in parts])
+    share = (lse - lse.amax(0)).exp()
+    out = sum(part[0] * weight[..., None] for part, weight in zip(parts, share / share.sum(0), strict=True))
+    return out.to(q.dtype)
+
+
+def _part(
+    q: Tensor, pool: Pool, positions: Tensor, scale: float, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """What the slots find in their sequence of one pool [S, H, Dv], and its log-sum-exp [S, H]; -inf where nothing."""
+    keys, values, (pages, members, sizes, starts) = pool
+    slots, heads, _ = q.shape
+    kv_heads = keys.shape[1]
+    sequence = torch.zeros(slots + 1, dtype=torch.long, device=q.device)  # of each slot; the last: nobody's
+    which = torch.arange(len(pages), device=q.device)[:, None].expand_as(members)
+    sequence[torch.where(members < 0, slots, members).long()] = which
+    sequence = sequence[:slots]
+
+    at = torch.arange(pages.shape[1] * keys.shape[2], device=q.device)
+    seen = at < sizes[sequence][:, None]
+    if window is not None:
+        seen &= at + starts[sequence][:, None] > positions[:, None] - window
+    mine = pages[sequence].clamp(0, len(keys) - 1).long()
+    k, v = (x[mine].transpose(1, 2).flatten(2, 3) for x in (keys, values))  # [S, Hk, P * page, D]
+    k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+    scores = torch.einsum("shd,shkd->shk", q, k)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
+    return torch.einsum("shk,shkd->shd", weights.to(v.dtype), v).to(lse.dtype), lse
