@@ -195,7 +195,9 @@ class Trainer:
     output_dir: str = opt("outputs", "runs are written below it")
     run_name: str | None = opt(None, "folder of the run; empty: the name of the config file")
     seed: int = opt(0, "of sampling and data order", ge=0)
-    resume: str = opt("auto", "auto: go on where the run stopped; never: start anew; or a checkpoint folder")
+    resume: str = opt(
+        "auto", "auto: go on where the run stopped; never: start anew; or a checkpoint folder for a run to begin from"
+    )
     sample_rows: int = opt(8, "groups a step written to samples.jsonl", ge=0)
     n_gpus: int | None = opt(None, "processes a node; checked against torchrun's", ge=1)
     nnodes: int | None = opt(None, "nodes; checked against torchrun's", ge=1)

@@ -62,8 +62,15 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None]:
 def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
     """-> (checkpoints that the run might go on from, the best first; whether the user named one)."""
     own, resume = steps(folder / "checkpoints"), cfg.trainer.resume
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (own or resume == "never"):
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"  # the command was given once, and this is its run
+    if own and resume not in ("auto", "never"):
+        if Path(resume).resolve().parent == own[-1].resolve().parent and Path(resume).resolve() != own[-1].resolve():
+            raise UserError(
+                f"trainer.resume = {resume!r}: this run has gone on to {own[-1].name} since. Give the run that begins "
+                "there another trainer.run_name."
+            )
+        resume = "auto"  # the same command again: it has begun there, and goes on where it stopped
     if folder.exists():
         _hold(folder)
     if resume == "never" and folder.exists():

@@ -1,13 +1,15 @@
 """Folders of runs: what may follow on what, what is kept, and that a damaged checkpoint is not gone on from."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from saved_run import ALONE, a_run
 
-from gspo import manifest
+from gspo import manifest, run_folder
 from gspo.config import load_config
 from gspo.errors import UserError
 from gspo.files import write_json
@@ -52,6 +54,21 @@ def test_a_worker_that_torchrun_restarts_goes_on_where_it_was(run, monkeypatch, 
     assert [p.name for p in run.folder.parent.iterdir() if p.name.startswith("quick")] == ["quick"]
 
 
+def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(run):
+    """The same command, after a preemption, must not begin again; to go back takes another name."""
+    begin = f"trainer.resume={run.folder / 'checkpoints' / 'step_000004'}"
+    other = "trainer.run_name=other"
+    folder, taken = again(run, begin, other)
+    assert taken.parent.parent == run.folder and folder.name == "other"
+    shutil.copytree(taken, folder / "checkpoints" / "step_000009")
+    assert again(run, begin, other)[1] == folder / "checkpoints" / "step_000009"
+    assert again(run, begin)[1] == taken
+    newer = run.save(6)
+    with pytest.raises(UserError, match=r"has gone on to step_000006 since"):
+        again(run, begin)
+    assert again(run)[1] == newer
+
+
 def test_leftovers_of_a_killed_run_are_removed(run):
     for name in ("checkpoints/step_000009.part/trainer", "checkpoints/beside.part"):
         (run.folder / name).mkdir(parents=True)
@@ -63,11 +80,10 @@ def test_leftovers_of_a_killed_run_are_removed(run):
 
 def test_a_folder_that_another_process_trains_in_is_refused(run, monkeypatch):
     monkeypatch.setattr("gspo.run_folder.PATIENCE_S", 0.3)
-    hold = f"import fcntl, os, time; fcntl.flock(os.open({str(run.folder)!r}, os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); time.sleep(99)"  # noqa: E501
-    import os
-
-    from gspo import run_folder
-
+    hold = (
+        f"import fcntl, os, time; fcntl.flock(os.open({str(run.folder)!r}, os.O_RDONLY), fcntl.LOCK_EX); "
+        "print(flush=True); time.sleep(99)"
+    )
     os.close(run_folder._held.pop(run.folder))
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     other.stdout.readline()
