@@ -89,7 +89,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     with run.checkpoints as checkpoints:  # what is being written when something fails is written to its end
         alarm, signal = play(run, total)
         if state.step:
-            save(run)
+            save(run, at_once=True)
             checkpoints.require(state.step)
         run.tracker.close()
     if alarm:
@@ -193,9 +193,10 @@ def start(
     )  # fmt: skip
 
 
-def save(run: Run) -> None:
+def save(run: Run, at_once: bool = False) -> None:
     """Begin a checkpoint from which everything goes on as if it had not stopped."""
-    run.checkpoints.save(run.state, run.selves.policy, run.updater.optimizer, run.selves.frozen, run.batches.state())
+    selves, optimizer, order = run.selves, run.updater.optimizer, run.batches.state()
+    run.checkpoints.save(run.state, selves.policy, optimizer, selves.frozen, order, at_once)
 
 
 def test(run: Run, name: str) -> None:

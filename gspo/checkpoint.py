@@ -96,6 +96,7 @@ class Checkpoints:
         self.folder, self.cfg, self.world = run / "checkpoints", cfg.trainer, world
         self.blueprint = Blueprint(resolve_path(cfg.model.path), tokenizer)
         self.writing: Writing | None = None
+        self.copied = True  # training goes on while it is written
 
     def save(
         self,
@@ -104,13 +105,18 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         frozen: dict[str, nn.Module],
         order: dict[str, Tensor],
+        at_once: bool = False,
     ) -> None:
-        """Begin to write `step_<state.step>`, when the one before is written. A step that is there is kept."""
+        """Begin to write `step_<state.step>`, when the one before is written. A step that is there is kept.
+
+        `at_once`, or without `trainer.async_save`, it is written when this returns, and on the CPU nothing is copied.
+        """
         self.finish()
         target = self.folder / f"step_{state.step:06d}"
         if self.world.from_main(target.exists):
             return
         state.torch_rng = torch.get_rng_state().tolist()
+        self.copied = self.cfg.async_save and not at_once
         part = target.with_name(target.name + PART)
         shards, small = self._snapshot(policy, optimizer, frozen)
         error = ""
@@ -123,7 +129,7 @@ class Checkpoints:
                 error = _said(e)
         self.writing = Writing(part, replace(state), shards, small, error)
         self.writing.start()
-        if not self.cfg.async_save:
+        if not self.copied:
             self.finish()
 
     def commit(self) -> None:
@@ -182,7 +188,7 @@ class Checkpoints:
         for name, x in tensors.items():
             full = whole(x)
             if owner[name] == self.world.rank:  # on one process it is the parameter itself, which the next step changes
-                kept = full.to("cpu", copy=self.cfg.async_save).contiguous()
+                kept = full.to("cpu", copy=self.copied).contiguous()
                 mine |= pieces(name, kept)
         if self.world.rank < len(hands):
             shards[files[self.world.rank]] = mine

@@ -34,11 +34,9 @@ class SavedRun:
         self.checkpoints.finish()
         return self.folder / "checkpoints" / f"step_{step:06d}"
 
-    def begin(self, step: int, **state) -> None:
-        order = {"due": torch.tensor([3, 1])}
-        self.checkpoints.save(
-            State(step=step, **state), self.policy, self.optimizer, {"opponent": self.opponent}, order
-        )
+    def begin(self, step: int, at_once: bool = False, **state) -> None:
+        order, frozen = {"due": torch.tensor([3, 1])}, {"opponent": self.opponent}
+        self.checkpoints.save(State(step=step, **state), self.policy, self.optimizer, frozen, order, at_once)
 
     def names(self) -> list[str]:
         return sorted(p.name for p in (self.folder / "checkpoints").iterdir())
