@@ -48,6 +48,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_survives():
+    """A test that fails leaves no program of its own running."""
+    from processes import Program
+
+    yield
+    for program in Program.started:
+        for pid in program.alive():
+            program.kill(pid)
+        program.process.wait()
+    Program.started.clear()
+
+
 @pytest.fixture
 def poisoned():
     """Memory nobody wrote is NaN."""

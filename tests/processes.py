@@ -7,16 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).parent.parent
 
 
 class Program:
-    """`python ARGS`, with its own mark."""
+    """`python ARGS`, with its own mark; the test's end (conftest.py) ends it, too."""
+
+    started: ClassVar[list["Program"]] = []
 
     def __init__(self, *args, log: Path):
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
         self.log = log
+        self.started.append(self)
         with log.open("a") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, args)],
