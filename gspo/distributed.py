@@ -161,13 +161,14 @@ def shards(world: World, offload: bool) -> bool:
 
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
-    """A model on the meta device -> shards of it, not yet filled; with `offload` they live on the CPU between uses.
+    """A model -> shards of it, to be filled where it is on the meta device; with `offload` they live on the CPU between
+    uses.
 
     Units that are gathered and given back one by one: every decoder layer, embedding, head, and what is left; an
     embedding and a head that are tied are of what is left. Several ranks compute in `dtype`; one process as if the
     model were whole, under autocast.
     """
-    alone = world.size == 1
+    alone, empty = world.size == 1, next(model.parameters()).is_meta
     options = {
         "mesh": world.mesh,
         "mp_policy": MixedPrecisionPolicy() if alone else MixedPrecisionPolicy(dtype, torch.float32),
@@ -183,7 +184,7 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> 
         if isinstance(unit, FSDPModule):
             unit.inside = MethodType(_apply, unit)
             register_fsdp_forward_method(unit, "inside")
-    return _with_room(model, torch.device("cpu") if offload else world.device, world.device)
+    return _with_room(model, torch.device("cpu") if offload else world.device, world.device) if empty else model
 
 
 def _with_room(model: nn.Module, device: torch.device, buffers_on: torch.device) -> nn.Module:
