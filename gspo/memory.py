@@ -25,6 +25,7 @@ from gspo.packing import PackedBatch, pack_rows
 from gspo.precision import DTYPES, settle
 from gspo.prepared import prepared_bytes
 from gspo.progress import say
+from gspo.selfplay import shares_weights
 from gspo.types import Prompt, Rollout
 
 GIB = 2**30
@@ -39,6 +40,7 @@ CURES = {
     "weights": "optim.offload=true, or more ranks (a larger model.shard_size)",
     "gathered layers": "model.reshard_after_forward=true",
     "weights laid out": "a machine with more memory, or model.precision=bf16",
+    "checkpoint": "trainer.async_save=false",
     "logits": "rollout.max_slots (smaller)",
 }
 
@@ -131,8 +133,10 @@ def _resident(
     resident, offloaded = {}, {}
     (offloaded if on == "cuda" and cfg.optim.offload else resident).update(own)
     (offloaded if on == "cuda" and cfg.reference.param_offload else resident)["reference"] = frozen * reference
-    copied = sharded or dtype != torch.float32
-    if copied:
+    if cfg.trainer.async_save:  # a copy of all that, while it is being written
+        saved = 12 * count // ranks + frozen * reference * shard // ranks
+        (offloaded if on == "cuda" else resident)["checkpoint"] = saved
+    if not shares_weights("copy" if cfg.rollout.weights == "copy" else "auto", sharded, dtype)[0]:
         resident["sampler's copy"] = count * dtype.itemsize // cfg.rollout.tensor_model_parallel_size
     return resident, offloaded
 
