@@ -18,6 +18,7 @@ from gspo.activations import Phantom
 from gspo.batching import Row, micro_batches
 from gspo.cli import guarded
 from gspo.config import Config, load_config
+from gspo.distributed import World
 from gspo.errors import UserError
 from gspo.kv_budget import MOST, SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.model import decoder_layers, load_model_config, resolve_path
@@ -109,6 +110,18 @@ def footprint(
     sampler = Phantom(config, dtype)
     phases["sampling"] = _sampling(cfg, ranks, on, sampler, longest, work.groups, free - sum(resident.values()))
     return Footprint(resolve_path(cfg.model.path), count, precision, ranks, on, resident, phases, offloaded)
+
+
+def foretold(cfg: Config, world: World, precision: str, prompt_tokens: int) -> str:
+    """The report in a line or two, for the start of a run on this device; a model it cannot work out stops nothing."""
+    free = free_bytes(world.device)
+    try:
+        report = footprint(cfg, world.size, world.device.type, precision, free, prompt_tokens)
+    except Exception as e:  # a class that does more than tensors without storage allow
+        return f"note: what memory this model will take cannot be worked out ({type(e).__name__}: {str(e)[:200]})"
+    if report.peak <= free:
+        return report.line()
+    return f"warning: {report.line()}\nand {free / GIB:.3g} GiB are free. If it ends for that, turn {report.cure()}"
 
 
 def _shard_size(cfg: Config, ranks: int) -> int:

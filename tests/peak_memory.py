@@ -18,7 +18,7 @@ from train import train
 
 STATUS = Path("/proc/self/status")
 COMMON = (
-    "data.max_prompt_length=100", "rollout.n=4", "rollout.max_new_tokens=48", "trainer.max_steps=2", "optim.grad_clip=1",
+    "data.max_prompt_length=100", "rollout.n=4", "rollout.max_new_tokens=48", "trainer.max_steps=2",
     "trainer.resume=never", "trainer.async_save=false", "eval.before_and_after=false", "eval.round_prompts=0",
     "reward.workers=1", "reward.check_rows=0", "data.train_batch_size=8", "rollout.weights=auto",
 )  # fmt: skip

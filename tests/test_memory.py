@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from gspo.activations import Live
 from gspo.config import load_config
 from gspo.embedded import MODEL_DIR
-from gspo.errors import UserError
 from gspo.memory import footprint, table
 from gspo.model import load_tokenizer
 
@@ -58,7 +57,7 @@ def test_what_stays_is_four_eight_and_what_the_frozen_selves_take():
 
 
 def test_gathered_layers_are_the_two_largest_units_and_what_is_left(tmp_path):
-    """By hand, hidden size 32: a layer 48 x 32 x 3 + 32 x 32 x 2 + 32 x 16 x 2 + 64, an embedding 96 x 32, a norm 32."""
+    """By hand, for a hidden size of 32; the last norm is left."""
     tiny_model("llama", vocab_size=96, num_hidden_layers=3).save_pretrained(tmp_path)
     layer, embedding = 48 * 32 * 3 + 32 * 32 * 2 + 32 * 16 * 2 + 64, 96 * 32
     two = report(f"model.path={tmp_path}", ranks=2)
@@ -69,7 +68,7 @@ def test_gathered_layers_are_the_two_largest_units_and_what_is_left(tmp_path):
 
 
 def test_keys_and_values_by_hand():
-    """4 layers x (4 + 4) x 32 floats a token: 8 x 4 answers of 31 tokens in pages of 32, prompts of 50 in 12 pages of 64."""
+    """Pages for 31 tokens of each of 8 x 4 answers, and for 8 prompts and those that wait."""
     short = ("rollout.n=4", "rollout.max_new_tokens=32")
     layers = json.loads((MODEL_DIR / "config.json").read_text())
     token = layers["num_hidden_layers"] * 2 * layers["num_key_value_heads"] * 32 * 4
@@ -95,7 +94,7 @@ def test_the_command_needs_no_weights(run_program, tmp_path):
     """A folder with a config.json of seven billion parameters and nothing else."""
     (tmp_path / "config.json").write_text(json.dumps({
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "architectures": ["LlamaForCausalLM"],
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
     }))  # fmt: skip
     args = (f"model.path={tmp_path}", "optim.micro_batch_tokens=4096", "data.train_batch_size=16")
     done = run_program("-m", "gspo.memory", "--ranks", "8", "--on", "cuda", "--have", "24", *args)
