@@ -26,6 +26,7 @@ from gspo.evaluation import answer, correct_of, report
 from gspo.files import write_json
 from gspo.given import with_solutions
 from gspo.measure import Clock, Meter, kl_to, observe, peak_memory_gib
+from gspo.memory import foretold
 from gspo.model import load_model_config, load_tokenizer
 from gspo.objective import NEEDS_SOLUTIONS
 from gspo.order import Batches
@@ -169,6 +170,9 @@ def start(
         state.precision, measured = world.from_main(lambda: settle(cfg.model.precision, world.device, model_config))
         if measured:
             say(f"model.precision=auto: {state.precision} ({measured})")
+    if world.is_main:
+        longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
+        say(foretold(cfg, world, state.precision, longest))
     selves = Selves(cfg, world, DTYPES[state.precision], weights_from=resume)
     optimizer = make_optimizer(selves.policy, cfg)
     if resume:

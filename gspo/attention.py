@@ -104,6 +104,7 @@ def packed_attention(
     refuse_unknown(module, pack, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
+    given = value.dtype  # what the projection behind it expects where there is no autocast
     query, key, value = _settled((query, key, value))
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
     backend = backend_for(*tokens, softcap)
@@ -111,7 +112,7 @@ def packed_attention(
         q, k, v = (x.contiguous() for x in tokens)
         return shared_prefix_attention(q, k, v, pack, backend, scale, softcap, window)[None], None
     with torch.autocast(query.device.type, enabled=False):
-        return _padded_attention(query, key, value, pack, scale, softcap, window), None
+        return _padded_attention(query, key, value, pack, scale, softcap, window).to(given), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

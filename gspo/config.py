@@ -35,6 +35,14 @@ class Model:
     gradient_checkpointing: bool = opt(
         False, "recompute activations in the backward pass: less memory, a third more time"
     )
+    shard_size: int | None = opt(
+        None,
+        "ranks that hold one copy of the weights together, e.g. a node's; a multiple of it: copies. empty: all",
+        ge=1,
+    )
+    reshard_after_forward: bool = opt(
+        True, "several ranks: a layer is given back after its forward; false: kept until a step's gradient is whole"
+    )
 
 
 @dataclass
@@ -143,6 +151,10 @@ class Optim:
         ge=1,
     )
     micro_batch_responses: int | None = opt(None, "a further limit, in responses", ge=1)
+    gradient_reduction: Literal["micro_batch", "step"] = opt(
+        "micro_batch", "several ranks: when gradients are summed; step: less to send, each rank holds them whole"
+    )
+    offload: bool = opt(False, "weights, gradients and moments in CPU memory, where the step is taken; slower")
 
 
 @dataclass
@@ -245,6 +257,9 @@ ALIASES = {
     "actor_rollout_ref.actor.grad_clip": "optim.grad_clip",
     "actor_rollout_ref.actor.kl_loss_coef": "objective.kl_coef",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": "optim.micro_batch_responses",
+    "actor_rollout_ref.actor.fsdp_config.fsdp_size": "model.shard_size",
+    "actor_rollout_ref.actor.fsdp_config.reshard_after_forward": "model.reshard_after_forward",
+    "actor_rollout_ref.actor.fsdp_config.offload_policy": "optim.offload",
     "actor_rollout_ref.ref.fsdp_config.param_offload": "reference.param_offload",
     "data.max_response_length": "rollout.max_new_tokens",
     "custom_reward_function.path": "reward.path",
@@ -255,7 +270,12 @@ ALIASES = {
     "trainer.default_local_dir": "trainer.output_dir",
     "trainer.test_freq": "eval.freq",
 }
-VALUE_ALIASES = {("trainer.resume", "disable"): "never", ("rollout.top_k", -1): 0, ("eval.freq", -1): 0}
+VALUE_ALIASES = {
+    ("trainer.resume", "disable"): "never",
+    ("rollout.top_k", -1): 0,
+    ("eval.freq", -1): 0,
+    ("model.shard_size", -1): None,
+}
 
 
 def parameters(node: Any = Config, prefix: str = "") -> dict[str, dataclasses.Field]:

@@ -7,9 +7,9 @@ group of `tp` neighbouring ranks shares one.
 
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -141,19 +141,110 @@ def session() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
+def hybrid(world: World, shard_size: int | None) -> World:
+    """The world with its ranks in rows of `shard_size` neighbours that hold one copy of the weights together, a copy a
+    row. UserError where they make no whole rows."""
+    if world.mesh is None or shard_size in (None, world.size):
+        return world
+    if world.size % shard_size:
+        raise UserError(
+            f"model.shard_size = {shard_size} does not divide the {world.size} processes of this run; give the number "
+            "of processes of one node, or leave it empty."
+        )
+    shape, names = (world.size // shard_size, shard_size), ("replicate", "shard")
+    return replace(world, mesh=init_device_mesh(world.device.type, shape, mesh_dim_names=names))
+
+
+def shards(world: World, offload: bool) -> bool:
+    """Whether a model becomes shards: always on several ranks; on one only to be kept off a GPU."""
+    return world.mesh is not None and (world.size > 1 or offload)
+
+
+def shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
+    """A model -> shards of it, to be filled where it is on the meta device; with `offload` they live on the CPU between
+    uses.
+
+    Units that are gathered and given back one by one: every decoder layer, embedding, head, and what is left; an
+    embedding and a head that are tied are of what is left. Several ranks compute in `dtype`; one process as if the
+    model were whole, under autocast.
+    """
+    alone, empty = world.size == 1, next(model.parameters()).is_meta
     options = {
         "mesh": world.mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy() if alone else MixedPrecisionPolicy(dtype, torch.float32),
         "reshard_after_forward": True,  # the root too: parameters are shards whenever we look at them
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
-    for layer in decoder_layers(model):
-        fully_shard(layer, **options)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = [] if head is None or head.weight is embedding.weight else [embedding, head]
+    for unit in [*decoder_layers(model), *apart]:
+        fully_shard(unit, **options)
     fully_shard(model, **options)
-    model.inside = MethodType(_apply, model)
-    register_fsdp_forward_method(model, "inside")
+    for unit in {model, head} - {None}:
+        if isinstance(unit, FSDPModule):
+            unit.inside = MethodType(_apply, unit)
+            register_fsdp_forward_method(unit, "inside")
+    return _with_room(model, torch.device("cpu") if offload else world.device, world.device) if empty else model
+
+
+def _with_room(model: nn.Module, device: torch.device, buffers_on: torch.device) -> nn.Module:
+    """Storage for parameters that have none; buffers, which have, keep their values."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    model.to_empty(device=device)
+    for name, buffer in buffers.items():
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, buffer.to(buffers_on))
     return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[slice, ...]], Tensor]]]) -> set[str]:
+    """Put weights, named as in `state_dict()`, into a model of any sharding; of each, what this rank holds is read.
+
+    Returns the names. UserError where a weight is of another size than the model's.
+    """
+    tensors, filled = model.state_dict(keep_vars=True), set()
+    for name, read in weights:
+        x = tensors[name]
+        local, part = x.to_local() if isinstance(x, DTensor) else x, read(held(x))
+        if part.shape != local.shape:
+            raise UserError(
+                f"model.path: {name} is {list(x.shape)} by the model's config.json, and its files have another size "
+                f"({list(part.shape)} where {list(local.shape)} are expected). Give files that fit it."
+            )
+        local.copy_(part)
+        filled.add(name)
+    return filled
+
+
+def on_device(model: nn.Module, world: World) -> nn.Module:
+    """A model on the meta device -> a whole one on this rank's, not yet filled."""
+    _with_room(model, world.device, world.device).tie_weights()  # which have come apart
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def before_backward(model: nn.Module, last: bool, keep_weights: bool, reduce_once: bool) -> None:
+    """What ranks exchange in the next forward and backward, one of several that add up a gradient.
+
+    Copies of the weights (`hybrid`) meet only in the last. With `keep_weights` each unit is gathered once for all of
+    them, with `reduce_once` gradients stay whole until the last. Ordinary forwards follow the last.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_reshard_after_forward(not keep_weights)
+    model.set_reshard_after_backward(last or not keep_weights)
+    model.set_requires_gradient_sync(last or not reduce_once)
+    model.set_requires_all_reduce(last)
+
+
+def after_backward(model: nn.Module) -> None:
+    """Weights are given back after every forward again: what is only scored is not differentiated."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(True)
 
 
 def _apply(model: nn.Module, function: Callable, *args: Any) -> Any:
@@ -161,27 +252,12 @@ def _apply(model: nn.Module, function: Callable, *args: Any) -> Any:
 
 
 def inside(model: nn.Module, function: Callable, *args: Any) -> Any:
-    """function(model, *args) as a forward of the model's: what a sharded one keeps outside its layers (embedding, last
-    norm, head) is whole meanwhile."""
+    """function(model, *args) as a forward of the model's (or of a head's): what a sharded one keeps outside its layers
+    is whole meanwhile."""
     return model.inside(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
 
 
-def shard_policy(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
-    """fp32 master weights, sharded over all ranks, computing in `dtype`; one process: the whole model."""
-    if world.size == 1:
-        return model.to(world.device)
-    return _shard(model, world, dtype, offload=False)
-
-
-def shard_reference(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
-    """A frozen model; with `offload` its shards live on the CPU between uses."""
-    model.requires_grad_(False)
-    if world.mesh is None or (world.size == 1 and not offload):
-        return _rounded(model, dtype).to(world.device)
-    return _shard(model, world, dtype, offload)
-
-
-def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Linear layers in `dtype`: what autocast would make of them at every forward. Not those that share an embedding's
     weight, which it leaves alone."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gspo.distributed import inside
+
 SMALL, LARGE = 2.0**-10, 2.0**20  # products that no cap bends, and that any cap stops
 
 
@@ -28,19 +30,20 @@ class Head(NamedTuple):
 
 
 @torch.no_grad()
-def measure_head(model: nn.Module) -> Head | None:
-    """The head of a whole fp32 model; None where logits come about in another way.
+def measure_head(model: nn.Module, device: torch.device | None = None) -> Head | None:
+    """The head of a model that runs on `device` (None: where its weights are); None where logits come about in another
+    way. On a sharded model all ranks must call this together.
 
     One forward in which the output layer answers with numbers of ours: what it was given must be the base model's
     last hidden states, and what becomes of the numbers is the class's scale and cap. They reach far beyond a model's
     own logits, where caps that training will meet do not show yet.
     """
     layer, base = model.get_output_embeddings(), model.base_model
-    if type(layer) is not nn.Linear or base is model:
+    if type(layer).forward is not nn.Linear.forward or base is model:  # sharding makes a subclass of it
         return None
     if {*model.parameters()} - {*base.parameters(), *layer.parameters()}:  # may be zero now, and be trained
         return None
-    ids = torch.tensor([[4, 1, 3, 2]], device=layer.weight.device)
+    ids = torch.tensor([[4, 1, 3, 2]], device=layer.weight.device if device is None else device)
     y = torch.linspace(-90.0, 90.0, layer.out_features, device=ids.device).repeat(1, 4, 1)
     y[0, :3] = torch.tensor([[0.0], [SMALL], [LARGE]])
     given = []
@@ -54,12 +57,16 @@ def measure_head(model: nn.Module) -> Head | None:
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = inside(model, _last_hidden, ids)
     if len(given) != 1 or not _same(given[0], hidden) or logits.shape != y.shape:
         return None
     scale, top = logits[0, 1, 0].item() / SMALL, logits[0, 2, 0].item()
     head = Head(scale, top if top < 0.5 * scale * LARGE else None)
     return head if _same(logits, head(y)) else None
+
+
+def _last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

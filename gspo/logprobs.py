@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from gspo.attention import PACKED, attention_of, check_architecture, refusal
 from gspo.batching import Row
 from gspo.distributed import inside
+from gspo.head import Head
 from gspo.packing import PackedBatch, pack, pack_rows
 from gspo.types import Prompt, Rollout
 from kernels import linear_logprob, linear_logprob_and_grad
 
 Autocast = Callable[[], AbstractContextManager]
 Slope = Callable[[Tensor, slice | Tensor], Tensor]
+FINE, ROUGH = 3e-4, 3e-2  # how far a pack's log-probs may be off, of the logits' spread; in half precision
 NOBODY = Prompt(0, (0,), "", "", "")
 
 
@@ -66,10 +68,18 @@ def _summed(slope: Slope, twins: Tensor) -> Slope:
 
 def _from_hidden(model: nn.Module, packed: PackedBatch, temperature: float, slope: Slope | None = None) -> Tensor:
     """[D] log-probs, or with a slope the surrogate; of the [D, V] logits no more than a chunk is held."""
-    head, layer = model.measured_head, model.get_output_embeddings()
     with attention_of(model.config.get_text_config(), PACKED):
         hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
-    where = hidden.index_select(0, packed.scored_by), layer.weight, packed.targets
+    scored = hidden.index_select(0, packed.scored_by)
+    return inside(
+        model.get_output_embeddings(), _by_head, scored, packed.targets, model.measured_head, temperature, slope
+    )
+
+
+def _by_head(
+    layer: nn.Linear, hidden: Tensor, targets: Tensor, head: Head, temperature: float, slope: Slope | None
+) -> Tensor:
+    where = hidden, layer.weight, targets
     shape = {"bias": layer.bias, "scale": head.scale, "softcap": head.softcap, "temperature": temperature}
     return linear_logprob(*where, **shape)[0] if slope is None else linear_logprob_and_grad(*where, slope, **shape)[0]
 
@@ -120,13 +130,14 @@ def idle_forward(model: nn.Module, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def check_packing(model: nn.Module) -> None:
-    """UserError unless a small pack has the log-probs of its sequences one by one; for a model before it is sharded.
+def check_packing(model: nn.Module, device: torch.device | None = None) -> None:
+    """UserError unless a small pack has the log-probs of its sequences one by one, on `device` (None: the weights').
 
     Sees what no configuration says: state that leaks from one response to the next, positions taken from the index.
+    All ranks of a sharded model call this together.
     """
     check_architecture(model.config)
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     prompts = [Prompt(0, (3, 1, 4), "", "", ""), Prompt(1, (1,), "", "", "")]
     owners, tokens = [0, 0, 1], torch.tensor([[1, 5, 9], [1, 6, 0], [5, 3, 5]], device=device)
     lengths = torch.tensor([3, 2, 3])  # the first two share a token
@@ -134,13 +145,14 @@ def check_packing(model: nn.Module) -> None:
         mine = response_logprobs(model, pack(prompts, owners, tokens, lengths), 1.0)
     except (TypeError, KeyError) as e:
         raise refusal(model.config, f"cannot run packed rows ({type(e).__name__}: {e})") from e
-    error, spread = 0.0, 0.0
+    error, spread, rough = 0.0, 0.0, False
     for r, (owner, n) in enumerate(zip(owners, lengths.tolist(), strict=True)):
         response = tokens[r, :n]
         ids = torch.tensor([[*prompts[owner].ids, *response.tolist()]], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1].float()
+        logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
+        rough, logits = logits.dtype != torch.float32, logits.float()
         plain = logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1)
         error = max(error, float((mine[r, :n] - plain).abs().max()))
         spread = max(spread, float((logits - logits.mean(-1, keepdim=True)).abs().max()))
-    if error > 3e-4 * spread:
+    if error > (ROUGH if rough else FINE) * spread:
         raise refusal(model.config, "does not keep the tokens of a pack apart")

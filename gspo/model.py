@@ -24,7 +24,7 @@ def resolve_path(path: str | None) -> str:
     return str(MODEL_DIR) if path is None else str(path)
 
 
-def _refuse(path: str, error: Exception) -> UserError:
+def refuse(path: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300].rstrip(".")
     what = "cannot be opened as a model folder" if Path(path).exists() else "is no folder here and cannot be fetched"
     return UserError(f"model.path = {path!r} {what}: {reason}. Give a Hugging Face folder or name, or leave it empty.")
@@ -37,7 +37,7 @@ def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as e:  # transformers and the hub raise a dozen kinds
-        raise _refuse(name, e) from e
+        raise refuse(name, e) from e
     model.config.use_cache = False
     return model.eval()
 
@@ -55,7 +55,7 @@ def load_tokenizer(path: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as e:
-        raise _refuse(name, e) from e
+        raise refuse(name, e) from e
 
 
 def generation_ids(model: nn.Module, tokenizer: Any) -> tuple[set[int], int]:
@@ -94,7 +94,7 @@ def load_model_config(path: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as e:
-        raise _refuse(name, e) from e
+        raise refuse(name, e) from e
 
 
 def architecture(folder: str) -> dict[str, Any]:

@@ -23,10 +23,7 @@ def prepared(model: nn.Module, rows: int) -> Iterator[None]:
     On CPUs only, and where PyTorch has what it takes. The products are the same to rounding. Weights must not change
     inside.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear and _plain(m.weight)]
-    size = sum(m.weight.nbytes for m in layers)
-    if size > SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        layers = []
+    layers = _prepared(model)
     try:
         for m in layers:
             if _works(m.weight.dtype):
@@ -35,6 +32,17 @@ def prepared(model: nn.Module, rows: int) -> Iterator[None]:
     finally:
         for m in layers:
             m.__dict__.pop("forward", None)
+
+
+def _prepared(model: nn.Module) -> list[nn.Linear]:
+    layers = [m for m in model.modules() if type(m) is nn.Linear and _plain(m.weight)]
+    size = sum(m.weight.nbytes for m in layers)
+    return [] if size > SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") else layers
+
+
+def prepared_bytes(model: nn.Module) -> int:
+    """What the copies of a model's weights take."""
+    return sum(m.weight.nbytes for m in _prepared(model) if _works(m.weight.dtype))
 
 
 def _plain(weight: Tensor) -> bool:

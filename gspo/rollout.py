@@ -15,7 +15,7 @@ from gspo.attention import check_length
 from gspo.decode_attention import check_slots
 from gspo.distributed import World
 from gspo.engine import STEPS, Engine
-from gspo.memory import SHARE, answer_page_size, free_bytes, plan_slots
+from gspo.kv_budget import SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.model import generation_ids
 from gspo.prepared import prepared
 from gspo.progress import watch

@@ -1,6 +1,5 @@
 """Self-play: the selves that play, when rounds begin, and how often the present self beats the previous one."""
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -9,11 +8,22 @@ from torch import Tensor, nn
 
 from gspo.batching import micro_batches
 from gspo.config import Config
-from gspo.distributed import World, copy_weights, local_bytes, shard_policy, shard_reference, shard_sampler
+from gspo.distributed import (
+    World,
+    copy_weights,
+    hybrid,
+    local_bytes,
+    on_device,
+    rounded,
+    shard,
+    shard_sampler,
+    shards,
+)
 from gspo.errors import UserError
 from gspo.head import measure_head
+from gspo.loading import read_into, skeleton
 from gspo.logprobs import check_packing, rollout_logprobs
-from gspo.model import checkpoint_activations, in_dtype, load_model
+from gspo.model import checkpoint_activations, load_model
 from gspo.pairs import preferences
 from gspo.progress import say
 from gspo.types import Rollout
@@ -30,34 +40,52 @@ class Selves:
     """
 
     def __init__(self, cfg: Config, world: World, dtype: torch.dtype = torch.float32, weights_from: Path | None = None):
-        self.cfg, self.world, self.dtype = cfg, world, dtype
+        self.cfg, self.dtype = cfg, dtype
+        self.world = world = hybrid(world, cfg.model.shard_size)
         self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
         self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 
-        initial = self._open(cfg.model.path)
-        check_packing(initial)
-        if initial.measured_head is None:
-            say(f"{type(initial).__name__}: its head is no scaled or capped product, so all logits of a pack are held")
-        self.frozen = {name: self._freeze(copy.deepcopy(initial)) for name in {self.kl_to, self.anchor_to} - {None}}
-        policy = initial if weights_from is None else self._open(str(weights_from))
-        tp = cfg.rollout.tensor_model_parallel_size
-        shared, why = shares_weights(cfg.rollout.weights, world.size > 1, self.dtype)
-        sampler = policy if shared else in_dtype(copy.deepcopy(policy), self.dtype)
-        if cfg.model.gradient_checkpointing:
-            checkpoint_activations(policy)
-        self.policy = shard_policy(policy, world, self.dtype)
-        self.sampler, self.agree = (policy, None) if shared else shard_sampler(sampler, world, tp)
+        shared, why = shares_weights(cfg.rollout.weights, shards(world, cfg.optim.offload), self.dtype)
+        path = cfg.model.path if weights_from is None else str(weights_from)
+        self.policy = self._open(path, frozen=False)
+        self.head = self.policy.measured_head = measure_head(self.policy, world.device)
+        check_packing(self.policy, world.device)
+        if self.head is None:
+            kind = self.policy.config.model_type
+            say(f"{kind}: its head is no scaled or capped product, so all logits of a pack are held")
+        self.frozen = {name: self._open(cfg.model.path, frozen=True) for name in {self.kl_to, self.anchor_to} - {None}}
+        self.sampler, self.agree = self.policy, None
+        if not shared:
+            tp = cfg.rollout.tensor_model_parallel_size
+            self.sampler, self.agree = shard_sampler(self._open_whole(path, self.dtype), world, tp)
         if cfg.rollout.weights == "auto":
             size = f"{local_bytes(self.sampler) / 2**30:.2g} GiB on each process"
             say(f"rollout.weights=auto: {'share' if shared else f'copy, {size}, as {why}'}")
 
-    def _open(self, path: str | None) -> nn.Module:
-        model = load_model(path)
-        model.measured_head = measure_head(model)
-        return model
+    def _open(self, path: str | None, frozen: bool) -> nn.Module:
+        """A self from its files: shards where there are several ranks or it is to be kept off the GPU."""
+        cfg, world = self.cfg, self.world
+        offload = cfg.reference.param_offload if frozen else cfg.optim.offload
+        apart = shards(world, offload)
+        if apart:  # what is frozen needs no more digits than it is computed with
+            model = skeleton(path, self.dtype if frozen and world.size > 1 else torch.float32)
+        else:
+            model = load_model(path)
+        if frozen:
+            model.requires_grad_(False).measured_head = self.head
+            if world.size == 1:
+                rounded(model, self.dtype)
+        elif cfg.model.gradient_checkpointing:
+            checkpoint_activations(model)
+        if not apart:
+            return model.to(world.device)
+        return read_into(lambda m: shard(m, world, self.dtype, offload), model, path)
 
-    def _freeze(self, model: nn.Module) -> nn.Module:
-        return shard_reference(model, self.world, self.dtype, self.cfg.reference.param_offload)
+    def _open_whole(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+        """All of a self, on this rank's device."""
+        if self.world.size == 1:
+            return load_model(path, dtype)
+        return read_into(lambda m: on_device(m, self.world), skeleton(path, dtype), path)
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for whole models; sharded ones carry their own policy."""
@@ -95,7 +123,7 @@ class Selves:
 
     def initial(self) -> nn.Module:
         """The model that training started from; opened again where it is not held."""
-        return self.frozen.get("initial") or self._freeze(self._open(self.cfg.model.path))
+        return self.frozen.get("initial") or self._open(self.cfg.model.path, frozen=True)
 
 
 def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:

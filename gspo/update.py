@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gspo.batching import Row, micro_batches, minibatch_of
 from gspo.config import Config
-from gspo.distributed import World, whole
+from gspo.distributed import World, after_backward, before_backward, whole
 from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
 from gspo.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
 from gspo.packing import PackedBatch, pack_rows
@@ -192,13 +192,17 @@ class Updater:
         """Accumulate the gradient over micro-batches. FSDP averages over ranks, and our parts are meant to be summed:
         losses come times the number of ranks."""
         self.optimizer.zero_grad(set_to_none=True)
-        for k in range(self.world.max(len(parts))):
+        count, cfg = self.world.max(len(parts)), self.cfg
+        keep_weights, reduce_once = not cfg.model.reshard_after_forward, cfg.optim.gradient_reduction == "step"
+        for k in range(count):
+            before_backward(self.policy, k == count - 1, keep_weights, reduce_once)
             with self.autocast():
                 if k < len(parts):
                     loss = loss_of(parts[k], pack_rows(exp.rollout, parts[k]))
                 else:
                     loss = 0.0 * idle_forward(self.policy, self.world.device).sum()
             loss.backward()
+        after_backward(self.policy)
 
     def _step(self, update: Update, coefs: Tensor) -> None:
         """Clip the gradient and take one optimizer step; coefs [G, N, L] are what it was made of on this rank."""

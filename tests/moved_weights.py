@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo import distributed
 from gspo.cli import leave
-from gspo.distributed import copy_weights, held, session, shard_policy, shard_sampler
+from gspo.distributed import copy_weights, held, session, shard, shard_sampler
 from gspo.model import in_dtype
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 8,
@@ -39,7 +39,7 @@ def main() -> None:
         for p in model.parameters():
             p.normal_()
         expected = {name: p.bfloat16() for name, p in model.named_parameters()}
-        policy = shard_policy(model, world, torch.bfloat16)
+        policy = shard(model, world, torch.bfloat16, offload=False)
         copy_weights(policy, sampler)  # what gloo sets up once is no part of a parameter
         before = watch_peak()
         copy_weights(policy, sampler)

@@ -13,6 +13,7 @@ from gspo.decode_attention import check_slots
 from gspo.errors import UserError
 from gspo.head import measure_head
 from gspo.logprobs import check_packing, response_logprobs
+from gspo.model import in_dtype
 from gspo.packing import pack_rows
 from gspo.sampling import Sampling
 from gspo.slots import Step
@@ -39,6 +40,13 @@ def test_models_of_full_and_sliding_attention_pass(family):
     before = model.config._attn_implementation
     check_packing(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_wholly_in_bf16_pass_as_ranks_run_them(family):
+    """Without autocast a projection wants its inputs in its own type, whatever attention computes in."""
+    model = tiny_model(family)
+    check_packing(in_dtype(model, torch.bfloat16))
 
 
 @pytest.mark.parametrize("check", [check_packing, lambda model: check_slots(model, CPU)], ids=["packs", "slots"])

@@ -4,19 +4,21 @@ import json
 
 import pytest
 import torch
+from architectures import tiny_model
 from safetensors.torch import load_file
 
-from gspo.distributed import World
+from gspo.distributed import World, hybrid
+from gspo.errors import UserError
 from gspo.weights import open_weights
 
 FEW = ("data.train_batch_size=7", "optim.grad_clip=1e9")
 LIVE = ("optim.minibatches=1", "optim.epochs_per_rollout=1")
 
 
-def launch(run_program, ranks, program, *args, env=None):
+def launch(run_program, ranks, program, *args, env=None, timeout=280):
     done = run_program(
-        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program, *args, timeout=280,
-        env=env or {"PYTHONPATH": "."},
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program, *args, timeout=timeout,
+        env=env or {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -126,6 +128,37 @@ def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program,
     assert one["balance"] == 1.0 < two["balance"] < 1.5
     again = run_program("train.py", *args, "trainer.max_steps=5", f"trainer.output_dir={tmp_path}/two")
     assert again.returncode == 0 and "4 of 5 steps done" in again.stdout, again.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shapes"),
+    [(4, 6), *(pytest.param(k, 100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]) for k in (2, 3, 4))],
+)
+def test_any_batch_gives_any_number_of_ranks_one_process_s_loss_and_gradients(run_program, tmp_path, ranks, shapes):
+    """Uneven lengths and prompt counts, groups without pairs, fewer groups than ranks; mini- and micro-batches, hybrid
+    shards, offload, kept weights, gradients summed once. Entries to 1e-5 of the gradient's largest. No rank hangs."""
+    launch(run_program, ranks, "tests/random_shapes.py", tmp_path / "told.json", shapes, timeout=3000)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert len(told) == shapes and all(case["size"] > 1e-3 for case in told)
+    assert any(case["groups"] < ranks for case in told) and any(case["paired"] < case["groups"] for case in told)
+    worst = max(told, key=lambda case: max(case["gradient"], case["loss"]))
+    assert worst["gradient"] <= 1e-5 and worst["loss"] <= 1e-5, worst
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_offloaded_reference_has_one_unit_on_the_device_at_a_time(run_program, tmp_path, family):
+    """Beside the last norm, or a tied embedding, which stays for the whole forward; nothing between uses."""
+    tiny_model(family, vocab_size=96).save_pretrained(tmp_path)
+    launch(run_program, 2, "tests/reference_memory.py", tmp_path / "told.json", tmp_path)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["shards_on"] == "cpu" and told["after"] == 0
+    assert told["peak"] == told["left"] + told["largest"] < 0.6 * told["all"]
+    assert told["left"] == (4 * 32 if family == "llama" else 4 * 32 * 97)
+
+
+def test_ranks_that_make_no_whole_copies_are_refused():
+    with pytest.raises(UserError, match=r"model.shard_size = 3 does not divide the 4 processes"):
+        hybrid(World(0, 4, torch.device("cpu"), mesh=object()), 3)
 
 
 def test_positions_partition_the_batch_and_tensor_parallel_groups_share():

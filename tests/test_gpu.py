@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from architectures import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -23,3 +24,15 @@ def test_two_rounds_in_fp32_see_what_the_cpu_sees(run_program, tmp_path):
     assert gpu[0]["grad_norm"] == pytest.approx(cpu[0]["grad_norm"], rel=0.1)
     assert all(step["mismatch"] < 1e-3 for step in gpu)
     assert gpu[2]["kl_divergence"] < 1e-5 < gpu[1]["kl_divergence"], "the opponent became the policy"
+
+
+def test_an_offloaded_reference_leaves_the_gpu_between_uses(run_program, tmp_path):
+    """Eight layers of 28 MiB: two at most are there at a time, with the activations of 134 tokens."""
+    wide = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 8, "num_key_value_heads": 4}
+    tiny_model("llama", **wide).save_pretrained(tmp_path)
+    done = run_program("tests/reference_memory.py", tmp_path / "told.json", tmp_path, env={"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["shards_on"] == "cpu" and told["after"] == 0 and told["cuda_after"] < 2**20
+    assert told["peak"] == told["left"] + told["largest"]
+    assert told["largest"] <= told["cuda_peak"] <= 2 * told["largest"] + 2**25 < told["all"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import FAMILIES, tiny_model
 
-from gspo.distributed import World, shard_reference
+from gspo.distributed import rounded
 from gspo.logprobs import response_logprobs, rollout_logprobs, surrogate
 from gspo.packing import pack, pack_rows
 from gspo.types import Prompt, Rollout
@@ -134,7 +134,7 @@ def test_a_loss_over_tokens_by_its_slope_has_the_gradient_of_the_loss(head, monk
 def test_a_frozen_model_in_bf16_holds_what_autocast_would_make_of_it(family):
     """Bit for bit the log-probs of the float32 model under autocast, in less memory."""
     model = tiny_model(family)
-    frozen = shard_reference(copy.deepcopy(model), World(0, 1, torch.device("cpu"), None), torch.bfloat16, True)
+    frozen = rounded(copy.deepcopy(model), torch.bfloat16)
     size = sum(p.nbytes for p in frozen.parameters()) / sum(p.nbytes for p in model.parameters())
     assert size <= (1.0 if family == "gpt2" else 0.85)  # GPT-2's layers are of another class: left alone
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -11,8 +11,8 @@ from gspo import decode_attention
 from gspo.distributed import World
 from gspo.engine import Engine
 from gspo.errors import UserError
+from gspo.kv_budget import answer_page_size, plan_slots, prompt_page_size
 from gspo.logprobs import response_logprobs
-from gspo.memory import answer_page_size, plan_slots, prompt_page_size
 from gspo.packing import pack_rows
 from gspo.rollout import EVAL, Sampler
 from gspo.sampling import Sampling, choose, sample_keys, uniforms
