@@ -14,7 +14,7 @@ import torch
 
 from gspo.attention import check_length
 from gspo.config import Config
-from gspo.distributed import World, check_tensor_parallel
+from gspo.distributed import World, check_shard_size, check_tensor_parallel
 from gspo.errors import UserError
 from gspo.evaluation import table
 from gspo.precision import DTYPES
@@ -66,6 +66,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     what may surprise."""
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
     check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
+    check_shard_size(cfg.model.shard_size, wanted or world.size)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # auto is measured later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gspo.errors import UserError
@@ -141,16 +141,21 @@ def session() -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def check_shard_size(shard_size: int | None, world_size: int) -> None:
+    """UserError where the ranks make no whole rows of `shard_size`."""
+    if shard_size and world_size % shard_size:
+        raise UserError(
+            f"model.shard_size = {shard_size} does not divide the {world_size} processes of this run; give the number "
+            "of processes of one node, or leave it empty."
+        )
+
+
 def hybrid(world: World, shard_size: int | None) -> World:
     """The world with its ranks in rows of `shard_size` neighbours that hold one copy of the weights together, a copy a
     row. UserError where they make no whole rows."""
     if world.mesh is None or shard_size in (None, world.size):
         return world
-    if world.size % shard_size:
-        raise UserError(
-            f"model.shard_size = {shard_size} does not divide the {world.size} processes of this run; give the number "
-            "of processes of one node, or leave it empty."
-        )
+    check_shard_size(shard_size, world.size)
     shape, names = (world.size // shard_size, shard_size), ("replicate", "shard")
     return replace(world, mesh=init_device_mesh(world.device.type, shape, mesh_dim_names=names))
 
@@ -319,15 +324,6 @@ def whole(tensor: Tensor) -> Tensor:
 def local_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters on this rank."""
     return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
-
-
-def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that `like` holds on this rank, as the same kind of tensor. No communication."""
-    if not isinstance(like, DTensor):
-        return full.to(like.device, like.dtype)
-    on_mesh = full.to(like.device_mesh.device_type, like.dtype)
-    replicated = DTensor.from_local(on_mesh, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=like.placements).to(like.device)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from gspo.activations import Phantom
 from gspo.batching import Row, micro_batches
 from gspo.cli import guarded
 from gspo.config import Config, load_config
-from gspo.distributed import World
+from gspo.distributed import World, check_shard_size
 from gspo.errors import UserError
 from gspo.kv_budget import MOST, SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.model import decoder_layers, load_model_config, resolve_path
@@ -87,6 +87,7 @@ def footprint(
 
     `free` bytes are what the device has to give; `prompt_tokens` is the longest prompt (None: data.max_prompt_length).
     """
+    check_shard_size(cfg.model.shard_size, ranks)
     config, dtype = load_model_config(cfg.model.path), DTYPES[precision]
     sharded = ranks > 1 or (on == "cuda" and cfg.optim.offload)
     phantom = Phantom(config, dtype if ranks > 1 else torch.float32, cfg.model.gradient_checkpointing)

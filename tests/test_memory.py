@@ -26,7 +26,7 @@ def test_live_bytes_of_two_layers_by_hand():
     with Live() as live:
         y = (torch.relu(x @ w) @ v).sum()
         assert live.now == 4 * (8 * 32 + 1)  # ReLU's result is kept, its input is not
-        assert live.peak == 4 * (2 * 8 * 32) or live.peak == 4 * (8 * 32 + 8 * 4 + 1)
+        assert live.peak == 4 * (2 * 8 * 32)
         del y
         assert live.now == 0
     with Live() as live:
@@ -91,16 +91,16 @@ def test_less_memory_where_a_setting_says_so():
 
 
 def test_the_command_needs_no_weights(run_program, tmp_path):
-    """A folder with a config.json of seven billion parameters and nothing else."""
+    """A folder with a config.json of four billion parameters and nothing else."""
     (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 4,
+        "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 32000,
     }))  # fmt: skip
     args = (f"model.path={tmp_path}", "optim.micro_batch_tokens=4096", "data.train_batch_size=16")
-    done = run_program("-m", "gspo.memory", "--ranks", "8", "--on", "cuda", "--have", "24", *args)
+    done = run_program("-m", "gspo.memory", "--ranks", "8", "--on", "cuda", "--have", "12", *args)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "6.74 billion parameters, bf16, 8 x cuda" in done.stdout
-    assert "24.000: it does not fit" in done.stdout and "turn " in done.stdout
+    assert "4.42 billion parameters, bf16, 8 x cuda" in done.stdout
+    assert "12.000: it does not fit" in done.stdout and "turn " in done.stdout
     nothing = run_program("-m", "gspo.memory", "model.path=nothing-here")
     assert nothing.returncode == 2 and "nothing-here" in nothing.stderr
 
@@ -118,7 +118,7 @@ def prepare(folder, model):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(6000)
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
@@ -136,7 +136,7 @@ def test_the_report_is_within_15_percent_of_what_a_run_takes(run_program, tmp_pa
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}") if ranks > 1 else ()
     done = run_program(
         *launcher, "tests/peak_memory.py", tmp_path, f"model.path={tmp_path / 'model'}", *files, *overrides,
-        env={"PYTHONPATH": ".", "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=1700,
+        env={"PYTHONPATH": ".", "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=5000,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
