@@ -200,7 +200,7 @@ def forward(model: nn.Module, slots: Prefill | Step | FixedStep, tokens: Tensor 
 
 
 @torch.no_grad()
-def check_slots(model: nn.Module, device: torch.device, fixed: bool) -> dict[int, Layer]:
+def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> dict[int, Layer]:
     """What each layer keeps of a token. UserError unless slots give a few tokens the logits of plain forwards, by steps
     of either kind.
 

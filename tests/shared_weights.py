@@ -25,8 +25,11 @@ if __name__ == "__main__":
             gc.collect()
             before = resident("VmRSS")
             selves = Selves(cfg, world)
+            for model in {selves.policy, selves.sampler, *selves.frozen.values()}:
+                for p in model.parameters():  # opened weights are the file's own pages until they are written to
+                    p.data.mul_(1.0)
             gc.collect()
             grown.append(resident("VmRSS") - before)
             size = local_bytes(selves.policy) / 2**20
-            del selves
+            del selves, model, p
     print(size, *grown[1:])

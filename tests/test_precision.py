@@ -40,10 +40,12 @@ def test_a_run_keeps_its_first_answer(run_program, tmp_path):
     command = ["train.py", "--config", "configs/quick.yaml", f"trainer.output_dir={tmp_path}", "eval.round_prompts=0",
                "eval.before_and_after=false", "data.train_batch_size=4", "rollout.max_new_tokens=8"]  # fmt: skip
     assert run_program(*command, "trainer.max_steps=1").returncode == 0
-    state = tmp_path / "quick" / "checkpoints" / "step_000001" / "trainer" / "state.json"
+    checkpoint = tmp_path / "quick" / "checkpoints" / "step_000001"
+    state = checkpoint / "trainer" / "state.json"
     saved = json.loads(state.read_text())
     assert saved["precision"] == "fp32"
     state.write_text(json.dumps(saved | {"precision": "bf16"}))
+    (checkpoint / "manifest.json").unlink()  # it would know
     done = run_program(*command, "trainer.max_steps=2")
     assert done.returncode == 0 and "model.precision" not in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "quick" / "metrics.jsonl").read_text().splitlines()]
