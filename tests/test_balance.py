@@ -57,6 +57,7 @@ def test_one_process_keeps_its_rows_as_they_are():
     assert mine[0] is places and mine[1] is rollout and mine[2] is scores and mine[3] == 1.0
 
 
+@pytest.mark.slow
 def test_three_ranks_with_mini_batches_differentiate_as_one(run_program, tmp_path):
     """7 prompts in 3 mini-batches; a rank is idle in the last. Its gradients, to 1e-5 of their largest entry."""
     overrides = ("optim.minibatches=3", "optim.epochs_per_rollout=1")

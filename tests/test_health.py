@@ -370,7 +370,16 @@ def assert_told(news, expected):
         assert len(found) == 1 and found[0] <= latest, (level, words, news)
 
 
-@pytest.mark.parametrize("name", [*PROVOKED, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+LESS_OFTEN = {"the literal form", "infinite steps", "nothing to choose, no room"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in PROVOKED if name not in LESS_OFTEN),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*SLOW, *sorted(LESS_OFTEN))),
+    ],
+)
 def test_the_failure_is_provoked_and_told(run_program, tmp_path, name):
     *made, expected = (PROVOKED | SLOW)[name]
     news, _ = train(run_program, tmp_path, *made)

@@ -151,7 +151,7 @@ def _runs(pid):
         return False
 
 
-@pytest.mark.parametrize("busy", ["time.sleep(600)", "9**9**9"])
+@pytest.mark.parametrize("busy", ["time.sleep(600)", pytest.param("9**9**9", marks=pytest.mark.slow)])
 def test_a_killed_trainer_leaves_no_process(tmp_path, busy):
     text = (
         f"import os, time\ndef compute_score(**_):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"

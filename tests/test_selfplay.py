@@ -121,6 +121,7 @@ def test_both_sample_the_policy_as_it_stands_when_a_rollout_begins(tokenizer):
     assert answers["share"] == answers["copy"] and answers["copy"][0] != answers["copy"][1]
 
 
+@pytest.mark.slow
 def test_sharing_saves_a_models_memory(run_program):
     done = run_program("tests/shared_weights.py", env={"PYTHONPATH": ".", "MALLOC_MMAP_THRESHOLD_": "65536"})
     assert done.returncode == 0, done.stderr[-2000:]
