@@ -26,7 +26,8 @@ def launch(tmp_path, *args, env=None):
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     rows = [json.loads(line) for line in (tmp_path / "standard" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2]
-    assert (tmp_path / "checkpoints" / "step_000002" / "model.safetensors").exists()
+    written = len(list((tmp_path / "checkpoints" / "step_000002").glob("model*.safetensors")))
+    assert written == (8 if "--n_gpus" in args else 1), "a file of weights from every process"
     return yaml.safe_load((tmp_path / "standard" / "config.yaml").read_text()), rows
 
 
