@@ -1,6 +1,7 @@
 """Shared by the tests: the embedded model, tiny random architectures, and a way to run programs."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` ignores Ctrl-C, and so would its children
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,21 @@ SMALL = ("--config", "configs/quick.yaml", "data.train_batch_size=6", "trainer.m
          "eval.prompts=4", "eval.round_prompts=4", "eval.n=2")  # fmt: skip
 
 
-def start(*args):
-    return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture()
+def start():
+    """Start train.py ARGS; what a failed test has left running is killed."""
+    started = []
+
+    def run(*args):
+        command = [sys.executable, "train.py", *map(str, args)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def finished(run_program, *args):
@@ -84,7 +91,7 @@ def test_a_run_killed_in_the_middle_ends_bit_for_bit_the_same(uninterrupted, run
 
 
 def test_a_run_that_is_asked_to_leave_ends_its_step_saves_and_goes_on_later_bit_for_bit(
-    uninterrupted, run_program, tmp_path
+    uninterrupted, run_program, start, tmp_path
 ):
     """SIGUSR1, as slurm sends before time is up;."""
     whole, _ = uninterrupted
@@ -200,7 +207,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_table(uninterrupted, run_pr
     assert mine["compare"]["win_rate"] == 0.5
 
 
-def test_interrupt_leaves_nothing_half_written(tmp_path):
+def test_interrupt_leaves_nothing_half_written(start, tmp_path):
     process = start(*SMALL, f"trainer.output_dir={tmp_path}", "trainer.max_steps=1000")
     deadline = time.monotonic() + 200
     while not (tmp_path / "quick/metrics.jsonl").exists() and time.monotonic() < deadline:
