@@ -16,7 +16,8 @@ from kernels import sampling as kernel
 _MASK32 = 0xFFFFFFFF
 BLOCK = 256  # vocabulary entries that are summed in float32 before float64 takes over
 NUCLEUS = 256  # tokens sorted at first for top_p
-CPU_ENTRIES = 2**18  # logits worked on at a time: passes over a megabyte stay in a core's cache
+CPU_ENTRIES = 2**20  # logits worked on at a time: their passes find 4 MiB in a cache
+LN2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Sampling:
     @classmethod
     def of(cls, cfg: config.Rollout) -> "Sampling":
         return cls(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.max_new_tokens, tuple(cfg.stop))
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0
 
     def greedy(self) -> "Sampling":
         return Sampling(temperature=0.0, max_new_tokens=self.max_new_tokens, stop=self.stop)
@@ -127,20 +132,25 @@ def choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor
 
 
 def _choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    below = logits.float() / (sampling.temperature or 1.0)
+    """In base 2: on CPUs exp2 takes a third of exp's time."""
+    below = logits.float() * (1 / (LN2 * (sampling.temperature or 1.0)))
     below.sub_(below.amax(-1, keepdim=True))
-    weights = below.exp()
+    weights = below.exp2()
     total = weights.sum(-1)
     if sampling.temperature == 0:
-        tokens = below.argmax(-1)
+        tokens = logits.argmax(-1)
     else:
-        least = threshold(below, sampling)
-        tokens = invert(weights if least is None else weights.masked_fill(below < least, 0.0), u)
-    logprobs = below.gather(-1, tokens[:, None]).squeeze(-1) - total.log()
+        kept = weights
+        if sampling.truncates:
+            scaled = below * LN2
+            kept = weights.masked_fill(scaled < threshold(scaled, sampling), 0.0)
+        tokens = invert(kept, u)
+    size = total.log2()
+    logprobs = (below.gather(-1, tokens[:, None]).squeeze(-1) - size) * LN2
     sums = weights.mul_(below).sum(-1)
     if sums.isnan().any():  # 0 times minus infinity, where a logit is that
         sums = weights.nan_to_num_().sum(-1)
-    return tokens, logprobs, total.log() - sums / total
+    return tokens, logprobs, (size - sums / total) * LN2
 
 
 def invert(weights: Tensor, u: Tensor) -> Tensor:
