@@ -5,7 +5,7 @@ counted. So the answer knows the model's class, packs, checkpointing and autocas
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,12 +27,14 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages made inside that are still alive: `now`, and `peak`."""
+    """Counts the bytes of storages made inside that are still alive: `now`, and `peak`. `held`: tensors that were there
+    before, of which views may be made."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
+        self._held = [x.untyped_storage() for x in held]
+        self._sizes: dict[int, int] = {id(storage): 0 for storage in self._held}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -81,7 +83,7 @@ class Phantom:
         with self.mode:
             for p in parameters:
                 p.grad = torch.empty_like(p) if further else None
-            with Live() as live:
+            with Live(parameters) as live:
                 with autocast():
                     if exact:
                         loss = response_logprobs(self.model, pack, 1.0).double().sum()
@@ -92,6 +94,6 @@ class Phantom:
 
     def scoring(self, pack: PackedBatch, autocast: Autocast) -> int:
         """Bytes of a forward without gradients, at most."""
-        with torch.no_grad(), self.mode, Live() as live, autocast():
+        with torch.no_grad(), self.mode, Live(self.model.parameters()) as live, autocast():
             response_logprobs(self.model, pack, 1.0)
         return live.peak

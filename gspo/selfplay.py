@@ -63,23 +63,27 @@ class Selves:
             say(f"rollout.weights=auto: {'share' if shared else f'copy, {size}, as {why}'}")
 
     def _open(self, path: str | None, frozen: bool) -> nn.Module:
-        """A self from its files: shards where there are several ranks or it is to be kept off the GPU."""
+        """A self from its files: shards where there are several ranks or it is to be kept off the GPU.
+
+        What is frozen is kept with no more digits than it is computed with, and leaves no pages of its files in memory
+        that have more.
+        """
         cfg, world = self.cfg, self.world
         offload = cfg.reference.param_offload if frozen else cfg.optim.offload
         apart = shards(world, offload)
-        if apart:  # what is frozen needs no more digits than it is computed with
-            model = skeleton(path, self.dtype if frozen and world.size > 1 else torch.float32)
-        else:
-            model = load_model(path)
+        bare = apart or (frozen and self.dtype != torch.float32)
+        kept = self.dtype if frozen and world.size > 1 else torch.float32
+        model = skeleton(path, kept) if bare else load_model(path)
         if frozen:
             model.requires_grad_(False).measured_head = self.head
             if world.size == 1:
                 rounded(model, self.dtype)
         elif cfg.model.gradient_checkpointing:
             checkpoint_activations(model)
-        if not apart:
+        if not bare:
             return model.to(world.device)
-        return read_into(lambda m: shard(m, world, self.dtype, offload), model, path)
+        place = (lambda m: shard(m, world, self.dtype, offload)) if apart else (lambda m: on_device(m, world))
+        return read_into(place, model, path)
 
     def _open_whole(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """All of a self, on this rank's device."""

@@ -29,6 +29,8 @@ def test_live_bytes_of_two_layers_by_hand():
         assert live.peak == 4 * (2 * 8 * 32)
         del y
         assert live.now == 0
+    with Live([w]) as live:
+        assert w.t().shape == (32, 16) and live.peak == 0, "a view of what was there before"
     with Live() as live:
         y = checkpoint(lambda x: torch.relu(x @ w) @ v, x, use_reentrant=False).sum()
         assert live.now == 4

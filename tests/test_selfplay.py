@@ -1,13 +1,16 @@
 """When rounds begin, the win rate against the previous self, and whose weights the sampler reads."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gspo.config import load_config
-from gspo.distributed import World
+from gspo.distributed import World, rounded
 from gspo.errors import UserError
+from gspo.model import load_model
 from gspo.rollout import Sampler
 from gspo.sampling import Sampling
 from gspo.selfplay import Selves, round_of, shares_weights, win_rate
@@ -128,3 +131,17 @@ def test_sharing_saves_a_models_memory(run_program):
     size, shared, copied = map(float, done.stdout.splitlines()[-1].split())
     assert 1.9 * size < shared < 2.1 * size, "policy and opponent"
     assert 2.9 * size < copied < 3.1 * size
+
+
+def test_a_frozen_self_in_bf16_is_the_model_rounded_and_lies_in_no_file():
+    """Linear layers in bf16, the rest as in the float32 file, whose pages none of it keeps in memory."""
+    frozen, expected = selves_of("auto", torch.bfloat16).frozen["opponent"], rounded(load_model(None), torch.bfloat16)
+    mine, theirs = (m.state_dict() for m in (frozen, expected))
+    assert mine.keys() == theirs.keys() and all(mine[k].equal(theirs[k]) for k in mine)
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16, torch.float32}
+    assert not any(p.requires_grad for p in frozen.parameters())
+    files = [
+        line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line
+    ]
+    files = [[int(end, 16) for end in line.split("-")] for line in files]
+    assert files and not any(a <= p < b for a, b in files for p in storages(frozen))
