@@ -8,60 +8,29 @@ round ends, the policy becomes its own opponent. This file is where the stages m
 """
 
 import argparse
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
 
 from gspo.balance import balance
 from gspo.check_data import require_gold
-from gspo.checkpoint import Checkpoints, State, load_order, load_state, restore
 from gspo.cli import check_launch, final_words, guarded
 from gspo.config import Config, load_config
-from gspo.data import Splits, load_splits
+from gspo.data import load_splits
 from gspo.distributed import World, session
 from gspo.errors import UserError
-from gspo.evaluation import answer, correct_of, report
-from gspo.files import write_json
+from gspo.evaluation import correct_of
 from gspo.given import with_solutions
-from gspo.measure import Clock, Meter, kl_to, observe, peak_memory_gib
-from gspo.memory import foretold
+from gspo.measure import Clock, Meter, observe, peak_memory_gib
 from gspo.model import load_model_config, load_tokenizer
 from gspo.objective import NEEDS_SOLUTIONS
 from gspo.order import Batches
 from gspo.pairs import forks, preferences
-from gspo.precision import DTYPES, settle
-from gspo.preemption import Preemption
 from gspo.progress import say
 from gspo.reward import Scorer
-from gspo.rollout import EVAL, Sampler
-from gspo.run_folder import keep_reward_function, latest, needs_test, open_run
-from gspo.sampling import Sampling
-from gspo.selfplay import Selves, round_of, win_rate
-from gspo.tracking import Tracker, sample_rows
+from gspo.run import Run, held_out, save, start, test
+from gspo.run_folder import latest, needs_test
+from gspo.selfplay import Selves, round_of
+from gspo.tracking import sample_rows
 from gspo.types import Experience, Rollout, Scores
-from gspo.update import Updater, learning_rate, make_optimizer
-
-
-@dataclass
-class Run:
-    """What one training run works with."""
-
-    cfg: Config
-    world: World
-    splits: Splits
-    batches: Batches
-    scorer: Scorer
-    selves: Selves
-    sampler: Sampler
-    sampling: Sampling
-    updater: Updater
-    tracker: Tracker
-    state: State
-    folder: Path
-    checkpoints: Checkpoints
-    preemption: Preemption
+from gspo.update import learning_rate
 
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
@@ -156,86 +125,6 @@ def reasons_to_end(run: Run) -> tuple[str, str]:
     """An alarm, of the last step or of the run resumed, and a signal to any rank: "" and "", mostly."""
     alarms, signals = zip(*run.world.gather((run.tracker.health.alarmed or "", run.preemption.by)), strict=True)
     return max(alarms), max(signals)
-
-
-def start(
-    cfg: Config, world: World, model_config: Any, tokenizer: Any, splits: Splits, batches: Batches, scorer: Scorer
-) -> Run:
-    """Open the run's folder, and the models as they stand at its latest checkpoint, if there is one."""
-    folder, resume = open_run(cfg, world)
-    state = load_state(resume) if resume else State()
-    if world.is_main:
-        keep_reward_function(folder, scorer.pool.source, state.step)
-    if not state.precision:
-        state.precision, measured = world.from_main(lambda: settle(cfg.model.precision, world.device, model_config))
-        if measured:
-            say(f"model.precision=auto: {state.precision} ({measured})")
-    if world.is_main:
-        longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
-        say(foretold(cfg, world, state.precision, longest))
-    selves = Selves(cfg, world, DTYPES[state.precision], weights_from=resume)
-    optimizer = make_optimizer(selves.policy, cfg)
-    if resume:
-        restore(resume, selves.policy, optimizer, selves.frozen, state)
-        batches.load_state(load_order(resume))
-    updater = Updater(selves.policy, optimizer, cfg, world, selves.autocast)
-    sampler = Sampler(
-        selves.sampler,
-        tokenizer,
-        world.device,
-        max_slots=cfg.rollout.max_slots,
-        kv_memory_gib=cfg.rollout.kv_memory_gib,
-        seed=cfg.trainer.seed,
-        tp=cfg.rollout.tensor_model_parallel_size,
-        agree=selves.agree,
-    )
-    sampling, tracker = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step)
-    checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
-    return Run(
-        cfg, world, splits, batches, scorer, selves, sampler, sampling, updater, tracker, state, folder, checkpoints,
-        preemption,
-    )  # fmt: skip
-
-
-def save(run: Run, at_once: bool = False) -> None:
-    """Begin a checkpoint from which everything goes on as if it had not stopped."""
-    selves, optimizer, order = run.selves, run.updater.optimizer, run.batches.state()
-    run.checkpoints.save(run.state, selves.policy, optimizer, selves.frozen, order, at_once)
-
-
-def test(run: Run, name: str) -> None:
-    """Greedy and sampled accuracy on the test prompts, kept as a file of the run."""
-    run.selves.refresh_sampler()
-    answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
-    if run.world.is_main:
-        result = {"step": run.state.step, **report(answers)}
-        try:
-            write_json(run.folder / f"{name}.json", result)
-        except OSError as e:
-            say(f"warning: {name}.json cannot be written ({e.strerror}); pass@1 is {result['pass@1']:.3f}")
-
-
-def held_out(run: Run, step: int, ends_round: bool) -> dict[str, float]:
-    """Answers to held-out prompts; when a round ends they meet the previous self's, and take their place."""
-    cfg, world, state = run.cfg, run.world, run.state
-    if not run.splits.val:
-        return {}
-    run.selves.refresh_sampler()
-    places, rollout = run.sampler.generate_share(
-        run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=step, on_group=run.scorer.begin
-    )
-    scores = run.scorer(rollout)
-    rewards = world.collect(places, scores.rewards)
-    correct = world.collect(places, correct_of(scores).float())
-    metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
-    if step > 0:
-        metrics["kl_to_initial"] = kl_to(run.selves, run.selves.initial(), rollout, world)
-    if ends_round and state.round_rewards is not None:
-        before = torch.tensor(state.round_rewards)
-        metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
-    if ends_round:
-        state.round_rewards = rewards.tolist()
-    return metrics
 
 
 def gather_experience(
