@@ -4,7 +4,7 @@ import json
 
 import torch
 from decode_cases import cases, too_far
-from interpreted_kernels import repair_interpreter  # which also turns the interpreter on
+from interpreted_kernels import repair_interpreter
 
 from kernels import decode, decode_triton
 

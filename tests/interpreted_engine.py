@@ -4,7 +4,7 @@ import json
 
 import torch
 from architectures import tiny_model
-from interpreted_kernels import repair_interpreter  # which also turns the interpreter on
+from interpreted_kernels import repair_interpreter
 from test_blocks import LIMITS
 from test_rollout import prompts_of, sampler_for
 

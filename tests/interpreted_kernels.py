@@ -1,12 +1,10 @@
-"""Runs the Triton kernels on CPU tensors under TRITON_INTERPRET=1 and prints, as JSON, what is too far from float64.
+"""Runs the Triton kernels on CPU tensors and prints, as JSON, what is too far from float64.
 
-A program of its own: Triton reads that variable when a kernel is defined, and the other tests compile the same kernels.
+To be started with TRITON_INTERPRET=1. A program of its own: Triton reads that variable when a kernel is defined (its
+helpers as well), and the other tests compile the same kernels.
 """
 
 import json
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch

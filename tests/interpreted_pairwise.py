@@ -3,7 +3,7 @@
 import json
 
 import torch
-from interpreted_kernels import repair_interpreter  # which also turns the interpreter on
+from interpreted_kernels import repair_interpreter
 from pairwise_cases import cases, too_far
 
 from kernels import pairwise, pairwise_triton

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from interpreted_kernels import repair_interpreter  # which also turns the interpreter on
+from interpreted_kernels import repair_interpreter
 from sampling_cases import cases, differences, keys_of, observed
 
 import triton  # isort: skip
