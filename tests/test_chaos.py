@@ -29,15 +29,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 """
 
 
-def children_of_init(folder):
-    """Worker processes that outlived their trainer."""
+def alive(folder):
+    """Command lines of processes that were started with MARK=folder."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if b"gspo.reward_worker" in (entry / "cmdline").read_bytes():
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                if parent == "1":
-                    found.append(entry.name)
+            if f"MARK={folder}\0".encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_bytes())
         except OSError:
             continue
     return found
@@ -54,7 +52,7 @@ def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
         f"reward.on_error={on_error}", "reward.workers=2", "reward.check_rows=0", "eval.before_and_after=false",
         "eval.round_prompts=0", "data.train_batch_size=8", f"trainer.max_steps={steps}",
         f"trainer.output_dir={tmp_path}",
-        timeout=900,
+        timeout=900, env={"MARK": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "quick" / "metrics.jsonl").read_text().splitlines()]
@@ -67,7 +65,7 @@ def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
     assert sum(row["reward/timeouts"] for row in rows) == seen["hang"]
     assert done.stderr.count("warning:") <= 8, "each kind once"
     assert len(done.stdout) < 100_000, "what it prints is cut"
-    assert children_of_init(tmp_path) == [] and not os.path.exists(tmp_path / "core")
+    assert alive(tmp_path) == [] and not os.path.exists(tmp_path / "core")
     if steps >= 200:
         assert all(seen[kind] for kind in ("hang", "raise", "nan", "none", "text", "exit", "memory", "print")), seen
         early, late = rows[steps // 4]["memory/peak_gib"], rows[-1]["memory/peak_gib"]
