@@ -158,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, "interrupted; the same command goes on from the last checkpoint")

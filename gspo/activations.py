@@ -37,7 +37,7 @@ class Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {id(storage): 0 for storage in self._held}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = function(*args, **(kwargs or {}))
+        out = _run(function, args, kwargs or {})
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._count(x.untyped_storage())
@@ -53,6 +53,13 @@ class Live(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _run(function: Any, args: tuple, kwargs: dict) -> Any:
+    """The experts' product takes float32 on CPUs, but without storage, as of torch 2.13, bfloat16 only."""
+    if function is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+        return function(*(x.bfloat16() for x in args[:2]), *args[2:], **kwargs).float()
+    return function(*args, **kwargs)
 
 
 class Phantom:
@@ -71,7 +78,7 @@ class Phantom:
 
     def layout(self) -> dict[int, Layer]:
         """Layer -> what it keeps of a token while sampling."""
-        with torch.no_grad(), self.mode:
+        with torch.no_grad(), self.mode, Live():
             forward(self.model, probe := side_by_side([(0,)], torch.device("cpu")))
         return probe.layout
 

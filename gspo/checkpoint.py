@@ -246,6 +246,8 @@ class Checkpoints:
             for old in steps(self.folder)[: -self.cfg.keep_last]:
                 if not (self.cfg.keep_best and old == best):
                     remove(old)
+        if not (self.folder / "best").exists():
+            (self.folder / "best").unlink(missing_ok=True)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -298,6 +300,11 @@ def restore(
             value = moments.read(moment).clone() if key == "step" else load_like(moment, moments.read, p)
             optimizer.state[p][key] = value
     for name, model in frozen.items():
+        if not [*(checkpoint / "trainer").glob(f"{name}[.-]*safetensors*")]:
+            raise UserError(
+                f"{checkpoint} has no model called {name!r}: objective.anchor and reference.refresh of its run asked "
+                "for none. Give them as they were, or start a run from its weights with model.path=CHECKPOINT."
+            )
         load_weights(model, open_weights(checkpoint / "trainer", name).read)
     if state.torch_rng:
         torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))

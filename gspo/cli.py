@@ -24,7 +24,7 @@ from gspo.selfplay import shares_weights
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 
 
-def guarded(main: Callable[[], None]) -> None:
+def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Run a program: a user's mistake is one paragraph on stderr and exit code 2, Ctrl-C one line and 130."""
     try:
         end_with_torchrun()
@@ -36,7 +36,7 @@ def guarded(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         if is_main():
-            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print(f"\n{interrupted}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)
 

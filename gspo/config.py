@@ -308,7 +308,8 @@ def canonical(key: str, place: str) -> str | None:
 
 
 def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(kind) or (kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", ""))
 
 
 def coerce(value: Any, kind: Any, key: str, place: str, also: tuple[Any, ...] = ()) -> Any:

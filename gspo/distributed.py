@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -115,6 +116,14 @@ class World:
         return result
 
 
+def _store_of_this_attempt() -> dist.Store:
+    """torchrun's store, where ranks find each other. It outlives a restart, after which a rank that is faster than the
+    others would find addresses of processes that have ended: each attempt has names of its own."""
+    store, _, _ = next(rendezvous("env://"))
+    store.set_timeout(dist.distributed_c10d.default_pg_timeout)
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 @contextmanager
 def session() -> Iterator[World]:
     """Join the process group that torchrun describes, if any; leave it at the end."""
@@ -131,8 +140,8 @@ def session() -> Iterator[World]:
     mesh = None
     if size > 1 or device.type == "cuda":  # on one GPU too: the offloaded reference is an FSDP module
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        alone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **alone)
+        store = _store_of_this_attempt() if size > 1 else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("fsdp",))
     try:
         yield World(rank, size, device, mesh)

@@ -2,12 +2,14 @@
 
     python -m gspo.export outputs/checkpoints my-model [--dtype bf16] [--max_shard_gb 5]
 
-CHECKPOINT is a checkpoint, a folder of checkpoints (the newest is taken), or any Hugging Face folder. Tensors are read
-one at a time; no more than a file of them is in memory.
+CHECKPOINT is a checkpoint, a run or a folder of checkpoints (the newest is taken), or any Hugging Face folder. Tensors
+are read one at a time; no more than a file of them is in memory.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +33,20 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> Path:
     """Write `folder`, whole or not at all -> the checkpoint that was taken.
 
-    UserError when the checkpoint is damaged, the folder is there and not empty, or the disk is full.
+    UserError when the checkpoint is damaged, the folder is there and not empty or among checkpoints, or the disk is
+    full.
     """
-    source = latest(checkpoint) or checkpoint
+    source = latest(checkpoint) or latest(checkpoint / "checkpoints") or checkpoint
+    if not source.exists():
+        raise UserError(f"{source} is not there.")
     if not (source / "config.json").exists():
         raise UserError(f"{source} is neither a checkpoint nor a Hugging Face folder (no config.json in it).")
-    if (source / manifest.NAME).exists() and (wrong := manifest.damage(source, ALONE)):
+    ours = (source / "trainer").exists()
+    if ours and (wrong := manifest.damage(source, ALONE, required=source != checkpoint)):
         raise UserError(f"{source} is damaged: {wrong}. Export another checkpoint.")
+    home = source.resolve().parent if ours else source.resolve()
+    if folder.resolve().is_relative_to(home):
+        raise UserError(f"{folder} lies in {home}. Name a folder outside of it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty. Name another folder.")
     weights, part = open_weights(source), folder.with_name(folder.name + PART)
@@ -53,8 +62,10 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
             folder.rmdir()
         part.rename(folder)
     except OSError as e:
-        remove(part)
         raise UserError(f"{folder} cannot be written: {e.strerror or e}.") from e
+    finally:
+        with contextlib.suppress(OSError):
+            remove(part)
     return source
 
 
@@ -69,8 +80,11 @@ def _write(part: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes:
     if len(shards) > 1:
         (part / "model.safetensors.index.json").write_bytes(index(total, places))
     if dtype is not None:
-        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-        (part / "config.json").write_bytes(json_bytes(config | {"dtype": str(dtype)[6:]}))
+        try:
+            config = json.loads((part / "config.json").read_text(encoding="utf-8")) | {"dtype": str(dtype)[6:]}
+        except (ValueError, TypeError) as e:
+            raise UserError(f"config.json of the model cannot be read: {e}.") from e
+        (part / "config.json").write_bytes(json_bytes(config))
 
 
 def _shards(weights: Weights, dtype: torch.dtype | None, most: int) -> Iterator[list[str]]:
@@ -108,8 +122,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {args.dtype}: must be fp32, bf16 or fp16.")
-    if not args.max_shard_gb > 0:
-        raise UserError(f"--max_shard_gb {args.max_shard_gb:g}: must be above 0.")
+    if not 0 < args.max_shard_gb < math.inf:
+        raise UserError(f"--max_shard_gb {args.max_shard_gb:g}: must be a number above 0.")
     taken = export(args.checkpoint, args.folder, DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9))
     size = sum(file.stat().st_size for file in args.folder.iterdir())
     print(f"{taken} -> {args.folder}: {size / 1e6:.1f} MB, verified")

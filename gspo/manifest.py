@@ -30,13 +30,13 @@ def write(checkpoint: Path, files: Files) -> None:
     write_bytes(checkpoint / NAME, [_text(files).encode()])
 
 
-def damage(checkpoint: Path, world: World) -> str:
+def damage(checkpoint: Path, world: World, required: bool = True) -> str:
     """What is wrong with a checkpoint, in a few words; "" when it is as it was written.
 
-    Every rank calls it and reads its share of the files. A checkpoint without a manifest, of an earlier version, is
-    only looked at: whether its files have the lengths that they begin by telling.
+    Every rank calls it and reads its share of the files. Where a manifest is not `required`, a checkpoint without one
+    (changed by hand) is only looked at: whether its files have the lengths that they begin by telling.
     """
-    files, wrong = world.from_main(lambda: _read(checkpoint))
+    files, wrong = world.from_main(lambda: _read(checkpoint, required))
     mine = deal({name: size for name, (size, _) in files.items()}, world.size)[world.rank]
     found = [said for name in mine if (said := _differs(checkpoint / name, name, *files[name]))]
     found = [said for part in world.gather(found) for said in part]
@@ -44,10 +44,10 @@ def damage(checkpoint: Path, world: World) -> str:
     return wrong or (min(found) + more if found else "")
 
 
-def _read(checkpoint: Path) -> tuple[Files, str]:
+def _read(checkpoint: Path, required: bool) -> tuple[Files, str]:
     """-> (what should be there, what is wrong already)."""
     if not (checkpoint / NAME).exists():
-        return {}, _looks_wrong(checkpoint)
+        return {}, f"it has no {NAME}" if required else _looks_wrong(checkpoint)
     try:
         text = (checkpoint / NAME).read_text(encoding="utf-8")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(text)["files"].items()}

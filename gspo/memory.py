@@ -7,6 +7,7 @@ those of PyTorch's own attention on padded rows, also for a GPU, where FlashAtte
 """
 
 import argparse
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from gspo.activations import Phantom
 from gspo.batching import Row, micro_batches
 from gspo.cli import guarded
 from gspo.config import Config, load_config
-from gspo.distributed import World, check_shard_size
+from gspo.distributed import World, check_shard_size, check_tensor_parallel
 from gspo.errors import UserError
 from gspo.kv_budget import MOST, SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.model import decoder_layers, load_model_config, resolve_path
@@ -86,9 +87,11 @@ def footprint(
     """The report of a run on `ranks` processes with a device of the kind `on` each (cpu or cuda).
 
     `free` bytes are what the device has to give; `prompt_tokens` is the longest prompt (None: data.max_prompt_length).
+    UserError where such a run would be refused.
     """
     check_shard_size(cfg.model.shard_size, ranks)
     config, dtype = load_model_config(cfg.model.path), DTYPES[precision]
+    check_tensor_parallel(config, ranks, cfg.rollout.tensor_model_parallel_size)
     sharded = ranks > 1 or (on == "cuda" and cfg.optim.offload)
     phantom = Phantom(config, dtype if ranks > 1 else torch.float32, cfg.model.gradient_checkpointing)
     count = sum(p.numel() for p in phantom.model.parameters())
@@ -150,7 +153,7 @@ def _resident(
     if cfg.trainer.async_save:  # a copy of all that, while it is being written
         saved = 12 * count // ranks + frozen * reference * shard // ranks
         (offloaded if on == "cuda" else resident)["checkpoint"] = saved
-    if not shares_weights("copy" if cfg.rollout.weights == "copy" else "auto", sharded, dtype)[0]:
+    if not shares_weights(cfg.rollout.weights, sharded, dtype)[0]:
         resident["sampler's copy"] = count * dtype.itemsize // cfg.rollout.tensor_model_parallel_size
     return resident, offloaded
 
@@ -218,7 +221,9 @@ def _sampling(
     page, sizes = answer_page_size(r.max_new_tokens), [longest] * groups
     try:
         plan = plan_slots(layout, sizes, r.n, r.max_new_tokens, most, budget, page)
-    except UserError:  # the run will say so; here it is one answer's
+    except UserError:
+        if r.kv_memory_gib != "auto":
+            raise
         plan = plan_slots(layout, sizes, r.n, r.max_new_tokens, 1, 2**62, page)
     tokens = plan.prompt_pages * plan.prompt_page + plan.answer_pages * plan.page
     pages = tokens * sum(layer.token_bytes for layer in layout.values()) // r.tensor_model_parallel_size
@@ -254,23 +259,37 @@ def table(f: Footprint, free: int | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/standard.yaml", help="YAML preset (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of the run (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, help="processes of the run (default: trainer.n_gpus x nnodes, or 1)")
     parser.add_argument("--on", choices=["cpu", "cuda"], help="their devices (default: what is here)")
     parser.add_argument("--have", type=float, metavar="GIB", help="memory of a device (default: what is free here)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
+    ranks = (cfg.trainer.n_gpus or 1) * (cfg.trainer.nnodes or 1) if args.ranks is None else args.ranks
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: must be 1 or more.")
+    if args.have is not None and not 0 < args.have < math.inf:
+        raise UserError(f"--have {args.have:g}: must be a number of GiB above 0.")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     on = args.on or here
     if args.have is not None:
         free = int(args.have * GIB)
     else:
-        free = free_bytes(torch.device(on)) // (args.ranks if on == "cpu" else 1) if on == here else None
+        free = free_bytes(torch.device(on)) // (ranks if on == "cpu" else 1) if on == here else None
     if on == here:
         precision, _ = settle(cfg.model.precision, torch.device(on), load_model_config(cfg.model.path))
     else:
         precision = "bf16" if cfg.model.precision == "auto" else cfg.model.precision
-    say(table(footprint(cfg, args.ranks, on, precision, 2**62 if free is None else free), free))
+    try:
+        report = footprint(cfg, ranks, on, precision, 2**62 if free is None else free)
+    except UserError:
+        raise
+    except Exception as e:  # a class that does more than tensors without storage allow
+        raise UserError(
+            f"what {resolve_path(cfg.model.path)} takes in {precision} cannot be worked out ({type(e).__name__}: "
+            f"{' '.join(str(e).split())[:200]}). Try model.precision={'fp32' if precision == 'bf16' else 'bf16'}."
+        ) from e
+    say(table(report, free))
 
 
 if __name__ == "__main__":

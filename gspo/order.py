@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gspo.errors import UserError
 from gspo.types import Prompt
 
 WINDOW = 4096  # prompts looked at together
@@ -75,5 +76,12 @@ class Batches:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """UserError where the state is of another number of prompts."""
+        if len(state["due"]) != len(self.prompts):
+            raise UserError(
+                f"data.train_files: there are {len(self.prompts)} rows, and the checkpoint is of a run with "
+                f"{len(state['due'])}. Give the rows it had; to go on from its weights with others, start a run with "
+                "model.path=CHECKPOINT."
+            )
         self.epoch, self.place = state["at"].tolist()
         self.due, self.streak = state["due"].numpy().copy(), state["streak"].numpy().copy()

@@ -36,12 +36,13 @@ _held: dict[Path, int] = {}
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints below a `checkpoints` folder, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    found = (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint below a `checkpoints` folder. Not verified: who resumes or exports it does that."""
-    return max((p for p in steps(folder) if (p / "trainer" / "state.json").exists()), default=None)
+    return next((p for p in reversed(steps(folder)) if (p / "trainer" / "state.json").exists()), None)
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, Path | None]:
@@ -62,6 +63,8 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None]:
 
 def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
     """-> (checkpoints that the run might go on from, the best first; whether the user named one)."""
+    if folder.exists():
+        _hold(folder)  # before looking: whoever held it may have gone on until now
     own, resume = steps(folder / "checkpoints"), cfg.trainer.resume
     if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = "auto"  # the command was given once, and this is its run
@@ -72,17 +75,24 @@ def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
                 "there another trainer.run_name."
             )
         resume = "auto"  # the same command again: it has begun there, and goes on where it stopped
-    if folder.exists():
-        _hold(folder)
     if resume == "never" and folder.exists():
         _set_aside(folder)
     if resume == "auto" and own:
         _check_same_experiment(folder / "config.yaml", cfg)
         return own[::-1], False
+    if resume == "auto" and (damaged := sorted((folder / "checkpoints").glob(f"step_*{DAMAGED}"))):
+        raise UserError(
+            f"{folder} has no checkpoint but damaged ones ({damaged[-1].name}). Start anew with trainer.resume=never, "
+            "which sets it aside, or another trainer.run_name."
+        )
     if resume in ("auto", "never"):
         return [], False
     if not (Path(resume) / "trainer" / "state.json").exists():
-        raise UserError(f"trainer.resume = {resume!r} is not a checkpoint folder (no trainer/state.json in it).")
+        found = latest(Path(resume)) or latest(Path(resume) / "checkpoints")
+        raise UserError(
+            f"trainer.resume = {resume!r} is not a checkpoint folder (no trainer/state.json in it)."
+            f"{f' Do you mean {found}?' if found else ''}"
+        )
     return [Path(resume)], True
 
 
@@ -90,7 +100,7 @@ def _newest_whole(candidates: list[Path], named: bool, world: World) -> Path | N
     """The first candidate that is as it was written; what is not is told of, and set aside unless the user named it."""
     wrong = ""
     for checkpoint in candidates:
-        said = manifest.damage(checkpoint, world)
+        said = manifest.damage(checkpoint, world, required=not named)
         if not said:
             return checkpoint
         wrong = f"{checkpoint} is damaged: {said}"
@@ -178,7 +188,13 @@ def keep_reward_function(folder: Path, source: str, step: int) -> None:
 
 
 def _check_same_experiment(stored: Path, cfg: Config) -> None:
-    before = configuration.flatten(yaml.safe_load(stored.read_text(encoding="utf-8")) or {})
+    try:
+        before = configuration.flatten(yaml.safe_load(stored.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as e:
+        raise UserError(
+            f"{stored} cannot be read ({' '.join(str(e).split())}), which says what run this is. Put it back, or set "
+            "the run aside with trainer.resume=never."
+        ) from e
     now = configuration.flatten(configuration.to_dict(cfg))
     changed = [k for k in now if k in before and before[k] != now[k] and not FREE_TO_CHANGE.match(k)]
     if changed:

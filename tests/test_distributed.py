@@ -1,13 +1,15 @@
 """Several gloo processes do what one does: same samples, same rewards, same gradient."""
 
 import json
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 from architectures import tiny_model
 from safetensors.torch import load_file
 
-from gspo.distributed import World, hybrid
+from gspo.distributed import World, _store_of_this_attempt, hybrid
 from gspo.errors import UserError
 from gspo.weights import open_weights
 
@@ -166,3 +168,30 @@ def test_positions_partition_the_batch_and_tensor_parallel_groups_share():
     worlds = [World(rank, 4, torch.device("cpu"), None) for rank in range(4)]
     assert [w.positions(6) for w in worlds] == [[0, 4], [1, 5], [2], [3]]
     assert [w.positions(6, tp=2) for w in worlds] == [[0, 1, 4, 5], [0, 1, 4, 5], [2, 3], [2, 3]]
+
+
+def test_each_attempt_of_torchrun_has_names_of_its_own(monkeypatch):
+    """Or a rank would read there what one that has ended had written."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    kept = dist.TCPStore("127.0.0.1", port, is_master=True)
+    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1,
+                       "TORCHELASTIC_USE_AGENT_STORE": True}.items():  # fmt: skip
+        monkeypatch.setenv(key, str(value))
+    found = []
+    for attempt in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        store = _store_of_this_attempt()
+        found.append(store.check(["address"]))
+        store.set("address", "mine")
+    assert found == [False, True, False] and kept.num_keys() >= 2
+
+
+@pytest.mark.slow
+def test_ranks_find_each_other_after_a_restart_whoever_is_first(run_program, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    told = tmp_path / "told.json"
+    done = run_program(*launcher, "tests/restarted.py", told, env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(told.read_text()) == {"attempt": 1, "ranks": 2}

@@ -1,6 +1,7 @@
 """`python -m gspo.export`: the model that leaves is the one that was trained, bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -75,9 +76,31 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(run, run_program, tmp_path):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="is there already and not empty"):
         export(here, tmp_path / "full")
+    for inside in (here / "step_000099", here / "step_000004" / "out"):
+        with pytest.raises(UserError, match=r"lies in .*checkpoints. Name a folder outside of it."):
+            export(here, inside)
+    with pytest.raises(UserError, match="nothing is not there"):
+        export(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(UserError, match="mine.txt/x cannot be written: Not a directory"):
+        export(here, tmp_path / "full" / "mine.txt" / "x")
+    for size in ("inf", "0", "nan"):
+        done = run_program("-m", "gspo.export", here, tmp_path / "out", "--max_shard_gb", size)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: --max_shard_gb {size}"), done.stderr
     done = run_program("-m", "gspo.export", here, tmp_path / "out", "--dtype", "int8")
     assert done.returncode == 2 and done.stderr.startswith("error: --dtype int8") and done.stderr.count("\n") == 1
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"] and not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_where_the_source_is_no_whole_model(run, tmp_path):
+    export(run.folder, tmp_path / "hf", shard_bytes=700_000)
+    shutil.copytree(tmp_path / "hf", tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json of the model cannot be read"):
+        export(tmp_path / "broken", tmp_path / "out", torch.bfloat16)
+    next((tmp_path / "hf").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError):
+        export(tmp_path / "hf", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "hf"]
 
 
 def test_a_full_disk_leaves_nothing_behind(run, tmp_path):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from gspo.activations import Live
 from gspo.config import load_config
 from gspo.embedded import MODEL_DIR
+from gspo.errors import UserError
 from gspo.memory import footprint, table
 from gspo.model import load_tokenizer
 
@@ -69,6 +70,17 @@ def test_gathered_layers_are_the_two_largest_units_and_what_is_left(tmp_path):
     assert kept.phases["updating"]["gathered layers"] == 4 * (32 + 3 * layer + 2 * embedding) + 4 * layer
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_mixture_of_experts_is_worked_out_in_both_precisions(precision, tmp_path):
+    tiny_model("mixtral").config.save_pretrained(tmp_path)
+    few, many = (
+        report(f"model.path={tmp_path}", f"optim.micro_batch_tokens={n}", "rollout.max_new_tokens=16",
+               precision=precision, prompt_tokens=20).phases["updating"]["activations"]
+        for n in (200, 600)
+    )  # fmt: skip
+    assert 0 < few < many < 6 * few
+
+
 def test_keys_and_values_by_hand():
     """Pages for 31 tokens of each of 8 x 4 answers, and for 8 prompts and those that wait."""
     short = ("rollout.n=4", "rollout.max_new_tokens=32")
@@ -105,6 +117,37 @@ def test_the_command_needs_no_weights(run_program, tmp_path):
     assert "12.000: it does not fit" in done.stdout and "turn " in done.stdout
     nothing = run_program("-m", "gspo.memory", "model.path=nothing-here")
     assert nothing.returncode == 2 and "nothing-here" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rollout.tensor_model_parallel_size=3"], "tensor_model_parallel_size = 3 does not divide the 2 processes"),
+        (["rollout.weights=share"], "rollout.weights = 'share' is not possible"),
+        (["rollout.kv_memory_gib=1e-7"], "rollout.kv_memory_gib: the keys and values of one answer"),
+        (["model.shard_size=4"], "model.shard_size = 4 does not divide"),
+    ],
+)
+def test_a_run_that_would_be_refused_has_no_report(overrides, says):
+    with pytest.raises(UserError, match=says):
+        report(*overrides, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ranks", "0"], "--ranks 0: must be 1 or more"),
+        (["--have", "nan"], "--have nan: must be"),
+        (["--have", "-1"], "--have -1: must be"),
+        (["model.path={tmp}"], "cannot be worked out (ValueError: Unrecognized configuration class"),
+        (["trainer.n_gpus=2", "rollout.tensor_model_parallel_size=4"], "does not divide the 2 processes"),
+    ],
+)
+def test_mistakes_are_one_paragraph_and_exit_code_2(flags, says, run_program, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    done = run_program("-m", "gspo.memory", "--config", "configs/quick.yaml", *(f.format(tmp=tmp_path) for f in flags))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert says in done.stderr
 
 
 def prepare(folder, model):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gspo.errors import UserError
 from gspo.order import LONGEST_STREAK, Batches
 from gspo.types import Prompt
 
@@ -106,3 +107,10 @@ def test_a_resumed_order_goes_on_as_if_nothing_had_happened():
     second.load_state(first.state())
     assert order(first, 3, solved) == whole[17:20]
     assert order(second, 23, solved) == whole[17:], "a state is a copy"
+
+
+def test_the_state_of_other_rows_is_refused():
+    saved = Batches(some(8), 4, seed=0).state()
+    for count in (7, 9):
+        with pytest.raises(UserError, match=rf"data.train_files: there are {count} rows.*8.*model.path=CHECKPOINT"):
+            Batches(some(count), 4, seed=0).load_state(saved)

@@ -46,7 +46,8 @@ def test_a_run_keeps_its_first_answer(run_program, tmp_path):
     assert saved["precision"] == "fp32"
     state.write_text(json.dumps(saved | {"precision": "bf16"}))
     (checkpoint / "manifest.json").unlink()  # it would know
-    done = run_program(*command, "trainer.max_steps=2")
+    goes_on = (f"trainer.resume={checkpoint}", "trainer.run_name=more")
+    done = run_program(*command, "trainer.max_steps=2", *goes_on)
     assert done.returncode == 0 and "model.precision" not in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / "quick" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["mismatch"] < 1e-5 < 5e-5 < rows[1]["mismatch"]  # bf16 shows
+    before, after = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("quick", "more"))
+    assert before["mismatch"] < 1e-5 < 5e-5 < after["mismatch"]  # bf16 shows

@@ -1,10 +1,12 @@
 """Folders of runs: what may follow on what, what is kept, and that a damaged checkpoint is not gone on from."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 from saved_run import ALONE, a_run
@@ -141,6 +143,44 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_start_over_by_itself(run)
     (run.folder / "checkpoints/step_000002").mkdir()
     with pytest.raises(UserError, match=r"step_000002 is damaged.*none before it is whole.*trainer.resume=never"):
         again(run)
+    for _ in range(2):  # nor when it is asked again, as torchrun does
+        with pytest.raises(UserError, match=r"no checkpoint but damaged ones \(step_000004.damaged\).*resume=never"):
+            again(run)
+    assert again(run, "trainer.resume=never")[1] is None
+
+
+def test_what_was_saved_while_the_folder_was_waited_for_is_gone_on_from(run):
+    os.close(run_folder._held.pop(run.folder))
+    other = os.open(run.folder, os.O_RDONLY)  # another process that comes to its end
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def end():
+        run.save(6)
+        os.close(other)
+
+    timer = threading.Timer(0.5, end)
+    timer.start()
+    assert again(run)[1].name == "step_000006"
+    timer.join()
+
+
+def test_a_run_whose_config_cannot_be_read_is_refused(run):
+    for damage in (lambda f: f.write_text("a: [b"), lambda f: f.write_text("7"), lambda f: f.unlink()):
+        damage(run.folder / "config.yaml")
+        with pytest.raises(UserError, match=r"config.yaml cannot be read .*Put it back, or .*trainer.resume=never"):
+            again(run)
+
+
+def test_a_million_steps_are_more_than_999_999(run):
+    for step in (999_999, 1_000_000):
+        run.save(step)
+    assert again(run)[1].name == "step_1000000" == latest(run.folder / "checkpoints").name
+
+
+def test_resume_names_the_checkpoint_that_was_meant(run):
+    for folder in (run.folder, run.folder / "checkpoints"):
+        with pytest.raises(UserError, match=r"not a checkpoint folder.*Do you mean .*/checkpoints/step_000004\?"):
+            again(run, f"trainer.resume={folder}", "trainer.run_name=other")
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_and_stays(run):
@@ -151,12 +191,17 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_and_stays(run):
     assert step.exists()
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_manifest_and_is_used_if_its_files_have_their_length(run, capsys):
+def test_without_its_manifest_a_checkpoint_is_damaged_unless_the_user_names_it(run, capsys):
     newest = run.save(6)
     (newest / "manifest.json").unlink()
-    assert again(run)[1] == newest
+    named = (f"trainer.resume={newest}", "trainer.run_name=other")
+    assert again(run, *named)[1] == newest, "changed by hand"
     weights = newest / "trainer" / "opponent.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="is damaged: it has no manifest.json, and "):
+        again(run, *named)
+    weights.write_bytes(whole)
     assert again(run)[1].name == "step_000004" and "it has no manifest.json" in capsys.readouterr().out
 
 

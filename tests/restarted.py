@@ -1,0 +1,21 @@
+"""A program under `torchrun --max-restarts=1`: the first attempt fails, and in the second rank 0 comes late."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from gspo.cli import leave
+from gspo.distributed import session
+
+if __name__ == "__main__":
+    attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    time.sleep(5.0 if attempt and rank == 0 else 0.0)
+    with session() as world:
+        ranks = world.sum(1)
+        if attempt == 0:
+            os._exit(1)
+        if world.is_main:
+            Path(sys.argv[1]).write_text(json.dumps({"attempt": attempt, "ranks": ranks}))
+    leave()
