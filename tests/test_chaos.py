@@ -41,6 +41,7 @@ def alive(folder):
     return found
 
 
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("on_error", ["zero", pytest.param("skip_group", marks=pytest.mark.slow)])
 def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
