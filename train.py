@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/standard.yaml", help="YAML preset (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     with session() as world:
         train(cfg, world, check_only=args.check)

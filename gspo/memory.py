@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--on", choices=["cpu", "cuda"], help="their devices (default: what is here)")
     parser.add_argument("--have", type=float, metavar="GIB", help="memory of a device (default: what is free here)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     ranks = (cfg.trainer.n_gpus or 1) * (cfg.trainer.nnodes or 1) if args.ranks is None else args.ranks
     if ranks < 1:

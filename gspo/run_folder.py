@@ -22,7 +22,7 @@ from gspo.progress import say
 
 # What a resumed run may change; everything else would make it another experiment.
 FREE_TO_CHANGE = re.compile(
-    r"trainer\.(max_steps|total_epochs|save_freq|keep_last|keep_best|async_save|resume|sample_rows|output_dir)$"
+    r"trainer\.(max_steps|total_epochs|save_freq|keep_last|keep_best|async_save|resume|sample_rows|output_dir|run_name)$"
     r"|trainer\.(n_gpus|nnodes)$|health\.|eval\.|data\.test_files$|reference\.param_offload$"
     r"|rollout\.(max_slots|kv_memory_gib|tensor_model_parallel_size|weights)$"
     r"|optim\.(micro_batch_|gradient_reduction$|offload$)"

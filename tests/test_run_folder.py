@@ -71,6 +71,12 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(run):
     assert again(run)[1] == newer
 
 
+def test_a_run_goes_on_under_another_name_of_its_folder(run):
+    os.close(run_folder._held.pop(run.folder))
+    other = run.folder.rename(run.folder.with_name("other"))
+    assert again(run, "trainer.run_name=other") == (other, other / "checkpoints" / "step_000004")
+
+
 def test_leftovers_of_a_killed_run_are_removed(run):
     for name in ("checkpoints/step_000009.part/trainer", "checkpoints/beside.part"):
         (run.folder / name).mkdir(parents=True)
