@@ -209,9 +209,10 @@ def test_the_sample_is_as_large_as_asked(check):
 
 
 def test_the_program(run_program, tmp_path):
-    assert run_program("-m", "gspo.check_data", "data.train_files=no.json").returncode == 2
+    with pytest.raises(UserError, match="no.json"):
+        main(["data.train_files=no.json"])
+    (tmp_path / "t.json").write_text("[5]")
+    assert main([f"data.train_files={tmp_path / 't.json'}"]) == 2
     (tmp_path / "t.json").write_text(json.dumps(rows(0, 3)))
     done = run_program("-m", "gspo.check_data", f"data.train_files={tmp_path / 't.json'}")
     assert done.returncode == 0 and "training would start" in done.stdout and done.stderr == ""
-    (tmp_path / "t.json").write_text("[5]")
-    assert run_program("-m", "gspo.check_data", f"data.train_files={tmp_path / 't.json'}").returncode == 2

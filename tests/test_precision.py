@@ -35,6 +35,7 @@ def test_both_precisions_are_timed():
     assert 1e-3 < how_much_faster(64) < 1e3
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_first_answer(run_program, tmp_path):
     """A checkpoint made in bf16 goes on in bf16, whatever would be measured now."""
     command = ["train.py", "--config", "configs/quick.yaml", f"trainer.output_dir={tmp_path}", "eval.round_prompts=0",
