@@ -19,7 +19,7 @@ from gspo.stop import StopStrings
 from gspo.tables import FixedStep, Tables
 
 PREFILL_AHEAD = 256  # prompt tokens computed at once, if there is room: fewer make poor matrix products
-PREFILL_MOST = 2048  # ... and at most, unless one prompt is longer: on CPUs 4,096 take a fifth longer a token
+PREFILL_MOST = 2048  # ... and at most, unless one prompt is longer: what more of them make falls out of a CPU's caches
 DRAWN_AT_ONCE = 256  # first tokens
 STEPS = {"cuda": 8}  # between two looks of the host; elsewhere it looks at every token
 

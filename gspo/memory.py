@@ -287,7 +287,7 @@ def main() -> None:
     except Exception as e:  # a class that does more than tensors without storage allow
         raise UserError(
             f"what {resolve_path(cfg.model.path)} takes in {precision} cannot be worked out ({type(e).__name__}: "
-            f"{' '.join(str(e).split())[:200]}). Try model.precision={'fp32' if precision == 'bf16' else 'bf16'}."
+            f"{' '.join(str(e).split())[:200]}). Whether it can be trained, train.py --check says."
         ) from e
     say(table(report, free))
 

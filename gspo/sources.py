@@ -29,9 +29,6 @@ class Source(Sequence):
     name: str
     unit = "row"
 
-    def __getitem__(self, i: int) -> Any:
-        raise NotImplementedError
-
     def place(self, i: int) -> str:
         """Where row `i` stands, for messages."""
         return f"{self.name}, {self.unit} {i + 1}"

@@ -26,12 +26,18 @@ def settings(name):
     return {word for word in re.findall(r"\b[a-z]+\.[a-z_]+\b", text(name)) if word in known_keys()}
 
 
+def programs(name):
+    """In running text, too."""
+    targets = "|".join(re.findall(r"^[a-z][a-z0-9-]*(?=:)", text("Makefile"), re.MULTILINE))
+    return set(re.findall(rf"\bmake (?:{targets})(?![\w-])|python -m gspo\.\w+|(?<=\s)--[a-z]\w+", text(name)))
+
+
 def links(name):
     targets = set(re.findall(r"\]\(([^)#]+)\)", text(name)))
     return {t for t in targets if t not in BOTH}
 
 
-@pytest.mark.parametrize("of", [commands, settings, links])
+@pytest.mark.parametrize("of", [commands, settings, programs, links])
 def test_both_say_the_same(of):
     assert of(BOTH[0]) == of(BOTH[1])
 
