@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from gspo.decode_attention import forward
+from gspo.fused import fuse
 from gspo.head import Head
 from gspo.logprobs import response_logprobs, surrogate
 from gspo.model import checkpoint_activations
@@ -69,7 +70,7 @@ class Phantom:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        self.model.config.use_cache = False
+        fuse(self.model).config.use_cache = False
         if checkpointing:
             checkpoint_activations(self.model)
         layer, cap = self.model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)

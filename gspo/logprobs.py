@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspo.attention import PACKED, attention_of, check_architecture, refusal
+from gspo.attention import PACKED, attention_of, check_architecture, ordinary_token, refusal
 from gspo.batching import Row
 from gspo.distributed import inside
 from gspo.head import Head
@@ -138,8 +138,9 @@ def check_packing(model: nn.Module, device: torch.device | None = None) -> None:
     """
     check_architecture(model.config)
     device = next(model.parameters()).device if device is None else device
-    prompts = [Prompt(0, (3, 1, 4), "", "", ""), Prompt(1, (1,), "", "", "")]
-    owners, tokens = [0, 0, 1], torch.tensor([[1, 5, 9], [1, 6, 0], [5, 3, 5]], device=device)
+    first = ordinary_token(model.config)
+    prompts = [Prompt(0, (first + 3, first + 1, first + 4), "", "", ""), Prompt(1, (first + 1,), "", "", "")]
+    owners, tokens = [0, 0, 1], first + torch.tensor([[1, 5, 9], [1, 6, 0], [5, 3, 5]], device=device)
     lengths = torch.tensor([3, 2, 3])  # the first two share a token
     try:
         mine = response_logprobs(model, pack(prompts, owners, tokens, lengths), 1.0)

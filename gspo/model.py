@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 from gspo.attention import attention_of
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
+from gspo.fused import fuse
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
@@ -39,7 +40,7 @@ def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     except Exception as e:  # transformers and the hub raise a dozen kinds
         raise refuse(name, e) from e
     model.config.use_cache = False
-    return model.eval()
+    return fuse(model.eval())
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -8,6 +8,7 @@ gathers them by the slots kept here, or attends inside the segments kept here.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gspo.batching import Row
 from gspo.types import Prompt, Rollout
+from kernels.rows import Rows
 from kernels.varlen import Segments
 
 
@@ -57,6 +59,22 @@ class PackedBatch:
             seen = key <= query
             self._visible[window] = seen if window is None else seen & (key > query - window)
         return self._visible[window]
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The prompts, then the rows of responses, as compiled code wants them (kernels/rows.py)."""
+        prompts, width = self.prompt_slots.shape
+        place, at = self.unpadded.numpy(), self.positions[0].numpy()
+        behind = place - prompts * width
+        row = np.where(behind < 0, place // width, prompts + behind // self.response_slots.shape[1])
+        queries = np.lexsort((at, row))
+        asking = np.bincount(row)
+        sizes = at[queries[asking.cumsum() - 1]] + 1
+        keys = [
+            x.numpy()[np.arange(x.shape[1]) < n[:, None]]
+            for x, n in zip((self.prompt_slots, self.sequence_slots), np.split(sizes, [prompts]), strict=True)
+        ]
+        return Rows.of(np.concatenate(keys), sizes, queries, asking, at[queries])
 
     def to(self, device: torch.device) -> "PackedBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}

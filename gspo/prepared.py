@@ -13,22 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.linear import can_lay_out, lay_out, product
+
 SHARE = 0.25  # of the machine's memory: models whose linear layers are larger keep one copy of them
 
 
 @contextmanager
-def prepared(model: nn.Module, rows: int) -> Iterator[None]:
+def prepared(model: nn.Module, rows: int) -> Iterator[dict[nn.Module, Tensor]]:
     """The model's linear layers prepared for products of about `rows` rows, for the forwards inside, without gradients.
+    -> those laid out by kernels/linear.py.
 
     On CPUs only, and where PyTorch has what it takes. The products are the same to rounding. Weights must not change
     inside.
     """
-    layers = _prepared(model)
+    layers, laid_out = _prepared(model), {}
     try:
         for m in layers:
-            if _works(m.weight.dtype):
+            if can_lay_out(m.weight):
+                laid_out[m] = lay_out(m.weight)
+                m.forward = functools.partial(product, laid_out[m], m.out_features, m.bias)
+            elif _works(m.weight.dtype):
                 m.forward = functools.partial(_product, _lay_out(m.weight, rows), m.bias)
-        yield
+        yield laid_out
     finally:
         for m in layers:
             m.__dict__.pop("forward", None)
@@ -42,7 +48,7 @@ def _prepared(model: nn.Module) -> list[nn.Linear]:
 
 def prepared_bytes(model: nn.Module) -> int:
     """What the copies of a model's weights take."""
-    return sum(m.weight.nbytes for m in _prepared(model) if _works(m.weight.dtype))
+    return sum(m.weight.nbytes for m in _prepared(model) if can_lay_out(m.weight) or _works(m.weight.dtype))
 
 
 def _plain(weight: Tensor) -> bool:

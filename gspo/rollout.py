@@ -21,6 +21,7 @@ from gspo.prepared import prepared
 from gspo.progress import watch
 from gspo.sampling import Sampling, sample_keys
 from gspo.slots import Slots
+from gspo.stacked import stacked
 from gspo.stop import StopStrings
 from gspo.types import Prompt, Rollout
 
@@ -85,7 +86,11 @@ class Sampler:
         def so_far() -> tuple[int, int]:
             return len(prompts) * n - int(engine.left.sum()), int(engine.lengths.sum())
 
-        with prepared(self.model, engine.max_slots), watch("sampling", len(prompts) * n, so_far) as tick:
+        with (
+            prepared(self.model, engine.max_slots) as laid_out,
+            stacked(self.model, laid_out, engine.slots),
+            watch("sampling", len(prompts) * n, so_far) as tick,
+        ):
             for g in engine.run(tick):
                 rows = slice(g * n, (g + 1) * n)
                 texts[g] = self._texts(engine.tokens[rows], engine.lengths[rows])

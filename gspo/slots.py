@@ -7,6 +7,7 @@ its pages back, one that waits takes its row, and no key or value is ever moved 
 
 import heapq
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.decode_cpu import Sequences
+from kernels.rows import Rows
 from kernels.varlen import Segments
 
 PAGE = 64  # tokens
@@ -63,6 +66,7 @@ class Pages:
         self.owner = np.full(count, -1)
         self.start = np.zeros(count, dtype=np.int64)  # position of a page's first token in its sequence
         self._free = list(range(count))
+        self.asked: set[tuple[float, float | None, int | None]] = set()  # scale, cap and window of its layers
 
     @property
     def bytes(self) -> int:
@@ -153,6 +157,11 @@ class Prefill:
             self._segments[window] = Segments.of(sizes, sizes, True, window, self.ids.device)
         return self._segments[window]
 
+    @cached_property
+    def rows(self) -> Rows:
+        """The prompts as compiled code wants them (kernels/rows.py)."""
+        return Rows.apart(self.sizes)
+
     def bias(self, at: int, end: int, first: int, window: int | None) -> Tensor:
         """[end - at, end - first]: HIDDEN where a prompt's tokens from `at` to `end` do not see those from `first`."""
         if (key := (at, end, first, window)) not in self._bias:
@@ -182,8 +191,25 @@ class Step:
     prompt_sizes: Tensor  # [B]
     members: Tensor  # [B, M], slots that answer each prompt; 0 where there are fewer
     place: Tensor  # [S], each slot's index in [B * M]
+    asks: Tensor  # [S], the place of each slot's prompt among the B
     _bias: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _sequences: dict[int | None, tuple[Sequences, Sequences]] = field(default_factory=dict, repr=False)
+
+    @property
+    def pools(self) -> tuple[Pages, Pages]:
+        return self.prompts, self.answers
+
+    def sequences(self, window: int | None) -> tuple[Sequences, Sequences]:
+        """The prompts and the answers as compiled code wants them (kernels/decode_cpu.py)."""
+        if window not in self._sequences:
+            lengths, which, sizes = self.lengths.numpy(), self.asks.numpy(), self.prompt_sizes.numpy()
+            far = self.positions[:, 0].numpy() + 1 if window is None else window
+            self._sequences[window] = (
+                _sequences(self.prompt_owner, self.prompt_start, sizes, which, sizes[which] + lengths - far),
+                _sequences(self.answer_owner, self.answer_start, lengths, np.arange(len(lengths)), lengths - far),
+            )
+        return self._sequences[window]
 
     def places(self, heads: int) -> Tensor:
         """[S * Hk]: where among the answers' pages the new keys and values go."""
@@ -212,6 +238,15 @@ class Step:
                 seen = (seen & (at[:, None] >= first[..., None])).repeat_interleave(group, 1)
             self._bias[key] = _bias(seen)[:, None]
         return self._bias[key]
+
+
+def _sequences(owner: Tensor, start: Tensor, sizes: np.ndarray, which: np.ndarray, hidden: np.ndarray) -> Sequences:
+    """Pages owned by `owner` [n] from position `start` [n] on, in order, for slots that read sequence `which` [S]."""
+    owner, start = owner.numpy(), start.numpy()
+    pages = np.lexsort((start, owner))
+    pages = pages[start[pages] < FAR]
+    counts = np.bincount(owner[pages], minlength=len(sizes))
+    return Sequences.of(pages, counts, sizes, which, hidden.clip(min=0))
 
 
 def _bias(seen: Tensor) -> Tensor:
@@ -317,6 +352,7 @@ class Slots:
             prompt_sizes=t(sizes),
             members=t(members),
             place=t(place),
+            asks=t(which),
         )
 
     def _places(self) -> tuple[np.ndarray, np.ndarray]:

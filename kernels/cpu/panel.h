@@ -1,0 +1,21 @@
+// Products of few rows with a weight [N, K] that was laid out once: a panel is three vectors of outputs wide, and of it lie
+// the same inputs together, in bfloat16 by pairs: [N / 48, K, 48] or [N / 48, K / 2, 48, 2]. Eight rows at a time go through
+// a panel, which stays in the second cache for the next eight. Sums are float32.
+#pragma once
+#include <vector>
+
+#include "online.h"
+
+namespace gspo {
+
+constexpr int PANEL = 3 * W;
+
+// x [m, k] through panel p -> sums [m, PANEL].
+template <typename T>
+inline void through(const T* x, const void* laid_out, long p, long m, long k, float* sums) {
+    typedef typename Element<T>::Type E;
+    const long inner = k / Element<T>::per;
+    columns<3>((int)m, (int)inner, (const E*)x, inner, 1, (const E*)laid_out + p * inner * PANEL, PANEL, sums, PANEL, false);
+}
+
+}  // namespace gspo

@@ -1,0 +1,179 @@
+// Small matrix products and elementwise functions in float32, on the vectors that a CPU has.
+//
+// GCC's and Clang's vector extensions: sixteen numbers at a time, as one AVX-512 register, two of AVX, four of NEON.
+// The same text compiles on every machine; the one instruction named is the product of bfloat16 pairs, where there is one.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace gspo {
+
+constexpr int W = 16;  // numbers in a vector
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef int32_t IVec __attribute__((vector_size(W * 4)));
+typedef uint32_t UVec __attribute__((vector_size(W * 4)));
+typedef uint16_t HVec __attribute__((vector_size(W * 2)));
+// The same where they lie in memory, at any address.
+typedef Vec VecAt __attribute__((aligned(4), may_alias));
+typedef IVec IVecAt __attribute__((aligned(4), may_alias));
+typedef UVec UVecAt __attribute__((aligned(4), may_alias));
+typedef HVec HVecAt __attribute__((aligned(2), may_alias));
+
+struct BF16 {
+    uint16_t bits;
+};
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
+inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+
+inline Vec load(const float* p) { return *(const VecAt*)p; }
+inline Vec load(const BF16* p) { return (Vec)(__builtin_convertvector(*(const HVecAt*)p, UVec) << 16); }
+inline void store(float* p, Vec x) { *(VecAt*)p = x; }
+inline void store(BF16* p, Vec x) {  // to nearest, ties to even, NaN stays NaN
+    UVec u = (UVec)x;
+    UVec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    IVec nan = x != x;
+    rounded = (rounded & ~(UVec)nan) | ((UVec)nan & 0x7fc0);
+    *(HVecAt*)p = __builtin_convertvector(rounded, HVec);
+}
+inline float load1(const float* p) { return *p; }
+inline float load1(const BF16* p) {
+    uint32_t u = (uint32_t)p->bits << 16;
+    float x;
+    std::memcpy(&x, &u, 4);
+    return x;
+}
+inline void store1(float* p, float x) { *p = x; }
+inline void store1(BF16* p, float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    p->bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+inline float sum(Vec x) {
+    float s = 0;
+    for (int i = 0; i < W; ++i) s += x[i];
+    return s;
+}
+
+// 2^x for x <= 127, to 2e-7 of its value; 0 below -126.
+inline Vec exp2v(Vec x) {
+    IVec small = x < splat(-126.0f);
+    x = max(x, splat(-126.0f));
+    Vec shifted = x + splat(12582912.0f);  // 1.5 * 2^23: its low bits are x rounded to a whole number
+    IVec whole = (IVec)shifted - (IVec)splat(12582912.0f);
+    Vec f = x - (shifted - splat(12582912.0f));
+    Vec p = splat(1.5403530e-4f);
+    p = p * f + splat(1.3333558e-3f);
+    p = p * f + splat(9.6181291e-3f);
+    p = p * f + splat(5.5504109e-2f);
+    p = p * f + splat(2.4022651e-1f);
+    p = p * f + splat(6.9314718e-1f);
+    p = p * f + splat(1.0f);
+    Vec scaled = (Vec)((IVec)p + (whole << 23));
+    return select(small, Vec{}, scaled);
+}
+
+constexpr float LOG2E = 1.4426950408889634f;
+inline Vec tanhv(Vec x) {
+    Vec bounded = max(splat(-10.0f), select(x < splat(10.0f), x, splat(10.0f)));
+    return splat(1.0f) - splat(2.0f) / (exp2v(bounded * splat(2 * LOG2E)) + splat(1.0f));
+}
+
+inline Vec sigmoid(Vec x) {
+    const Vec bounded = max(splat(-80.0f), x);
+    return splat(1.0f) / (splat(1.0f) + exp2v(bounded * splat(-LOG2E)));
+}
+
+// What small products multiply: a number, or a pair of bfloat16 numbers with a pair of others, whose products are added.
+typedef uint32_t Pair;
+inline Vec right(const float* b) { return load(b); }
+inline Vec times(Vec sum, float a, Vec b) { return sum + splat(a) * b; }
+inline UVec right(const Pair* b) { return *(const UVecAt*)b; }
+#ifdef __AVX512BF16__
+inline Vec times(Vec sum, Pair a, UVec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+}
+#else
+inline Vec times(Vec sum, Pair a, UVec b) {
+    const UVec x = a - UVec{};
+    return sum + (Vec)(x << 16) * (Vec)(b << 16) + (Vec)(x & 0xffff0000u) * (Vec)(b & 0xffff0000u);
+}
+#endif
+inline Pair pair(BF16 a, BF16 b) { return a.bits | (Pair)b.bits << 16; }
+
+// C[r][c] (+)= sum_i A[r * ar + i * ai] * B[i * ldb + c] for r < R, c < V * W.
+template <int R, int V, typename E>
+inline void block(int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc, bool add) {
+    Vec acc[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) acc[r][v] = add ? load(c + r * ldc + v * W) : Vec{};
+    for (int i = 0; i < inner; ++i) {
+        decltype(right(b)) row[V];
+        for (int v = 0; v < V; ++v) row[v] = right(b + i * ldb + v * W);
+        for (int r = 0; r < R; ++r) {
+            const E x = a[r * ar + i * ai];
+            for (int v = 0; v < V; ++v) acc[r][v] = times(acc[r][v], x, row[v]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
+}
+
+template <int R, int V, typename E>
+inline int rows_of(int at, int rows, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
+                   bool add) {
+    for (; at + R <= rows; at += R) block<R, V>(inner, a + at * ar, ar, ai, b, ldb, c + at * ldc, ldc, add);
+    return at;
+}
+
+template <int V, typename E>
+inline void columns(int rows, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
+                    bool add) {
+    constexpr int R = V == 4 ? 6 : 8;
+    int at = rows_of<R, V>(0, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+    at = rows_of<4, V>(at, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+    rows_of<1, V>(at, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+}
+
+// The same for any number of columns that is a multiple of W.
+template <typename E>
+inline void product(int rows, int cols, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
+                    bool add) {
+    int at = 0;
+    if (cols % (4 * W) == 3 * W) {
+        columns<3>(rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+        at = 3 * W;
+    }
+    for (; at + 4 * W <= cols; at += 4 * W) columns<4>(rows, inner, a, ar, ai, b + at, ldb, c + at, ldc, add);
+    for (; at + 2 * W <= cols; at += 2 * W) columns<2>(rows, inner, a, ar, ai, b + at, ldb, c + at, ldc, add);
+    for (; at < cols; at += W) columns<1>(rows, inner, a, ar, ai, b + at, ldb, c + at, ldc, add);
+}
+
+inline int padded(int n) { return (n + W - 1) / W * W; }
+
+// n numbers as float32, and zeros up to `width`.
+template <typename T>
+inline void widen(const T* from, int n, float* to, int width) {
+    int i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = load1(from + i);
+    for (; i < width; ++i) to[i] = 0;
+}
+template <typename T>
+inline void narrow(const float* from, int n, T* to) {
+    int i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    for (; i < n; ++i) store1(to + i, from[i]);
+}
+
+}  // namespace gspo
