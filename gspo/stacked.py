@@ -10,18 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspo.fused import is_gated, norm_eps, norm_offset
-from gspo.model import decoder_layers
 from gspo.slots import Slots, Step
 from kernels.stack import LayerPages, LayerWeights, Sizes, Stack
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
+_USUAL: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 HIDDEN, HEADS, KV_HEADS, WIDTH, BETWEEN = 32, 4, 2, 8, 48  # of the small layer
 
 
@@ -29,8 +30,8 @@ HIDDEN, HEADS, KV_HEADS, WIDTH, BETWEEN = 32, 4, 2, 8, 48  # of the small layer
 def stacked(model: nn.Module, laid_out: dict[nn.Module, Tensor], slots: Slots) -> Iterator[bool]:
     """The model's layers as one call in steps of `slots` inside; `laid_out` are its linear layers' weights. -> whether
     they are of the usual kind; if not, nothing changes."""
-    layers = list(decoder_layers(model)) if laid_out else []
-    stack = _stack(model, layers, laid_out, slots) if layers and all(_is_usual(model, x) for x in layers) else None
+    layers = _layers(model) if laid_out and is_usual(model) else []
+    stack = _stack(layers, laid_out, slots) if layers else None
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for i, layer in enumerate(layers if stack is not None else []):
@@ -54,7 +55,7 @@ def _through(plain: Any, stack: Stack, first: bool, hidden: Tensor, *args: Any, 
     return stack(hidden, cos, sin, step.sequences(None), step.page, step.offset)
 
 
-def _stack(model: nn.Module, layers: list[nn.Module], laid_out: dict[nn.Module, Tensor], slots: Slots) -> Stack | None:
+def _stack(layers: list[nn.Module], laid_out: dict[nn.Module, Tensor], slots: Slots) -> Stack | None:
     linear = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     if not all(m in laid_out for m in linear):
         return None
@@ -98,6 +99,19 @@ def _scale(norm: nn.Module) -> Tensor:
 # ---- the trial ----
 
 
+def is_usual(model: nn.Module) -> bool:
+    """Whether all layers of a model are what kernels/stack.py computes: found out once."""
+    if model not in _USUAL:
+        layers = _layers(model)
+        _USUAL[model] = bool(layers) and all(_is_usual(model, layer) for layer in layers)
+    return _USUAL[model]
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return next((list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), [])
+
+
 def _is_usual(model: nn.Module, layer: nn.Module) -> bool:
     """Whether a layer is what kernels/stack.py computes: by its parts, and by what its class makes of small ones."""
     parts, attention = layer._modules, getattr(layer, "self_attn", None)
@@ -114,13 +128,7 @@ def _is_usual(model: nn.Module, layer: nn.Module) -> bool:
         return False
     if getattr(attention, "sliding_window", None) is not None or any(True for _ in layer.parameters(recurse=False)):
         return False
-    key = (type(layer), id(model.config))
-    if key not in _TRIED:
-        _TRIED[key] = _try(model, layer)
-    return _TRIED[key]
-
-
-_TRIED: dict[Any, bool] = {}
+    return _try(model, layer)
 
 
 @torch.no_grad()

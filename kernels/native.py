@@ -95,8 +95,9 @@ def _reason(error: Exception) -> str:
 def _open(compiler: list[str]) -> ctypes.CDLL:
     files = sorted(SOURCES.glob("*.cpp"))
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=LIMIT).stdout
-    which = hashlib.sha256(b"\0".join([texts, version, _processor().encode(), " ".join(FLAGS).encode()])).hexdigest()
+    asked = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True, timeout=LIMIT)
+    what = "\0".join([asked.stdout, _processor(), *FLAGS]).encode()
+    which = hashlib.sha256(texts + what).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo"
     path = folder / f"kernels-{which[:16]}.so"
     if not path.exists():

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gspo.fused import fuse
 from gspo.head import measure_head
 
 SMALL = {
@@ -63,4 +64,4 @@ def tiny_model(family: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
             bias.normal_()
     model.float().eval()
     model.measured_head = measure_head(model)
-    return model
+    return fuse(model)

@@ -28,6 +28,17 @@ def embedded_model():
     return load_model(None)
 
 
+@pytest.fixture(params=["compiled", "PyTorch's"])
+def kernels(request, monkeypatch):
+    """With the CPU's compiled kernels, and without."""
+    from kernels import native
+
+    if request.param == "PyTorch's":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C++ compiler here")
+
+
 @pytest.fixture(scope="session")
 def run_program():
     """Run `python ARGS` from the repository; returns the finished process."""

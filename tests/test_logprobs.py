@@ -73,6 +73,7 @@ def assert_plain(model, rollout, rows):
             assert (mine[name] - exact[name]).abs().max() <= (plain[name] - exact[name]).abs().max(), name
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_and_gradients_equal_plain_transformers(family):
     """Prompts and responses longer than the sliding windows, prompts of one token, responses that end at once."""
@@ -93,6 +94,7 @@ def test_packs_at_the_edges(family, prompts, lengths):
     assert_plain(tiny_model(family), rollout, [(g, i) for g in range(len(prompts)) for i in range(len(lengths[0]))])
 
 
+@pytest.mark.usefixtures("kernels")
 def test_any_cut_into_micro_batches_gives_the_same_log_probs():
     model = tiny_model("qwen2")
     cuts = ([SOME_ROWS], [SOME_ROWS[:2], SOME_ROWS[2:]], [[row] for row in SOME_ROWS])

@@ -39,6 +39,7 @@ def sampler_for(model, **kwargs):
     return Sampler(model, Tokens(), torch.device("cpu"), **kwargs)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_and_log_probs_equal_plain_transformers(family, monkeypatch):
     """Every next token is the arg max of an unpadded, uncached forward over all that came before.
@@ -76,6 +77,7 @@ def watched_seats(live):
         yield
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
 def test_sampler_and_trainer_agree_on_log_probs(family):
     model = tiny_model(family)
@@ -90,6 +92,7 @@ def test_sampler_and_trainer_agree_on_log_probs(family):
     assert rollout.lengths.unique().numel() > 1, "lengths should differ, or the test says little"
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_sample_depends_on_nothing_but_its_key(embedded_model, tokenizer):
     """Batch mates, slots, order: the same answers, token for token. Ranks: test_distributed.py."""
     texts = ["Solve: x + 5 = 12", "解方程：3x - 4 = 20", "Solve for x: 40 - x = 7", "求 x：x / 3 + 10 = 7"]
@@ -171,6 +174,7 @@ def test_a_rank_is_told_of_its_own_prompts_only_by_their_place_in_its_rollout():
     assert places == [1, 3] and told == dict(enumerate(zip(rollout.prompts, rollout.texts, strict=True)))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_slots_pages_and_memory_do_not_show(tokenizer):
     """Gemma 2, windows and soft caps: any number of slots, size of page, and budget, the same tokens."""
     model, prompts, sampling = tiny_model("gemma2"), prompts_of((9, 1, 14, 4)), Sampling(1.2, max_new_tokens=14)

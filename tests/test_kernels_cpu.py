@@ -1,0 +1,311 @@
+"""The CPU's compiled kernels against float64, and how they are found, compiled and gone without."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import tiny_model
+from attention_cases import LARGE, PACKS, a_pack, draw, outcome
+
+from gspo.attention import _padded_attention
+from gspo.fused import fuse, fused_layers, is_gated, norm_offset
+from gspo.stacked import is_usual
+from kernels import native
+from kernels.decode_cpu import Pool, Sequences, decode_step
+from kernels.layers import rms_norm, rotate, silu_product
+from kernels.linear import can_lay_out, lay_out, product
+from kernels.rows import attends, rows_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+needed = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+HALF, FULL = torch.bfloat16, torch.float32
+SLACK = {FULL: 3e-6, HALF: 2e-2}  # of the largest number
+
+
+def near(found, exact, dtype=FULL):
+    assert found.dtype == dtype and found.shape == exact.shape
+    assert (found.double() - exact.double()).abs().max() <= SLACK[dtype] * (1 + exact.double().abs().max())
+
+
+# ---- attention over packs ----
+
+
+@needed
+@pytest.mark.parametrize("softcap, window", [(None, None), (None, 5), (2.0, None), (2.0, 3)])
+@pytest.mark.parametrize("heads, kv_heads, width, value_width", [(4, 2, 16, 16), (3, 3, 8, 12), (6, 1, 20, 16)])
+@pytest.mark.parametrize("alphabet", [10**9, 2])
+@pytest.mark.parametrize("shape", [*PACKS.values(), LARGE], ids=[*PACKS, "large"])
+def test_rows_attend_as_padded_rows_in_float64(shape, alphabet, heads, kv_heads, width, value_width, softcap, window):
+    packed = a_pack(shape, alphabet=alphabet)
+    tensors = draw(packed, heads, kv_heads, width, value_width)
+
+    def padded(q, k, v):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return _padded_attention(q, k, v, packed, 0.3, softcap, window)[0]
+
+    exact = outcome(padded, tensors)
+    found = outcome(
+        lambda q, k, v: rows_attention(q, k, v, packed.rows, 0.3, softcap, window), [x.float() for x in tensors]
+    )
+    for mine, wanted in zip(found, exact, strict=True):
+        near(mine, wanted)
+    q, k, v = (x.to(HALF) for x in tensors[:3])
+    near(rows_attention(q, k, v, packed.rows, 0.3, softcap, window), padded(q.double(), k.double(), v.double()), HALF)
+
+
+@needed
+def test_rows_take_any_strides_and_the_same_gradient_comes_twice():
+    packed = a_pack(PACKS["ragged groups"])
+    q, k, v, grad = (x.float() for x in draw(packed, 4, 2, 16))
+    wide = [torch.cat([x, x], -1)[..., :16].requires_grad_() for x in (q, k, v)]
+    other = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, k, v)]
+    results = []
+    for tensors in (wide, other, other):
+        out = rows_attention(*tensors, packed.rows, 0.25)
+        results.append([out, *torch.autograd.grad(out, tensors, grad)])
+    assert all(a.equal(b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+
+
+@needed
+def test_what_rows_do_not_take():
+    x = torch.randn(5, 2, 8)
+    assert attends(x, x, x) and attends(*[x.to(HALF)] * 3)
+    assert not attends(*[x.double()] * 3) and not attends(x, x, x.to(HALF)) and not attends(*[x.to("meta")] * 3)
+    assert not attends(*[x.to(HALF).requires_grad_()] * 3), "there is no backward in bfloat16"
+    assert not attends(*[x[..., :7].to(HALF)] * 3), "pairs need an even width"
+
+
+# ---- a step of decoding ----
+
+
+def pages_of(sequences, page, kv_heads, width, dtype, g):
+    """Sequences [L, Hk, D] in pages dealt out at random -> [n, Hk, page, D], page numbers and their counts."""
+    counts = np.array([-(-len(x) // page) for x in sequences])
+    order = torch.randperm(int(counts.sum()) + 2, generator=g)[: counts.sum()].numpy()
+    memory = torch.full((len(order) + 2, kv_heads, page, width), 7.0).to(dtype)
+    for x, pages in zip(sequences, np.split(order, counts.cumsum()[:-1]), strict=True):
+        for i, number in enumerate(pages):
+            part = x[i * page : (i + 1) * page]
+            memory[number, :, : len(part)] = part.transpose(0, 1)
+    return memory, order, counts
+
+
+@needed
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("softcap, window", [(None, None), (None, 9), (3.0, 40)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, value_width, page", [(6, 2, 16, 16, 16), (3, 1, 12, 20, 4), (60, 1, 8, 8, 96)]
+)
+def test_a_step_attends_to_prompt_and_answer(dtype, softcap, window, heads, kv_heads, width, value_width, page):
+    g = torch.Generator().manual_seed(0)
+    sizes, which, lengths = [1, 70, 130], np.array([1, 0, 1, 2, 1]), [1, 5, 33, 2, 70]
+    q = torch.randn(5, heads, width, generator=g).to(dtype)
+
+    def tokens(counts, width):
+        return [torch.randn(n, kv_heads, width, generator=g).to(dtype) for n in counts]
+
+    keys, values = tokens(sizes, width), tokens(sizes, value_width)
+    own_keys, own_values = tokens(lengths, width), tokens(lengths, value_width)
+    far = [sizes[w] + n - (window or 10**6) for w, n in zip(which, lengths, strict=True)]  # first position seen
+    pools = []
+    for k, v, reads, hidden in (
+        (keys, values, which, np.array(far)),
+        (own_keys, own_values, np.arange(5), np.array(far) - np.array(sizes)[which]),
+    ):
+        seed = int(torch.randint(1000, (1,), generator=g))
+        memory, order, counts = pages_of(k, page, kv_heads, width, dtype, torch.Generator().manual_seed(seed))
+        other, _, _ = pages_of(v, page, kv_heads, value_width, dtype, torch.Generator().manual_seed(seed))
+        every = np.array([len(x) for x in k])
+        pools.append(Pool(memory, other, Sequences.of(order, counts, every, reads, hidden.clip(min=0))))
+    last = pools[1].sequences.first_page[1:].long() - 1
+    page_of = pools[1].sequences.pages[last].long()
+    offset = (torch.tensor(lengths) - 1) % page
+    new = [torch.stack([x[-1] for x in y]) for y in (own_keys, own_values)]
+    for memory in (pools[1].keys, pools[1].values):  # the new token is not there yet
+        memory[page_of, :, offset] = 5.0
+    found = decode_step(q, *new, *pools, page_of, offset, 0.3, softcap)
+    for s in range(5):
+        k, v = (torch.cat([x[which[s]], y[s]]).double() for x, y in ((keys, own_keys), (values, own_values)))
+        scores = torch.einsum("hd,khd->hk", q[s].double(), k.repeat_interleave(heads // kv_heads, 1)) * 0.3
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores[:, : max(0, far[s])] = -torch.inf
+        near(found[s], torch.einsum("hk,khd->hd", scores.softmax(-1), v.repeat_interleave(heads // kv_heads, 1)), dtype)
+    assert pools[1].keys[page_of, :, offset].equal(new[0]) and pools[1].values[page_of, :, offset].equal(new[1])
+
+
+# ---- linear layers, norms, gates, rotary positions ----
+
+
+@needed
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("m, n, k", [(1, 48, 16), (3, 5, 2), (8, 96, 64), (21, 100, 34), (64, 49, 576)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_laid_out_weights_multiply_as_linear_layers(dtype, m, n, k, bias):
+    g = torch.Generator().manual_seed(0)
+    x, weight, b = (torch.randn(shape, generator=g).to(dtype) for shape in ((2, m, k), (n, k), (n,)))
+    if not can_lay_out(weight):
+        pytest.skip("this processor does not multiply pairs")
+    b = b if bias else None
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    near(product(lay_out(weight), n, b, x), exact, dtype)
+
+
+@needed
+def test_odd_inputs_cannot_be_laid_out_in_pairs():
+    assert can_lay_out(torch.randn(4, 3)) and not can_lay_out(torch.randn(4, 3).to(HALF))
+
+
+@needed
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("rows, width", [(1, 5), (7, 16), (70, 576), (3, 33)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(dtype, rows, width, offset):
+    g = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(shape, generator=g).to(dtype) for shape in ((rows, width), (width,), (rows, width)))
+    x = x * torch.logspace(-4, 2, rows)[:, None].to(dtype)  # eps counts in some, and is lost in others
+    exact = outcome(lambda a, w: F.rms_norm(a, (width,), w + offset, 1e-5), [y.double() for y in (x, weight, dy)])
+    for mine, wanted in zip(outcome(lambda a, w: rms_norm(a, w, 1e-5, offset), (x, weight, dy)), exact, strict=True):
+        near(mine, wanted, dtype)
+
+
+@needed
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("shape", [(3,), (5, 16), (70, 1000)])
+def test_gates(dtype, shape):
+    g = torch.Generator().manual_seed(0)
+    gate, up, dout = ((6 * torch.randn(shape, generator=g)).to(dtype) for _ in range(3))
+    gate.view(-1)[:2] = torch.tensor([-200.0, 200.0])
+    exact = outcome(lambda a, b: F.silu(a) * b, [y.double() for y in (gate, up, dout)])
+    for mine, wanted in zip(outcome(silu_product, (gate, up, dout)), exact, strict=True):
+        near(mine, wanted, dtype)
+
+
+@needed
+@pytest.mark.parametrize("dtype, angles", [(FULL, FULL), (HALF, FULL), (HALF, HALF)])
+@pytest.mark.parametrize("batch, heads, tokens, width", [(1, 3, 5, 16), (4, 2, 1, 6), (2, 1, 600, 64)])
+def test_rotary_positions(dtype, angles, batch, heads, tokens, width):
+    g = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(batch, tokens, heads, width, generator=g).to(dtype).transpose(1, 2) for _ in range(2))
+    cos, sin = torch.randn(2, batch, tokens, width, generator=g).to(angles)
+    low, high = x.double().chunk(2, -1)
+    exact = x.double() * cos.double()[:, None] + torch.cat([-high, low], -1) * sin.double()[:, None]
+    wider = torch.promote_types(dtype, angles)
+    x = x.detach().requires_grad_()
+    found = rotate(x, cos, sin)
+    near(found.detach(), exact, wider)
+    if wider == FULL:  # the transposed map: <dy, turn(x)> = <turned back(dy), x>
+        back = torch.autograd.grad(found, x, dy.float())[0].double()
+        torch.testing.assert_close(
+            (back * x).sum(), (dy.double() * exact).sum(), rtol=1e-2, atol=1e-2 * exact.abs().max()
+        )
+
+
+# ---- which modules are what ----
+
+USUAL = ["llama", "qwen2", "qwen3", "mistral"]
+
+
+@needed
+@pytest.mark.parametrize("family", [*USUAL, "granite", "gemma2", "olmo2", "cohere", "phi3"])
+def test_only_layers_that_compute_what_the_kernel_does_are_taken(family):
+    """Granite multiplies its residuals by a number of the configuration; Mistral's window is seen by its attention."""
+    model = tiny_model(family, **({"residual_multiplier": 0.5} if family == "granite" else {}))
+    assert is_usual(model) == (family in USUAL)
+
+
+@needed
+@pytest.mark.parametrize(
+    "family, offset, gated",
+    [("llama", 0.0, True), ("gemma2", 1.0, False), ("olmo2", 0.0, True), ("cohere", None, True), ("phi", None, False)],
+)
+def test_norms_and_gates_are_found_by_what_they_compute(family, offset, gated):
+    model = tiny_model(family)
+    norms = {norm_offset(m) for name, m in model.named_modules() if name.endswith(("layernorm", "norm"))}
+    assert norms == {offset}
+    assert any(is_gated(m) for m in model.modules()) == gated
+
+
+@needed
+def test_by_itself_a_model_stays_transformers_own():
+    model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8]])
+    plain = model(input_ids=ids).logits
+    fuse(model)
+    assert model(input_ids=ids).logits.equal(plain)
+    with fused_layers():
+        torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+# ---- the compiler ----
+
+PROBE = """
+import torch
+from kernels.native import library
+from kernels.layers import silu_product
+from kernels.linear import can_lay_out
+if library() is not None:
+    x = torch.linspace(-9, 9, 200).bfloat16()
+    assert torch.allclose(silu_product(x, x).float(), torch.nn.functional.silu(x.float()) * x.float(), rtol=1e-2)
+print("yes" if library() else "no", can_lay_out(torch.zeros(4, 4).bfloat16()))
+"""
+
+
+def probe(tmp_path, **environment):
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[0], done.stderr
+
+
+def compiler(tmp_path, body):
+    path = tmp_path / "compiler"
+    path.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def calls(tmp_path):
+    return (tmp_path / "calls").read_text().count("called") if (tmp_path / "calls").exists() else 0
+
+
+@needed
+def test_kernels_are_compiled_once_and_kept(tmp_path):
+    cxx = compiler(tmp_path, 'exec c++ "$@"')
+    assert probe(tmp_path, CXX=cxx) == ("yes", "")
+    first = calls(tmp_path)
+    assert probe(tmp_path, CXX=cxx) == ("yes", "") and calls(tmp_path) == first + 1, (
+        "its version was asked for, no more"
+    )
+    assert len(list((tmp_path / "cache" / "gspo").iterdir())) == 1
+
+
+@needed
+def test_another_processor_has_another_file_and_no_special_instructions(tmp_path):
+    """What is compiled for any x86-64 gives the same numbers (PROBE), and leaves products of pairs to PyTorch."""
+    if not sys.platform.startswith("linux") or os.uname().machine != "x86_64":
+        pytest.skip("-march=x86-64 is for others")
+    body = 'for x in "$@"; do shift; [ "$x" = -march=native ] && x=-march=x86-64; set -- "$@" "$x"; done; exec c++ "$@"'
+    assert probe(tmp_path, CXX=compiler(tmp_path, body)) == ("yes", "")
+
+
+@pytest.mark.parametrize("environment", [{"GSPO_NATIVE": "0"}, {"CXX": "", "PATH": ""}])
+def test_without_them_nothing_is_said(environment, tmp_path):
+    assert probe(tmp_path, **environment) == ("no", "")
+
+
+def test_a_compiler_that_fails_is_told_of_once(tmp_path):
+    said, errors = probe(tmp_path, CXX=compiler(tmp_path, "echo no such instruction >&2; exit 1"))
+    assert said == "no" and errors.count("\n") == 1 and "kernels/cpu: no such instruction" in errors
+    said, errors = probe(tmp_path, CXX=str(tmp_path / "missing"))
+    assert said == "no" and errors.count("\n") == 1 and "missing" in errors
+
+
+@needed
+def test_a_folder_that_cannot_be_written_is_told_of(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    said, errors = probe(tmp_path)
+    assert said == "no" and errors.count("\n") == 1 and "kernels/cpu" in errors
