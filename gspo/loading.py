@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightTransform, re
 
 from gspo.distributed import fill
 from gspo.errors import UserError
+from gspo.fused import fuse
 from gspo.model import in_dtype, load_model_config, refuse, resolve_path
 from gspo.weights import Weights, open_weights
 
@@ -38,7 +39,7 @@ def skeleton(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(resolve_path(path))
     model.config.use_cache = False
-    return in_dtype(model.eval(), dtype)
+    return in_dtype(fuse(model.eval()), dtype)
 
 
 @contextlib.contextmanager

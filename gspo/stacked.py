@@ -46,13 +46,17 @@ def stacked(model: nn.Module, laid_out: dict[nn.Module, Tensor], slots: Slots) -
 
 def _through(plain: Any, stack: Stack, first: bool, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A layer's forward: in a step the first one is all of them."""
-    step = kwargs.get("slots")
-    if not isinstance(step, Step) or step.prompts.asked != {(stack.scale, None, None)}:
+    step, angles = kwargs.get("slots"), kwargs.get("position_embeddings")
+    if not isinstance(step, Step) or not _fits(stack, step, hidden, angles):
         return plain(hidden, *args, **kwargs)
-    if not first:
-        return hidden
-    cos, sin = kwargs["position_embeddings"]
-    return stack(hidden, cos, sin, step.sequences(None), step.page, step.offset)
+    return stack(hidden, *angles, step.sequences(None), step.page, step.offset) if first else hidden
+
+
+def _fits(stack: Stack, step: Step, hidden: Tensor, angles: Any) -> bool:
+    """Whether this step is one that the stack computes: angles for whole heads, and no window, cap or other scale."""
+    turned = (len(hidden), 1, stack.sizes.width)
+    known = isinstance(angles, tuple) and len(angles) == 2 and all(x.shape == turned for x in angles)
+    return known and step.prompts.asked == {(stack.scale, None, None)}
 
 
 def _stack(layers: list[nn.Module], laid_out: dict[nn.Module, Tensor], slots: Slots) -> Stack | None:
