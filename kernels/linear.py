@@ -7,7 +7,6 @@ of its own layout, comes to 350 and 300 (kernels/BENCH.md).
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.native import call, library, takes
@@ -27,8 +26,10 @@ def lay_out(weight: Tensor) -> Tensor:
     """[N, K] -> [N / 48, K, 48], in bfloat16 [N / 48, K / 2, 48, 2]; zeros behind the last output."""
     n, k = weight.shape
     pair = 2 if weight.dtype == torch.bfloat16 else 1
-    padded = F.pad(weight, (0, 0, 0, -n % PANEL))
-    return padded.view(-1, PANEL, k // pair, pair).transpose(1, 2).contiguous()
+    weight = weight.detach().contiguous()
+    laid_out = weight.new_empty(-(-n // PANEL), k // pair, PANEL, pair)
+    call("gspo_lay_out", weight, laid_out, n, k // pair)
+    return laid_out
 
 
 def product(laid_out: Tensor, outputs: int, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-
 TYPES = (torch.float32, torch.bfloat16)
 KERNELS = {  # what each is given, and the number of threads at the end
     "gspo_decode": "ippffi",
+    "gspo_lay_out": "ppnni",
     "gspo_linear": "ippppnnni",
     "gspo_norm": "iiippffppnni",
     "gspo_norm_back": "iiipppfpppnni",
@@ -74,7 +75,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _open(shlex.split(compiler))
-    except (OSError, subprocess.SubprocessError) as e:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: there is no home folder
         print(f"kernels/cpu: {_reason(e)}; PyTorch's own operators are used.", file=sys.stderr, flush=True)
         return None
 

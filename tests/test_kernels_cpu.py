@@ -156,6 +156,16 @@ def test_laid_out_weights_multiply_as_linear_layers(dtype, m, n, k, bias):
 
 
 @needed
+@pytest.mark.parametrize("dtype, pair", [(FULL, 1), (HALF, 2)])
+def test_what_a_panel_holds(dtype, pair):
+    weight = torch.arange(50 * 38.0).view(50, 38).to(dtype)
+    if not can_lay_out(weight):
+        pytest.skip("this processor does not multiply pairs")
+    padded = F.pad(weight, (0, 0, 0, 46))
+    assert lay_out(weight).equal(padded.view(2, 48, 38 // pair, pair).transpose(1, 2))
+
+
+@needed
 def test_odd_inputs_cannot_be_laid_out_in_pairs():
     assert can_lay_out(torch.randn(4, 3)) and not can_lay_out(torch.randn(4, 3).to(HALF))
 

@@ -22,6 +22,21 @@ void linear(const T* x, const void* laid_out, const T* bias, T* y, long m, long 
     }
 }
 
+// Inputs are numbers of four bytes here: one of float32, or a pair of bfloat16.
+void lay_out(const uint32_t* weight, uint32_t* to, long n, long k, int threads) {
+    const long panels = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long p = 0; p < panels; ++p)
+        for (long first = 0; first < k; first += W) {  // what is written stays in the first cache until it is whole
+            const long last = first + W < k ? first + W : k;
+            for (long c = 0; c < PANEL; ++c) {
+                const long row = p * PANEL + c;
+                uint32_t* at = to + p * k * PANEL + c;
+                for (long i = first; i < last; ++i) at[i * PANEL] = row < n ? weight[row * k + i] : 0;
+            }
+        }
+}
+
 }  // namespace gspo
 
 extern "C" {
@@ -31,6 +46,10 @@ int gspo_has_pairs = 1;
 #else
 int gspo_has_pairs = 0;
 #endif
+
+void gspo_lay_out(const void* weight, void* to, int64_t n, int64_t k, int threads) {
+    gspo::lay_out((const uint32_t*)weight, (uint32_t*)to, n, k, threads);
+}
 
 void gspo_linear(int bf16, const void* x, const void* laid_out, const void* bias, void* y, int64_t m, int64_t n,
                  int64_t k, int threads) {
