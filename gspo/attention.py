@@ -116,9 +116,8 @@ def packed_attention(
         q, k, v = (x.contiguous() for x in tokens)
         return shared_prefix_attention(q, k, v, pack, backend, scale, softcap, window)[None], None
     if attends(*tokens):
-        return rows_attention(*tokens, pack.rows if stored(query) else NO_ROWS, scale, softcap, window)[None].to(
-            given
-        ), None
+        rows = pack.rows if stored(query) else NO_ROWS
+        return rows_attention(*tokens, rows, scale, softcap, window)[None].to(given), None
     with torch.autocast(query.device.type, enabled=False):
         return _padded_attention(query, key, value, pack, scale, softcap, window).to(given), None
 

@@ -106,7 +106,7 @@ def attend_slots(
     window: int | None,
 ) -> Tensor:  # fmt: skip
     """One new token a slot, query [S, H, 1, D], with its prompt and what was answered so far -> [S, 1, H, Dv]."""
-    if takes(query, key, value, step.answers.keys[layer]):
+    if takes(query, key, value, step.answers.keys[layer]) and query.shape[-1] % 2 == 0:  # halves go by pairs
         tokens = (x[:, :, 0] for x in (query, key, value))
         read = (
             Pool(x.keys[layer], x.values[layer], y) for x, y in zip(step.pools, step.sequences(window), strict=True)
