@@ -19,7 +19,7 @@ from gspo.errors import UserError
 from gspo.fused import fused_layers
 from gspo.packing import PackedBatch
 from gspo.shared_prefix import shared_prefix_attention
-from kernels.native import stored
+from kernels.native import stored, takes
 from kernels.rows import NO_ROWS, attends, rows_attention
 from kernels.varlen import backend_for
 
@@ -74,14 +74,15 @@ def _padded_attention(
 
 
 def _settled(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One dtype for all three; rotary embeddings leave queries and keys in float32.
+    """One dtype for query, key and value; under autocast rotary embeddings leave the first two in float32.
 
-    On CUDA what autocast would hand to PyTorch's own attention; on a CPU float32, in which attention is faster there
-    than in bf16, its backward three times.
+    On CUDA what autocast would hand to PyTorch's own attention, and on a CPU the value's; without compiled kernels
+    float32 there, in which PyTorch's attention is faster than in bf16, its backward three times.
     """
-    device = tensors[0].device.type
+    device, value = tensors[0].device.type, tensors[2]
     if device == "cpu":
-        return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+        dtype = value.dtype if takes(*tensors) else torch.promote_types(value.dtype, torch.float32)
+        return tuple(x.to(dtype) for x in tensors)
     if torch.is_autocast_enabled(device):
         return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
     return tensors

@@ -60,20 +60,21 @@ class _Silu(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: x * cos + [-x2, x1] * sin for x = [x1, x2] [B, H, T, D], cos, sin [B or 1, T, D], both of which
-    take no gradient -> [B, H, T, D] in the wider dtype."""
-    return _Rotate.apply(x, cos.contiguous(), sin.contiguous())
+    take no gradient -> [B, H, T, D] in the wider dtype; in x's under autocast, where attention would round it."""
+    dtype = x.dtype if torch.is_autocast_enabled("cpu") else torch.promote_types(x.dtype, cos.dtype)
+    return _Rotate.apply(x, cos.contiguous(), sin.contiguous(), dtype)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return _rotated(x, cos, sin, torch.promote_types(x.dtype, cos.dtype), back=False)
+        return _rotated(x, cos, sin, dtype, back=False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(dy, *ctx.saved_tensors, ctx.dtype, back=True), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _rotated(dy, *ctx.saved_tensors, ctx.dtype, back=True), None, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool) -> Tensor:

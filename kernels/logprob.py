@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import epilogue
+from kernels import epilogue, epilogue_cpu
 from kernels.epilogue import Shaping
+from kernels.native import TYPES, takes
 
 MIB = 2**20
 CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
@@ -117,17 +118,19 @@ def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, ent
     else:
         assert weight.dtype == dtype, (hidden.dtype, weight.dtype)
     keep = _of(KEEP_BYTES, device) if keep is None else keep
-    return Plan(shaping, entropy, dtype, keep, _epilogue(device, dtype))
+    return Plan(shaping, entropy, dtype, keep, _epilogue(hidden, dtype))
 
 
-def _epilogue(device: str, dtype: torch.dtype) -> ModuleType:
-    if device == "cuda" and dtype != torch.float64:
+def _epilogue(hidden: Tensor, dtype: torch.dtype) -> ModuleType:
+    if hidden.is_cuda and dtype != torch.float64:
         try:
             from kernels import epilogue_triton
 
             return epilogue_triton
         except ImportError:
             pass
+    if dtype in TYPES and takes(hidden):
+        return epilogue_cpu
     return epilogue
 
 

@@ -29,13 +29,16 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-
 TYPES = (torch.float32, torch.bfloat16)
 KERNELS = {  # what each is given, and the number of threads at the end
     "gspo_decode": "ippffi",
+    "gspo_draw": "ippppfipppi",
+    "gspo_gradient": "ippppffiii",
     "gspo_lay_out": "ppnni",
     "gspo_linear": "ippppnnni",
     "gspo_norm": "iiippffppnni",
     "gspo_norm_back": "iiipppfpppnni",
     "gspo_rows": "ipppppffppi",
-    "gspo_rows_back": "ppppppppffppppii",
+    "gspo_rows_back": "ippppppppffppppii",
     "gspo_stack": "ippppppppffi",
+    "gspo_statistics": "ippppffiii",
     "gspo_silu": "ipppni",
     "gspo_silu_back": "ipppppni",
     "gspo_rotate": "iiippppnpnnnnii",

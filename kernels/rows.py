@@ -2,7 +2,7 @@
 
 Nothing is gathered or padded, and no mask is built: a sequence is a list of places among the tokens, and what several
 sequences begin with is there once. Scores and sums are float32; in bfloat16 the products of a weight and a value round
-the weight first, as GPUs do.
+the weight first, as GPUs do, and the backward rounds slopes likewise.
 """
 
 from typing import Any, NamedTuple
@@ -49,20 +49,24 @@ def _starts(counts: np.ndarray) -> np.ndarray:
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there is compiled code for these tensors [T, H, D], [T, Hk, D], [T, Hk, Dv]."""
-    even = q.dtype == torch.float32 or not (q.shape[-1] % 2 or q.requires_grad)
-    return takes(q, k, v) and q.dtype == k.dtype == v.dtype and even and v.shape[-1] <= 4096
+    even = q.dtype == torch.float32 or not (q.shape[-1] % 2 or v.shape[-1] % 2)
+    return takes(q, k, v) and q.dtype == k.dtype == v.dtype and even and max(q.shape[-1], v.shape[-1]) <= 4096
 
 
 def rows_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float, softcap: float | None = None, window: int | None = None
 ) -> Tensor:
-    """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] of T tokens -> [T, H, Dv]. With gradients in float32.
+    """q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] of T tokens -> [T, H, Dv], with gradients.
 
     `window`: positions that a token sees, its own included. For tensors that `attends`.
     """
-    return _Attention.apply(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), rows, scale, softcap, window
-    )
+    return _Attention.apply(*map(_pairs_in_place, (q, k, v)), rows, scale, softcap, window)
+
+
+def _pairs_in_place(x: Tensor) -> Tensor:
+    """Pairs of neighbours begin at even places."""
+    *steps, last = x.stride()
+    return x if last == 1 and not any(step % 2 for step in steps) else x.contiguous()
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None) -> Any:
@@ -89,7 +93,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         each = k.shape[0] * k.shape[1] * sum(-(-x.shape[2] // PAD) * PAD for x in (k, v))
         threads = max(1, min(torch.get_num_threads(), SUMS // (4 * each)))
-        sums = q.new_empty(threads * each)
-        given = pointers(*ctx.rows), _shape(q, k, v, ctx.rows, ctx.window)
+        sums = q.new_empty(threads * each, dtype=torch.float32)
+        given = int(q.dtype == torch.bfloat16), pointers(*ctx.rows), _shape(q, k, v, ctx.rows, ctx.window)
         call("gspo_rows_back", *given, dout.contiguous(), q, k, v, out, top, *ctx.how, dq, dk, dv, sums, threads)
         return dq, dk, dv, None, None, None, None

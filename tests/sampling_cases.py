@@ -1,6 +1,7 @@
-"""Draws of a token, shared by the interpreter's tests and the GPU's: where one differs from gspo/sampling.py's."""
+"""Draws of a token, shared by the tests of all that draws: where one differs from gspo/sampling.py's."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def keys_of(rows: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return sample_keys(5, 1, 2, number // 8, number % 8), number * 37 % 1000
 
 
-def differences(case: Case, device: str = "cpu", seed: int = 0) -> list[str]:
+def differences(case: Case, device: str = "cpu", seed: int = 0, sample: Callable = sample) -> list[str]:
     """What is not as `choose` has it, in words. Another token may be drawn only where u lies at an edge between the two
     (in float64, within NEAR), or where float32 sums cannot tell what top_p keeps."""
     logits, (keys, positions) = logits_of(case, seed).to(device), keys_of(case.rows, device)
@@ -102,7 +103,9 @@ def cases() -> list[Case]:
     return [*found, Case(3, 1024, torch.float16, cuts[3]), Case(3, 700, torch.bfloat16, cuts[2], "holes")]
 
 
-def observed(size: int, sampling: Sampling, count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def observed(
+    size: int, sampling: Sampling, count: int, device: str = "cpu", sample: Callable = sample
+) -> tuple[Tensor, Tensor]:
     """How often `count` draws from one row came to each token, and how often softmax would have them."""
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device) * 2
     number = torch.arange(count, device=device)

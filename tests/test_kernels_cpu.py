@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sampling_cases
 import torch
 import torch.nn.functional as F
 from architectures import tiny_model
@@ -14,9 +15,11 @@ from attention_cases import LARGE, PACKS, a_pack, draw, outcome
 
 from gspo.attention import _padded_attention
 from gspo.fused import fuse, fused_layers, is_gated, norm_offset
+from gspo.sampling import Sampling
 from gspo.stacked import is_usual
-from kernels import native
+from kernels import epilogue, epilogue_cpu, native, sampling_cpu
 from kernels.decode_cpu import Pool, Sequences, decode_step
+from kernels.epilogue import Shaping
 from kernels.layers import rms_norm, rotate, silu_product
 from kernels.linear import can_lay_out, lay_out, product
 from kernels.rows import attends, rows_attention
@@ -68,15 +71,19 @@ def compare_rows(shape, alphabet, heads, softcap, window):
     )
     for mine, wanted in zip(found, exact, strict=True):
         near(mine, wanted)
-    q, k, v = (x.to(HALF) for x in tensors[:3])
-    near(rows_attention(q, k, v, packed.rows, 0.3, softcap, window), padded(q.double(), k.double(), v.double()), HALF)
+    halves = [x.to(HALF) for x in tensors]
+    exact = outcome(padded, [x.double() for x in halves])
+    found = outcome(lambda q, k, v: rows_attention(q, k, v, packed.rows, 0.3, softcap, window), halves)
+    for mine, wanted in zip(found, exact, strict=True):
+        near(mine, wanted, HALF)
 
 
 @needed
-def test_rows_take_any_strides_and_the_same_gradient_comes_twice():
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_rows_take_any_strides_and_the_same_gradient_comes_twice(dtype):
     packed = a_pack(PACKS["ragged groups"])
-    q, k, v, grad = (x.float() for x in draw(packed, 4, 2, 16))
-    wide = [torch.cat([x, x], -1)[..., :16].requires_grad_() for x in (q, k, v)]
+    q, k, v, grad = (x.to(dtype) for x in draw(packed, 6, 3, 16))
+    wide = [torch.cat([x, x[..., :1]], -1)[..., :16].requires_grad_() for x in (q, k, v)]
     other = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in (q, k, v)]
     results = []
     for tensors in (wide, other, other):
@@ -90,7 +97,6 @@ def test_what_rows_do_not_take():
     x = torch.randn(5, 2, 8)
     assert attends(x, x, x) and attends(*[x.to(HALF)] * 3)
     assert not attends(*[x.double()] * 3) and not attends(x, x, x.to(HALF)) and not attends(*[x.to("meta")] * 3)
-    assert not attends(*[x.to(HALF).requires_grad_()] * 3), "there is no backward in bfloat16"
     assert not attends(*[x[..., :7].to(HALF)] * 3), "pairs need an even width"
 
 
@@ -150,6 +156,88 @@ def test_a_step_attends_to_prompt_and_answer(dtype, softcap, window, heads, kv_h
         scores[:, : max(0, far[s])] = -torch.inf
         near(found[s], torch.einsum("hk,khd->hd", scores.softmax(-1), v.repeat_interleave(heads // kv_heads, 1)), dtype)
     assert pools[1].keys[page_of, :, offset].equal(new[0]) and pools[1].values[page_of, :, offset].equal(new[1])
+
+
+# ---- the draw of a token ----
+
+
+def drawn(*args):
+    return sampling_cpu.sample(*args[:4])  # the rest rules tokens out
+
+
+@needed
+def test_draws_are_pytorchs_but_for_those_between_two_tokens():
+    cases = [c for c in sampling_cases.cases() if not c.sampling.truncates and c.dtype in native.TYPES]
+    wrong = [line for case in cases for line in sampling_cases.differences(case, sample=drawn)]
+    assert len(cases) == 13 and not wrong, "\n".join(wrong)
+
+
+@needed
+def test_tokens_are_drawn_as_often_as_softmax_has_them():
+    seen, expected = sampling_cases.observed(600, Sampling(0.9), 50_000, sample=drawn)
+    common = expected >= 5
+    statistic = ((seen - expected)[common].square() / expected[common]).sum() + (
+        (seen[~common].sum() - expected[~common].sum()).square() / expected[~common].sum()
+    )
+    freedom = int(common.sum())
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@needed
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_a_draw_does_not_depend_on_other_rows_or_on_where_it_lies(dtype):
+    logits = (3 * torch.randn(9, 1000)).to(dtype)
+    keys, positions = sampling_cases.keys_of(9)
+    together = sampling_cpu.sample(logits, keys, positions, 0.8)
+    alone = [sampling_cpu.sample(logits[[i]], keys[[i]], positions[[i]], 0.8) for i in range(9)]
+    spread = sampling_cpu.sample(logits.T.contiguous().T, keys, positions, 0.8)
+    for found, one, other in zip(together, zip(*alone, strict=True), spread, strict=True):
+        assert found.equal(torch.cat(one)) and found.equal(other)
+
+
+@needed
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_row_of_nan_is_told_by_its_log_prob(temperature):
+    logits = torch.randn(3, 300)
+    logits[1, 270] = torch.nan
+    tokens, logprobs, entropies = sampling_cpu.sample(logits, *sampling_cases.keys_of(3), temperature)
+    assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False]
+    assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+# ---- between the products of a log-prob ----
+
+
+@needed
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("width", [1, 16, 37, 2500])
+def test_a_chunk_of_logits_gives_what_pytorch_makes_of_it(dtype, softcap, width):
+    """Statistics over chunks, and gradients; rows end where they like, and what lies behind them stays."""
+    g = torch.Generator().manual_seed(0)
+    memory = (20 * torch.randn(7, 2 * width + 5, generator=g)).to(dtype)
+    memory[3, : width // 2] = -torch.inf
+    targets = torch.tensor([0, width - 1, width, 2 * width - 1, 0, width // 2, 1])
+    shaping = Shaping.of(0.7, softcap, 0.9)
+    outcomes = []
+    for module in (epilogue, epilogue_cpu):
+        both, stats = memory.clone(), epilogue.new_stats(7, memory)
+        chunks = both[:, :width], both[:, width : 2 * width]
+        for i, raw in enumerate(chunks):
+            module.add_statistics(raw, i * width, targets, stats, shaping, True)
+        m, s, e, _ = stats
+        slope, bonus = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
+        rows = torch.stack([m, s.log(), slope, bonus, slope + bonus * (s.log() - e / s)])
+        for i, raw in enumerate(chunks):
+            module.to_gradient(raw, i * width, targets, rows if i else rows[:3].contiguous(), shaping)
+        assert both[:, 2 * width :].equal(memory[:, 2 * width :])
+        outcomes.append((stats, both))
+    (stats, gradient), (mine, ours) = outcomes
+    finite = stats.isfinite()  # 0 times minus infinity in PyTorch's
+    assert finite[:, :3].all() and mine.isfinite().all()
+    torch.testing.assert_close(mine[finite], stats[finite], rtol=3e-6, atol=3e-6)
+    known = gradient.isfinite()
+    torch.testing.assert_close(ours[known], gradient[known], rtol=2e-5 if dtype == FULL else 2e-2, atol=2e-6)
 
 
 # ---- linear layers, norms, gates, rotary positions ----

@@ -24,13 +24,13 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("known", [False, True], ids=["backward", "and_grad"])
-def test_results_and_gradients_are_as_near_to_float64_as_plain_pytorch(dtype, known):
+def test_results_and_gradients_are_as_near_to_float64_as_plain_pytorch(dtype, known, kernels):
     wrong = [line for case in cases((dtype,)) if not case.autocast for line in too_far(case, known=known)]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["backward", "and_grad"])
-def test_float32_tensors_under_autocast(known):
+def test_float32_tensors_under_autocast(known, kernels):
     wrong = [line for case in cases(()) for line in too_far(case, known=known)]
     assert not wrong, "\n".join(wrong)
 
@@ -46,7 +46,7 @@ def test_gradients_against_finite_differences(head):
     assert torch.autograd.gradcheck(f, leaves)
 
 
-def test_a_hand_computed_value():
+def test_a_hand_computed_value(kernels):
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [2.0]]).log1p()  # logits 0 and log 3
     value, entropy = linear_logprob(hidden, weight, torch.tensor([1]), entropy=True)
     assert value.item() == pytest.approx(-0.2876821)  # log 3/4
@@ -55,7 +55,7 @@ def test_a_hand_computed_value():
     assert value.item() == pytest.approx(-2.3025851)  # log 1/10: 3 squared against 1
 
 
-def test_logits_far_from_zero_neither_overflow_nor_lose_entropy():
+def test_logits_far_from_zero_neither_overflow_nor_lose_entropy(kernels):
     shift = torch.zeros(2, 300, dtype=torch.float64)
     shift[:, ::7] = torch.linspace(-3, 3, 43)
     targets = torch.tensor([7, 150])
@@ -72,7 +72,7 @@ def test_logits_far_from_zero_neither_overflow_nor_lose_entropy():
         torch.testing.assert_close(weight.grad.T.double(), exact.grad, rtol=1e-5, atol=1e-8)
 
 
-def test_chunk_widths_and_what_is_kept_change_nothing(monkeypatch):
+def test_chunk_widths_and_what_is_kept_change_nothing(monkeypatch, kernels):
     case = Case(50, 16, 900, torch.float32, entropy=True, temperature=0.8)
     inputs = draw(case)
     results = []

@@ -94,29 +94,60 @@ void forward(const T* q, const T* k, const T* v, Strides qs, Strides ks, Strides
     }
 }
 
+// n rows of `width` numbers as the right side of products over rows, and the step from one (or one pair) to the next.
+inline std::pair<const float*, long> rows_as_panel(const float* rows, long step, int n, int width, int pad, float* memory) {
+    if (width == pad) return {rows, step};
+    return {as_panel(rows, step, n, width, pad, memory), pad};
+}
+inline std::pair<const Pair*, long> rows_as_panel(const BF16* rows, long step, int n, int width, int pad, Pair* memory) {
+    return {as_panel(rows, step, n, width, pad, memory), pad};
+}
+
+// Numbers [size, COLUMNS] of keys and columns as the left side of products over columns.
+inline const float* over_columns(const float* numbers, int, int, float*) { return numbers; }
+inline const Pair* over_columns(const float* numbers, int size, int lanes, Pair* memory) {
+    for (int k = 0; k < size; ++k) narrow(numbers + k * COLUMNS, lanes, (BF16*)memory + k * COLUMNS);
+    return memory;
+}
+
 // What a thread needs to go backward through a task; its sums of dkeys and dvalues lie in [Hk, T, D].
+template <typename T>
 struct Back {
+    typedef typename Element<T>::Type E;
+    static constexpr int per = Element<T>::per;
     const Shape& n;
     const int pad, value_pad;
-    std::vector<float> q_columns, d_columns, q_rows, d_rows;  // [D, COLUMNS], [Dv, COLUMNS], [COLUMNS, D], [COLUMNS, Dv]
-    std::vector<float> weights, slopes, dq, keys;             // [TILE, COLUMNS] twice, [COLUMNS, D], [TILE, D]
+    std::vector<T> q_rows, d_rows;                            // [COLUMNS, D], [COLUMNS, Dv]
+    std::vector<E> q_columns, d_columns;                      // [D, COLUMNS], [Dv, COLUMNS]
+    std::vector<E> q_memory, d_memory, factors, keys;         // [COLUMNS, D], [COLUMNS, Dv], [TILE, COLUMNS], [TILE, D]
+    std::pair<const E*, long> q_panel, d_panel;               // the rows as right sides
+    std::vector<float> weights, slopes, dq;                   // [TILE, COLUMNS] twice, [COLUMNS, D]
     float top[COLUMNS], share[COLUMNS], delta[COLUMNS];
     int32_t from[COLUMNS], to[COLUMNS];
     int count = 0, lanes = 0;
 
     explicit Back(const Shape& n)
-        : n(n), pad(padded(n.width)), value_pad(padded(n.value_width)), q_columns(n.width * COLUMNS),
-          d_columns(n.value_width * COLUMNS), q_rows(pad * COLUMNS), d_rows(value_pad * COLUMNS),
-          weights(TILE * COLUMNS), slopes(TILE * COLUMNS), dq(pad * COLUMNS), keys(TILE * pad) {}
+        : n(n), pad(padded(n.width)), value_pad(padded(n.value_width)), q_rows(n.width * COLUMNS),
+          d_rows(n.value_width * COLUMNS), q_columns(n.width * COLUMNS), d_columns(n.value_width * COLUMNS),
+          q_memory(pad * COLUMNS), d_memory(value_pad * COLUMNS), factors(TILE * COLUMNS), keys(TILE * pad),
+          weights(TILE * COLUMNS), slopes(TILE * COLUMNS), dq(pad * COLUMNS) {}
 
-    void column(int m, const float* q, const float* d, const float* out, const float* scored, const Column& c) {
+    void column(int m, const T* q, const T* d, const T* out, const float* scored, const Column& c) {
         as_column(q, n.width, q_columns.data() + m);
         as_column(d, n.value_width, d_columns.data() + m);
-        widen(q, n.width, q_rows.data() + m * pad, pad);
-        widen(d, n.value_width, d_rows.data() + m * value_pad, value_pad);
+        std::memcpy(q_rows.data() + m * n.width, q, sizeof(T) * n.width);
+        std::memcpy(d_rows.data() + m * n.value_width, d, sizeof(T) * n.value_width);
         double dot = 0;
-        for (int i = 0; i < n.value_width; ++i) dot += (double)d[i] * out[i];
+        for (int i = 0; i < n.value_width; ++i) dot += (double)load1(d + i) * load1(out + i);
         delta[m] = dot, top[m] = scored[0], share[m] = scored[1], from[m] = c.from, to[m] = c.to;
+    }
+
+    // Once all columns are there.
+    void begin() {
+        for (int m = count; m < lanes; ++m) from[m] = to[m] = 0, top[m] = share[m] = delta[m] = 0;
+        q_panel = rows_as_panel(q_rows.data(), n.width, count, n.width, pad, q_memory.data());
+        d_panel = rows_as_panel(d_rows.data(), n.value_width, count, n.value_width, value_pad, d_memory.data());
+        std::memset(dq.data(), 0, sizeof(float) * pad * count);
     }
 
     // Weights and the slopes of products, in place of both products [size, COLUMNS].
@@ -140,23 +171,28 @@ struct Back {
         }
     }
 
-    void meet(const float* k, const float* v, long key_step, long value_step, int size, int start, const Scores& how,
-              float scale, float* dk, float* dv) {
-        product(size, lanes, n.width, k, key_step, 1, q_columns.data(), COLUMNS, weights.data(), COLUMNS, false);
-        product(size, lanes, n.value_width, v, value_step, 1, d_columns.data(), COLUMNS, slopes.data(), COLUMNS, false);
+    void meet(const T* k, const T* v, long key_step, long value_step, int size, int start, const Scores& how, float scale,
+              float* dk, float* dv) {
+        product(size, lanes, n.width / per, (const E*)k, key_step / per, 1, q_columns.data(), COLUMNS, weights.data(), COLUMNS,
+                false);
+        product(size, lanes, n.value_width / per, (const E*)v, value_step / per, 1, d_columns.data(), COLUMNS, slopes.data(),
+                COLUMNS, false);
         slope(size, start, how, scale);
-        product(size, value_pad, count, weights.data(), COLUMNS, 1, d_rows.data(), value_pad, dv, value_pad, true);
-        product(size, pad, count, slopes.data(), COLUMNS, 1, q_rows.data(), pad, dk, pad, true);
-        const long step = n.width == pad ? key_step : pad;
-        if (step == pad && key_step != pad)
-            for (int i = 0; i < size; ++i) widen(k + i * key_step, n.width, keys.data() + i * pad, pad);
-        product(count, pad, size, slopes.data(), 1, COLUMNS, step == key_step ? k : keys.data(), step, dq.data(), pad, true);
+        const int pairs = (count + per - 1) / per;
+        const E* left = over_columns(weights.data(), size, lanes, factors.data());
+        product(size, value_pad, pairs, left, COLUMNS / per, 1, d_panel.first, d_panel.second, dv, value_pad, true);
+        left = over_columns(slopes.data(), size, lanes, factors.data());
+        product(size, pad, pairs, left, COLUMNS / per, 1, q_panel.first, q_panel.second, dk, pad, true);
+        const auto panel = rows_as_panel(k, key_step, size, n.width, pad, keys.data());
+        left = as_factors(slopes.data(), size, lanes, factors.data());
+        product(count, pad, (size + per - 1) / per, left, 1, COLUMNS, panel.first, panel.second, dq.data(), pad, true);
     }
 };
 
-void backward(const float* dout, const float* q, const float* k, const float* v, const float* out, const float* top,
-              Strides qs, Strides ks, Strides vs, const Rows& rows, const Shape& n, const Scores& how, float scale,
-              float* dq, float* dk, float* dv, float* sums, int threads) {
+template <typename T>
+void backward(const T* dout, const T* q, const T* k, const T* v, const T* out, const float* top, Strides qs, Strides ks,
+              Strides vs, const Rows& rows, const Shape& n, const Scores& how, float scale, T* dq, T* dk, T* dv, float* sums,
+              int threads) {
     const std::vector<Task> tasks = tasks_of(rows, n);
     const int pad = padded(n.width), value_pad = padded(n.value_width);
     const long per_head = (long)n.tokens * (pad + value_pad), each = per_head * n.kv_heads;
@@ -166,21 +202,20 @@ void backward(const float* dout, const float* q, const float* k, const float* v,
 #ifdef _OPENMP
         me = omp_get_thread_num(), all = omp_get_num_threads();
 #endif
-        Back work(n);
+        Back<T> work(n);
         Column columns[COLUMNS];
         float* mine = sums + me * each;
         std::memset(mine, 0, sizeof(float) * each);
         for (size_t i = me; i < tasks.size(); i += all) {  // the same tasks for the same thread: sums in one order
             const Task& t = tasks[i];
             work.count = columns_of(rows, n, t, columns), work.lanes = padded(work.count);
-            for (int m = work.count; m < work.lanes; ++m) work.from[m] = work.to[m] = 0, work.top[m] = work.share[m] = work.delta[m] = 0;
             for (int m = 0; m < work.count; ++m) {
                 const Column& c = columns[m];
                 const long where = (long)c.token * n.heads + c.head;
                 work.column(m, q + c.token * qs.token + c.head * qs.head, dout + where * n.value_width,
                             out + where * n.value_width, top + 2 * where, c);
             }
-            std::memset(work.dq.data(), 0, sizeof(float) * pad * work.count);
+            work.begin();
             float *dkeys = mine + t.kv_head * per_head, *dvalues = dkeys + (long)n.tokens * pad;
             runs(rows, t.row, columns, work.count, [&](long token, int size, int start) {
                 work.meet(k + token * ks.token + t.kv_head * ks.head, v + token * vs.token + t.kv_head * vs.head, ks.token,
@@ -238,11 +273,16 @@ void gspo_rows(int bf16, void* const* rows, const int64_t* numbers, const void* 
                       top, threads);
 }
 
-void gspo_rows_back(void* const* rows, const int64_t* numbers, const float* dout, const float* q, const float* k,
-                    const float* v, const float* out, const float* top, float scale, float softcap, float* dq, float* dk,
-                    float* dv, float* sums, int at_most, int threads) {
+void gspo_rows_back(int bf16, void* const* rows, const int64_t* numbers, const void* dout, const void* q, const void* k,
+                    const void* v, const void* out, const float* top, float scale, float softcap, void* dq, void* dk, void* dv,
+                    float* sums, int at_most, int threads) {
     const Given g(rows, numbers);
-    gspo::backward(dout, q, k, v, out, top, g.q, g.k, g.v, g.rows, g.shape, gspo::base2(scale, softcap), scale, dq, dk, dv,
-                   sums, threads < at_most ? threads : at_most);
+    const gspo::Scores how = gspo::base2(scale, softcap);
+    auto back = [&](auto type) {
+        typedef decltype(type) T;
+        gspo::backward((const T*)dout, (const T*)q, (const T*)k, (const T*)v, (const T*)out, top, g.q, g.k, g.v, g.rows,
+                       g.shape, how, scale, (T*)dq, (T*)dk, (T*)dv, sums, threads < at_most ? threads : at_most);
+    };
+    bf16 ? back(gspo::BF16{}) : back(0.0f);
 }
 }

@@ -59,10 +59,16 @@ inline void store1(BF16* p, float x) {
     p->bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-inline float sum(Vec x) {
-    float s = 0;
-    for (int i = 0; i < W; ++i) s += x[i];
-    return s;
+inline float sum(Vec x) {  // by halves
+    typedef float Half __attribute__((vector_size(W * 2)));
+    typedef float Quarter __attribute__((vector_size(W)));
+    Half h[2];
+    std::memcpy(h, &x, sizeof x);
+    h[0] += h[1];
+    Quarter q[2];
+    std::memcpy(q, h, sizeof q);
+    q[0] += q[1];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
 // 2^x for x <= 127, to 2e-7 of its value; 0 below -126.
@@ -84,6 +90,25 @@ inline Vec exp2v(Vec x) {
 }
 
 constexpr float LOG2E = 1.4426950408889634f;
+
+// e^x for x <= 88, to 1e-7 of its value; 0 below -87, and NaN stays NaN. Coefficients are a minimax fit of
+// (e^r - 1 - r) / r^2 on |r| <= log(2) / 2; log 2 is subtracted in two parts, the first of few bits.
+inline Vec expv(Vec x) {
+    const IVec small = x < splat(-87.0f);
+    x = select(small, splat(-87.0f), x);
+    const Vec shifted = x * splat(LOG2E) + splat(12582912.0f);  // as in exp2v
+    const IVec whole = (IVec)shifted - (IVec)splat(12582912.0f);
+    const Vec n = shifted - splat(12582912.0f);
+    const Vec r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+    Vec p = splat(1.38146128e-3f);
+    p = p * r + splat(8.36871006e-3f);
+    p = p * r + splat(4.1668389e-2f);
+    p = p * r + splat(0.166665211f);
+    p = p * r + splat(0.49999994f);
+    p = p * (r * r) + r + splat(1.0f);
+    return select(small, Vec{}, p * (Vec)((whole + 127) << 23));
+}
+
 inline Vec tanhv(Vec x) {
     Vec bounded = max(splat(-10.0f), select(x < splat(10.0f), x, splat(10.0f)));
     return splat(1.0f) - splat(2.0f) / (exp2v(bounded * splat(2 * LOG2E)) + splat(1.0f));

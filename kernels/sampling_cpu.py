@@ -1,0 +1,38 @@
+"""The draw of a token for CPUs, in compiled code (cpu/sampling.cpp), where no token is ruled out.
+
+What kernels/sampling.py says, in one kernel: float32 sums of blocks, added up in float64, choose a block of a row, and
+float64 sums inside it the token. A row of NaN has log-probs and entropies of NaN.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.native import call, numbers, takes
+
+
+def serves(logits: Tensor) -> bool:
+    """Whether `sample` takes such logits."""
+    return logits.shape[-1] > 0 and takes(logits)
+
+
+def sample(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [S, V] in float32 or bfloat16, keys, positions [S] int64 -> tokens [S] int64, log-probs [S] and entropies
+    [S] in nats, float32. `temperature` 0 is greedy: the first of the likeliest, with its log-prob at temperature 1."""
+    assert keys.shape == positions.shape == logits.shape[:1] and keys.dtype == positions.dtype == torch.int64
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    tokens = torch.empty_like(keys)
+    logprobs, entropies = (torch.empty(len(logits), dtype=torch.float32) for _ in range(2))
+    call(
+        "gspo_draw",
+        int(logits.dtype == torch.bfloat16),
+        logits,
+        numbers([*logits.shape, logits.stride(0)]),
+        keys.contiguous(),
+        positions.contiguous(),
+        1.0 / (temperature or 1.0),
+        int(temperature == 0),
+        tokens,
+        logprobs,
+        entropies,
+    )
+    return tokens, logprobs, entropies
