@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gspo.errors import UserError
+from gspo.heap import keep_freed_memory
 from gspo.model import decoder_layers
 
 PIECE = 2**26  # numbers of a parameter that is between two shardings
@@ -137,6 +138,7 @@ def session() -> Iterator[World]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores // local))
+        keep_freed_memory()
     mesh = None
     if size > 1 or device.type == "cuda":  # on one GPU too: the offloaded reference is an FSDP module
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"

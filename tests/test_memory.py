@@ -95,9 +95,9 @@ def test_keys_and_values_by_hand():
 
 
 def test_less_memory_where_a_setting_says_so():
-    usual = report("optim.micro_batch_tokens=4096")
+    usual = report("optim.micro_batch_tokens=8192")
     smaller = report("optim.micro_batch_tokens=1024")
-    again = report("optim.micro_batch_tokens=4096", "model.gradient_checkpointing=true")
+    again = report("optim.micro_batch_tokens=8192", "model.gradient_checkpointing=true")
     for less in (smaller, again):
         assert less.phases["updating"]["activations"] < 0.7 * usual.phases["updating"]["activations"]
     assert usual.fullest == "updating" and "optim.micro_batch_tokens" in usual.cure()
