@@ -39,7 +39,15 @@ def assert_same(mine, plain):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gpt_neox", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gemma2",
+        "deepseek_v3",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen3", "mistral", "gpt_neox")),
+    ],
+)
 def test_blocks_give_the_tokens_of_single_looks(family, monkeypatch):
     """Windows, soft caps, grouped heads, wide keys; slots are refilled between blocks, and half of them stand still."""
     model, refills = tiny_model(family), []
