@@ -1,10 +1,12 @@
 """The kernels in kernels/cpu/, compiled by this machine's C++ compiler when they are first needed, in a few seconds.
 
-What comes out is kept in the user's cache folder under a name that says which text, compiler and processor it is of.
-Without a compiler, on another system than Linux or macOS, or with GSPO_NATIVE=0, there are none, and PyTorch's own
-operators do the work: every kernel stands beside them, and is compared with them in the tests.
+What comes out is kept in the user's cache folder under a name that says which text, compiler and processor it is of,
+and what is in it: a damaged file is compiled again. Without a compiler, on another system than Linux or macOS, or with
+GSPO_NATIVE=0, there are no kernels, and PyTorch's own operators do the work: every kernel stands beside them, and is
+compared with them in the tests.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,8 +81,9 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _open(shlex.split(compiler))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: there is no home folder
-        print(f"kernels/cpu: {_reason(e)}; PyTorch's own operators are used.", file=sys.stderr, flush=True)
+    # RuntimeError: there is no home folder; ValueError: CXX cannot be split; AttributeError: another library
+    except (AttributeError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as e:
+        _say(f"{_reason(e)}; PyTorch's own operators are used. CXX names a compiler, GSPO_NATIVE=0 does without.")
         return None
 
 
@@ -91,28 +95,38 @@ def numbers(values: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def _say(line: str) -> None:
+    print(f"kernels/cpu: {line}", file=sys.stderr, flush=True)
+
+
 def _reason(error: Exception) -> str:
-    said = getattr(error, "stderr", None)
-    return said.strip().splitlines()[0][:200] if said and said.strip() else str(error)[:200]
+    said = (getattr(error, "stderr", None) or "").strip().splitlines()
+    return next((line for line in said if "error" in line.lower()), said[0] if said else str(error))[:200]
 
 
 def _open(compiler: list[str]) -> ctypes.CDLL:
     files = sorted(SOURCES.glob("*.cpp"))
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    asked = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True, timeout=LIMIT)
-    what = "\0".join([asked.stdout, _processor(), *FLAGS]).encode()
-    which = hashlib.sha256(texts + what).hexdigest()
+    what = "\0".join([_run([*compiler, "--version"]), _processor(), *FLAGS]).encode()
+    name = f"kernels-{hashlib.sha256(texts + what).hexdigest()[:16]}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo"
-    path = folder / f"kernels-{which[:16]}.so"
-    if not path.exists():
+    found = [path for path in sorted(folder.glob(f"{name}-*.so")) if path.is_file() and path.stem == _named(name, path)]
+    if not found:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # processes that start together may all compile
-            os.replace(_compile(compiler, files, Path(scratch)), path)
-    library = ctypes.CDLL(str(path))
-    for name, arguments in KERNELS.items():
-        kernel = getattr(library, name)
-        kernel.argtypes, kernel.restype = [KINDS[x] for x in arguments], None
+            _say("compiling, once on this machine")
+            compiled = _compile(compiler, files, Path(scratch))
+            found = [folder / f"{_named(name, compiled)}.so"]
+            os.replace(compiled, found[0])
+    library = ctypes.CDLL(str(found[0]))
+    for kernel, arguments in KERNELS.items():
+        function = getattr(library, kernel)
+        function.argtypes, function.restype = [KINDS[x] for x in arguments], None
     return library
+
+
+def _named(name: str, path: Path) -> str:
+    return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def _compile(compiler: list[str], files: list[Path], folder: Path) -> Path:
@@ -120,16 +134,12 @@ def _compile(compiler: list[str], files: list[Path], folder: Path) -> Path:
     objects = [folder / f"{path.stem}.o" for path in files]
     for threads in (["-fopenmp"], []):
         try:
-            jobs = [
-                subprocess.Popen(
-                    [*compiler, *FLAGS, *threads, "-c", str(path), "-o", str(out)], stderr=subprocess.PIPE, text=True
+            _run(
+                *(
+                    [*compiler, *FLAGS, *threads, "-c", str(a), "-o", str(b)]
+                    for a, b in zip(files, objects, strict=True)
                 )
-                for path, out in zip(files, objects, strict=True)
-            ]
-            for job in jobs:
-                _, said = job.communicate(timeout=LIMIT)
-                if job.returncode:
-                    raise subprocess.CalledProcessError(job.returncode, compiler, stderr=said)
+            )
             break
         except subprocess.CalledProcessError:
             if not threads:
@@ -137,12 +147,34 @@ def _compile(compiler: list[str], files: list[Path], folder: Path) -> Path:
     library = folder / "kernels.so"
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     link = [*compiler, "-shared", *undefined, *map(str, objects), "-o", str(library)]
-    subprocess.run(link, check=True, capture_output=True, text=True, timeout=LIMIT)
+    _run(link)
     try:
         ctypes.CDLL(str(library))
     except OSError:  # PyTorch's OpenMP is hidden, or another one
-        subprocess.run([*link, "-fopenmp"], check=True, capture_output=True, text=True, timeout=LIMIT)
+        _run([*link, "-fopenmp"])
     return library
+
+
+def _run(*commands: list[str]) -> str:
+    """Run them side by side -> what the first printed. None is left behind, whatever happens."""
+    jobs = []
+    try:
+        for command in commands:
+            jobs.append(subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                errors="replace", start_new_session=True,
+            ))  # fmt: skip
+        said = [job.communicate(timeout=LIMIT) for job in jobs]
+        for job, (_, errors) in zip(jobs, said, strict=True):
+            if job.returncode:
+                raise subprocess.CalledProcessError(job.returncode, job.args[0], stderr=errors)
+        return said[0][0]
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                with contextlib.suppress(OSError):  # it has just ended
+                    os.killpg(job.pid, signal.SIGKILL)
+                job.wait()
 
 
 def _processor() -> str:

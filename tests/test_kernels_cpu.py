@@ -384,15 +384,31 @@ def calls(tmp_path):
     return (tmp_path / "calls").read_text().count("called") if (tmp_path / "calls").exists() else 0
 
 
+COMPILING = "kernels/cpu: compiling, once on this machine\n"
+
+
 @needed
-def test_kernels_are_compiled_once_and_kept(tmp_path):
+def test_kernels_are_compiled_once_and_kept_and_again_where_the_file_is_damaged(tmp_path):
     cxx = compiler(tmp_path, 'exec c++ "$@"')
-    assert probe(tmp_path, CXX=cxx) == ("yes", "")
+    assert probe(tmp_path, CXX=cxx) == ("yes", COMPILING)
     first = calls(tmp_path)
-    assert probe(tmp_path, CXX=cxx) == ("yes", "") and calls(tmp_path) == first + 1, (
-        "its version was asked for, no more"
-    )
-    assert len(list((tmp_path / "cache" / "gspo").iterdir())) == 1
+    assert probe(tmp_path, CXX=cxx) == ("yes", "") and calls(tmp_path) == first + 1, "only its version was asked for"
+    (file,) = (tmp_path / "cache" / "gspo").iterdir()
+    with file.open("r+b") as f:  # a library that ends early would end the process
+        f.truncate(40_000)
+    assert probe(tmp_path, CXX=cxx) == ("yes", COMPILING) and file.stat().st_size > 40_000
+
+
+@needed
+def test_no_compiler_outlives_the_one_who_waits_for_it(tmp_path, monkeypatch):
+    cxx = compiler(tmp_path, f'[ "$1" = --version ] && exit; echo $$ >> {tmp_path}/pids; sleep 60')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "LIMIT", 3)
+    with pytest.raises(subprocess.TimeoutExpired):
+        native._open([cxx])
+    pids = list(map(int, (tmp_path / "pids").read_text().split()))
+    assert pids and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not list((tmp_path / "gspo").iterdir())
 
 
 @needed
@@ -402,7 +418,7 @@ def test_another_processor_has_another_file_and_no_special_instructions(tmp_path
     if not sys.platform.startswith("linux") or os.uname().machine != "x86_64":
         pytest.skip("-march=x86-64 is for others")
     body = 'for x in "$@"; do shift; [ "$x" = -march=native ] && x=-march=x86-64; set -- "$@" "$x"; done; exec c++ "$@"'
-    assert probe(tmp_path, CXX=compiler(tmp_path, body)) == ("yes", "")
+    assert probe(tmp_path, CXX=compiler(tmp_path, body)) == ("yes", COMPILING)
 
 
 @pytest.mark.parametrize("environment", [{"GSPO_NATIVE": "0"}, {"CXX": "", "PATH": ""}])
@@ -413,8 +429,9 @@ def test_without_them_nothing_is_said(environment, tmp_path):
 def test_a_compiler_that_fails_is_told_of_once(tmp_path):
     said, errors = probe(tmp_path, CXX=compiler(tmp_path, "echo no such instruction >&2; exit 1"))
     assert said == "no" and errors.count("\n") == 1 and "kernels/cpu: no such instruction" in errors
-    said, errors = probe(tmp_path, CXX=str(tmp_path / "missing"))
-    assert said == "no" and errors.count("\n") == 1 and "missing" in errors
+    for cxx in (str(tmp_path / "missing"), "c++ 'x"):
+        said, errors = probe(tmp_path, CXX=cxx)
+        assert said == "no" and errors.count("\n") == 1 and "CXX" in errors and "GSPO_NATIVE=0" in errors
 
 
 @needed
