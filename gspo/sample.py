@@ -3,15 +3,18 @@
     python -m gspo.sample MODEL PROMPTS ANSWERS.jsonl [--n 8 --temperature 0.9 --max_new_tokens 512 --stop TEXT ...]
 
 PROMPTS is a JSON, JSONL or parquet file of rows, or a data set, with a `prompt`: a text, or a list of {role, content}
-messages. Every row is written with its `answers`, in the same order. In Python: `sample`.
+messages. Every row is written with its `answers`, in the same order; until the last is, to ANSWERS.jsonl.part. In
+Python: `sample`.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import nn
@@ -62,6 +65,7 @@ def sample(
     and its own number, and on nothing else that is sampled. `on_group(place, texts)` is called as soon as a prompt's
     last answer has ended. Raises UserError.
     """
+    _check_number(n)
     sampler, encoder = _open(model, tokenizer, device, precision, max_slots, kv_memory_gib, seed)
     rows = [_prompt(encoder, i, prompt, f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
     tell = None if on_group is None else lambda place, prompt, texts: on_group(place, texts)
@@ -86,6 +90,31 @@ def _open(
         raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")
     encoder = Encoder(tokenizer, vocab_size=model.config.get_text_config().vocab_size)
     return Sampler(model, tokenizer, on, max_slots=max_slots, kv_memory_gib=kv_memory_gib, seed=seed), encoder
+
+
+def _check_number(n: int) -> None:
+    if n < 1:
+        raise UserError(f"n = {n}: at least 1 answer a prompt is needed.")
+
+
+@contextmanager
+def _written_whole(path: Path, source: str) -> Iterator[TextIO]:
+    """A file that takes its place when all of it is there; until then `path` with `.part` behind it. UserError where it
+    cannot be written, or is the source."""
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise UserError(f"{path}: the answers would replace their own prompts; name another file.")
+    part = path.with_name(path.name + ".part")
+    try:
+        out = part.open("w", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); name a file in a folder that is there.") from e
+    try:
+        with out:
+            yield out
+        os.replace(part, path)
+    finally:
+        if part.exists() and part.stat().st_size == 0:
+            part.unlink()
 
 
 def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str) -> Prompt:
@@ -119,10 +148,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv_memory_gib", type=float, help="memory for keys and values (default: half of the free)")
     a = parser.parse_args()
+    _check_number(a.n)
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
     source = open_source(a.prompts)
-    sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", a.kv_memory_gib or "auto", a.seed)
-    with a.answers.open("w", encoding="utf-8") as out:
+    with _written_whole(a.answers, a.prompts) as out:
+        sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", a.kv_memory_gib or "auto", a.seed)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [source[i] for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
             prompts = [_prompt(encoder, at + k, row.get("prompt"), source.place(at + k)) for k, row in enumerate(rows)]

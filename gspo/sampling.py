@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gspo import config
+from gspo.errors import UserError
 from kernels import sampling as kernel
 from kernels import sampling_cpu as cpu_kernel
 
@@ -23,7 +24,7 @@ LN2 = math.log(2)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy."""
+    """How tokens are drawn. `temperature` 0 is greedy. Raises UserError for what cannot be."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0: off
@@ -31,6 +32,17 @@ class Sampling:
     min_p: float = 0.0
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()  # an answer ends with the token that completes one of these, and keeps it
+
+    def __post_init__(self) -> None:
+        for name, fits, wanted in (
+            ("temperature", 0 <= self.temperature < math.inf, "0, for the likeliest token, or more"),
+            ("top_k", self.top_k >= 0, "0, for all tokens, or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "0 or more and below 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise UserError(f"{name} = {getattr(self, name)}: it must be {wanted}.")
 
     @classmethod
     def of(cls, cfg: config.Rollout) -> "Sampling":

@@ -8,7 +8,7 @@ import torch
 
 from gspo.errors import UserError
 from gspo.model import load_model, load_tokenizer
-from gspo.sample import sample
+from gspo.sample import main, sample
 from gspo.sampling import Sampling
 
 PROMPTS = ["Solve: x + 5 = 12", [{"role": "user", "content": "解方程：3x - 4 = 20"}]]
@@ -68,3 +68,37 @@ def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch, capsys):
     exec(compile(code, "docs/rollout.md", "exec"), {})
     kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
     assert 0 < len(kept) <= 2 and all(set(row) == {"prompt", "response"} for row in kept)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--n", 0), "n = 0: at least 1"),
+        (("--temperature", -1), "temperature = -1.0: it must be 0"),
+        (("--top_k", -3), "top_k = -3"),
+        (("--top_p", 0), "top_p = 0.0: it must be above 0"),
+        (("--min_p", 2), "min_p = 2.0"),
+        (("--max_new_tokens", 0), "max_new_tokens = 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_and_answers_stay_as_they_were(flags, says, monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "a.jsonl").write_text("answers\n")
+    command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", *flags)
+    with pytest.raises(UserError, match=re.escape(says)):
+        main()
+    assert (tmp_path / "a.jsonl").read_text() == "answers\n" and not (tmp_path / "a.jsonl.part").exists()
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["sample", "", *map(str, args)])
+
+
+def test_prompts_are_not_overwritten_and_a_missing_folder_is_told_of(monkeypatch, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "x"}\n')
+    for answers, says in ((prompts, "replace their own prompts"), (tmp_path / "no" / "a.jsonl", "cannot be written")):
+        command(monkeypatch, prompts, answers)
+        with pytest.raises(UserError, match=says):
+            main()
+    assert prompts.read_text() == '{"prompt": "x"}\n' and list(tmp_path.iterdir()) == [prompts]
