@@ -59,7 +59,14 @@ def test_blocks_give_the_tokens_of_single_looks(family, monkeypatch):
     assert plain.finished.any() and (plain.lengths == LIMITS).any()
 
 
-@pytest.mark.parametrize("options", [{"max_slots": 1}, {"max_slots": 12, "page": 64}, {"page": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_slots": 1},
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ({"max_slots": 12, "page": 64}, {"page": 5})),
+    ],
+    ids=str,
+)
 def test_slots_and_pages_do_not_show(options, monkeypatch):
     model = tiny_model("gemma2")
     plain = sampled(model, 0, monkeypatch, Sampling(0.0, max_new_tokens=14))
