@@ -14,11 +14,11 @@ keep_freed_memory()
 before = []
 for _ in range(12):  # small pieces that alignment leaves over are kept apart at first, seven of a size
     before.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    torch.ones(2**22)
+    torch.ones(2**24)
 before.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(*(b - a for a, b in zip(before, before[1:])))
 """
-PAGES = 2**24 // os.sysconf("SC_PAGE_SIZE")
+PAGES = 2**26 // os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
