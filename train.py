@@ -99,7 +99,7 @@ def play(run: Run, total: int) -> tuple[str, str]:
             update = run.updater.run(material, lr := learning_rate(step, total, cfg)).of(experience)
 
         state.step, last = step + 1, step + 1 == total
-        state.count_bad(update.skipped, cfg.health.max_bad_steps)
+        state.count_bad(update.skipped, cfg.health.max_bad_steps, update.not_finite)
         metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state()))
         state.tokens_sampled += int(metrics["tokens"])
         metrics |= {"learning_rate": lr, "round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
@@ -112,7 +112,7 @@ def play(run: Run, total: int) -> tuple[str, str]:
             selves.new_opponent()
             state.round = now
         metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
-        tracker.log(state.step, metrics, total)
+        tracker.log(state.step, metrics, total, causes={"skipped_updates": update.not_finite})
         tracker.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
         run.checkpoints.commit()
         best = state.is_best(metrics) and cfg.trainer.keep_best

@@ -19,7 +19,7 @@ from gspo.errors import UserError
 from gspo.fused import fused_layers
 from gspo.packing import PackedBatch
 from gspo.shared_prefix import shared_prefix_attention
-from kernels.native import stored, takes
+from kernels.native import stored
 from kernels.rows import NO_ROWS, attends, rows_attention
 from kernels.varlen import backend_for
 
@@ -76,12 +76,14 @@ def _padded_attention(
 def _settled(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One dtype for query, key and value; under autocast rotary embeddings leave the first two in float32.
 
-    On CUDA what autocast would hand to PyTorch's own attention, and on a CPU the value's; without compiled kernels
-    float32 there, in which PyTorch's attention is faster than in bf16, its backward three times.
+    On CUDA what autocast would hand to PyTorch's own attention, and on a CPU the value's. Without compiled kernels for
+    them float32 there, in which PyTorch's attention is faster than in bf16, its backward three times, and whose
+    products read no further than their rows (kernels/whole_tiles.py).
     """
     device, value = tensors[0].device.type, tensors[2]
     if device == "cpu":
-        dtype = value.dtype if takes(*tensors) else torch.promote_types(value.dtype, torch.float32)
+        served = attends(*tensors, dtype=value.dtype)
+        dtype = value.dtype if served else torch.promote_types(value.dtype, torch.float32)
         return tuple(x.to(dtype) for x in tensors)
     if torch.is_autocast_enabled(device):
         return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

@@ -47,13 +47,13 @@ class State:
     best_step: int = 0
     torch_rng: list[int] = field(default_factory=list)
 
-    def count_bad(self, skipped: int, limit: int) -> None:
-        """UserError when the updates of `limit` steps in a row were not finite."""
+    def count_bad(self, skipped: int, limit: int, cause: str = "") -> None:
+        """UserError when the updates of `limit` steps in a row were not finite; `cause` is what was so first."""
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if self.bad_steps >= limit:
             raise UserError(
-                f"step {self.step}: updates were not finite in {limit} steps in a row; the weights are as they were "
-                "before. Lower optim.learning_rate, or use model.precision=fp32."
+                f"step {self.step}: updates were not finite in {limit} steps in a row{cause and f' ({cause} first)'}; "
+                "the weights are as they were before. Lower optim.learning_rate, or use model.precision=fp32."
             )
 
     def is_best(self, metrics: dict[str, float]) -> bool:

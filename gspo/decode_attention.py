@@ -22,6 +22,7 @@ from kernels.decode_cpu import Pool, decode_step
 from kernels.native import stored, takes
 from kernels.rows import NO_ROWS, attends, rows_attention
 from kernels.varlen import Rule, backend_for
+from kernels.whole_tiles import whole_tiles
 
 SLOTS = "gspo_slots"
 LN2 = math.log(2)
@@ -189,7 +190,7 @@ def weigh(
     -> sums of the values by weights 2^(score - top) [*shape, Dv], sums of the weights and top [*shape, 1], in float32;
     products are in the type of the keys. On CPUs exp2 takes a third of exp's time, and a twelfth where exp underflows.
     """
-    scores = torch.bmm(q, keys.transpose(1, 2)).view(*shape, -1)
+    scores = torch.bmm(whole_tiles(q), whole_tiles(keys).transpose(1, 2)).view(*shape, -1)
     if softcap is not None:
         scores, scale = torch.tanh(scores.float() * (scale / softcap)), softcap
     scores = torch.add(bias, scores, alpha=scale / LN2)

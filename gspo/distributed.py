@@ -332,9 +332,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor()
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard, or a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters on this rank."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
+    return sum(local_part(p).nbytes for p in model.parameters())
 
 
 @torch.no_grad()

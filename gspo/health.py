@@ -137,8 +137,9 @@ class HealthCheck:
         self.ended: tuple[float, float] | None = None  # the round before: mean of these, held-out accuracy
         self.diverging = 0
 
-    def check(self, metrics: dict[str, float]) -> list[News]:
-        """What is new at this step: of each kind one warning and one alarm a run."""
+    def check(self, metrics: dict[str, float], causes: dict[str, str] | None = None) -> list[News]:
+        """What is new at this step: of each kind one warning and one alarm a run. `causes` says of a metric, in a few
+        words, what is behind its value."""
         if metrics.get("round", 0.0) != self.round:
             self.round, self.round_age, self.winners_at_first = metrics.get("round", 0.0), 0, None
         self.round_age += 1
@@ -155,6 +156,8 @@ class HealthCheck:
             ):
                 if name and self._passed(guard, level, value, limit := getattr(self.cfg, name), patience):
                     said = guard.says.format(limit=limit)
+                    if cause := (causes or {}).get(guard.metric):
+                        said += f" (not finite first: {cause})"
                     if level == "alarm":
                         said += f", now {value:.3g}; what is learned from here on is likely lost"
                     news.append(News(level, f"{said}: {guard.cure}"))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear import can_lay_out, lay_out, product
+from kernels.whole_tiles import whole_tiles
 
 SHARE = 0.25  # of the machine's memory: models whose linear layers are larger keep one copy of them
 
@@ -61,7 +62,7 @@ def _lay_out(weight: Tensor, rows: int) -> Tensor:
 
 
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(whole_tiles(x), weight, bias, "none", [], "")
 
 
 @functools.lru_cache

@@ -98,11 +98,12 @@ class Tracker:
         self.board = Board(folder / "tensorboard", start_step + 1 if start_step else None)
         self.board.page({"GSPO": {title: ["Multiline", _tags(*spec)] for title, spec in PAGE.items()}})
 
-    def log(self, step: int, metrics: dict[str, float], total_steps: int) -> None:
-        """One object in metrics.jsonl, one point on every curve, one line on the console. `step` counts from 1."""
+    def log(self, step: int, metrics: dict[str, float], total_steps: int, causes: dict[str, str] | None = None) -> None:
+        """One object in metrics.jsonl, one point on every curve, one line on the console. `step` counts from 1;
+        `causes` says in words what is behind a metric, for a warning about it."""
         if not self.active:
             return
-        news = self.health.check(metrics)
+        news = self.health.check(metrics, causes)
         values = metrics | self.health.derived
         row = {"step": step, **{k: v for k, v in values.items() if k in GLOSSARY or k.startswith("reward/")}}
         bounds = {bound for _, *both in PAGE.values() for bound in both if bound}

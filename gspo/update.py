@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gspo.batching import Row, micro_batches, minibatch_of
 from gspo.config import Config
-from gspo.distributed import World, after_backward, before_backward, whole
+from gspo.distributed import World, after_backward, before_backward, local_part, whole
 from gspo.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
 from gspo.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
 from gspo.packing import PackedBatch, pack_rows
@@ -33,6 +33,7 @@ class Update:
     terms: dict[str, float] = field(default_factory=dict)  # this rank's share of each loss term, before the update
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0  # optimizer steps not taken because the gradient was not finite
+    not_finite: str = ""  # what was not finite first in the first of these, on any rank
     empty: int = 0  # ... because no answer was better than another: AdamW would make full steps of the KL term alone
 
     def of(self, exp: Experience) -> "Update":
@@ -139,7 +140,7 @@ class Updater:
         self._descend(exp, parts, part)
         every = list(range(len(exp.positions)))
         coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)
-        self._step(update, coefs)
+        self._step(exp, update, coefs)
 
     def _frozen_step(self, exp: Experience, k: int, update: Update) -> None:
         o, cfg = self.cfg.optim, self.cfg.objective
@@ -172,7 +173,7 @@ class Updater:
             return surrogate(self.policy, packed, self.cfg.rollout.temperature, slope)
 
         self._descend(exp, self.cut(exp, members, whole_groups=False), part)
-        self._step(update, coefs[members])
+        self._step(exp, update, coefs[members])
 
     def _kl_of(self, exp: Experience, groups: list[int] | slice) -> tuple[Tensor, Tensor]:
         """The reference's log-probs, and which tokens the KL term is about: the sampled ones. [G, N, L]"""
@@ -204,15 +205,33 @@ class Updater:
             loss.backward()
         after_backward(self.policy)
 
-    def _step(self, update: Update, coefs: Tensor) -> None:
+    def _first_not_finite(self, exp: Experience, logprobs: Tensor, coefs: Tensor) -> str:
+        """Name what was not finite first in a step, in the order of computation. Every rank must call this."""
+        computed = {
+            "the reference's log-probs": exp.reference_logprobs,
+            "the anchor's log-probs": exp.anchors,
+            "the policy's log-probs": logprobs,
+            "the loss's slope at finite log-probs": coefs,
+        }
+        # A backward comes to the last layers first, and what is not finite there spreads to those before.
+        for name, p in reversed(list(self.policy.named_parameters())):
+            if p.grad is not None:
+                computed[f"the gradient of {name}, at a finite loss"] = local_part(p.grad)
+        bad = ((place, name) for place, (name, x) in enumerate(computed.items()) if not x.isfinite().all())
+        return min(self.world.gather(next(bad, (len(computed), "the gradient's norm alone"))))[1]
+
+    def _step(self, exp: Experience, update: Update, coefs: Tensor) -> None:
         """Clip the gradient and take one optimizer step; coefs [G, N, L] are what it was made of on this rank."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.optim.grad_clip)))
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = float(whole(total))
         update.grad_norms.append(norm)
         if not math.isfinite(norm):
             update.skipped += 1
+            update.not_finite = update.not_finite or self._first_not_finite(exp, update.logprobs, coefs)
         elif self.world.max(int(coefs.any())) == 0:
             update.empty += 1
         else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.optim.grad_clip, total)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels import epilogue, epilogue_cpu
 from kernels.epilogue import Shaping
 from kernels.native import TYPES, takes
+from kernels.whole_tiles import columns_of, whole_tiles
 
 MIB = 2**20
 CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
@@ -101,7 +102,7 @@ def _inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     if not torch.is_grad_enabled():  # a Function is not told
         hidden, weight = hidden.detach(), weight.detach()
     if bias is None:
-        return hidden, weight
+        return whole_tiles(hidden), whole_tiles(weight)
     one = torch.zeros(8, dtype=weight.dtype, device=weight.device)  # eight columns keep rows aligned
     one[0] = 1.0
     columns = bias.to(weight.dtype)[:, None] * one
@@ -269,8 +270,8 @@ def _backward(
 
 
 def _product(x: Tensor, weight: Tensor, begin: int, end: int, buffer: Tensor) -> Tensor:
-    """x @ weight[begin:end].T in a corner of the buffer."""
-    return torch.mm(x, weight[begin:end].to(x.dtype).t(), out=buffer[: len(x), : end - begin])
+    """x @ weight[begin:end].T in a corner of the buffer, whose rows are read again as an operand."""
+    return torch.mm(x, weight[begin:end].to(x.dtype).t(), out=columns_of(buffer, len(x), end - begin))
 
 
 def _rows(

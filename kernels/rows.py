@@ -47,10 +47,11 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], counts.cumsum()])
 
 
-def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether there is compiled code for these tensors [T, H, D], [T, Hk, D], [T, Hk, Dv]."""
-    even = q.dtype == torch.float32 or not (q.shape[-1] % 2 or v.shape[-1] % 2)
-    return takes(q, k, v) and q.dtype == k.dtype == v.dtype and even and max(q.shape[-1], v.shape[-1]) <= 4096
+def attends(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether there is compiled code for tensors [..., D], [..., D], [..., Dv], or for them in `dtype`."""
+    same = dtype is not None or q.dtype == k.dtype == v.dtype
+    even = (dtype or q.dtype) == torch.float32 or not (q.shape[-1] % 2 or v.shape[-1] % 2)
+    return takes(q, k, v) and same and even and max(q.shape[-1], v.shape[-1]) <= 4096
 
 
 def rows_attention(

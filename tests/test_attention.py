@@ -42,6 +42,7 @@ def test_models_of_full_and_sliding_attention_pass(family):
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_wholly_in_bf16_pass_as_ranks_run_them(family):
     """Without autocast a projection wants its inputs in its own type, whatever attention computes in."""

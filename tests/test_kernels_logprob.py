@@ -9,6 +9,8 @@ from kernel_cases import Case, cases, draw, outcome, too_far
 
 from kernels import epilogue, linear_logprob, linear_logprob_and_grad, logprob, reference_linear_logprob
 
+pytestmark = pytest.mark.bf16
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):

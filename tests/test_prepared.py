@@ -9,6 +9,7 @@ from gspo import prepared as module
 from gspo.prepared import prepared
 
 THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+pytestmark = pytest.mark.bf16
 needed = pytest.mark.skipif(not THERE, reason="this PyTorch has no such operators")  # not: they fail the trial
 
 
@@ -33,7 +34,7 @@ def test_products_are_the_same_to_rounding(dtype, shape):
         exact = exact(x.double())
         with prepared(model, 7):
             mine = model(x).double()
-    assert (mine - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-7
+    assert (mine - exact).abs().max() <= 4 * (plain - exact).abs().max() + 1e-7
     assert "forward" not in vars(model.first)
 
 

@@ -171,8 +171,35 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     exp.anchors[0, 0] = float("nan")
     before = [p.clone() for p in model.parameters()]
     update = Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2)
-    assert update.skipped == 1
+    assert update.skipped == 1 and update.not_finite == "the anchor's log-probs"
     assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("path", ["live", "frozen"])
+def test_what_was_not_finite_first_is_named(path):
+    """Faults put into one stage after another: what comes before it is finite."""
+
+    def named(model, exp):
+        cfg = load_config(None, ["optim.micro_batch_responses=3"] if path == "frozen" else [])
+        return Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2).not_finite
+
+    model = tiny_model("llama")
+    exp = experience(model)
+    assert named(model, exp) == ""
+    bad = replace(exp, reference_logprobs=exp.reference_logprobs.clone().fill_(-torch.inf))
+    assert named(model, bad) == "the reference's log-probs"
+    bad = replace(exp, rewards=exp.rewards * torch.nan)
+    if path == "live":
+        cfg = load_config(None, ["objective.pair_weight=gap"])
+        update = Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(bad, lr=1e-2)
+        assert update.not_finite == "the loss's slope at finite log-probs"
+    down = model.model.layers[1].mlp.down_proj.weight
+    down.register_hook(lambda grad: grad * torch.nan)
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * torch.inf)
+    assert named(model, exp) == "the gradient of model.layers.1.mlp.down_proj.weight, at a finite loss"
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    assert named(model, exp) == "the policy's log-probs"
 
 
 @pytest.mark.parametrize("path", ["live", "frozen"])
