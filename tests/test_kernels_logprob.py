@@ -9,8 +9,6 @@ from kernel_cases import Case, cases, draw, outcome, too_far
 
 from kernels import epilogue, linear_logprob, linear_logprob_and_grad, logprob, reference_linear_logprob
 
-pytestmark = pytest.mark.bf16
-
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
@@ -24,13 +22,16 @@ def small_chunks(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.bf16)], ids=str
+)
 @pytest.mark.parametrize("known", [False, True], ids=["backward", "and_grad"])
 def test_results_and_gradients_are_as_near_to_float64_as_plain_pytorch(dtype, known, kernels):
     wrong = [line for case in cases((dtype,)) if not case.autocast for line in too_far(case, known=known)]
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("known", [False, True], ids=["backward", "and_grad"])
 def test_float32_tensors_under_autocast(known, kernels):
     wrong = [line for case in cases(()) for line in too_far(case, known=known)]
