@@ -12,21 +12,21 @@ from pathlib import Path
 
 import torch
 
-from gspo.cli import guarded
+from gspo.algorithm.selves import win_rate
+from gspo.checkpoint.run_folder import latest
 from gspo.config import Config, load_config, set_value
-from gspo.data import load_splits
-from gspo.distributed import World, session
+from gspo.data.prompts import load_splits
+from gspo.distributed.sharding import World, session
 from gspo.errors import UserError
-from gspo.evaluation import Answers, answer, report, table
-from gspo.files import write_json
-from gspo.model import load_model, load_model_config, load_tokenizer
-from gspo.precision import DTYPES, settle
-from gspo.progress import say
-from gspo.reward import Scorer
-from gspo.rollout import Sampler
-from gspo.run_folder import latest
-from gspo.sampling import Sampling
-from gspo.selfplay import win_rate
+from gspo.metrics.evaluation import Answers, answer, report, table
+from gspo.models.loading import load_model, load_model_config, load_tokenizer
+from gspo.models.precision import DTYPES, settle
+from gspo.reward.scorer import Scorer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
+from gspo.system.console import say
+from gspo.system.files import write_json
+from gspo.system.program import guarded
 
 
 def options() -> argparse.Namespace:

@@ -9,28 +9,28 @@ round ends, the policy becomes its own opponent. This file is where the stages m
 
 import argparse
 
-from gspo.balance import balance
+from gspo.algorithm.objective import NEEDS_SOLUTIONS
+from gspo.algorithm.pairs import forks, preferences
+from gspo.algorithm.selves import Selves, round_of
+from gspo.algorithm.solutions import with_solutions
+from gspo.algorithm.update import learning_rate
 from gspo.check_data import require_gold
-from gspo.cli import check_launch, final_words, guarded
+from gspo.checkpoint.run_folder import latest, needs_test
 from gspo.config import Config, load_config
-from gspo.data import load_splits
-from gspo.distributed import World, session
+from gspo.data.batches import Batches
+from gspo.data.prompts import load_splits
+from gspo.distributed.sharding import World, session
 from gspo.errors import UserError
-from gspo.evaluation import correct_of
-from gspo.given import with_solutions
-from gspo.measure import Clock, Meter, observe, peak_memory_gib
-from gspo.model import load_model_config, load_tokenizer
-from gspo.objective import NEEDS_SOLUTIONS
-from gspo.order import Batches
-from gspo.pairs import forks, preferences
-from gspo.progress import say
-from gspo.reward import Scorer
+from gspo.metrics.evaluation import correct_of
+from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
+from gspo.metrics.tracker import sample_rows
+from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.packing.balance import balance
+from gspo.reward.scorer import Scorer
 from gspo.run import Run, held_out, save, start, test
-from gspo.run_folder import latest, needs_test
-from gspo.selfplay import Selves, round_of
-from gspo.tracking import sample_rows
+from gspo.system.console import say
+from gspo.system.program import check_launch, final_words, guarded
 from gspo.types import Experience, Rollout, Scores
-from gspo.update import learning_rate
 
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import heading, table
-from kernels import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
+from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 
 TEMPERATURE = 0.9
 PIECE = 256  # tokens at a time, for those that cut tokens

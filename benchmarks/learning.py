@@ -130,7 +130,7 @@ def train_once(job: Job, folder: Path) -> dict[str, Any]:
 
     import train
     from gspo.config import load_config
-    from gspo.distributed import session
+    from gspo.distributed.sharding import session
 
     torch.manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)
@@ -175,7 +175,7 @@ def claim_core(cores: "multiprocessing.Queue[int]") -> None:
 
 def run_all(jobs: list[Job], out: Path, label: str) -> dict[Job, dict[str, Any]]:
     """All jobs, as many at a time as there are cores."""
-    from gspo.progress import track
+    from gspo.system.console import track
 
     available = (
         sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

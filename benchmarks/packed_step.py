@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import heading, table
-from gspo.head import measure_head
-from gspo.logprobs import response_logprobs
-from gspo.model import load_model
-from gspo.packing import PackedBatch, pack
+from gspo.models.loading import load_model
+from gspo.packing.head import measure_head
+from gspo.packing.logprobs import response_logprobs
+from gspo.packing.pack import PackedBatch, pack
 from gspo.types import Prompt
 
 HALF_B = {

@@ -15,13 +15,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import heading, table
-from gspo import reward_func
 from gspo.config import Config, Reward
-from gspo.data import load_splits
-from gspo.model import load_model, load_tokenizer
-from gspo.reward import Scorer
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
+from gspo.data.prompts import load_splits
+from gspo.models.loading import load_model, load_tokenizer
+from gspo.reward import reward_func
+from gspo.reward.scorer import Scorer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 SLOW = "import time\ndef compute_score(**_):\n    time.sleep(0.01)\n    return 1.0\n"

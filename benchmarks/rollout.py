@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from benchmarks.common import heading, table
-from gspo.model import load_model, load_tokenizer
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
+from gspo.models.loading import load_model, load_tokenizer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 N, PROMPTS, TAIL_PROMPTS, TAIL_SLOTS, TEMPERATURE = 8, 8, 16, 32, 0.9

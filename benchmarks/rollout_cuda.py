@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.common import heading, table
 from benchmarks.rollout import TEMPERATURE, N, draw, generate, generate_batch, ours, seconds
-from gspo.model import load_tokenizer
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
+from gspo.models.loading import load_tokenizer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 
 PROMPTS, SLOTS, STEPS = 64, 256, 128
 ARCHITECTURES = {  # Qwen2.5's, with random weights

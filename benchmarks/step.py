@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import heading, table
 from gspo.embedded import MODEL_DIR
-from gspo.model import load_model_config, load_tokenizer
+from gspo.models.loading import load_model_config, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"

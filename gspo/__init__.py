@@ -1,7 +1,12 @@
 """Group Self-Play Preference Optimization. Import it before torch: it sets how CPU threads wait."""
 
 import os
+from pathlib import Path
 
 # Threads that spin long while they wait lose the processor when anything else runs on the machine; threads that never
 # spin are slower on a quiet one. A short spin is good at both (docs/decisions.md has the figures).
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+# The folder kernels/ beside this one is imported as `gspo.kernels`. As an import, `kernels` is a package that Hugging
+# Face publishes and transformers imports (integrations/hub_kernels.py): ours must not stand in its place.
+__path__.append(str(Path(__file__).resolve().parent.parent))

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gspo.cli import guarded
 from gspo.config import Config, load_config
-from gspo.data import Survey, TooLong, check_positions, make_checker, shared, survey, wanted_splits
+from gspo.data.prompts import Survey, TooLong, check_positions, make_checker, shared, survey, wanted_splits
 from gspo.errors import UserError
-from gspo.model import load_model_config, load_tokenizer
-from gspo.progress import say
-from gspo.reward import Scorer
+from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.reward.scorer import Scorer
+from gspo.system.console import say
+from gspo.system.program import guarded
 from gspo.types import Prompt, Scores
 
 RENDERINGS = (r"\boxed{{{}}}", "#### {}", "The answer is {}", "答案：{}", "{}")
@@ -33,7 +33,7 @@ NOT_FULL, NOT_ABOVE = "gold answers below 1.0", "gold answers not above a wrong 
 
 
 class ScoresTexts(Protocol):
-    """The part of gspo.reward.Scorer that is needed here."""
+    """The part of gspo.reward.scorer.Scorer that is needed here."""
 
     path: Any
     name: str

@@ -82,7 +82,7 @@ class Rollout:
 
 @dataclass
 class Reward:
-    path: str | None = opt(None, "your file with compute_score; empty: gspo/reward_func.py")
+    path: str | None = opt(None, "your file with compute_score; empty: gspo/reward/reward_func.py")
     name: str = opt("compute_score", "the function's name in that file")
     reward_kwargs: dict[str, Any] = opt({}, "further keyword arguments for it")
     workers: int | None = opt(None, "processes that call it, a rank; empty: the rank's share of the cores", ge=1)
@@ -98,7 +98,7 @@ class Reward:
 @dataclass
 class Objective:
     algorithm: Literal["gspo", "rloo", "grpo", "dr_grpo", "online_dpo", "spin"] = opt(
-        "gspo", "entry of the table in gspo/objective.py"
+        "gspo", "entry of the table in gspo/algorithm/objective.py"
     )
     preference_beta: float = opt(0.1, "temperature of the preference loss", gt=0.0)
     margin: float = opt(0.1, "responses pair when their rewards differ by more than this", ge=0.0, lt=1.0)

@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gspo.data.schemas import FORMATS, Row
+from gspo.data.sources import open_source
 from gspo.errors import UserError
-from gspo.progress import track
-from gspo.rows import FORMATS, Row
-from gspo.sources import open_source
+from gspo.system.console import track
 
 
 def write_files(files: dict[Path, list[Row]]) -> None:

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gspo import manifest
-from gspo.cli import guarded
-from gspo.distributed import World
+from gspo.checkpoint import manifest
+from gspo.checkpoint.hf_folder import index, json_bytes, shard_files
+from gspo.checkpoint.run_folder import latest
+from gspo.distributed.sharding import World
 from gspo.errors import UserError
-from gspo.files import PART, remove
-from gspo.hf_folder import index, json_bytes, shard_files
-from gspo.run_folder import latest
-from gspo.weights import Weights, open_weights, write_weights
+from gspo.models.safetensors_files import Weights, open_weights, write_weights
+from gspo.system.files import PART, remove
+from gspo.system.program import guarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALONE = World(0, 1, torch.device("cpu"), None)

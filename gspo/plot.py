@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from gspo.cli import guarded
 from gspo.errors import UserError
-from gspo.tracking import SEED_FIVE
+from gspo.metrics.tracker import SEED_FIVE
+from gspo.system.program import guarded
 
 HEALTHY = {"preference_accuracy": (0.6, None), "kl_divergence": (0.001, 0.1)}
 INK, SOFT, BAND = "#1f4e79", "#9db8d2", "#e6f2e6"

@@ -6,25 +6,25 @@ from typing import Any
 
 import torch
 
-from gspo.checkpoint import Checkpoints, State, load_order, load_state, restore
+from gspo.algorithm.selves import Selves, win_rate
+from gspo.algorithm.update import Updater, make_optimizer
+from gspo.checkpoint.checkpoints import Checkpoints, State, load_order, load_state, restore
+from gspo.checkpoint.run_folder import keep_reward_function, open_run
 from gspo.config import Config
-from gspo.data import Splits
-from gspo.distributed import World
-from gspo.evaluation import answer, correct_of, report
-from gspo.files import write_json
-from gspo.measure import kl_to
-from gspo.memory import foretold
-from gspo.order import Batches
-from gspo.precision import DTYPES, settle
-from gspo.preemption import Preemption
-from gspo.progress import say
-from gspo.reward import Scorer
-from gspo.rollout import EVAL, Sampler
-from gspo.run_folder import keep_reward_function, open_run
-from gspo.sampling import Sampling
-from gspo.selfplay import Selves, win_rate
-from gspo.tracking import Tracker
-from gspo.update import Updater, make_optimizer
+from gspo.data.batches import Batches
+from gspo.data.prompts import Splits
+from gspo.distributed.sharding import World
+from gspo.memory.__main__ import foretold
+from gspo.metrics.evaluation import answer, correct_of, report
+from gspo.metrics.step_metrics import kl_to
+from gspo.metrics.tracker import Tracker
+from gspo.models.precision import DTYPES, settle
+from gspo.reward.scorer import Scorer
+from gspo.rollout.sampler import EVAL, Sampler
+from gspo.rollout.sampling import Sampling
+from gspo.system.console import say
+from gspo.system.files import write_json
+from gspo.system.preemption import Preemption
 
 
 @dataclass

@@ -19,16 +19,16 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import nn
 
-from gspo.cli import guarded
-from gspo.encoding import Encoder
+from gspo.data.encoding import Encoder
+from gspo.data.schemas import Messages
+from gspo.data.sources import open_source
 from gspo.errors import UserError
-from gspo.model import load_model, load_model_config, load_tokenizer
-from gspo.precision import DTYPES, settle
-from gspo.progress import say
-from gspo.rollout import EVAL, Sampler
-from gspo.rows import Messages
-from gspo.sampling import Sampling
-from gspo.sources import open_source
+from gspo.models.loading import load_model, load_model_config, load_tokenizer
+from gspo.models.precision import DTYPES, settle
+from gspo.rollout.sampler import EVAL, Sampler
+from gspo.rollout.sampling import Sampling
+from gspo.system.console import say
+from gspo.system.program import guarded
 from gspo.types import Prompt, Rollout
 
 ROWS_AT_ONCE = 1024  # written before the next ones are sampled

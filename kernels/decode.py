@@ -60,7 +60,7 @@ def decode_attention(
 def _implementation(q: Tensor) -> Callable[..., Tensor]:
     if q.is_cuda and q.dtype != torch.float64:
         try:
-            from kernels import decode_triton
+            from gspo.kernels import decode_triton
 
             return decode_triton.decode_attention
         except ImportError:

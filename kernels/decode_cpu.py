@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.native import call, numbers, pointers, takes
+from gspo.kernels.native import call, numbers, pointers, takes
 
 LANES = 16
 
@@ -57,7 +57,7 @@ def decode_step(
     """q [S, H, D], key [S, Hk, D], value [S, Hk, Dv] of a new token a slot -> [S, H, Dv].
 
     Key and value are put at `offset` [S] of the answers' pages `page` [S] (int64) first. Every slot reads one sequence
-    of each pool. Scores and sums are float32. For tensors that `kernels.native.takes`.
+    of each pool. Scores and sums are float32. For tensors that `gspo.kernels.native.takes`.
     """
     pages = (prompts.keys, prompts.values, answers.keys, answers.values)
     assert takes(q, key, value, *pages) and all(x.is_contiguous() for x in pages)

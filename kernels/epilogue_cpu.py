@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.epilogue import Shaping
-from kernels.native import call, numbers
+from gspo.kernels.epilogue import Shaping
+from gspo.kernels.native import call, numbers
 
 
 def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping, entropy: bool) -> None:

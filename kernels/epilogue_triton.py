@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.epilogue import Shaping
+from gspo.kernels.epilogue import Shaping
 
 BLOCK = 4096  # elements of a row that a program holds at once
 

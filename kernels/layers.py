@@ -1,7 +1,7 @@
 """RMSNorm, gated activation and rotary positions for CPUs: each one pass over memory in compiled code (cpu/layers.cpp).
 
 PyTorch makes five to ten passes of them, and in training keeps what lies between. Sums are float32, and results are
-rounded once. For tensors that `kernels.native.takes`; with gradients, as any operator.
+rounded once. For tensors that `gspo.kernels.native.takes`; with gradients, as any operator.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.native import call, numbers
+from gspo.kernels.native import call, numbers
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:

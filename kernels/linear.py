@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels.native import call, library, takes
+from gspo.kernels.native import call, library, takes
 
 PANEL = 48  # outputs whose weights lie together
 

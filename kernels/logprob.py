@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import epilogue, epilogue_cpu
-from kernels.epilogue import Shaping
-from kernels.native import TYPES, takes
-from kernels.whole_tiles import columns_of, whole_tiles
+from gspo.kernels import epilogue, epilogue_cpu
+from gspo.kernels.epilogue import Shaping
+from gspo.kernels.native import TYPES, takes
+from gspo.kernels.whole_tiles import columns_of, whole_tiles
 
 MIB = 2**20
 CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
@@ -125,7 +125,7 @@ def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, ent
 def _epilogue(hidden: Tensor, dtype: torch.dtype) -> ModuleType:
     if hidden.is_cuda and dtype != torch.float64:
         try:
-            from kernels import epilogue_triton
+            from gspo.kernels import epilogue_triton
 
             return epilogue_triton
         except ImportError:

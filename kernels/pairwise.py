@@ -82,7 +82,7 @@ def pairwise_loss(
 def _implementation(logprobs: Tensor) -> Callable[..., PairwiseLoss]:
     if logprobs.is_cuda and logprobs.dtype != torch.float64 and logprobs.shape[1] <= MOST_RESPONSES:
         try:
-            from kernels import pairwise_triton
+            from gspo.kernels import pairwise_triton
 
             return pairwise_triton.pairwise_loss
         except ImportError:

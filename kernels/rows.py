@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.native import call, numbers, pointers, takes
+from gspo.kernels.native import call, numbers, pointers, takes
 
 PAD = 16
 SUMS = 2**28  # bytes for what threads sum up in the backward; fewer threads where each needs more

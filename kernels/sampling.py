@@ -1,4 +1,4 @@
-"""One token a row of logits, by inverse CDF, on CUDA: gspo/sampling.py's draw in two launches, four if it truncates.
+"""One token a row of logits, by inverse CDF, on CUDA: rollout/sampling.py's draw in two launches, four if it truncates.
 
 With z = logits / T and top = max z, a row's weights are w = exp(z - top). A draw u picks the first token at which their
 running sum reaches u sum(w); among those with z - top >= least, where top_k, top_p and min_p, in this order, want it.
@@ -9,7 +9,7 @@ The log-prob and the entropy are those of softmax(z), not truncated.
    (8 passes for bfloat16), then the sums of BLOCK entries again.
 3. A row's sums, added up in float64, choose the block; float64 sums inside it choose the token.
 
-u is that of `uniforms` in gspo/sampling.py, a hash of a row's key and position, computed where it is needed.
+u is that of `uniforms` in gspo/rollout/sampling.py, a hash of a row's key and position, computed where it is needed.
 """
 
 import functools
@@ -49,6 +49,6 @@ def sample(
     """
     assert logits.ndim == 2 and logits.dtype != torch.float64, (logits.shape, logits.dtype)
     assert keys.shape == positions.shape == logits.shape[:1] and keys.dtype == positions.dtype == torch.int64
-    from kernels import sampling_triton
+    from gspo.kernels import sampling_triton
 
     return sampling_triton.sample(logits, keys.contiguous(), positions.contiguous(), temperature, top_k, top_p, min_p)

@@ -7,7 +7,7 @@ float64 sums inside it the token. A row of NaN has log-probs and entropies of Na
 import torch
 from torch import Tensor
 
-from kernels.native import call, numbers, takes
+from gspo.kernels.native import call, numbers, takes
 
 
 def serves(logits: Tensor) -> bool:

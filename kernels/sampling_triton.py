@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling import BLOCK, PER_CHUNK
+from gspo.kernels.sampling import BLOCK, PER_CHUNK
 
 LOWEST = tl.constexpr(-1e30)  # top of a chunk of impossible tokens
 PIECE = 4096  # entries of a row at a time, in the passes that look for a threshold
@@ -16,7 +16,7 @@ LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of such 
 
 @triton.jit
 def _mix(x):
-    """lowbias32 on int64 that holds 32 bits, as gspo/sampling.py has it."""
+    """lowbias32 on int64 that holds 32 bits, as gspo/rollout/sampling.py has it."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)

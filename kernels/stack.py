@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.decode_cpu import Sequences
-from kernels.native import call, numbers, pointers
+from gspo.kernels.decode_cpu import Sequences
+from gspo.kernels.native import call, numbers, pointers
 
 
 class LayerWeights(NamedTuple):
-    """Matrices as `kernels.linear.lay_out` makes them; vectors in float32, norms with what their class adds to them."""
+    """Matrices as `linear.lay_out` makes them; vectors in float32, norms with what their class adds to them."""
 
     norm: Tensor  # [K]
     q: Tensor

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.fused import fuse
-from gspo.head import measure_head
+from gspo.models.compiled_layers import fuse
+from gspo.packing.head import measure_head
 
 SMALL = {
     "vocab_size": 97,

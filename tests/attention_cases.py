@@ -2,7 +2,7 @@
 
 import torch
 
-from gspo.packing import pack
+from gspo.packing.pack import pack
 from gspo.types import Prompt
 
 # prompt lengths, whose response each row is, response lengths

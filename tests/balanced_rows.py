@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from gspo.balance import balance
-from gspo.cli import leave
-from gspo.distributed import session
+from gspo.distributed.sharding import session
+from gspo.packing.balance import balance
+from gspo.system.program import leave
 from gspo.types import Prompt, Rollout, Scores
 
 CASES = {  # name -> (prompt lengths, lengths of two answers to each, mini-batches)

@@ -9,7 +9,7 @@ from compiled_kernels import TARGETS, assemble
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import decode_triton
+from gspo.kernels import decode_triton
 
 # query heads, KV heads, width of keys and of values, answers together, page: 0.5B, 8B, Gemma 2, 80 wide, DeepSeek's
 SHAPES = {

@@ -8,8 +8,8 @@ from compiled_kernels import TARGETS, assemble
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.pairwise import PARTS
-from kernels.pairwise_triton import blocks, pairwise_kernel
+from gspo.kernels.pairwise import PARTS
+from gspo.kernels.pairwise_triton import blocks, pairwise_kernel
 
 FLOATS = ("beta", "after", "share", "divisor", "ranking_coef", "nll_coef")
 TYPES = {"rewards_ptr": "*fp64", "beats_ptr": "*u8", "forks_ptr": "*i64", "lengths_ptr": "*i64"}

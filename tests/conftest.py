@@ -16,14 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` ign
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from gspo.model import load_tokenizer
+    from gspo.models.loading import load_tokenizer
 
     return load_tokenizer(None)
 
 
 @pytest.fixture()
 def embedded_model():
-    from gspo.model import load_model
+    from gspo.models.loading import load_model
 
     return load_model(None)
 
@@ -31,7 +31,7 @@ def embedded_model():
 @pytest.fixture(params=["compiled", "PyTorch's"])
 def kernels(request, monkeypatch):
     """With the CPU's compiled kernels, and without."""
-    from kernels import native
+    from gspo.kernels import native
 
     if request.param == "PyTorch's":
         monkeypatch.setattr(native, "library", lambda: None)

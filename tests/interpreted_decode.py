@@ -6,7 +6,7 @@ import torch
 from decode_cases import cases, too_far
 from interpreted_kernels import repair_interpreter
 
-from kernels import decode, decode_triton
+from gspo.kernels import decode, decode_triton
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ from interpreted_kernels import repair_interpreter
 from test_blocks import LIMITS
 from test_rollout import prompts_of, sampler_for
 
-from gspo import engine
-from gspo.sampling import Sampling
-from kernels import decode, decode_triton
-from kernels import sampling as draws
+from gspo.kernels import decode, decode_triton
+from gspo.kernels import sampling as draws
+from gspo.rollout import engine
+from gspo.rollout.sampling import Sampling
 
 
 def sampled(family: str, dtype: torch.dtype, sampling: Sampling):

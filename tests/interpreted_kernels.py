@@ -12,7 +12,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from kernel_cases import HEADS, Case, too_far
 
-from kernels import epilogue_triton, logprob
+from gspo.kernels import epilogue_triton, logprob
 
 SHAPES = [(12, 8, 700), (1, 8, 300), (13, 24, 257)]
 

@@ -6,7 +6,7 @@ import torch
 from interpreted_kernels import repair_interpreter
 from pairwise_cases import cases, too_far
 
-from kernels import pairwise, pairwise_triton
+from gspo.kernels import pairwise, pairwise_triton
 
 
 def main() -> None:

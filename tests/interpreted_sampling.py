@@ -9,8 +9,8 @@ from sampling_cases import cases, differences, keys_of, observed
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-from gspo.sampling import Sampling, uniforms
-from kernels import sampling_triton
+from gspo.kernels import sampling_triton
+from gspo.rollout.sampling import Sampling, uniforms
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
+from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 
 MARGIN = 4  # between two right ways to round, in any draw and on any processor
 SLACK = {torch.float64: 4e-15, torch.float32: 3e-7, torch.bfloat16: 2e-3}

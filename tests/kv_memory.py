@@ -7,8 +7,8 @@ import torch
 from architectures import tiny_model
 from test_rollout import prompts_of, sampler_for
 
-from gspo.sampling import Sampling
-from gspo.slots import Slots
+from gspo.rollout.sampling import Sampling
+from gspo.rollout.slots import Slots
 
 STATUS = Path("/proc/self/status")
 

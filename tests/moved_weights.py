@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo import distributed
-from gspo.cli import leave
-from gspo.distributed import copy_weights, held, session, shard, shard_sampler
-from gspo.model import in_dtype
+from gspo.distributed import sharding as distributed
+from gspo.distributed.sharding import copy_weights, held, session, shard, shard_sampler
+from gspo.models.loading import in_dtype
+from gspo.system.program import leave
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 8,
          "num_key_value_heads": 4, "vocab_size": 97, "pad_token_id": 0}  # fmt: skip

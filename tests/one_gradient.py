@@ -9,18 +9,18 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from gspo.balance import balance
-from gspo.cli import leave
+from gspo.algorithm.selves import Selves
+from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
-from gspo.data import load_splits
-from gspo.distributed import session, whole
-from gspo.model import load_model_config, load_tokenizer
-from gspo.order import Batches
-from gspo.reward import Scorer
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
-from gspo.selfplay import Selves
-from gspo.update import Updater, make_optimizer
+from gspo.data.batches import Batches
+from gspo.data.prompts import load_splits
+from gspo.distributed.sharding import session, whole
+from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.packing.balance import balance
+from gspo.reward.scorer import Scorer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
+from gspo.system.program import leave
 from train import gather_experience
 
 

@@ -1,6 +1,7 @@
 """Groups for the pairwise loss, shared by the CPU's tests, the interpreter's and the GPU's, and how far off one is.
 
-The measure is gspo/objective.py in float64. An error may be what the objective itself makes in float32, plus a little.
+The measure is gspo/algorithm/objective.py in float64. An error may be what the objective itself makes in float32, plus
+a little.
 """
 
 from dataclasses import replace
@@ -10,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gspo.algorithm.objective import Counts, Groups, by_pairs, gaps, gspo, pair_accuracy
+from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
-from gspo.objective import Counts, Groups, by_pairs, gaps, gspo, pair_accuracy
-from gspo.pairs import forks, preferences
-from kernels.pairwise import PARTS
+from gspo.kernels.pairwise import PARTS
 
 MARGIN = 4  # between two right ways to round
 SLACK = {torch.float64: 1e-11, torch.float32: 4e-7}  # beyond 20, PyTorch makes softplus a straight line
@@ -91,7 +92,7 @@ def by_objective(logprobs: Tensor, groups: Groups, cfg: Objective, counts: Count
 
 
 def by_closed_form(logprobs: Tensor, groups: Groups, cfg: Objective, counts: Counts = COUNTS) -> dict[str, Tensor]:
-    """The same of `kernels.pairwise_loss`."""
+    """The same of `gspo.kernels.ops.pairwise_loss`."""
     found = by_pairs(logprobs, groups, cfg, counts)
     assert found.coefficients.dtype == found.parts.dtype == logprobs.dtype
     return {"coefficients": found.coefficients} | dict(zip(PARTS, found.parts.double().cpu().T, strict=True))

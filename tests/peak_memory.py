@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from gspo.cli import leave
 from gspo.config import load_config
-from gspo.distributed import session
-from gspo.memory import footprint, table
+from gspo.distributed.sharding import session
+from gspo.memory.__main__ import footprint, table
+from gspo.system.program import leave
 from train import train
 
 STATUS = Path("/proc/self/status")

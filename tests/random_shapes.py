@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from gspo.balance import balance
-from gspo.cli import leave
+from gspo.algorithm.selves import Selves
+from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
-from gspo.distributed import session, whole
-from gspo.selfplay import Selves
+from gspo.distributed.sharding import session, whole
+from gspo.packing.balance import balance
+from gspo.system.program import leave
 from gspo.types import Prompt, Rollout, Scores
-from gspo.update import Updater, make_optimizer
 from train import gather_experience
 
 FIXED = ("rollout.temperature=0.9", "optim.grad_clip=1e9", "objective.kl_coef=0.05", "objective.nll_coef=0.1")

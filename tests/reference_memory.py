@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from gspo.cli import leave
+from gspo.algorithm.selves import Selves
 from gspo.config import load_config
-from gspo.distributed import is_sharded, session
-from gspo.model import decoder_layers
-from gspo.selfplay import Selves
+from gspo.distributed.sharding import is_sharded, session
+from gspo.models.loading import decoder_layers
+from gspo.system.program import leave
 from gspo.types import Prompt, Rollout
 
 TOKENS = 32

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from gspo.cli import leave
-from gspo.distributed import session
+from gspo.distributed.sharding import session
+from gspo.system.program import leave
 
 if __name__ == "__main__":
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])

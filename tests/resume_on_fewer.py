@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from gspo.cli import leave
 from gspo.config import load_config
-from gspo.distributed import session
-from gspo.files import write_text
+from gspo.distributed.sharding import session
+from gspo.system.files import write_text
+from gspo.system.program import leave
 from train import train
 
 FEW = ("data.train_batch_size=7", "eval.before_and_after=false", "eval.round_prompts=0", "trainer.save_freq=1",

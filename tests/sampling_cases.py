@@ -1,4 +1,4 @@
-"""Draws of a token, shared by the tests of all that draws: where one differs from gspo/sampling.py's."""
+"""Draws of a token, shared by the tests of all that draws: where one differs from gspo/rollout/sampling.py's."""
 
 import math
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gspo.sampling import Sampling, choose, sample_keys, threshold, uniforms
-from kernels.sampling import sample
+from gspo.kernels.sampling import sample
+from gspo.rollout.sampling import Sampling, choose, sample_keys, threshold, uniforms
 
 NEAR = 1e-5  # of the distribution: how far a draw may lie beside a token that the other order of sums chose
 

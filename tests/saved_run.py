@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gspo.checkpoint import Checkpoints, State
+from gspo.algorithm.update import make_optimizer
+from gspo.checkpoint.checkpoints import Checkpoints, State
+from gspo.checkpoint.run_folder import open_run
 from gspo.config import Config, load_config
-from gspo.distributed import World
-from gspo.model import load_model
-from gspo.run_folder import open_run
-from gspo.update import make_optimizer
+from gspo.distributed.sharding import World
+from gspo.models.loading import load_model
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

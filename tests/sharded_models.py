@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from gspo.cli import leave
-from gspo.distributed import is_sharded, session, shard, whole
-from gspo.head import measure_head
-from gspo.loading import read_into, skeleton
-from gspo.logprobs import check_packing
-from gspo.model import load_model
-from gspo.weights import Weights
+from gspo.distributed.sharded_loading import read_into, skeleton
+from gspo.distributed.sharding import is_sharded, session, shard, whole
+from gspo.models.loading import load_model
+from gspo.models.safetensors_files import Weights
+from gspo.packing.head import measure_head
+from gspo.packing.logprobs import check_packing
+from gspo.system.program import leave
 
 read_from_files = []
 

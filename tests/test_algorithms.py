@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_objective import COUNTS, LEVELS, G, N, a_batch, at_once
 
+from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, coefficients
+from gspo.algorithm.pairs import preferences
 from gspo.config import Objective
-from gspo.objective import ALGORITHMS, Counts, Groups, coefficients
-from gspo.pairs import preferences
 
 BETA = 0.3
 

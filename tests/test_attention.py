@@ -8,15 +8,15 @@ from architectures import FAMILIES, SMALL, tiny_model
 from test_rollout import prompts_of, sampler_for
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from gspo.attention import PACKED, attention_of, check_length
-from gspo.decode_attention import check_slots
 from gspo.errors import UserError
-from gspo.head import measure_head
-from gspo.logprobs import check_packing, response_logprobs
-from gspo.model import in_dtype
-from gspo.packing import pack_rows
-from gspo.sampling import Sampling
-from gspo.slots import Step
+from gspo.models.loading import in_dtype
+from gspo.packing.attention import PACKED, attention_of, check_length
+from gspo.packing.head import measure_head
+from gspo.packing.logprobs import check_packing, response_logprobs
+from gspo.packing.pack import pack_rows
+from gspo.rollout.attention import check_slots
+from gspo.rollout.sampling import Sampling
+from gspo.rollout.slots import Step
 
 CPU = torch.device("cpu")
 
@@ -152,7 +152,7 @@ def test_and_are_refused_by_name_beyond_for_a_longer_batch_mate_would_change_an_
     said = rf"25 tokens.*24.*{model.config.model_type}.*{kind}.*within 24.*rollout.max_new_tokens"
     with pytest.raises(UserError, match=said):
         sampler.generate(prompts_of((3, 13)), 2, sampling)
-    monkeypatch.setattr("gspo.rollout.check_length", lambda *_: None)
+    monkeypatch.setattr("gspo.rollout.sampler.check_length", lambda *_: None)
     sampler.end_ids = {-1}
     rollout = sampler.generate(prompts_of((3, 13)), 1, sampling)
     both = response_logprobs(model, pack_rows(rollout, [(0, 0), (1, 0)]), 1.0)

@@ -6,10 +6,10 @@ from architectures import tiny_model
 from attention_cases import LARGE, PACKS, a_pack, draw, outcome
 from test_shared_prefix import KINDS, SCALE, by_rows
 
-from gspo import attention
-from gspo.logprobs import response_logprobs
-from gspo.shared_prefix import shared_prefix_attention
-from kernels import varlen
+from gspo.kernels import varlen
+from gspo.packing import attention
+from gspo.packing.logprobs import response_logprobs
+from gspo.packing.shared_prefix import shared_prefix_attention
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ import torch
 from balanced_rows import CASES, rows, scored
 from test_distributed import gradient, launch
 
-from gspo.balance import balance
-from gspo.batching import assign
-from gspo.distributed import World
+from gspo.distributed.sharding import World
+from gspo.packing.balance import balance
+from gspo.packing.micro_batches import assign
 
 RANKS = 3
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.batching import assign, group_tokens, imbalance, micro_batches, minibatch_of, packed_tokens
+from gspo.packing.micro_batches import assign, group_tokens, imbalance, micro_batches, minibatch_of, packed_tokens
 from gspo.types import Prompt, Rollout
 
 

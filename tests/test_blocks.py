@@ -9,13 +9,15 @@ import torch
 from architectures import tiny_model
 from test_rollout import prompts_of, sampler_for, watched_seats
 
-from gspo import decode_attention, engine, tables
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
-from gspo.slots import Layer, Plan, Slots
-from gspo.tables import Tables, _together
+from gspo.kernels import varlen
+from gspo.rollout import attention as decode_attention
+from gspo.rollout import device_tables as tables
+from gspo.rollout import engine
+from gspo.rollout.device_tables import Tables, _together
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
+from gspo.rollout.slots import Layer, Plan, Slots
 from gspo.types import Prompt
-from kernels import varlen
 
 LIMITS = torch.tensor([[14, 1, 7], [2, 14, 4], [14, 3, 9], [5, 14, 1]])
 

@@ -10,13 +10,13 @@ import torch
 from processes import Program, wait_until
 from saved_run import ALONE, a_run, no_file_above
 
-from gspo import checkpoint as ckpt
-from gspo import manifest
-from gspo.checkpoint import State, load_order, load_state, restore
+from gspo.algorithm.update import make_optimizer
+from gspo.checkpoint import checkpoints as ckpt
+from gspo.checkpoint import manifest
+from gspo.checkpoint.checkpoints import State, load_order, load_state, restore
+from gspo.checkpoint.run_folder import latest
 from gspo.errors import UserError
-from gspo.model import load_model
-from gspo.run_folder import latest
-from gspo.update import make_optimizer
+from gspo.models.loading import load_model
 
 
 @pytest.fixture()

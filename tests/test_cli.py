@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gspo.cli import check_launch, final_words, guarded
 from gspo.config import load_config
-from gspo.distributed import World
+from gspo.distributed.sharding import World
 from gspo.errors import UserError
-from gspo.model import load_model_config
+from gspo.models.loading import load_model_config
+from gspo.system.program import check_launch, final_words, guarded
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +63,8 @@ def test_guarded_lets_bugs_show_and_results_pass():
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130():
-    program = "import time\nfrom gspo.cli import guarded\nguarded(lambda: print('ready', flush=True) or time.sleep(60))"
+    program = "import time\nfrom gspo.system.program import guarded\n"
+    program += "guarded(lambda: print('ready', flush=True) or time.sleep(60))"
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gspo.convert import convert, main
+from gspo.data.schemas import last_boxed, parse_row
 from gspo.errors import UserError
-from gspo.rows import last_boxed, parse_row
 
 NATALIA = {
     "question": "Natalia sold clips to 48 friends, then half as many. How many in all?",

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gspo import data
 from gspo.config import load_config
-from gspo.data import Checker, Prompts, encode, key, load_prompts, load_splits, shared
+from gspo.data import prompts as data
+from gspo.data.encoding import Encoder
+from gspo.data.prompts import Checker, Prompts, encode, key, load_prompts, load_splits, shared
+from gspo.data.schemas import parse_row
+from gspo.data.sources import open_source
 from gspo.embedded.equations import SEED_ROW
-from gspo.encoding import Encoder
 from gspo.errors import UserError
-from gspo.model import load_model_config
-from gspo.rows import parse_row
-from gspo.sources import open_source
+from gspo.models.loading import load_model_config
 from gspo.types import Prompt
 
 VERL_ROW = {
@@ -264,7 +264,7 @@ def test_neither_rows_nor_prompts_are_kept(write, tokenizer):
 def test_short_prompts_are_not_tokenized_before_they_are_asked_for(write, tokenizer, monkeypatch):
     texts = ["x" * 5, "y" * 5, "z" * 60, "解" * 20, "w" * 5]
     asked = []
-    monkeypatch.setattr("gspo.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
+    monkeypatch.setattr("gspo.data.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
     prompts = load_prompts([write(lines_of(*texts), "rows.jsonl")], tokenizer, max_prompt_length=70)
     assert asked == [texts[0], "x", texts[2], texts[3]]  # the first of its roles, the template's probe, two in doubt
     assert [p.text for p in prompts] == texts
@@ -283,7 +283,7 @@ def test_the_positions_need_the_longest_prompt_and_no_other(write, tokenizer, mo
     texts = ["a" * n for n in (3, 40, 80, 60, 79, 50, 3)]
     checker = Checker(Encoder(tokenizer), max_length=1000, positions=45)
     asked = []
-    monkeypatch.setattr("gspo.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
+    monkeypatch.setattr("gspo.data.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
     for text in texts:
         checker({**GOOD, "prompt": text}, "here")
     assert checker.longest == len(ids_of(tokenizer, f"<|user|>{'a' * 80}<|assistant|>"))

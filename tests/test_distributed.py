@@ -9,9 +9,9 @@ import torch.distributed as dist
 from architectures import tiny_model
 from safetensors.torch import load_file
 
-from gspo.distributed import World, _store_of_this_attempt, hybrid
+from gspo.distributed.sharding import World, _store_of_this_attempt, hybrid
 from gspo.errors import UserError
-from gspo.weights import open_weights
+from gspo.models.safetensors_files import open_weights
 
 FEW = ("data.train_batch_size=7", "optim.grad_clip=1e9")
 LIVE = ("optim.minibatches=1", "optim.epochs_per_rollout=1")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from gspo.embedded import MODEL_DIR
 from gspo.embedded.equations import SEED_ROW, SPLIT_SIZES, TRAPS, split_equations, worked_solution, write_splits
-from gspo.reward_func import compute_score
+from gspo.reward.reward_func import compute_score
 
 
 @pytest.fixture(scope="module")

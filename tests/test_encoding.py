@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gspo.encoding import SLACK, Encoder, encode, growth
+from gspo.data.encoding import SLACK, Encoder, encode, growth
 from gspo.errors import UserError
 
 NASTY = [

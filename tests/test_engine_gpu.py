@@ -13,13 +13,13 @@ from test_rollout import Tokens, prompts_of
 from test_sampling import chi_square
 from transformers import GenerationConfig
 
-from gspo.logprobs import response_logprobs
-from gspo.packing import pack_rows
-from gspo.replay import Replay, no_waiting
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling, uniforms
-from kernels import decode, decode_triton
-from kernels.sampling import sample
+from gspo.kernels import decode, decode_triton
+from gspo.kernels.sampling import sample
+from gspo.packing.logprobs import response_logprobs
+from gspo.packing.pack import pack_rows
+from gspo.rollout.cuda_graphs import Replay, no_waiting
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling, uniforms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ LIMITS = torch.tensor([[40, 1, 7], [2, 40, 4], [23, 3, 9], [5, 40, 1]])
 def test_small_cases_are_as_near_to_float64_as_plain_pytorch(monkeypatch):
     for share in (32, decode_triton.SHARE):
         monkeypatch.setattr(decode_triton, "SHARE", share)
-        assert decode._implementation(torch.zeros(1, device="cuda")).__module__ == "kernels.decode_triton"
+        assert decode._implementation(torch.zeros(1, device="cuda")).__module__ == "gspo.kernels.decode_triton"
         wrong = [line for case in cases() for line in too_far(case, "cuda")]
         assert not wrong, "\n".join(wrong)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gspo.config import Reward
-from gspo.distributed import World
-from gspo.evaluation import (
+from gspo.distributed.sharding import World
+from gspo.metrics.evaluation import (
     Answers,
     answer,
     bootstrap,
@@ -23,9 +23,9 @@ from gspo.evaluation import (
     table,
     wilson,
 )
-from gspo.reward import Scorer
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
+from gspo.reward.scorer import Scorer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt, Rollout, Scores
 
 

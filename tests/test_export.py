@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo.errors import UserError
 from gspo.export import export, main
-from gspo.model import in_dtype, load_model
-from gspo.weights import open_weights
+from gspo.models.loading import in_dtype, load_model
+from gspo.models.safetensors_files import open_weights
 
 IDS = torch.arange(2, 40)[None]
 

@@ -4,9 +4,9 @@ from itertools import product
 
 import torch
 
+from gspo.algorithm.objective import Counts, Groups, coefficients, from_fork, gaps
+from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
-from gspo.objective import Counts, Groups, coefficients, from_fork, gaps
-from gspo.pairs import forks, preferences
 
 TOKENS = torch.tensor([[[5, 6, 7, 0], [5, 6, 8, 9], [5, 6, 0, 0], [5, 6, 7, 0]]])
 LENGTHS = torch.tensor([[3, 4, 2, 3]])

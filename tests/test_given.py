@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gspo.algorithm.pairs import forks, preferences
+from gspo.algorithm.selves import Selves
+from gspo.algorithm.solutions import solution_ids, with_solutions
+from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
-from gspo.distributed import World
+from gspo.distributed.sharding import World
 from gspo.errors import UserError
-from gspo.given import solution_ids, with_solutions
-from gspo.logprobs import response_logprobs
-from gspo.model import load_tokenizer
-from gspo.packing import pack, pack_rows
-from gspo.pairs import forks, preferences
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
-from gspo.selfplay import Selves
+from gspo.models.loading import load_tokenizer
+from gspo.packing.logprobs import response_logprobs
+from gspo.packing.pack import pack, pack_rows
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 from gspo.types import Experience, Prompt
-from gspo.update import Updater, make_optimizer
 
 WORLD = World(0, 1, torch.device("cpu"), None)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gspo.config import Health, parameters
-from gspo.health import GUARDS, HealthCheck
-from gspo.tracking import GLOSSARY
+from gspo.metrics.health import GUARDS, HealthCheck
+from gspo.metrics.tracker import GLOSSARY
 
 WELL = {
     "reward_mean": 0.5,
@@ -389,7 +389,7 @@ def test_the_failure_is_provoked_and_told(run_program, tmp_path, name):
 @pytest.mark.slow
 def test_a_model_that_bf16_cannot_hold_is_told(run_program, tmp_path):
     """Attention logits of a hundred times the size: whom a token attends to hangs on the rounding."""
-    from gspo.model import load_model, load_tokenizer
+    from gspo.models.loading import load_model, load_tokenizer
 
     model = load_model(None)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 LOOK = """
 import resource
 import torch
-from gspo.heap import keep_freed_memory
+from gspo.system.malloc import keep_freed_memory
 
 keep_freed_memory()
 before = []

@@ -5,10 +5,10 @@ import torch
 from architectures import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
+from gspo.checkpoint.hf_folder import Blueprint, index, shard_files
 from gspo.embedded import MODEL_DIR
-from gspo.hf_folder import Blueprint, index, shard_files
-from gspo.model import load_model, load_tokenizer
-from gspo.weights import deal, write_weights
+from gspo.models.loading import load_model, load_tokenizer
+from gspo.models.safetensors_files import deal, write_weights
 
 
 def write(folder, source, weights, tokenizer, shards):

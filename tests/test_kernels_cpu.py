@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from architectures import tiny_model
 from attention_cases import LARGE, PACKS, a_pack, draw, outcome
 
-from gspo.attention import _padded_attention
-from gspo.fused import fuse, fused_layers, is_gated, norm_offset
-from gspo.sampling import Sampling
-from gspo.stacked import is_usual
-from kernels import epilogue, epilogue_cpu, native, sampling_cpu
-from kernels.decode_cpu import Pool, Sequences, decode_step
-from kernels.epilogue import Shaping
-from kernels.layers import rms_norm, rotate, silu_product
-from kernels.linear import can_lay_out, lay_out, product
-from kernels.rows import attends, rows_attention
+from gspo.kernels import epilogue, epilogue_cpu, native, sampling_cpu
+from gspo.kernels.decode_cpu import Pool, Sequences, decode_step
+from gspo.kernels.epilogue import Shaping
+from gspo.kernels.layers import rms_norm, rotate, silu_product
+from gspo.kernels.linear import can_lay_out, lay_out, product
+from gspo.kernels.rows import attends, rows_attention
+from gspo.models.compiled_layers import fuse, fused_layers, is_gated, norm_offset
+from gspo.packing.attention import _padded_attention
+from gspo.rollout.decoder_stack import is_usual
+from gspo.rollout.sampling import Sampling
 
 needed = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 HALF, FULL = torch.bfloat16, torch.float32

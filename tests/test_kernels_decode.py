@@ -4,7 +4,7 @@ import pytest
 import torch
 from decode_cases import Case, cases, draw, exactly
 
-from kernels.decode import Pool, Readers, decode_attention
+from gspo.kernels.decode import Pool, Readers, decode_attention
 
 
 @pytest.mark.parametrize("case", cases()[:6], ids=Case.name)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_cases import HEADS, Case, cases, draw, outcome, too_far
 
-from kernels import epilogue, linear_logprob, logprob
+from gspo.kernels import epilogue, logprob
+from gspo.kernels.ops import linear_logprob
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +23,7 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("known", [False, True], ids=["backward", "and_grad"])
 def test_small_cases_are_as_near_to_float64_as_plain_pytorch(small_chunks, known):
-    assert logprob._epilogue("cuda", torch.bfloat16).__name__ == "kernels.epilogue_triton"
+    assert logprob._epilogue("cuda", torch.bfloat16).__name__ == "gspo.kernels.epilogue_triton"
     wrong = [line for case in cases() for line in too_far(case, "cuda", known)]
     assert not wrong, "\n".join(wrong)
 
@@ -39,7 +40,7 @@ def test_chunks_as_they_are_used(dtype, vocabulary):
 
 def test_a_chunk_of_more_than_2_to_the_31_elements():
     """The last rows of 4.3 GB of products, at 64-bit offsets, against the same pass in PyTorch."""
-    from kernels import epilogue_triton
+    from gspo.kernels import epilogue_triton
 
     tokens, width, last = 66_000, 32_640, slice(65_990, 66_000)
     raw = torch.zeros(tokens, 32_768, dtype=torch.bfloat16, device="cuda")[:, :width]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from kernel_cases import Case, cases, draw, outcome, too_far
 
-from kernels import epilogue, linear_logprob, linear_logprob_and_grad, logprob, reference_linear_logprob
+from gspo.kernels import epilogue, logprob
+from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,6 @@ def test_a_sharded_weight_is_refused():
 
 
 def test_importing_the_package_needs_no_triton(run_program):
-    code = "import sys; sys.modules['triton'] = None; import kernels; print(kernels.linear_logprob.__name__)"
+    code = "import sys; sys.modules['triton'] = None; from gspo.kernels import ops; print(ops.linear_logprob.__name__)"
     done = run_program("-c", code)
     assert done.returncode == 0 and done.stdout.strip() == "linear_logprob", done.stderr

@@ -7,9 +7,10 @@ import pytest
 import torch
 from pairwise_cases import COUNTS, EVERYTHING, Case, by_closed_form, by_objective, cases, distance, draw, too_far
 
+from gspo.algorithm.objective import by_pairs, coefficients
 from gspo.config import Objective
-from gspo.objective import by_pairs, coefficients
-from kernels import PairSettings, pairwise, pairwise_loss
+from gspo.kernels import pairwise
+from gspo.kernels.ops import PairSettings, pairwise_loss
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -80,7 +81,7 @@ def poisoned():
 @pytest.mark.gpu
 @on_cuda
 def test_on_cuda_as_near_to_the_objective_as_float32_allows(poisoned):
-    assert pairwise._implementation(torch.zeros(1, 64, 1, device="cuda")).__module__ == "kernels.pairwise_triton"
+    assert pairwise._implementation(torch.zeros(1, 64, 1, device="cuda")).__module__ == "gspo.kernels.pairwise_triton"
     steep = [Case(8, 1500, replace(EVERYTHING, normalizer=z), 4) for z in ("constant", "batch", "group")]
     wrong = [line for case in cases() + steep for line in too_far(case, "cuda")]
     assert not wrong, "\n".join(wrong)

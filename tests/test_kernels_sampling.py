@@ -1,4 +1,4 @@
-"""The draw of a token on CUDA, in Triton's interpreter and through the compiler, against gspo/sampling.py's."""
+"""The draw of a token on CUDA, in Triton's interpreter and through the compiler, against gspo/rollout/sampling.py's."""
 
 import math
 

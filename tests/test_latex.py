@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latex_pairs import MISSES, PAIRS, REWARD_DIFFERS, REWARD_KNOWS
 
-from gspo import latex
-from gspo.latex import MAX_LENGTH, available, equivalent
-from gspo.reward_func import compute_score, correctness
+from gspo.reward import latex
+from gspo.reward.latex import MAX_LENGTH, available, equivalent
+from gspo.reward.reward_func import compute_score, correctness
 
 needs_library = pytest.mark.skipif(not available(), reason="math-verify is not installed")
 ALL = [(kind, *pair) for kind, pairs in PAIRS.items() for pair in pairs]
@@ -112,7 +112,7 @@ def run(code: str, seconds: float) -> subprocess.CompletedProcess:
 
 
 def test_importing_is_cheap_until_something_is_compared():
-    code = "import sys, gspo.latex; assert not {'sympy', 'math_verify', 'antlr4', 'torch'} & set(sys.modules)"
+    code = "import sys, gspo.reward.latex; assert not {'sympy', 'math_verify', 'antlr4', 'torch'} & set(sys.modules)"
     assert run(code, 60).returncode == 0
 
 
@@ -124,7 +124,7 @@ HOSTILE = ["9**9**9**9", "9^{9^{9^9}}", r"\binom{10^9}{5^9}", "(10^9)!"]
 def test_what_may_take_for_ever_can_be_killed(text):
     """Whether it hangs is the library's affair; it must not be equal, and its process must die when told to."""
     try:
-        done = run(f"from gspo.latex import equivalent; print(equivalent({text!r}, '7'))", 4)
+        done = run(f"from gspo.reward.latex import equivalent; print(equivalent({text!r}, '7'))", 4)
     except subprocess.TimeoutExpired:
         return
     assert done.stdout.strip() == "False", done.stderr

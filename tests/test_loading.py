@@ -10,10 +10,10 @@ from architectures import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 from test_distributed import launch
 
-from gspo.distributed import World, on_device
+from gspo.distributed.sharded_loading import read_into, skeleton
+from gspo.distributed.sharding import World, on_device
 from gspo.errors import UserError
-from gspo.loading import read_into, skeleton
-from gspo.model import load_model
+from gspo.models.loading import load_model
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 whole = functools.partial(on_device, world=ALONE)

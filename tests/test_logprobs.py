@@ -6,11 +6,11 @@ import pytest
 import torch
 from architectures import FAMILIES, tiny_model
 
-from gspo.distributed import rounded
-from gspo.logprobs import response_logprobs, rollout_logprobs, surrogate
-from gspo.packing import pack, pack_rows
+from gspo.distributed.sharding import rounded
+from gspo.kernels.logprob import KEEP_BYTES
+from gspo.packing.logprobs import response_logprobs, rollout_logprobs, surrogate
+from gspo.packing.pack import pack, pack_rows
 from gspo.types import Prompt, Rollout
-from kernels.logprob import KEEP_BYTES
 
 T, EOS = 0.7, 1
 
@@ -122,7 +122,7 @@ def test_the_padding_token_may_be_a_real_one():
 def test_a_loss_over_tokens_by_its_slope_has_the_gradient_of_the_loss(head, monkeypatch):
     """Piece by piece, as the head cuts them: every piece hears of its own tokens."""
     monkeypatch.setitem(KEEP_BYTES, "cpu", 1)
-    monkeypatch.setattr("kernels.logprob.LEAST_PIECE", 7)
+    monkeypatch.setattr("gspo.kernels.logprob.LEAST_PIECE", 7)
     model, packed = tiny_model("gemma2"), pack_rows(RAGGED, SOME_ROWS)
     target = torch.randn(int(packed.mask.sum()), generator=torch.Generator().manual_seed(3))
     assert len(packed.targets) == len(target) - 4

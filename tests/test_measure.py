@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gspo.algorithm.pairs import forks, preferences
+from gspo.algorithm.update import Update
 from gspo.config import Objective
-from gspo.measure import Clock, Meter, observe
-from gspo.pairs import forks, preferences
+from gspo.metrics.step_metrics import Clock, Meter, observe
 from gspo.types import Experience, Prompt, Rollout, Scores
-from gspo.update import Update
 
 REWARDS = torch.tensor([[1.0, 0.0], [0.1, 0.1]])
 LENGTHS = torch.tensor([[2, 1], [3, 3]])
@@ -100,7 +100,7 @@ def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():
 def test_tokens_a_second_of_the_step_and_of_sampling(monkeypatch):
     """Sampling from 1 to 5 s, the update from 5 to 10 s: 80 tokens in 4 s, and in 10."""
     times = iter([0.0, 1.0, 5.0, 5.0, 10.0, 10.0])
-    monkeypatch.setattr("gspo.measure.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("gspo.metrics.step_metrics.time.perf_counter", lambda: next(times))
     clock = Clock(torch.device("cpu"))
     with clock("rollout"):
         pass

@@ -9,12 +9,12 @@ from architectures import tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gspo.activations import Live
 from gspo.config import load_config
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
-from gspo.memory import footprint, main, table
-from gspo.model import load_tokenizer
+from gspo.memory.__main__ import footprint, main, table
+from gspo.memory.activations import Live
+from gspo.models.loading import load_tokenizer
 
 GIB, PLENTY = 2**30, 2**62
 MEDIUM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,

@@ -6,7 +6,7 @@ from architectures import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
 from gspo.errors import UserError
-from gspo.model import (
+from gspo.models.loading import (
     architecture,
     decoder_layers,
     generation_ids,

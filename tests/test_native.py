@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from kernels import native
+from gspo.kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
 needed = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 
 PROBE = """
 import torch
-from kernels.native import library
-from kernels.layers import silu_product
-from kernels.linear import can_lay_out
+from gspo.kernels.native import library
+from gspo.kernels.layers import silu_product
+from gspo.kernels.linear import can_lay_out
 if library() is not None:
     x = torch.linspace(-9, 9, 200).bfloat16()
     assert torch.allclose(silu_product(x, x).float(), torch.nn.functional.silu(x.float()) * x.float(), rtol=1e-2)

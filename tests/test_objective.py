@@ -7,8 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from gspo.config import Objective
-from gspo.objective import (
+from gspo.algorithm.objective import (
     ALGORITHMS,
     Counts,
     Groups,
@@ -22,7 +21,8 @@ from gspo.objective import (
     preference_loss,
     ranking_loss,
 )
-from gspo.pairs import preferences
+from gspo.algorithm.pairs import preferences
+from gspo.config import Objective
 
 G, N = 3, 5
 COUNTS = Counts(groups=G, pairs_per_group=4.0)

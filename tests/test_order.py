@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from gspo.data.batches import LONGEST_STREAK, Batches
 from gspo.errors import UserError
-from gspo.order import LONGEST_STREAK, Batches
 from gspo.types import Prompt
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo.packing import pack, pack_rows
+from gspo.packing.pack import pack, pack_rows
 from gspo.types import Prompt, Rollout
 
 PROMPTS = [Prompt(0, (10, 11, 12), "", "", ""), Prompt(1, (20,), "", "", "")]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.pairs import chosen_rejected, preferences
-from gspo.reward_func import compute_score, get_preference_pairs
+from gspo.algorithm.pairs import chosen_rejected, preferences
+from gspo.reward.reward_func import compute_score, get_preference_pairs
 
 percents = st.integers(0, 100).map(lambda k: k / 100)
 groups = st.lists(percents, min_size=2, max_size=8)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gspo import precision
-from gspo.precision import how_much_faster, settle
+from gspo.models import precision
+from gspo.models.precision import how_much_faster, settle
 
 CPU = torch.device("cpu")
 

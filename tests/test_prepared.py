@@ -5,8 +5,8 @@ import torch
 from architectures import tiny_model
 from torch import nn
 
-from gspo import prepared as module
-from gspo.prepared import prepared
+from gspo.rollout import weight_layout as module
+from gspo.rollout.weight_layout import prepared
 
 THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 pytestmark = pytest.mark.bf16

@@ -6,9 +6,9 @@ import re
 import pytest
 from tqdm import tqdm
 
-import gspo.progress as progress
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
+import gspo.system.console as progress
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 

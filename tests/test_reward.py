@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo import reward_func
 from gspo.config import Reward
 from gspo.errors import UserError
-from gspo.reward import Scorer
+from gspo.reward import reward_func
+from gspo.reward.scorer import Scorer
 from gspo.types import Prompt, Rollout
 
 PROMPT = Prompt(0, (1,), "x + 5 = 12?", "7", "math_reasoning", {"index": 3})
@@ -92,7 +92,7 @@ def test_another_function_of_the_file_by_name(scorer):
 
 
 def test_the_file_may_hold_dataclasses_and_import_the_default(scorer):
-    head = "from dataclasses import dataclass\nfrom gspo.reward_func import correctness\n"
+    head = "from dataclasses import dataclass\nfrom gspo.reward.reward_func import correctness\n"
     head += "@dataclass\nclass R:\n    a: int\n"
     assert ask(scorer("return correctness(solution_str, ground_truth)", head + SIGNATURE), "7") == (1.0, {})
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gspo import reward_func
 from gspo.embedded.equations import split_equations, worked_solution
-from gspo.reward_func import (
+from gspo.reward import reward_func
+from gspo.reward.reward_func import (
     compute_score,
     correctness,
     extract_answer,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gspo import reward_pool
 from gspo.errors import UserError
-from gspo.reward_pool import Pool, Settings
+from gspo.reward import worker_pool as reward_pool
+from gspo.reward.worker_pool import Pool, Settings
 
 ROOT = Path(__file__).parent.parent
 CHAOS = """
@@ -157,7 +157,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path, busy):
         f"import os, time\ndef compute_score(**_):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
     )
     (tmp_path / "r.py").write_text(f"{text}    {busy}\n")
-    program = "import sys, time; from gspo.reward_pool import Pool, Settings\n"
+    program = "import sys, time; from gspo.reward.worker_pool import Pool, Settings\n"
     program += (
         f"Pool(Settings({str(tmp_path / 'r.py')!r}, 'compute_score', timeout_s=1), 1).submit({{}}); time.sleep(60)"
     )
@@ -290,7 +290,7 @@ def test_long_and_odd_texts_arrive_as_they_are(pool):
 def test_a_message_in_pieces_is_put_together():
     import socket
 
-    from gspo.reward_worker import Channel
+    from gspo.reward.worker import Channel
 
     a, b = socket.socketpair()
     whole = Channel(b)

@@ -7,17 +7,17 @@ import torch
 from architectures import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
-from gspo import decode_attention
-from gspo.distributed import World
-from gspo.engine import Engine
+from gspo.distributed.sharding import World
 from gspo.errors import UserError
-from gspo.kv_budget import answer_page_size, plan_slots, prompt_page_size
-from gspo.logprobs import response_logprobs
-from gspo.packing import pack_rows
-from gspo.rollout import EVAL, Sampler
-from gspo.sampling import Sampling, choose, sample_keys, uniforms
-from gspo.slots import Layer, Plan, Slots, pages_for
-from gspo.stop import StopStrings
+from gspo.packing.logprobs import response_logprobs
+from gspo.packing.pack import pack_rows
+from gspo.rollout import attention as decode_attention
+from gspo.rollout.engine import Engine
+from gspo.rollout.kv_budget import answer_page_size, plan_slots, prompt_page_size
+from gspo.rollout.sampler import EVAL, Sampler
+from gspo.rollout.sampling import Sampling, choose, sample_keys, uniforms
+from gspo.rollout.slots import Layer, Plan, Slots, pages_for
+from gspo.rollout.stop_strings import StopStrings
 from gspo.types import Prompt
 
 

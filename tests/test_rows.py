@@ -2,8 +2,8 @@
 
 import pytest
 
+from gspo.data.schemas import gsm8k_row, math_row, parse_row
 from gspo.errors import UserError
-from gspo.rows import gsm8k_row, math_row, parse_row
 
 GSM8K = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24\n#### 1,072"}
 MATH = {"problem": "Half of it?", "solution": r"It is \boxed{\frac{1}{4}}.", "level": "Level 2", "type": "Algebra"}

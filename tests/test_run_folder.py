@@ -11,11 +11,11 @@ import threading
 import pytest
 from saved_run import ALONE, a_run
 
-from gspo import manifest, run_folder
+from gspo.checkpoint import manifest, run_folder
+from gspo.checkpoint.run_folder import keep_reward_function, latest, needs_test, open_run
 from gspo.config import load_config
 from gspo.errors import UserError
-from gspo.files import write_json
-from gspo.run_folder import keep_reward_function, latest, needs_test, open_run
+from gspo.system.files import write_json
 
 
 @pytest.fixture()
@@ -87,7 +87,7 @@ def test_leftovers_of_a_killed_run_are_removed(run):
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(run, monkeypatch):
-    monkeypatch.setattr("gspo.run_folder.PATIENCE_S", 0.3)
+    monkeypatch.setattr("gspo.checkpoint.run_folder.PATIENCE_S", 0.3)
     hold = (
         f"import fcntl, os, time; fcntl.flock(os.open({str(run.folder)!r}, os.O_RDONLY), fcntl.LOCK_EX); "
         "print(flush=True); time.sleep(99)"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gspo.errors import UserError
-from gspo.model import load_model, load_tokenizer
+from gspo.models.loading import load_model, load_tokenizer
+from gspo.rollout.sampling import Sampling
 from gspo.sample import main, sample
-from gspo.sampling import Sampling
 
 PROMPTS = ["Solve: x + 5 = 12", [{"role": "user", "content": "解方程：3x - 4 = 20"}]]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo import config
-from gspo.sampling import Sampling, choose, sample_keys, uniforms
+from gspo.rollout.sampling import Sampling, choose, sample_keys, uniforms
 
 COUNT = 100_000
 START = {"seed": 3, "purpose": 1, "step": 7, "prompt": 11, "sample": 2}

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gspo.algorithm.selves import Selves, round_of, shares_weights, win_rate
 from gspo.config import load_config
-from gspo.distributed import World, rounded
+from gspo.distributed.sharding import World, rounded
 from gspo.errors import UserError
-from gspo.model import load_model
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
-from gspo.selfplay import Selves, round_of, shares_weights, win_rate
+from gspo.models.loading import load_model
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 WORLD = World(0, 1, torch.device("cpu"), None)

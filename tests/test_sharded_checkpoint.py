@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gspo.weights import open_weights
+from gspo.models.safetensors_files import open_weights
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from architectures import tiny_model
 from attention_cases import LARGE, PACKS, a_pack, draw, outcome
 from test_logprobs import RAGGED, SOME_ROWS, assert_plain
 
-from gspo import attention
-from gspo.shared_prefix import shared_prefix_attention
-from kernels import varlen
-from kernels.varlen import FlashAttention, Plain, Rule, Segments, TorchFlash
+from gspo.kernels import varlen
+from gspo.kernels.varlen import FlashAttention, Plain, Rule, Segments, TorchFlash
+from gspo.packing import attention
+from gspo.packing.shared_prefix import shared_prefix_attention
 
 SCALE = 0.4
 KINDS = {

@@ -8,8 +8,8 @@ import tracemalloc
 
 import pytest
 
+from gspo.data.sources import ArrowRows, JsonLines, JsonList, open_source
 from gspo.errors import UserError
-from gspo.sources import ArrowRows, JsonLines, JsonList, open_source
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = ["plain", "解方程：x + 5 = 12", "🧮 \U0001f468‍\U0001f469", 'quo"te\\', "a b c\x85d", "line\nbreak", "\ud800"]

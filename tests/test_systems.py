@@ -19,9 +19,9 @@ from gspo.embedded.systems import (
     worked_solution,
     write_splits,
 )
-from gspo.model import load_model, load_tokenizer
-from gspo.rollout import Sampler
-from gspo.sampling import Sampling
+from gspo.models.loading import load_model, load_tokenizer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 GOLD = "x = 6, y = 4"

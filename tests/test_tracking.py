@@ -8,9 +8,9 @@ from saved_run import no_file_above
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from gspo.algorithm.pairs import preferences
 from gspo.config import Config, Health
-from gspo.pairs import preferences
-from gspo.tracking import GLOSSARY, SEED_FIVE, Tracker, _cut_after, sample_rows
+from gspo.metrics.tracker import GLOSSARY, SEED_FIVE, Tracker, _cut_after, sample_rows
 from gspo.types import Experience, Prompt, Rollout
 
 DERIVED = {"response/length_ratio", "entropy_ratio", "winner_logprob_drop", "heldout/diverging"}  # by health.py

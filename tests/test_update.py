@@ -7,12 +7,12 @@ import pytest
 import torch
 from architectures import tiny_model
 
+from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, kl_loss
+from gspo.algorithm.pairs import forks, preferences
+from gspo.algorithm.update import Updater, learning_rate, make_optimizer
 from gspo.config import load_config
-from gspo.distributed import World
-from gspo.objective import ALGORITHMS, Counts, Groups, kl_loss
-from gspo.pairs import forks, preferences
+from gspo.distributed.sharding import World
 from gspo.types import Experience, Prompt, Rollout
-from gspo.update import Updater, learning_rate, make_optimizer
 
 G, N, L = 3, 4, 7
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -139,7 +139,7 @@ def test_mini_batches_partition_the_gradient():
 
 
 def test_checkpointed_activations_change_no_gradient():
-    from gspo.model import checkpoint_activations
+    from gspo.models.loading import checkpoint_activations
 
     model = tiny_model("llama")
     exp = experience(model)

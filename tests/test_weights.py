@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspo.errors import UserError
-from gspo.weights import DTYPES, open_weights, write_weights
+from gspo.models.safetensors_files import DTYPES, open_weights, write_weights
 
 
 def test_what_is_written_is_read_by_safetensors_and_has_the_checksum_that_is_told(tmp_path):

@@ -6,14 +6,15 @@ from architectures import tiny_model
 from test_rollout import prompts_of, sampler_for
 from tile_reads import TileReads, tails
 
+from gspo.algorithm.pairs import forks, preferences
+from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
-from gspo.distributed import World
-from gspo.pairs import forks, preferences
-from gspo.sampling import Sampling
+from gspo.distributed.sharding import World
+from gspo.kernels import logprob
+from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
+from gspo.kernels.whole_tiles import whole_tiles
+from gspo.rollout.sampling import Sampling
 from gspo.types import Experience
-from gspo.update import Updater, make_optimizer
-from kernels import linear_logprob, linear_logprob_and_grad, logprob, reference_linear_logprob
-from kernels.whole_tiles import whole_tiles
 
 ODD = {
     "llama": {"vocab_size": 333, "hidden_size": 44, "intermediate_size": 50, "head_dim": 10},

@@ -1,4 +1,4 @@
-// One token a row of logits, by inverse CDF: gspo/sampling.py's draw where no token is ruled out. A row is read twice.
+// One token a row of logits, by inverse CDF: gspo/rollout/sampling.py's draw where no token is ruled out. A row is read twice.
 #include <vector>
 
 #include "tiles.h"

@@ -1,0 +1,165 @@
+"""Self-play: the selves that play, when rounds begin, and how often the present self beats the previous one."""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gspo.algorithm.pairs import preferences
+from gspo.config import Config
+from gspo.distributed.sharded_loading import read_into, skeleton
+from gspo.distributed.sharding import (
+    World,
+    copy_weights,
+    hybrid,
+    local_bytes,
+    on_device,
+    rounded,
+    shard,
+    shard_sampler,
+    shards,
+)
+from gspo.errors import UserError
+from gspo.models.loading import checkpoint_activations, load_model
+from gspo.packing.head import measure_head
+from gspo.packing.logprobs import check_packing, rollout_logprobs
+from gspo.packing.micro_batches import micro_batches
+from gspo.system.console import say
+from gspo.types import Rollout
+
+
+class Selves:
+    """The policy, the sampler, and the frozen selves that the policy is measured against.
+
+    The self that plays is always the policy as it stands when a rollout begins; so the sampler is the policy itself
+    (`rollout.weights: share`), or a copy of it that `refresh_sampler` brings up to date.
+
+    `frozen` holds `opponent` (the policy as it stood when the round began) and / or `initial`, whichever the anchor and
+    the KL reference need; where they are the same model it is held once.
+    """
+
+    def __init__(self, cfg: Config, world: World, dtype: torch.dtype = torch.float32, weights_from: Path | None = None):
+        self.cfg, self.dtype = cfg, dtype
+        self.world = world = hybrid(world, cfg.model.shard_size)
+        self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
+        self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
+
+        shared, why = shares_weights(cfg.rollout.weights, shards(world, cfg.optim.offload), self.dtype)
+        path = cfg.model.path if weights_from is None else str(weights_from)
+        self.policy = self._open(path, frozen=False)
+        self.head = self.policy.measured_head = measure_head(self.policy, world.device)
+        check_packing(self.policy, world.device)
+        if self.head is None:
+            kind = self.policy.config.model_type
+            say(f"{kind}: its head is no scaled or capped product, so all logits of a pack are held")
+        self.frozen = {name: self._open(cfg.model.path, frozen=True) for name in {self.kl_to, self.anchor_to} - {None}}
+        self.sampler, self.agree = self.policy, None
+        if not shared:
+            tp = cfg.rollout.tensor_model_parallel_size
+            self.sampler, self.agree = shard_sampler(self._open_whole(path, self.dtype), world, tp)
+        if cfg.rollout.weights == "auto":
+            size = f"{local_bytes(self.sampler) / 2**30:.2g} GiB on each process"
+            say(f"rollout.weights=auto: {'share' if shared else f'copy, {size}, as {why}'}")
+
+    def _open(self, path: str | None, frozen: bool) -> nn.Module:
+        """A self from its files: shards where there are several ranks or it is to be kept off the GPU.
+
+        What is frozen is kept with no more digits than it is computed with, and leaves no pages of its files in memory
+        that have more.
+        """
+        cfg, world = self.cfg, self.world
+        offload = cfg.reference.param_offload if frozen else cfg.optim.offload
+        apart = shards(world, offload)
+        bare = apart or (frozen and self.dtype != torch.float32)
+        kept = self.dtype if frozen and world.size > 1 else torch.float32
+        model = skeleton(path, kept) if bare else load_model(path)
+        if frozen:
+            model.requires_grad_(False).measured_head = self.head
+            if world.size == 1:
+                rounded(model, self.dtype)
+        elif cfg.model.gradient_checkpointing:
+            checkpoint_activations(model)
+        if not bare:
+            return model.to(world.device)
+        place = (lambda m: shard(m, world, self.dtype, offload)) if apart else (lambda m: on_device(m, world))
+        return read_into(place, model, path)
+
+    def _open_whole(self, path: str | None, dtype: torch.dtype) -> nn.Module:
+        """All of a self, on this rank's device."""
+        if self.world.size == 1:
+            return load_model(path, dtype)
+        return read_into(lambda m: on_device(m, self.world), skeleton(path, dtype), path)
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for whole models; sharded ones carry their own policy."""
+        if self.world.size > 1 or self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.dtype)
+
+    def refresh_sampler(self) -> None:
+        if self.sampler is not self.policy:
+            copy_weights(self.policy, self.sampler)
+
+    def new_opponent(self) -> None:
+        """A new round begins: the opponent becomes the policy as it stands now."""
+        if "opponent" in self.frozen:
+            copy_weights(self.policy, self.frozen["opponent"])
+
+    def logprobs_under(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """[G, N, L] log-probs of a rollout under one of the selves; every rank must call this."""
+        o = self.cfg.optim
+        parts = micro_batches(
+            rollout,
+            list(range(len(rollout.prompts))),
+            budget=2 * o.micro_batch_tokens,  # no activations are kept
+            max_rows=None if o.micro_batch_responses is None else 2 * o.micro_batch_responses,
+            whole_groups=False,
+        )
+        temperature, count = self.cfg.rollout.temperature, self.world.max(len(parts))
+        return rollout_logprobs(model, rollout, parts, count, temperature, self.autocast)
+
+    def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """-> log-probs under the KL reference and the anchor, [G, N, L]; zeros for the anchors `none` and `old`."""
+        under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
+        nothing = torch.zeros_like(rollout.logprobs)
+        return under[self.kl_to], under.get(self.anchor_to, nothing)
+
+    def initial(self) -> nn.Module:
+        """The model that training started from; opened again where it is not held."""
+        return self.frozen.get("initial") or self._open(self.cfg.model.path, frozen=True)
+
+
+def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:
+    """-> whether the sampler reads the policy's own parameters (`rollout.weights`), and why it cannot, if so.
+
+    It may: the policy changes in updates only, when nobody samples. It cannot read shards, nor sample in another type
+    than the parameters'. Sharing takes neither memory nor time, so `auto` shares where it can. Raises UserError where
+    `share` cannot.
+    """
+    why, cure = "", ""
+    if sharded:
+        why, cure = "the policy is in shards, to be gathered anew for every token", "start one process"
+    elif dtype != torch.float32:
+        why, cure = f"the policy is kept in float32 and samples in {str(dtype)[6:]}", "set model.precision=fp32"
+    if why and weights == "share":
+        raise UserError(f"rollout.weights = 'share' is not possible: {why}. Use copy, or auto, or {cure}.")
+    return not why and weights != "copy", why
+
+
+def round_of(step: int, total_steps: int, rounds: int) -> int:
+    """The round that `step` belongs to: round k starts at step floor(k S / R)."""
+    starts = [k * total_steps // rounds for k in range(rounds)]
+    return max(k for k, start in enumerate(starts) if start <= step)
+
+
+def win_rate(mine: Tensor, theirs: Tensor, margin: float) -> tuple[float, float]:
+    """(win rate, tie share) over all cross pairs on the same prompts; a gap within the margin counts one half.
+
+    mine [P, N], theirs [P, M] rewards.
+    """
+    n = mine.shape[1]
+    both = preferences(torch.cat([mine, theirs], 1), margin)
+    wins, losses = both[:, :n, n:], both[:, n:, :n].transpose(1, 2)
+    ties = ~(wins | losses)
+    return float((wins.double() + 0.5 * ties.double()).mean()), float(ties.double().mean())

@@ -1,0 +1,87 @@
+"""`manifest.json`: the size and sha256 of every file of a checkpoint, by which a damaged one is told from a whole one.
+
+It is written last, and has a checksum of its own.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from gspo.distributed.sharding import World
+from gspo.models.safetensors_files import deal, write_bytes
+
+NAME = "manifest.json"
+Files = dict[str, tuple[int, str]]  # path inside the checkpoint -> (bytes, sha256)
+
+
+def _text(files: Files) -> str:
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
+    own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return json.dumps({"format": 1, "files": listed, "sha256": own}, indent=1, ensure_ascii=False) + "\n"
+
+
+def write(checkpoint: Path, files: Files) -> None:
+    """Write it, down to the disk. OSError if that fails, or a file is not there in the size that is claimed."""
+    for name, (size, _) in files.items():
+        if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
+            raise OSError(f"{checkpoint / name} has not arrived: do all nodes share this folder?")
+    write_bytes(checkpoint / NAME, [_text(files).encode()])
+
+
+def damage(checkpoint: Path, world: World, required: bool = True) -> str:
+    """What is wrong with a checkpoint, in a few words; "" when it is as it was written.
+
+    Every rank calls it and reads its share of the files. Where a manifest is not `required`, a checkpoint without one
+    (changed by hand) is only looked at: whether its files have the lengths that they begin by telling.
+    """
+    files, wrong = world.from_main(lambda: _read(checkpoint, required))
+    mine = deal({name: size for name, (size, _) in files.items()}, world.size)[world.rank]
+    found = [said for name in mine if (said := _differs(checkpoint / name, name, *files[name]))]
+    found = [said for part in world.gather(found) for said in part]
+    more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""
+    return wrong or (min(found) + more if found else "")
+
+
+def _read(checkpoint: Path, required: bool) -> tuple[Files, str]:
+    """-> (what should be there, what is wrong already)."""
+    if not (checkpoint / NAME).exists():
+        return {}, f"it has no {NAME}" if required else _looks_wrong(checkpoint)
+    try:
+        text = (checkpoint / NAME).read_text(encoding="utf-8")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(text)["files"].items()}
+        return (files, "") if text == _text(files) else ({}, f"{NAME} has changed since it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return {}, f"{NAME} cannot be read ({type(e).__name__})"
+
+
+def _differs(file: Path, name: str, size: int, digest: str) -> str:
+    try:
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        return "" if _sha256(file) == digest else f"{name} has changed"
+    except OSError as e:
+        return f"{name} cannot be read ({e.strerror})"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _looks_wrong(checkpoint: Path) -> str:
+    try:
+        json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8"))
+        weights = [*checkpoint.rglob("*.safetensors")]
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as e:
+        return f"it has no {NAME}, and {' '.join(str(e).split())}"
+    return "" if weights else f"it has no {NAME} and no weights"

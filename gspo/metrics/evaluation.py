@@ -1,0 +1,158 @@
+"""Sampling and scoring held-out prompts, and the numbers of the table with their 95 % intervals."""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import comb, sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gspo.distributed.sharding import World
+from gspo.errors import UserError
+from gspo.reward.reward_func import extract_answer
+from gspo.reward.scorer import Scorer
+from gspo.rollout.sampler import EVAL, GREEDY, Sampler
+from gspo.rollout.sampling import Sampling
+from gspo.types import Prompt, Rollout, Scores
+
+CORRECT_AT = 1.0 - 1e-6  # an answer is correct when its reward is full
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was sampled for P prompts: n answers each, and one greedy answer."""
+
+    sources: list[str]  # P
+    rewards: np.ndarray  # [P, n]
+    correct: np.ndarray  # [P, n] bool
+    greedy: np.ndarray  # [P] bool, of the greedy answer
+    final: list[list[str]]  # P x n, the final answers, for the majority vote
+    faults: int = 0  # calls of the reward function that failed
+
+
+def answer(
+    sampler: Sampler, scorer: Scorer, prompts: list[Prompt], n: int, sampling: Sampling, world: World
+) -> Answers:
+    """n sampled answers and a greedy one to every prompt, shared out over the ranks; all ranks get all the answers."""
+    places, sampled = sampler.generate_share(prompts, n, sampling, world, purpose=EVAL, on_group=scorer.begin)
+    scores = scorer(sampled)
+    _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY, on_group=scorer.begin)
+    greedy = scorer(best)
+    mine = zip(
+        places,
+        scores.rewards.tolist(),
+        correct_of(scores).tolist(),
+        correct_of(greedy).flatten().tolist(),
+        finals_of(scores, sampled),
+        strict=True,
+    )
+    calls, faults = (sum(world.gather(getattr(scores, k) + getattr(greedy, k))) for k in ("calls", "faults"))
+    if faults == calls:
+        raise UserError(f"the reward function {scorer.path} failed on every answer; there is nothing to report.")
+    rows = sorted((row for part in world.gather(list(mine)) for row in part), key=lambda row: row[0])
+    _, rewards, correct, best_correct, finals = zip(*rows, strict=True)
+    return Answers(
+        [p.data_source for p in prompts],
+        np.array(rewards),
+        np.array(correct),
+        np.array(best_correct),
+        list(finals),
+        faults=faults,
+    )
+
+
+def correct_of(scores: Scores) -> Tensor:
+    """[G, n] bool: what the reward function says (`acc`), or else whether the reward is full."""
+    full = scores.rewards >= CORRECT_AT
+    acc = scores.parts.get("acc")
+    return full if acc is None else torch.where(acc.isnan(), full, acc > 0.5)
+
+
+def finals_of(scores: Scores, sampled: Rollout) -> list[list[str]]:
+    """G x n final answers: those the reward function read (`pred`), or else ours."""
+    return [
+        [extract_answer(text) if pred is None else pred for text, pred in zip(*group, strict=True)]
+        for group in zip(sampled.texts, scores.predictions, strict=True)
+    ]
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased pass@k from n samples, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
+    assert k <= n
+    return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def majority_reward(rewards: np.ndarray, final: list[str]) -> float:
+    """The reward of the most frequent final answer; among equals, the mean of theirs."""
+    counts = Counter(final)
+    most = max(counts.values())
+    winners = [a for a, c in counts.items() if c == most]
+    return float(np.mean([np.mean([r for r, f in zip(rewards, final, strict=True) if f == a]) for a in winners]))
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n independent yes / no outcomes (Wilson 1927)."""
+    z, p = 1.959964, successes / n
+    centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over prompts, the same every time."""
+    index = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarise(answers: Answers) -> dict[str, Any]:
+    """{metric: value, ..., "interval": {metric: [low, high]}} over these prompts."""
+    correct, greedy = answers.correct, answers.greedy
+    n = answers.rewards.shape[1]
+    per_prompt = {
+        f"pass@{k}": np.array([pass_at_k(n, int(c), k) for c in correct.sum(1)]) for k in (1, 2, 4, 8, 16, 32) if k <= n
+    }
+    votes = zip(correct, answers.final, strict=True)
+    per_prompt[f"maj@{n}"] = np.array([majority_reward(c.astype(float), f) for c, f in votes])
+    per_prompt["reward_mean"] = answers.rewards.mean(1)
+    result: dict[str, Any] = {"prompts": len(answers.sources), "samples": n, "greedy": float(greedy.mean())}
+    interval = {"greedy": list(wilson(greedy.sum(), len(greedy)))}
+    for name, values in per_prompt.items():
+        result[name] = float(values.mean())
+        interval[name] = list(bootstrap(values))
+    return result | {"interval": interval}
+
+
+def report(answers: Answers) -> dict[str, Any]:
+    """The summary over everything, and by data source where there are several."""
+    result = summarise(answers) | {"correct_counts": answers.correct.sum(1).tolist()}  # for paired comparisons
+    if answers.faults:
+        result["reward_faults"] = answers.faults
+    names = sorted(set(answers.sources))
+    if len(names) > 1:
+        result["by_data_source"] = {}
+        for name in names:
+            rows = [i for i, s in enumerate(answers.sources) if s == name]
+            part = Answers(
+                [name] * len(rows),
+                answers.rewards[rows],
+                answers.correct[rows],
+                answers.greedy[rows],
+                [answers.final[i] for i in rows],
+            )
+            result["by_data_source"][name] = summarise(part)
+    return result
+
+
+def table(columns: dict[str, dict[str, Any]]) -> str:
+    """Reports side by side as text: a line a metric, each value with its interval."""
+    metrics = [k for k in next(iter(columns.values()))["interval"]]
+    cells = [["", *columns]]
+    for m in metrics:
+        row = [m]
+        for r in columns.values():
+            row.append(f"{r[m]:.3f} [{r['interval'][m][0]:.3f}, {r['interval'][m][1]:.3f}]" if m in r else "")
+        cells.append(row)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

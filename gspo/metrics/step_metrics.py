@@ -1,0 +1,143 @@
+"""What a step shows: numbers from an experience and its update, merged over ranks."""
+
+import math
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from gspo import config
+from gspo.algorithm.objective import Counts, Groups, gaps, kl_k3, pair_accuracy, ranking_loss
+from gspo.algorithm.selves import Selves
+from gspo.algorithm.update import Update
+from gspo.distributed.sharding import World
+from gspo.types import Experience, Rollout, Scores
+
+
+class Meter:
+    """Sums what the ranks see into means, sums and maxima. One per step."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.sums: dict[str, float] = defaultdict(float)
+        self.maxima: dict[str, float] = {}
+
+    def mean(self, name: str, total: float, count: float) -> None:
+        """Add `count` observations that sum to `total`."""
+        self.means[name][0] += total
+        self.means[name][1] += count
+
+    def sum(self, name: str, value: float) -> None:
+        self.sums[name] += value
+
+    def max(self, name: str, value: float) -> None:
+        self.maxima[name] = max(value, self.maxima.get(name, -math.inf))
+
+    def state(self) -> tuple[dict, dict, dict]:
+        return dict(self.means), dict(self.sums), dict(self.maxima)
+
+    @staticmethod
+    def merge(states: list[tuple[dict, dict, dict]]) -> dict[str, float]:
+        """All ranks' states -> {metric: value}; a mean over nothing is left out."""
+        whole = Meter()
+        for means, sums, maxima in states:
+            for name, (total, count) in means.items():
+                whole.mean(name, total, count)
+            for name, value in sums.items():
+                whole.sum(name, value)
+            for name, value in maxima.items():
+                whole.max(name, value)
+        values = {name: total / count for name, (total, count) in whole.means.items() if count}
+        if "gap_squares" in values:
+            variance = values.pop("gap_squares") - values.pop("gap_sum") ** 2
+            values["pairs/gap_std"] = math.sqrt(max(0.0, variance))
+        return values | whole.sums | whole.maxima
+
+
+class Clock:
+    """Seconds per stage of one step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[f"time/{stage}"] = time.perf_counter() - began
+
+    def metrics(self, tokens: float) -> dict[str, float]:
+        """The step so far: seconds of its stages and in all, and sampled tokens a second."""
+        step = time.perf_counter() - self.start
+        rates = {"tokens_per_second": tokens / step, "tokens_per_second/rollout": tokens / self.seconds["time/rollout"]}
+        return {**self.seconds, "time/step": step, **rates}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def kl_to(selves: Selves, other: nn.Module, rollout: Rollout, world: World) -> float:
+    """KL(policy || other) in nats per token, the k3 estimate over a rollout of the policy and all ranks."""
+    mine, theirs = selves.logprobs_under(selves.policy, rollout), selves.logprobs_under(other, rollout)
+    total = world.sum(float(kl_k3(mine, theirs)[rollout.mask].sum()))
+    return total / world.sum(int(rollout.lengths.sum()))
+
+
+def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objective) -> Meter:
+    """This rank's part of every metric that follows from one step's data."""
+    meter, rollout = Meter(), exp.rollout
+    g, n = exp.rewards.shape
+    kept = [i for i in range(g) if i not in scores.skipped]
+    meter.mean("reward_mean", float(scores.rewards[kept].sum()), len(kept) * n)
+    meter.mean("reward_max", float(scores.rewards[kept].amax(1).sum()) if kept else 0.0, len(kept))
+    meter.sum("reward/errors", scores.errors)
+    meter.sum("reward/timeouts", scores.timeouts)
+    meter.mean("reward/faults", scores.faults, scores.calls)
+    for name, values in scores.parts.items():
+        known = values[~values.isnan()]
+        meter.mean(f"reward/{name}", float(known.sum()), known.numel())
+
+    pairs = exp.beats.sum((1, 2))
+    meter.mean("pairs/per_group", float(pairs.sum()), g)
+    meter.mean("pairs/groups_without", float((pairs == 0).sum()), g)
+    winners = exp.beats.any(-1)
+    per_token = update.logprobs.double().sum(-1) / rollout.lengths.clamp_min(1)
+    meter.mean("winner_logprob", float(per_token[winners].sum()), int(winners.sum()))
+    tokens = int(rollout.lengths.sum())
+    meter.mean("response/length_mean", tokens, g * n)
+    meter.max("response/length_max", float(rollout.lengths.max()) if g else 0.0)
+    meter.mean("response/cutoff", float((~rollout.finished).sum()), g * n)
+    meter.mean("entropy", float(rollout.entropy.sum()), tokens)
+    meter.sum("tokens", tokens)
+
+    groups = Groups(exp.anchors, exp.rewards, exp.beats, exp.forks, rollout.lengths)
+    gap = gaps(update.logprobs.double(), groups, cfg)
+    if cfg.anchor != "old":  # there every implicit reward is zero
+        meter.mean("preference_accuracy", pair_accuracy(gap, exp.beats), float(pairs.sum()))
+    of_pairs = gap[exp.beats]
+    meter.mean("gap_squares", float(of_pairs.square().sum()), of_pairs.numel())
+    meter.mean("gap_sum", float(of_pairs.sum()), of_pairs.numel())
+    meter.sum("ranking_loss", float(ranking_loss(gap, groups, Counts(exp.batch_groups, 0.0))))
+    mask = rollout.mask
+    meter.mean("kl_divergence", float(kl_k3(update.logprobs, exp.reference_logprobs)[mask].sum()), tokens)
+    meter.mean("mismatch", float((update.logprobs - rollout.logprobs)[mask].abs().sum()), tokens)
+    for name, value in update.terms.items():
+        meter.sum(f"loss/{name}", value)
+    meter.sum("loss/total", sum(update.terms.values()))
+    meter.mean("grad_norm", sum(x for x in update.grad_norms if math.isfinite(x)), len(update.grad_norms))
+    meter.max("skipped_updates", update.skipped)
+    meter.max("empty_updates", update.empty)
+    return meter

@@ -1,0 +1,1 @@
+"""A Hugging Face model and tokenizer: opened, checked, made faster, never trained here."""

@@ -1,0 +1,197 @@
+"""Attention over packed rows, registered with transformers, and the check that it serves a model exactly.
+
+Prompts attend causally to themselves; each response attends to its prompt and to itself. That costs
+N R (P + R) scores a group, not the (P + N R)^2 of one mask over the pack. Half precision on CUDA goes to FlashAttention
+where there is one (shared_prefix.py), CPUs have a kernel of ours (kernels/rows.py); everything else gathers padded rows
+for PyTorch's own attention.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+
+from gspo.errors import UserError
+from gspo.kernels.native import stored
+from gspo.kernels.rows import NO_ROWS, attends, rows_attention
+from gspo.kernels.varlen import backend_for
+from gspo.models.compiled_layers import fused_layers
+from gspo.packing.pack import PackedBatch
+from gspo.packing.shared_prefix import shared_prefix_attention
+
+PACKED = "gspo_packed"
+EXACT_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def _rows(x: Tensor, slots: Tensor) -> Tensor:
+    """Packed [1, H, T, D] -> padded rows [R, H, S, D], slots [R, S]."""
+    tokens = x[0].transpose(0, 1)
+    return tokens.index_select(0, slots.flatten()).view(*slots.shape, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """q [R, H, L, D], k [R, Hk, K, D], v [R, Hk, K, Dv], seen [R or 1, 1, L, K] (none: causal) -> [R, H, L, Dv]."""
+    grouped = q.shape[1] != k.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if seen is None:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+def _padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pack: PackedBatch,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """query [1, H, T, D], key, value [1, Hk, T, D] of a pack -> [1, T, H, D], row by row, with a mask."""
+    width = pack.prompt_slots.shape[1]
+    near = None
+    if window is not None and window < width:
+        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
+    prompts = _attend(q, k, v, near, scale, softcap)
+    q = _rows(query, pack.response_slots)
+    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
+    responses = _attend(q, k, v, pack.visible(window), scale, softcap)
+    padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
+    return torch.cat(padded).index_select(0, pack.unpadded)[None]
+
+
+def _settled(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One dtype for query, key and value; under autocast rotary embeddings leave the first two in float32.
+
+    On CUDA what autocast would hand to PyTorch's own attention, and on a CPU the value's. Without compiled kernels for
+    them float32 there, in which PyTorch's attention is faster than in bf16, its backward three times, and whose
+    products read no further than their rows (kernels/whole_tiles.py).
+    """
+    device, value = tensors[0].device.type, tensors[2]
+    if device == "cpu":
+        served = attends(*tensors, dtype=value.dtype)
+        dtype = value.dtype if served else torch.promote_types(value.dtype, torch.float32)
+        return tuple(x.to(dtype) for x in tensors)
+    if torch.is_autocast_enabled(device):
+        return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tensors
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    pack: PackedBatch | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it: query [1, H, T, D], key, value [1, Hk, T, D] -> [1, T, H, D].
+
+    Raises UserError where the model asks for an attention that this is not.
+    """
+    assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a policy stays in eval mode"
+    refuse_unknown(module, pack, options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = options.get("sliding_window")
+    given = value.dtype  # what the projection behind it expects where there is no autocast
+    query, key, value = _settled((query, key, value))
+    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
+    backend = backend_for(*tokens, softcap)
+    if backend is not None:
+        q, k, v = (x.contiguous() for x in tokens)
+        return shared_prefix_attention(q, k, v, pack, backend, scale, softcap, window)[None], None
+    if attends(*tokens):
+        rows = pack.rows if stored(query) else NO_ROWS
+        return rows_attention(*tokens, rows, scale, softcap, window)[None].to(given), None
+    with torch.autocast(query.device.type, enabled=False):
+        return _padded_attention(query, key, value, pack, scale, softcap, window).to(given), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def refuse_unknown(module: nn.Module, state: object | None, options: dict[str, Any]) -> None:
+    """UserError where a module asks for more than causal attention, or does not pass our `state` on."""
+    config = module.config
+    if state is None:
+        raise refusal(config, "hands no extra arguments to its attention")
+    if any(options.get(name) is not None for name in ("s_aux", "position_bias", "cache")):
+        raise refusal(config, "adds attention sinks or biases of its own")
+    if not getattr(module, "is_causal", True):
+        raise refusal(config, "attends in both directions")
+    if "sliding_window" not in options and getattr(config, "sliding_window", None) is not None:
+        raise refusal(config, "keeps its sliding window from its attention function")
+
+
+def refusal(config: PreTrainedConfig, why: str) -> UserError:
+    return UserError(
+        f"model.path: this model's architecture, {config.model_type}, {why}, and our attention would give it other "
+        "log-probs than its own; choose a decoder with causal attention, full or by sliding windows."
+    )
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """UserError where the configuration already says that a model's layers are not such attention."""
+    others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - EXACT_LAYERS
+    if others:
+        raise refusal(config, f"has layers of the kind {', '.join(sorted(others))}")
+
+
+def ordinary_token(config: PreTrainedConfig) -> int:
+    """The first of ten tokens to try a model with. Behind special tokens half precision can be chaos: SmolLM2's logits
+    in bf16 are off by a quarter there, and by a twentieth behind these."""
+    return (config.get_text_config().vocab_size - 10) // 3
+
+
+def check_length(config: PreTrainedConfig, tokens: int) -> None:
+    """UserError where a prompt and its answer, `tokens` together, reach positions at which a model's rotary frequencies
+    depend on the forward that they are in.
+
+    Beyond a length, transformers chooses those of dynamic NTK and LongRoPE for all rows by the largest position
+    (modeling_rope_utils.py, `dynamic_rope_update`): log-probs would change with batch mates and with how a batch is
+    cut, and the keys that a sampler keeps would not be those of a later forward.
+    """
+    c = config.get_text_config()
+    ropes = getattr(c, "rope_parameters", None) or {}
+    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # of all layers, or by the kind of layer
+        kind = rope["rope_type"]
+        if "dynamic" not in kind and kind != "longrope":
+            continue
+        limit = rope["original_max_position_embeddings"] if kind == "longrope" else c.max_position_embeddings
+        if tokens > limit:
+            raise UserError(
+                f"a prompt and its answer may have {tokens:,} tokens together. Beyond {limit:,} this model's positions "
+                f"({c.model_type}, rope_type {kind!r}) are scaled by the longest sequence of a batch, and an answer "
+                f"would depend on its batch mates. Keep the two within {limit:,} (data.max_prompt_length and "
+                "rollout.max_new_tokens; with spin, the rows' solutions), or choose a model of another rope_type."
+            )
+
+
+@contextmanager
+def attention_of(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Attention by the function registered as `name`, and compiled layers (compiled_layers.py), for the forwards
+    inside."""
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        with fused_layers():
+            yield
+    finally:
+        config._attn_implementation = before

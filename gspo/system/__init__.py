@@ -1,0 +1,1 @@
+"""Processes, signals, files, the console; nothing here knows what is trained."""
