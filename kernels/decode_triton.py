@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspo.kernels.decode import Pool
 from gspo.kernels.epilogue import Shaping
 from gspo.kernels.epilogue_triton import shaped
+from gspo.kernels.pages import Pool
 
 QUERIES = 64  # of a program at most
 SHARE = 256  # keys of a program at least,

@@ -6,7 +6,8 @@ Triton kernel, or plain PyTorch. `varlen.py` finds the FlashAttention that gives
 """
 
 from gspo.kernels.logprob import linear_logprob, linear_logprob_and_grad
-from gspo.kernels.pairwise import PairSettings, PairwiseLoss, pairwise_loss
+from gspo.kernels.pair_settings import PairSettings, PairwiseLoss
+from gspo.kernels.pairwise import pairwise_loss
 from gspo.kernels.reference import reference_linear_logprob
 
 __all__ = [

@@ -20,39 +20,14 @@ On CUDA that is one kernel (`pairwise_triton.py`), elsewhere the same in plain P
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gspo.kernels.pair_settings import PARTS, PairSettings, PairwiseLoss
+
 MOST_RESPONSES = 64  # N whose N x N comparisons fit in the registers of one program
-PARTS = ("preference", "ranking", "nll", "pairs", "ordered", "gap_sum", "gap_squares")
-
-
-class PairSettings(NamedTuple):
-    """Which loss. `groups` (B) and `pairs_per_group` are those of the whole batch that these groups are a part of."""
-
-    beta: float
-    groups: int
-    pairs_per_group: float = 1.0
-    after_fork: float = 1.0
-    length_norm: Literal["sum", "mean"] = "sum"
-    pair_weight: Literal["one", "gap"] = "one"
-    normalizer: Literal["constant", "batch", "group", "sqrt"] = "constant"
-    ranking_coef: float = 0.0
-    nll_coef: float = 0.0
-
-    def divisor(self, n: int) -> float:
-        """Z of N = n responses as far as it does not depend on the group: N(N-1)/2, or the batch's pairs a group."""
-        return max(self.pairs_per_group, 1e-12) if self.normalizer == "batch" else max(n * (n - 1) / 2, 1.0)
-
-
-class PairwiseLoss(NamedTuple):
-    """(coefficients.detach() * logprobs).sum() has the loss's gradient."""
-
-    coefficients: Tensor  # [G, N, L] dL/dl, in the log-probs' dtype
-    parts: Tensor  # [G, 7] each group's share of `PARTS`, at least float32
 
 
 def pairwise_loss(

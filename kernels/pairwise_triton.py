@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspo.kernels.pairwise import PARTS, PairSettings, PairwiseLoss
+from gspo.kernels.pair_settings import PARTS, PairSettings, PairwiseLoss
 
 TILE = 2048  # elements of an N x N x tokens block, where N allows it; eight a thread
 LONGEST_BLOCK = 64  # tokens

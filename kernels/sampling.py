@@ -18,9 +18,6 @@ import importlib.util
 import torch
 from torch import Tensor
 
-BLOCK = 256  # entries that are summed in float32 before float64 takes over
-PER_CHUNK = 16  # blocks
-
 
 @functools.cache
 def installed() -> bool:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspo.kernels.sampling import BLOCK, PER_CHUNK
-
+BLOCK = 256  # entries that are summed in float32 before float64 takes over
+PER_CHUNK = 16  # blocks
 LOWEST = tl.constexpr(-1e30)  # top of a chunk of impossible tokens
 PIECE = 4096  # entries of a row at a time, in the passes that look for a threshold
 LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of such a number as float32, that are always 0

@@ -8,7 +8,7 @@ from compiled_kernels import TARGETS, assemble
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gspo.kernels.pairwise import PARTS
+from gspo.kernels.pair_settings import PARTS
 from gspo.kernels.pairwise_triton import blocks, pairwise_kernel
 
 FLOATS = ("beta", "after", "share", "divisor", "ranking_coef", "nll_coef")

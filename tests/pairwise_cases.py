@@ -14,7 +14,7 @@ from torch import Tensor
 from gspo.algorithm.objective import Counts, Groups, by_pairs, gaps, gspo, pair_accuracy
 from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
-from gspo.kernels.pairwise import PARTS
+from gspo.kernels.pair_settings import PARTS
 
 MARGIN = 4  # between two right ways to round
 SLACK = {torch.float64: 1e-11, torch.float32: 4e-7}  # beyond 20, PyTorch makes softplus a straight line

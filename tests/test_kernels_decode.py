@@ -4,7 +4,8 @@ import pytest
 import torch
 from decode_cases import Case, cases, draw, exactly
 
-from gspo.kernels.decode import Pool, Readers, decode_attention
+from gspo.kernels.decode import decode_attention
+from gspo.kernels.pages import Pool, Readers
 
 
 @pytest.mark.parametrize("case", cases()[:6], ids=Case.name)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo.kernels.decode import Pool, Readers
+from gspo.kernels.pages import Pool, Readers
 from gspo.rollout.slots import Slots, pages_for
 
 TOGETHER = 16  # slots at most that read a prompt's pages in one program; further ones read them again
