@@ -21,6 +21,7 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.sharding import World, session
 from gspo.errors import UserError
+from gspo.launch import check_launch, final_words
 from gspo.metrics.evaluation import correct_of
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
 from gspo.metrics.tracker import sample_rows
@@ -29,7 +30,7 @@ from gspo.packing.balance import balance
 from gspo.reward.scorer import Scorer
 from gspo.run import Run, held_out, save, start, test
 from gspo.system.console import say
-from gspo.system.program import check_launch, final_words, guarded
+from gspo.system.program import guarded
 from gspo.types import Experience, Rollout, Scores
 
 

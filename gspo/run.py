@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gspo.algorithm.selves import Selves, win_rate
+from gspo.algorithm.selves import Selves, kl_to, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, load_order, load_state, restore
 from gspo.checkpoint.run_folder import keep_reward_function, open_run
@@ -16,7 +16,6 @@ from gspo.data.prompts import Splits
 from gspo.distributed.sharding import World
 from gspo.memory.__main__ import foretold
 from gspo.metrics.evaluation import answer, correct_of, report
-from gspo.metrics.step_metrics import kl_to
 from gspo.metrics.tracker import Tracker
 from gspo.models.precision import DTYPES, settle
 from gspo.reward.scorer import Scorer

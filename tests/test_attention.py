@@ -9,8 +9,9 @@ from test_rollout import prompts_of, sampler_for
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from gspo.errors import UserError
+from gspo.models.architecture import attention_of, check_length
 from gspo.models.loading import in_dtype
-from gspo.packing.attention import PACKED, attention_of, check_length
+from gspo.packing.attention import PACKED
 from gspo.packing.head import measure_head
 from gspo.packing.logprobs import check_packing, response_logprobs
 from gspo.packing.pack import pack_rows

@@ -13,8 +13,9 @@ from transformers import AutoConfig
 from gspo.config import load_config
 from gspo.distributed.sharding import World
 from gspo.errors import UserError
+from gspo.launch import check_launch, final_words
 from gspo.models.loading import load_model_config
-from gspo.system.program import check_launch, final_words, guarded
+from gspo.system.program import guarded
 
 ROOT = Path(__file__).parent.parent
 

@@ -290,7 +290,7 @@ def test_long_and_odd_texts_arrive_as_they_are(pool):
 def test_a_message_in_pieces_is_put_together():
     import socket
 
-    from gspo.reward.worker import Channel
+    from gspo.reward.channel import Channel
 
     a, b = socket.socketpair()
     whole = Channel(b)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gspo.algorithm.objective import kl_k3
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config
 from gspo.distributed.sharded_loading import read_into, skeleton
@@ -163,3 +164,10 @@ def win_rate(mine: Tensor, theirs: Tensor, margin: float) -> tuple[float, float]
     wins, losses = both[:, :n, n:], both[:, n:, :n].transpose(1, 2)
     ties = ~(wins | losses)
     return float((wins.double() + 0.5 * ties.double()).mean()), float(ties.double().mean())
+
+
+def kl_to(selves: Selves, other: nn.Module, rollout: Rollout, world: World) -> float:
+    """KL(policy || other) in nats per token, the k3 estimate over a rollout of the policy and all ranks."""
+    mine, theirs = selves.logprobs_under(selves.policy, rollout), selves.logprobs_under(other, rollout)
+    total = world.sum(float(kl_k3(mine, theirs)[rollout.mask].sum()))
+    return total / world.sum(int(rollout.lengths.sum()))

@@ -9,7 +9,7 @@ from torch import Tensor
 from gspo.algorithm.pairs import forks
 from gspo.algorithm.selves import Selves
 from gspo.errors import UserError
-from gspo.packing.attention import check_length
+from gspo.models.architecture import check_length
 from gspo.types import Experience, Prompt, Rollout
 
 

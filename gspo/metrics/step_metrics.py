@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from gspo import config
 from gspo.algorithm.objective import Counts, Groups, gaps, kl_k3, pair_accuracy, ranking_loss
-from gspo.algorithm.selves import Selves
 from gspo.algorithm.update import Update
-from gspo.distributed.sharding import World
-from gspo.types import Experience, Rollout, Scores
+from gspo.types import Experience, Scores
 
 
 class Meter:
@@ -87,13 +84,6 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def kl_to(selves: Selves, other: nn.Module, rollout: Rollout, world: World) -> float:
-    """KL(policy || other) in nats per token, the k3 estimate over a rollout of the policy and all ranks."""
-    mine, theirs = selves.logprobs_under(selves.policy, rollout), selves.logprobs_under(other, rollout)
-    total = world.sum(float(kl_k3(mine, theirs)[rollout.mask].sum()))
-    return total / world.sum(int(rollout.lengths.sum()))
 
 
 def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objective) -> Meter:

@@ -13,8 +13,8 @@ from transformers.utils import logging as hf_logging
 
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
+from gspo.models.architecture import attention_of
 from gspo.models.compiled_layers import fuse
-from gspo.packing.attention import attention_of
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()

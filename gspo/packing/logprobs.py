@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gspo.distributed.sharding import inside
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad
-from gspo.packing.attention import PACKED, attention_of, check_architecture, ordinary_token, refusal
+from gspo.models.architecture import attention_of, check_architecture, ordinary_token, refusal
+from gspo.packing.attention import PACKED
 from gspo.packing.head import Head
 from gspo.packing.micro_batches import Row
 from gspo.packing.pack import PackedBatch, pack, pack_rows

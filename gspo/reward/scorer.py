@@ -10,6 +10,7 @@ It runs in processes of its own (worker_pool.py). What it does wrong is counted 
 score gets is `reward.on_error`.
 """
 
+import inspect
 import os
 import sys
 import weakref
@@ -53,6 +54,7 @@ class Scorer:
             cfg.memory_gib,
             cfg.concurrency,
             groups=bool(cfg.path) and cfg.name == "compute_score",
+            default_ranking=inspect.getsource(reward_func.rank_responses),
         )
         self.printed = _Printed()
         self.pool = Pool(settings, cfg.workers or _cores(), self.printed)

@@ -15,7 +15,6 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import sys
 import threading
 import traceback
@@ -24,42 +23,9 @@ from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
+from gspo.reward.channel import Channel
+
 BACKSTOP_S = 5.0  # an orphan that holds the interpreter's lock dies this long after the time limit
-
-
-class Channel:
-    """Messages over a socket: four bytes of length, then the bytes."""
-
-    def __init__(self, sock: socket.socket):
-        self.sock, self.buffer, self.lock = sock, bytearray(), threading.Lock()
-
-    def send(self, message: bytes) -> None:
-        with self.lock:  # replies of async calls and of the watch must not mix
-            self.sock.sendall(struct.pack(">I", len(message)) + message)
-
-    def receive(self) -> bytes | None:
-        """The next message; None at the end of the stream. TimeoutError by the socket's own timeout."""
-        while (message := self.next()) is None:
-            if not self.fill():
-                return None
-        return message
-
-    def fill(self) -> bool:
-        """Read what there is; False at the end of the stream."""
-        chunk = self.sock.recv(1 << 16)
-        self.buffer += chunk
-        return bool(chunk)
-
-    def next(self) -> bytes | None:
-        """A message that has already arrived whole."""
-        if len(self.buffer) < 4:
-            return None
-        end = 4 + struct.unpack(">I", self.buffer[:4])[0]
-        if len(self.buffer) < end:
-            return None
-        message = bytes(self.buffer[4:end])
-        del self.buffer[:end]
-        return message
 
 
 # ---- the user's file ----
@@ -179,13 +145,10 @@ class Worker:
         self.tell({"ranks": self.ranks, "concurrent": self.concurrent, "takes": _keywords(function)})
         return function
 
-    @staticmethod
-    def _is_the_default(ranks: Callable[..., Any]) -> bool:
+    def _is_the_default(self, ranks: Callable[..., Any]) -> bool:
         """Our own `rank_responses`, or a copy, ranks by compute_score: then every response has a call of its own."""
-        from gspo.reward import reward_func
-
         with contextlib.suppress(OSError, TypeError):
-            return inspect.getsource(ranks) == inspect.getsource(reward_func.rank_responses)
+            return inspect.getsource(ranks) == self.settings["default_ranking"]
         return False
 
     def judge(self, value: Any, call: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
-from gspo.reward.worker import Channel
+from gspo.reward.channel import Channel
 
 GAVE_UP = "gave up"  # the kind of fault of calls that were never made
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -46,6 +46,7 @@ class Settings:
     concurrency: int = 16  # calls at a time in one process, for async functions
     imports: tuple[str, ...] = ()  # modules to import before the first call, outside its time limit
     groups: bool = False  # whether a `rank_responses` in the file goes before the function
+    default_ranking: str = ""  # the text of one that does not: it only ranks what the function scores
 
 
 @dataclass(frozen=True)

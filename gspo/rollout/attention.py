@@ -20,7 +20,7 @@ from gspo.kernels.native import stored, takes
 from gspo.kernels.rows import NO_ROWS, attends, rows_attention
 from gspo.kernels.varlen import Rule, backend_for
 from gspo.kernels.whole_tiles import whole_tiles
-from gspo.packing.attention import attention_of, check_architecture, ordinary_token, refusal, refuse_unknown
+from gspo.models.architecture import attention_of, check_architecture, ordinary_token, refusal, refuse_unknown
 from gspo.rollout.device_tables import FixedStep, Tables
 from gspo.rollout.slots import PAGE, Layer, Plan, Prefill, Slots, Step, side_by_side
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gspo.distributed.sharding import World
+from gspo.models.architecture import check_length
 from gspo.models.loading import generation_ids
-from gspo.packing.attention import check_length
 from gspo.rollout.attention import check_slots
 from gspo.rollout.decoder_stack import stacked
 from gspo.rollout.engine import STEPS, Engine

@@ -1,0 +1,71 @@
+"""A run's first and last words: what is checked before it starts, and the table and commands at its end."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo.algorithm.selves import shares_weights
+from gspo.config import Config
+from gspo.distributed.sharding import World, check_shard_size, check_tensor_parallel
+from gspo.errors import UserError
+from gspo.metrics.evaluation import table
+from gspo.models.architecture import check_length
+from gspo.models.precision import DTYPES
+from gspo.system.console import say
+
+PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+
+
+def check_launch(cfg: Config, model_config: Any, world: World, started: bool = True) -> None:
+    """UserError when the configuration wants other ranks than torchrun started, or more than the model can; notes on
+    what may surprise."""
+    wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
+    check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
+    check_shard_size(cfg.model.shard_size, wanted or world.size)
+    precision = DTYPES.get(cfg.model.precision, torch.float32)  # auto is measured later
+    shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
+    check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
+    if started and wanted not in (0, world.size):
+        raise UserError(
+            f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
+            f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... (or ./train.sh --n_gpus)."
+        )
+    if cfg.model.path is None and cfg.optim.learning_rate < 1e-5:
+        say(
+            f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "
+            "the embedded one hardly moves with it and likes 3e-4."
+        )
+    if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
+        say("warning: with top_p, top_k or min_p the distribution that is sampled is not the one that is trained.")
+
+
+def final_words(folder: Path, checkpoint: Path) -> str:
+    """The table of the run, before against after, and what to type next."""
+    reports = {}
+    for name in ("before", "after"):
+        file = folder / f"eval_{name}.json"
+        if file.exists():
+            reports[name] = json.loads(file.read_text(encoding="utf-8"))
+    lines = []
+    if reports:
+        first = next(iter(reports.values()))
+        lines = [
+            f"\n{first['prompts']} held-out prompts, {first['samples']} samples each, 95 % intervals",
+            table(reports),
+        ]
+    else:
+        lines = ["\nnothing was evaluated (eval.before_and_after, data.test_files)"]
+    return "\n".join(
+        [
+            *lines,
+            "\nnext:",
+            f"  curves     {PYTHON} -m tensorboard.main --logdir {folder / 'tensorboard'}",
+            f"  evaluate   {PYTHON} {os.path.relpath(Path(__file__).parent.parent / 'eval.py')} {checkpoint}",
+            f"  use        transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
+            f"  samples    {folder / 'samples.jsonl'}",
+        ]
+    )
