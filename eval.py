@@ -16,7 +16,7 @@ from gspo.algorithm.selves import win_rate
 from gspo.checkpoint.run_folder import latest
 from gspo.config import Config, load_config, set_value
 from gspo.data.prompts import load_splits
-from gspo.distributed.sharding import World, session
+from gspo.distributed.world import World, session
 from gspo.errors import UserError
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import load_model, load_model_config, load_tokenizer

@@ -14,12 +14,11 @@ from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.selves import Selves, round_of
 from gspo.algorithm.solutions import with_solutions
 from gspo.algorithm.update import learning_rate
-from gspo.check_data import require_gold
 from gspo.checkpoint.run_folder import latest, needs_test
 from gspo.config import Config, load_config
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
-from gspo.distributed.sharding import World, session
+from gspo.distributed.world import World, session
 from gspo.errors import UserError
 from gspo.launch import check_launch, final_words
 from gspo.metrics.evaluation import correct_of
@@ -27,6 +26,7 @@ from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
 from gspo.metrics.tracker import sample_rows
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
+from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
 from gspo.run import Run, held_out, save, start, test
 from gspo.system.console import say

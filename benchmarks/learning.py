@@ -130,7 +130,7 @@ def train_once(job: Job, folder: Path) -> dict[str, Any]:
 
     import train
     from gspo.config import load_config
-    from gspo.distributed.sharding import session
+    from gspo.distributed.world import session
 
     torch.manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)

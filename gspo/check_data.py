@@ -9,9 +9,8 @@ ones are made of another row's ground truth. Exit code: 0 when training would st
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,180 +18,12 @@ from gspo.config import Config, load_config
 from gspo.data.prompts import Survey, TooLong, check_positions, make_checker, shared, survey, wanted_splits
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
-from gspo.system.console import say
 from gspo.system.program import guarded
-from gspo.types import Prompt, Scores
 
-RENDERINGS = (r"\boxed{{{}}}", "#### {}", "The answer is {}", "答案：{}", "{}")
-FULL = 1.0 - 1e-6
-SHOWN = 5  # problems of each kind
-CHUNK = 256  # rows whose texts are scored in one go
 BAD, LONG, TWICE, IN_TRAIN = "bad rows", "too long", "duplicates", "also in train"
 NOT_FULL, NOT_ABOVE = "gold answers below 1.0", "gold answers not above a wrong one"
-
-
-class ScoresTexts(Protocol):
-    """The part of gspo.reward.scorer.Scorer that is needed here."""
-
-    path: Any
-    name: str
-
-    def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores: ...
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sampled row: its best right answer and, where there is one, its best wrong answer."""
-
-    place: str
-    gold: str
-    gold_score: float
-    wrong: str | None
-    wrong_score: float
-
-    def __str__(self) -> str:
-        said = f"{self.place}: {self.gold[-80:]!r} scores {self.gold_score:.3g}"
-        return said + (f", the wrong {self.wrong!r:.80} {self.wrong_score:.3g}" if self.wrong is not None else "")
-
-
-@dataclass(frozen=True)
-class GoldCheck:
-    """What the reward function makes of right and wrong answers to the sampled rows."""
-
-    function: str
-    rows: int = 0
-    full: int = 0  # rows whose right answer scores 1.0
-    gold_mean: float = 0.0
-    compared: int = 0  # rows for which there is a wrong answer
-    above: int = 0  # of these, rows whose right answer scores higher
-    wrong_mean: float = 0.0
-    calls: int = 0
-    faults: int = 0  # calls that raised or timed out
-    first_fault: str = ""  # what the first one did
-    not_full: tuple[Example, ...] = ()  # the first of them
-    not_above: tuple[Example, ...] = ()
-
-    @property
-    def refused(self) -> bool:
-        """Nothing can be learned: no right answer scores above a wrong one."""
-        return self.compared > 0 and self.above == 0
-
-    def verdict(self) -> str | None:
-        """None where all is well, or one paragraph: an error where `refused`, else a warning."""
-        if self.faults and self.faults == self.calls:
-            return (
-                f"the reward function {self.function} failed on every answer it was given before training: it "
-                f"{self.first_fault}. Mend it; reward.check_rows=0 trains all the same."
-            )
-        failed = f" {self.faults} of its calls failed, the first {self.first_fault}." if self.faults else ""
-        if self.refused:
-            return (
-                f"the reward function {self.function} scores no right answer above a wrong one in {self.compared} "
-                f"sampled rows; {self.not_above[0]}.{failed} Give the rows a `solution` that it scores 1.0, or mend "
-                "the function; reward.check_rows=0 trains all the same."
-            )
-        if self.full < self.rows:
-            return (
-                f"the reward function {self.function} gives {self.rows - self.full} of {self.rows} sampled right "
-                f"answers less than 1.0; {self.not_full[0]}.{failed}"
-            )
-        return None
-
-
-def gold_texts(prompt: Prompt) -> list[str]:
-    """Right answers: the row's `solution`, where there is one, and renderings of its ground truth."""
-    solution = prompt.extra_info.get("solution")
-    given = [solution] if isinstance(solution, str) and solution.strip() else []
-    return given + renderings(prompt.ground_truth)
-
-
-def renderings(truth: str) -> list[str]:
-    """A ground truth as a final answer, in the ways that answers are marked."""
-    return [form.format(truth) for form in RENDERINGS]
-
-
-def sample(count: int, rows: int | None, seed: int = 0) -> list[int]:
-    """Up to `rows` of `count` places, in order and the same every time; None: all."""
-    if rows is None or rows >= count:
-        return list(range(count))
-    return sorted(np.random.default_rng(seed).choice(count, rows, replace=False).tolist())
-
-
-def check_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int | None, seed: int = 0) -> GoldCheck:
-    """Score right and wrong answers to a sample of the prompts (None: all)."""
-    places = sample(len(prompts), rows, seed)
-    first = prompts[places[0]].ground_truth if places else ""
-    gold_sum, wrong_sum, first_fault = 0.0, 0.0, ""
-    sums = {"rows": 0, "full": 0, "compared": 0, "above": 0, "calls": 0, "faults": 0}
-    not_full: list[Example] = []
-    not_above: list[Example] = []
-    for start in range(0, len(places), CHUNK):
-        examples, scores = _score(scorer, prompts, places[start : start + CHUNK], first)
-        sums["faults"] += scores.faults
-        sums["calls"] += scores.calls
-        first_fault = first_fault or scores.first_fault
-        for e in examples:
-            sums["rows"] += 1
-            gold_sum += e.gold_score
-            if e.gold_score >= FULL:
-                sums["full"] += 1
-            elif len(not_full) < SHOWN:
-                not_full.append(e)
-            if e.wrong is None:
-                continue
-            sums["compared"] += 1
-            wrong_sum += e.wrong_score
-            if e.gold_score > e.wrong_score:
-                sums["above"] += 1
-            elif len(not_above) < SHOWN:
-                not_above.append(e)
-    return GoldCheck(
-        f"{scorer.path}: {scorer.name}",
-        gold_mean=gold_sum / max(1, sums["rows"]),
-        wrong_mean=wrong_sum / max(1, sums["compared"]),
-        not_full=tuple(not_full),
-        not_above=tuple(not_above),
-        first_fault=first_fault,
-        **sums,
-    )
-
-
-def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> None:
-    """What training asks at its start: UserError when no right answer scores above a wrong one."""
-    check = check_gold(scorer, prompts, rows)
-    if check.refused:
-        raise UserError(check.verdict())
-    if check.verdict():
-        say(f"warning: {check.verdict()}")
-
-
-def _score(
-    scorer: ScoresTexts, prompts: Sequence[Prompt], places: list[int], first_truth: str
-) -> tuple[list[Example], Scores]:
-    """Some rows' best right and best wrong answers, and what all were scored.
-
-    A row's right and wrong texts go into one group: a `rank_responses` scores them against each other.
-    """
-    chosen = [prompts[i] for i in places]
-    truths = [p.ground_truth for p in chosen] + [first_truth]
-    golds, wrongs, groups = [], [], []
-    for k, prompt in enumerate(chosen):
-        later = [t for t in truths[k + 1 :] + truths[:k] if t != prompt.ground_truth]
-        golds.append(gold_texts(prompt))
-        wrongs.append(renderings(later[0]) if later else [])
-        both = golds[-1] + wrongs[-1]
-        groups.append(both + both[-1:] * (1 + 2 * len(RENDERINGS) - len(both)))
-    scores = scorer.score_texts(chosen, groups)
-    examples = []
-    for k, row in enumerate(scores.rewards.tolist()):
-        split = len(golds[k])
-        gold = max(range(split), key=row.__getitem__)
-        wrong = max(range(split, split + len(wrongs[k])), key=row.__getitem__, default=None)
-        place = prompts.place(places[k]) if hasattr(prompts, "place") else f"prompt {chosen[k].id}"
-        told = (None, 0.0) if wrong is None else (groups[k][wrong], row[wrong])
-        examples.append(Example(place, groups[k][gold], row[gold], *told))
-    return examples, scores
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor
 from gspo.checkpoint import manifest
 from gspo.checkpoint.hf_folder import index, json_bytes, shard_files
 from gspo.checkpoint.run_folder import latest
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.safetensors_files import Weights, open_weights, write_weights
 from gspo.system.files import PART, remove

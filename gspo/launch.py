@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from gspo.algorithm.selves import shares_weights
 from gspo.config import Config
-from gspo.distributed.sharding import World, check_shard_size, check_tensor_parallel
+from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.metrics.evaluation import table
 from gspo.models.architecture import check_length
 from gspo.models.precision import DTYPES
+from gspo.rollout.sampler import shares_weights
 from gspo.system.console import say
 
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"

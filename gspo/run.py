@@ -13,8 +13,8 @@ from gspo.checkpoint.run_folder import keep_reward_function, open_run
 from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import Splits
-from gspo.distributed.sharding import World
-from gspo.memory.__main__ import foretold
+from gspo.distributed.world import World
+from gspo.memory.footprint import foretold
 from gspo.metrics.evaluation import answer, correct_of, report
 from gspo.metrics.tracker import Tracker
 from gspo.models.precision import DTYPES, settle

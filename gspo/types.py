@@ -5,7 +5,7 @@ Shapes: G groups (prompts) of N responses, L the longest response, R = G * N row
 and `beats [2, 4, 4]`, where `beats[g, i, j]` says that response i is preferred to response j.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,3 +97,20 @@ class Experience:
     batch_groups: int  # groups in the global batch
     batch_pairs: int  # pairs in the global batch
     given: int = 0  # the last so many responses of each group were not sampled: no KL, no sampler to differ from
+
+
+@dataclass
+class Update:
+    """What an update did, on this rank; `logprobs` are the policy's before it moved."""
+
+    logprobs: Tensor  # [G, N, L]
+    terms: dict[str, float] = field(default_factory=dict)  # this rank's share of each loss term, before the update
+    grad_norms: list[float] = field(default_factory=list)
+    skipped: int = 0  # optimizer steps not taken because the gradient was not finite
+    not_finite: str = ""  # what was not finite first in the first of these, on any rank
+    empty: int = 0  # ... because no answer was better than another: AdamW would make full steps of the KL term alone
+
+    def of(self, exp: Experience) -> "Update":
+        """The same, for the responses of `exp` only: what was sampled, without what was given beside it."""
+        _, n, width = exp.rollout.tokens.shape
+        return replace(self, logprobs=self.logprobs[:, :n, :width])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.distributed.sharding import session
+from gspo.distributed.world import session
 from gspo.packing.balance import balance
 from gspo.system.program import leave
 from gspo.types import Prompt, Rollout, Scores

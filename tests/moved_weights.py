@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.distributed import sharding as distributed
-from gspo.distributed.sharding import copy_weights, held, session, shard, shard_sampler
+from gspo.distributed import transfer
+from gspo.distributed.sharding import shard, shard_sampler
+from gspo.distributed.transfer import copy_weights, held
+from gspo.distributed.world import session
 from gspo.models.loading import in_dtype
 from gspo.system.program import leave
 
@@ -31,7 +33,7 @@ def here(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    distributed.PIECE = 2**19  # 1 MiB in bf16
+    transfer.PIECE = 2**19  # 1 MiB in bf16
     with session() as world:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))

@@ -14,7 +14,8 @@ from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
-from gspo.distributed.sharding import session, whole
+from gspo.distributed.transfer import whole
+from gspo.distributed.world import session
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
 from gspo.reward.scorer import Scorer

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from gspo.config import load_config
-from gspo.distributed.sharding import session
-from gspo.memory.__main__ import footprint, table
+from gspo.distributed.world import session
+from gspo.memory.__main__ import table
+from gspo.memory.footprint import footprint
 from gspo.system.program import leave
 from train import train
 

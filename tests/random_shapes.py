@@ -16,7 +16,8 @@ import torch
 from gspo.algorithm.selves import Selves
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
-from gspo.distributed.sharding import session, whole
+from gspo.distributed.transfer import whole
+from gspo.distributed.world import session
 from gspo.packing.balance import balance
 from gspo.system.program import leave
 from gspo.types import Prompt, Rollout, Scores

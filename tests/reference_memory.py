@@ -13,7 +13,8 @@ import torch
 
 from gspo.algorithm.selves import Selves
 from gspo.config import load_config
-from gspo.distributed.sharding import is_sharded, session
+from gspo.distributed.sharding import is_sharded
+from gspo.distributed.world import session
 from gspo.models.loading import decoder_layers
 from gspo.system.program import leave
 from gspo.types import Prompt, Rollout

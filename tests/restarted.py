@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from gspo.distributed.sharding import session
+from gspo.distributed.world import session
 from gspo.system.program import leave
 
 if __name__ == "__main__":

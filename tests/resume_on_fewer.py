@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from gspo.config import load_config
-from gspo.distributed.sharding import session
+from gspo.distributed.world import session
 from gspo.system.files import write_text
 from gspo.system.program import leave
 from train import train

@@ -13,7 +13,7 @@ from gspo.algorithm.update import make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State
 from gspo.checkpoint.run_folder import open_run
 from gspo.config import Config, load_config
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.models.loading import load_model
 
 ALONE = World(0, 1, torch.device("cpu"), None)

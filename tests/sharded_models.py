@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from gspo.distributed.sharded_loading import read_into, skeleton
-from gspo.distributed.sharding import is_sharded, session, shard, whole
+from gspo.distributed.sharding import is_sharded, shard
+from gspo.distributed.transfer import whole
+from gspo.distributed.world import session
 from gspo.models.loading import load_model
 from gspo.models.safetensors_files import Weights
 from gspo.packing.head import measure_head

@@ -17,7 +17,7 @@ from gspo.packing.logprobs import check_packing, response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout.attention import check_slots
 from gspo.rollout.sampling import Sampling
-from gspo.rollout.slots import Step
+from gspo.rollout.steps import Step
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import torch
 from balanced_rows import CASES, rows, scored
 from test_distributed import gradient, launch
 
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.packing.balance import balance
 from gspo.packing.micro_batches import assign
 

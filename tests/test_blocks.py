@@ -14,9 +14,10 @@ from gspo.rollout import attention as decode_attention
 from gspo.rollout import device_tables as tables
 from gspo.rollout import engine
 from gspo.rollout.device_tables import Tables, _together
+from gspo.rollout.pages import Layer, Plan
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling
-from gspo.rollout.slots import Layer, Plan, Slots
+from gspo.rollout.slots import Slots
 from gspo.types import Prompt
 
 LIMITS = torch.tensor([[14, 1, 7], [2, 14, 4], [14, 3, 9], [5, 14, 1]])

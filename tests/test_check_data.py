@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gspo.check_data import check_gold, gold_texts, main, renderings, sample
+from gspo.check_data import main
 from gspo.errors import UserError
+from gspo.reward.gold_check import check_gold, gold_texts, renderings, sample
 from gspo.types import Prompt, Scores
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from gspo.config import load_config
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.launch import check_launch, final_words
 from gspo.models.loading import load_model_config

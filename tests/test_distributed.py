@@ -9,7 +9,8 @@ import torch.distributed as dist
 from architectures import tiny_model
 from safetensors.torch import load_file
 
-from gspo.distributed.sharding import World, _store_of_this_attempt, hybrid
+from gspo.distributed.sharding import hybrid
+from gspo.distributed.world import World, _store_of_this_attempt
 from gspo.errors import UserError
 from gspo.models.safetensors_files import open_weights
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspo.config import Reward
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.metrics.evaluation import (
     Answers,
     answer,

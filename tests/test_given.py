@@ -11,7 +11,7 @@ from gspo.algorithm.selves import Selves
 from gspo.algorithm.solutions import solution_ids, with_solutions
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_tokenizer
 from gspo.packing.logprobs import response_logprobs

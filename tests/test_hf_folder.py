@@ -6,9 +6,10 @@ from architectures import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from gspo.checkpoint.hf_folder import Blueprint, index, shard_files
+from gspo.distributed.world import deal
 from gspo.embedded import MODEL_DIR
 from gspo.models.loading import load_model, load_tokenizer
-from gspo.models.safetensors_files import deal, write_weights
+from gspo.models.safetensors_files import write_weights
 
 
 def write(folder, source, weights, tokenizer, shards):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_distributed import launch
 
 from gspo.distributed.sharded_loading import read_into, skeleton
-from gspo.distributed.sharding import World, on_device
+from gspo.distributed.sharding import on_device
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_model
 

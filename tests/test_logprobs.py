@@ -6,8 +6,8 @@ import pytest
 import torch
 from architectures import FAMILIES, tiny_model
 
-from gspo.distributed.sharding import rounded
 from gspo.kernels.logprob import KEEP_BYTES
+from gspo.models.precision import rounded
 from gspo.packing.logprobs import response_logprobs, rollout_logprobs, surrogate
 from gspo.packing.pack import pack, pack_rows
 from gspo.types import Prompt, Rollout

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from gspo.algorithm.pairs import forks, preferences
-from gspo.algorithm.update import Update
 from gspo.config import Objective
 from gspo.metrics.step_metrics import Clock, Meter, observe
-from gspo.types import Experience, Prompt, Rollout, Scores
+from gspo.types import Experience, Prompt, Rollout, Scores, Update
 
 REWARDS = torch.tensor([[1.0, 0.0], [0.1, 0.1]])
 LENGTHS = torch.tensor([[2, 1], [3, 3]])

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from gspo.config import load_config
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
-from gspo.memory.__main__ import footprint, main, table
+from gspo.memory.__main__ import main, table
 from gspo.memory.activations import Live
+from gspo.memory.footprint import footprint
 from gspo.models.loading import load_tokenizer
 
 GIB, PLENTY = 2**30, 2**62

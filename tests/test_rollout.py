@@ -7,16 +7,17 @@ import torch
 from architectures import FAMILIES, tiny_model
 from transformers import GenerationConfig
 
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout import attention as decode_attention
 from gspo.rollout.engine import Engine
 from gspo.rollout.kv_budget import answer_page_size, plan_slots, prompt_page_size
+from gspo.rollout.pages import Layer, Plan, pages_for
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.rollout.sampling import Sampling, choose, sample_keys, uniforms
-from gspo.rollout.slots import Layer, Plan, Slots, pages_for
+from gspo.rollout.slots import Slots
 from gspo.rollout.stop_strings import StopStrings
 from gspo.types import Prompt
 

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo.algorithm.selves import Selves, round_of, shares_weights, win_rate
+from gspo.algorithm.selves import Selves, round_of, win_rate
 from gspo.config import load_config
-from gspo.distributed.sharding import World, rounded
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_model
-from gspo.rollout.sampler import Sampler
+from gspo.models.precision import rounded
+from gspo.rollout.sampler import Sampler, shares_weights
 from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 

@@ -9,7 +9,7 @@ from tile_reads import TileReads, tails
 from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.config import load_config
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.kernels import logprob
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 from gspo.kernels.whole_tiles import whole_tiles

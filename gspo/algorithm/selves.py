@@ -10,22 +10,15 @@ from gspo.algorithm.objective import kl_k3
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config
 from gspo.distributed.sharded_loading import read_into, skeleton
-from gspo.distributed.sharding import (
-    World,
-    copy_weights,
-    hybrid,
-    local_bytes,
-    on_device,
-    rounded,
-    shard,
-    shard_sampler,
-    shards,
-)
-from gspo.errors import UserError
+from gspo.distributed.sharding import hybrid, local_bytes, on_device, shard, shard_sampler, shards
+from gspo.distributed.transfer import copy_weights
+from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model
+from gspo.models.precision import rounded
 from gspo.packing.head import measure_head
 from gspo.packing.logprobs import check_packing, rollout_logprobs
 from gspo.packing.micro_batches import micro_batches
+from gspo.rollout.sampler import shares_weights
 from gspo.system.console import say
 from gspo.types import Rollout
 
@@ -129,23 +122,6 @@ class Selves:
     def initial(self) -> nn.Module:
         """The model that training started from; opened again where it is not held."""
         return self.frozen.get("initial") or self._open(self.cfg.model.path, frozen=True)
-
-
-def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:
-    """-> whether the sampler reads the policy's own parameters (`rollout.weights`), and why it cannot, if so.
-
-    It may: the policy changes in updates only, when nobody samples. It cannot read shards, nor sample in another type
-    than the parameters'. Sharing takes neither memory nor time, so `auto` shares where it can. Raises UserError where
-    `share` cannot.
-    """
-    why, cure = "", ""
-    if sharded:
-        why, cure = "the policy is in shards, to be gathered anew for every token", "start one process"
-    elif dtype != torch.float32:
-        why, cure = f"the policy is kept in float32 and samples in {str(dtype)[6:]}", "set model.precision=fp32"
-    if why and weights == "share":
-        raise UserError(f"rollout.weights = 'share' is not possible: {why}. Use copy, or auto, or {cure}.")
-    return not why and weights != "copy", why
 
 
 def round_of(step: int, total_steps: int, rounds: int) -> int:

@@ -9,37 +9,21 @@ policy that sampled (`frozen`), a sum over tokens; at the first step that is the
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
 from gspo.config import Config
-from gspo.distributed.sharding import World, after_backward, before_backward, local_part, whole
+from gspo.distributed.sharding import after_backward, before_backward
+from gspo.distributed.transfer import local_part, whole
+from gspo.distributed.world import World
 from gspo.packing.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
 from gspo.packing.micro_batches import Row, micro_batches, minibatch_of
 from gspo.packing.pack import PackedBatch, pack_rows
-from gspo.types import Experience
+from gspo.types import Experience, Update
 
 LossOf = Callable[[list[Row], PackedBatch], Tensor]  # of a micro-batch
-
-
-@dataclass
-class Update:
-    """What an update did, on this rank; `logprobs` are the policy's before it moved."""
-
-    logprobs: Tensor  # [G, N, L]
-    terms: dict[str, float] = field(default_factory=dict)  # this rank's share of each loss term, before the update
-    grad_norms: list[float] = field(default_factory=list)
-    skipped: int = 0  # optimizer steps not taken because the gradient was not finite
-    not_finite: str = ""  # what was not finite first in the first of these, on any rank
-    empty: int = 0  # ... because no answer was better than another: AdamW would make full steps of the KL term alone
-
-    def of(self, exp: Experience) -> "Update":
-        """The same, for the responses of `exp` only: what was sampled, without what was given beside it."""
-        _, n, width = exp.rollout.tokens.shape
-        return replace(self, logprobs=self.logprobs[:, :n, :width])
 
 
 def make_optimizer(policy: nn.Module, cfg: Config) -> torch.optim.AdamW:

@@ -22,10 +22,11 @@ from gspo.checkpoint import manifest
 from gspo.checkpoint.hf_folder import Blueprint, index, shard_files
 from gspo.checkpoint.run_folder import latest, steps
 from gspo.config import Config
-from gspo.distributed.sharding import World, load_like, load_weights, whole
+from gspo.distributed.transfer import load_like, load_weights, whole
+from gspo.distributed.world import World, deal
 from gspo.errors import UserError
 from gspo.models.loading import resolve_path
-from gspo.models.safetensors_files import deal, open_weights, write_bytes, write_weights
+from gspo.models.safetensors_files import open_weights, write_bytes, write_weights
 from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, sync_folder
 

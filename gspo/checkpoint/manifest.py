@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from gspo.distributed.sharding import World
-from gspo.models.safetensors_files import deal, write_bytes
+from gspo.distributed.world import World, deal
+from gspo.models.safetensors_files import write_bytes
 
 NAME = "manifest.json"
 Files = dict[str, tuple[int, str]]  # path inside the checkpoint -> (bytes, sha256)

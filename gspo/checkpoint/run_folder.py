@@ -14,7 +14,7 @@ import yaml
 from gspo import config as configuration
 from gspo.checkpoint import manifest
 from gspo.config import Config
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import architecture, resolve_path
 from gspo.system.console import say

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightTransform, rename_source_key
 
-from gspo.distributed.sharding import fill
+from gspo.distributed.transfer import fill
 from gspo.errors import UserError
 from gspo.models.compiled_layers import fuse
 from gspo.models.loading import in_dtype, load_model_config, refuse, resolve_path

@@ -22,7 +22,8 @@ from gspo.packing.head import Head
 from gspo.packing.logprobs import response_logprobs, surrogate
 from gspo.packing.pack import PackedBatch
 from gspo.rollout.attention import forward
-from gspo.rollout.slots import Layer, side_by_side
+from gspo.rollout.pages import Layer
+from gspo.rollout.steps import side_by_side
 
 Autocast = Callable[[], AbstractContextManager]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.reward.reward_func import extract_answer
 from gspo.reward.scorer import Scorer

@@ -12,8 +12,7 @@ import torch
 
 from gspo import config
 from gspo.algorithm.objective import Counts, Groups, gaps, kl_k3, pair_accuracy, ranking_loss
-from gspo.algorithm.update import Update
-from gspo.types import Experience, Scores
+from gspo.types import Experience, Scores, Update
 
 
 class Meter:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NARROW = 512  # hidden sizes below: a step is not made of products there, and bf16's rounding shows most
@@ -46,3 +46,13 @@ def _seconds(x: Tensor, w: Tensor, dtype: torch.dtype) -> float:
         y = F.linear(x, w)
     torch.autograd.grad(y.sum(), (x, w))
     return time.perf_counter() - began
+
+
+def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Linear layers in `dtype`: what autocast would make of them at every forward. Not those that share an embedding's
+    weight, which it leaves alone."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    for m in model.modules():
+        if isinstance(m, nn.Linear) and m.weight not in embeddings:
+            m.to(dtype)
+    return model

@@ -115,14 +115,3 @@ def write_bytes(file: Path, pieces: list[bytes | memoryview]) -> tuple[int, str]
 def _bytes(x: Tensor) -> memoryview:
     assert x.device.type == "cpu" and x.is_contiguous()
     return memoryview(x.view(-1).view(torch.uint8).numpy()) if x.numel() else memoryview(b"")
-
-
-def deal(sizes: dict[str, int], ranks: int) -> list[list[str]]:
-    """Names for each rank, the largest first to the rank that has least: the same on every rank."""
-    hands: list[list[str]] = [[] for _ in range(ranks)]
-    held = [0] * ranks
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = held.index(min(held))
-        hands[least].append(name)
-        held[least] += sizes[name]
-    return hands

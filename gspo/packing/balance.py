@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
 from gspo.packing.micro_batches import assign, group_tokens, imbalance
 from gspo.types import Rollout, Scores
 

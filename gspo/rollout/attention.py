@@ -22,7 +22,9 @@ from gspo.kernels.varlen import Rule, backend_for
 from gspo.kernels.whole_tiles import whole_tiles
 from gspo.models.architecture import attention_of, check_architecture, ordinary_token, refusal, refuse_unknown
 from gspo.rollout.device_tables import FixedStep, Tables
-from gspo.rollout.slots import PAGE, Layer, Plan, Prefill, Slots, Step, side_by_side
+from gspo.rollout.pages import PAGE, Layer, Plan
+from gspo.rollout.slots import Slots
+from gspo.rollout.steps import Prefill, Step, side_by_side
 
 SLOTS = "gspo_slots"
 LN2 = math.log(2)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gspo.kernels.stack import LayerPages, LayerWeights, Sizes, Stack
 from gspo.models.compiled_layers import is_gated, norm_eps, norm_offset
-from gspo.rollout.slots import Slots, Step
+from gspo.rollout.slots import Slots
+from gspo.rollout.steps import Step
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}

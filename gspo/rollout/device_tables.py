@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gspo.kernels.pages import Pool, Readers
-from gspo.rollout.slots import Slots, pages_for
+from gspo.rollout.pages import pages_for
+from gspo.rollout.slots import Slots
 
 TOGETHER = 16  # slots at most that read a prompt's pages in one program; further ones read them again
 LEAST = 8  # slots of the smallest step

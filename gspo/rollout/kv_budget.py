@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gspo.errors import UserError
-from gspo.rollout.slots import PAGE, Layer, Plan, pages_for
+from gspo.rollout.pages import PAGE, Layer, Plan, pages_for
 
 SHARE = 0.5  # of what is free, where `rollout.kv_memory_gib` is auto
 MOST = 1024  # slots, where `rollout.max_slots` is auto: beyond it steps only grow longer

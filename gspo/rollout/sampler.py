@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gspo.distributed.sharding import World
+from gspo.distributed.world import World
+from gspo.errors import UserError
 from gspo.models.architecture import check_length
 from gspo.models.loading import generation_ids
 from gspo.rollout.attention import check_slots
@@ -190,3 +191,20 @@ class Sampler:
         )
         lengths, finished = engine.lengths[:-1].view(-1, n), engine.finished[:-1].view(-1, n)
         return Rollout(prompts, tokens, lengths, logprobs, entropy, finished, [texts[g] for g in range(len(prompts))])
+
+
+def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:
+    """-> whether the sampler reads the policy's own parameters (`rollout.weights`), and why it cannot, if so.
+
+    It may: the policy changes in updates only, when nobody samples. It cannot read shards, nor sample in another type
+    than the parameters'. Sharing takes neither memory nor time, so `auto` shares where it can. Raises UserError where
+    `share` cannot.
+    """
+    why, cure = "", ""
+    if sharded:
+        why, cure = "the policy is in shards, to be gathered anew for every token", "start one process"
+    elif dtype != torch.float32:
+        why, cure = f"the policy is kept in float32 and samples in {str(dtype)[6:]}", "set model.precision=fp32"
+    if why and weights == "share":
+        raise UserError(f"rollout.weights = 'share' is not possible: {why}. Use copy, or auto, or {cure}.")
+    return not why and weights != "copy", why

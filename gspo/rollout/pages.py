@@ -1,0 +1,115 @@
+"""Pages that hold keys and values, PAGE tokens of one owner each, and who has which."""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAGE = 64  # tokens
+FAR = 2**62  # first position of a page that nobody reads
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer keeps of a token on this rank: `heads` keys of `key_dim` numbers and values of `value_dim`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+def pages_for(tokens: int, page: int = PAGE) -> int:
+    return -(-tokens // page)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is allocated: answers generated at the same time, and the pages and their sizes, in tokens."""
+
+    slots: int
+    prompt_pages: int
+    answer_pages: int
+    page: int = PAGE
+    prompt_page: int = PAGE
+
+
+class Pages:
+    """A pool of pages with their owners. Those in use lie among the first `reach`, which is what attention reads."""
+
+    def __init__(self, layout: dict[int, Layer], count: int, device: torch.device, page: int = PAGE):
+        def room(layer: Layer, width: int) -> Tensor:  # zeros: what was never written must not be NaN
+            return torch.zeros(count, layer.heads, page, width, dtype=layer.dtype, device=device)
+
+        self.page, self.count = page, count
+        self.keys = {i: room(layer, layer.key_dim) for i, layer in layout.items()}
+        self.values = {i: room(layer, layer.value_dim) for i, layer in layout.items()}
+        self.owner = np.full(count, -1)
+        self.start = np.zeros(count, dtype=np.int64)  # position of a page's first token in its sequence
+        self._free = list(range(count))
+        self.asked: set[tuple[float, float | None, int | None]] = set()  # scale, cap and window of its layers
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for part in (self.keys, self.values) for x in part.values())
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def reach(self) -> int:
+        used = np.flatnonzero(self.owner >= 0)
+        return int(used[-1]) + 1 if len(used) else 0
+
+    @property
+    def spare(self) -> int:
+        """A page that nobody has."""
+        assert self._free, "every page has an owner"
+        return self._free[0]
+
+    def take(self, owners: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Page numbers, the lowest that are free, for these owners and first positions."""
+        assert len(owners) <= self.free, "pages were promised that are not there"
+        pages = np.array([heapq.heappop(self._free) for _ in owners], dtype=np.int64)
+        self.owner[pages], self.start[pages] = owners, starts
+        return pages
+
+    def release(self, gone: np.ndarray) -> None:
+        """Free the pages of which `gone` [count] is true."""
+        for page in np.flatnonzero(gone).tolist():
+            heapq.heappush(self._free, page)
+        self.owner[gone] = -1
+
+    def write(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys, values [T * Hk, D] at `where` [T * Hk], of `places`."""
+        self.keys[layer].view(-1, keys.shape[1]).index_copy_(0, where, keys)
+        self.values[layer].view(-1, values.shape[1]).index_copy_(0, where, values)
+
+    def places(self, pages: Tensor, offsets: Tensor, heads: int) -> Tensor:
+        """[T * Hk]: which rows of [count * Hk * page] are those at `offsets` [T] of `pages` [T]."""
+        head = torch.arange(heads, device=pages.device)
+        return ((pages[:, None] * heads + head) * self.page + offsets[:, None]).flatten()
+
+    def read(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `count` pages, [count, Hk, page, D]."""
+        return self.keys[layer][:count], self.values[layer][:count]
+
+    def gather(self) -> None:
+        """Move pages down into free ones when most of those read are free: the last long answers are then cheap."""
+        used = np.flatnonzero(self.owner >= 0)
+        if self.reach <= 2 * len(used):
+            return
+        free = np.flatnonzero(self.owner[: len(used)] < 0)
+        moved = used[used >= len(used)]
+        for x in (*self.keys.values(), *self.values.values()):
+            x[torch.from_numpy(free)] = x[torch.from_numpy(moved)]
+        self.owner[free], self.start[free] = self.owner[moved], self.start[moved]
+        self.owner[moved] = -1
+        self._free = list(range(len(used), self.count))

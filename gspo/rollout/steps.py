@@ -1,0 +1,154 @@
+"""What a forward of the sampler needs to know: prompts side by side, or one new token for each slot."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gspo.kernels.decode_cpu import Sequences
+from gspo.kernels.rows import Rows
+from gspo.kernels.varlen import Segments
+from gspo.rollout.pages import FAR, Layer, Pages
+
+HIDDEN = -1e30  # added to the scores of what is not seen; finite, so that a page without anything seen gives no NaN
+
+
+@dataclass(eq=False)
+class Prefill:
+    """Prompts side by side, T tokens without padding: what the model's forward over them needs."""
+
+    ids: Tensor  # [1, T]
+    positions: Tensor  # [1, T]
+    last: Tensor  # [B], where each prompt ends
+    sizes: list[int]  # B
+    pages: Tensor | None = None  # [T], where its keys and values go
+    offsets: Tensor | None = None  # [T]
+    pool: Pages | None = None  # None: nothing is kept but the layout
+    layout: dict[int, Layer] = field(default_factory=dict)
+    _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _bias: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    _segments: dict[int | None, Segments] = field(default_factory=dict, repr=False)
+
+    def places(self, heads: int) -> Tensor:
+        """[T * Hk]: where in the pool its keys and values go."""
+        if heads not in self._places:
+            self._places[heads] = self.pool.places(self.pages, self.offsets, heads)
+        return self._places[heads]
+
+    def segments(self, window: int | None) -> Segments:
+        """The prompts, each of which attends causally to itself."""
+        if window not in self._segments:
+            sizes = torch.tensor(self.sizes)
+            self._segments[window] = Segments.of(sizes, sizes, True, window, self.ids.device)
+        return self._segments[window]
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The prompts as compiled code wants them (kernels/rows.py)."""
+        return Rows.apart(self.sizes)
+
+    def bias(self, at: int, end: int, first: int, window: int | None) -> Tensor:
+        """[end - at, end - first]: HIDDEN where a prompt's tokens from `at` to `end` do not see those from `first`."""
+        if (key := (at, end, first, window)) not in self._bias:
+            query = torch.arange(at, end, device=self.ids.device)[:, None]
+            other = torch.arange(first, end, device=self.ids.device)
+            seen = other <= query if window is None else (other <= query) & (other > query - window)
+            self._bias[key] = _bias(seen)
+        return self._bias[key]
+
+
+@dataclass(eq=False)
+class Step:
+    """One new token for each of S slots, asked of B prompts by at most M slots each."""
+
+    positions: Tensor  # [S, 1]
+    lengths: Tensor  # [S], tokens of the answer kept, the new one included
+    answers: Pages
+    page: Tensor  # [S], where the new token's keys and values go
+    offset: Tensor  # [S]
+    answer_owner: Tensor  # [n], the slot that each page belongs to; 0 for free ones, which are hidden
+    answer_only: Tensor | None  # [S], the page of each slot, if none has more
+    answer_start: Tensor  # [n]; so far behind that nothing is seen, for free ones
+    prompts: Pages
+    prompt_owner: Tensor  # [m], the place among the B prompts
+    prompt_only: Tensor | None  # [B]
+    prompt_start: Tensor  # [m]
+    prompt_sizes: Tensor  # [B]
+    members: Tensor  # [B, M], slots that answer each prompt; 0 where there are fewer
+    place: Tensor  # [S], each slot's index in [B * M]
+    asks: Tensor  # [S], the place of each slot's prompt among the B
+    _bias: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _sequences: dict[int | None, tuple[Sequences, Sequences]] = field(default_factory=dict, repr=False)
+
+    @property
+    def pools(self) -> tuple[Pages, Pages]:
+        return self.prompts, self.answers
+
+    def sequences(self, window: int | None) -> tuple[Sequences, Sequences]:
+        """The prompts and the answers as compiled code wants them (kernels/decode_cpu.py)."""
+        if window not in self._sequences:
+            lengths, which, sizes = self.lengths.numpy(), self.asks.numpy(), self.prompt_sizes.numpy()
+            far = self.positions[:, 0].numpy() + 1 if window is None else window
+            self._sequences[window] = (
+                _sequences(self.prompt_owner, self.prompt_start, sizes, which, sizes[which] + lengths - far),
+                _sequences(self.answer_owner, self.answer_start, lengths, np.arange(len(lengths)), lengths - far),
+            )
+        return self._sequences[window]
+
+    def places(self, heads: int) -> Tensor:
+        """[S * Hk]: where among the answers' pages the new keys and values go."""
+        if heads not in self._places:
+            self._places[heads] = self.answers.places(self.page, self.offset, heads)
+        return self._places[heads]
+
+    def answer_bias(self, window: int | None) -> Tensor:
+        """[n, 1, 1, page]: HIDDEN where a page holds nothing that its slot sees."""
+        if (key := ("answer", window)) not in self._bias:
+            at = self.answer_start[:, None] + torch.arange(self.answers.page, device=self.lengths.device)
+            length = self.lengths.index_select(0, self.answer_owner)[:, None]
+            seen = at < length if window is None else (at < length) & (at >= length - window)
+            self._bias[key] = _bias(seen)[:, None, None]
+        return self._bias[key]
+
+    def prompt_bias(self, window: int | None, group: int) -> Tensor:
+        """[m, 1, 1 or M * group, page]: the same for the pages of prompts, `group` query heads a KV head."""
+        if (key := ("prompt", window, group)) not in self._bias:
+            at = self.prompt_start[:, None] + torch.arange(self.prompts.page, device=self.lengths.device)
+            size = self.prompt_sizes.index_select(0, self.prompt_owner)
+            seen = (at < size[:, None])[:, None]
+            if window is not None:
+                length = self.lengths.index_select(0, self.members.flatten()).view(self.members.shape)
+                first = size[:, None] + length.index_select(0, self.prompt_owner) - window  # [m, M]
+                seen = (seen & (at[:, None] >= first[..., None])).repeat_interleave(group, 1)
+            self._bias[key] = _bias(seen)[:, None]
+        return self._bias[key]
+
+
+def _sequences(owner: Tensor, start: Tensor, sizes: np.ndarray, which: np.ndarray, hidden: np.ndarray) -> Sequences:
+    """Pages owned by `owner` [n] from position `start` [n] on, in order, for slots that read sequence `which` [S]."""
+    owner, start = owner.numpy(), start.numpy()
+    pages = np.lexsort((start, owner))
+    pages = pages[start[pages] < FAR]
+    counts = np.bincount(owner[pages], minlength=len(sizes))
+    return Sequences.of(pages, counts, sizes, which, hidden.clip(min=0))
+
+
+def _bias(seen: Tensor) -> Tensor:
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, HIDDEN)
+
+
+def side_by_side(prompts: list[tuple[int, ...]], device: torch.device) -> Prefill:
+    """A pass over these prompts that keeps nothing yet."""
+    sizes = [len(ids) for ids in prompts]
+    ends = list(accumulate(sizes))
+    return Prefill(
+        ids=torch.tensor([list(chain.from_iterable(prompts))], device=device),
+        positions=torch.cat([torch.arange(size) for size in sizes])[None].to(device),
+        last=torch.tensor(ends, device=device) - 1,
+        sizes=sizes,
+    )
