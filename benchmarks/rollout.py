@@ -11,9 +11,7 @@ seconds are the process's own, whatever runs beside it.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,32 +24,20 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from benchmarks.common import heading, table
+from benchmarks.rollout_contestants import (
+    PROMPTS,
+    TAIL_PROMPTS,
+    TAIL_SLOTS,
+    N,
+    draw,
+    generate,
+    generate_batch,
+    ours,
+    seconds,
+)
 from gspo.models.loading import load_model, load_tokenizer
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
-
-N, PROMPTS, TAIL_PROMPTS, TAIL_SLOTS, TEMPERATURE = 8, 8, 16, 32, 0.9
-
-
-def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Median; by the clock, or on one thread, without CUDA, of this process's own time."""
-    cuda = torch.cuda.is_available()
-    now = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
-    taken = []
-    for _ in range(repeats):
-        began = now()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        taken.append(now() - began)
-    return statistics.median(taken)
-
-
-def draw(count: int, size: int, vocabulary: int) -> list[Prompt]:
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary // 10, vocabulary, (count, size), generator=g).tolist()
-    return [Prompt(i, tuple(row), "", "", "") for i, row in enumerate(ids)]
 
 
 def floor(model: nn.Module, rows: list[int]) -> float:
@@ -72,47 +58,6 @@ def floor(model: nn.Module, rows: list[int]) -> float:
             known[count] = min(seconds(once) for _ in range(3))
         total += known[count]
     return total
-
-
-# ---- the contestants: each samples prompts x N answers of `lengths` [G, N] tokens ----
-
-
-def generate(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
-    """transformers' generate, in batches of `rows` answers that last as long as their longest."""
-    ids = torch.tensor([p.ids for p in prompts], device=model.device).repeat_interleave(lengths.shape[1], 0)
-    for part, wanted in zip(ids.split(rows), lengths.flatten().split(rows), strict=True):
-        longest = int(wanted.max())
-        settings = GenerationConfig(
-            do_sample=True,
-            temperature=TEMPERATURE,
-            top_k=0,
-            max_new_tokens=longest,
-            min_new_tokens=longest,
-            pad_token_id=0,
-        )
-        model.generate(part, attention_mask=torch.ones_like(part), generation_config=settings)
-
-
-def generate_batch(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
-    """transformers' continuous batching, which takes one length for all."""
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_k=0,
-        max_new_tokens=int(lengths.max()),
-        eos_token_id=-1,
-        pad_token_id=0,
-    )
-    asked = [list(p.ids) for p in prompts for _ in range(lengths.shape[1])]
-    answers = model.generate_batch(asked, generation_config=settings, progress_bar=False)
-    assert sum(len(a.generated_tokens) for a in answers.values()) == len(asked) * int(lengths.max())
-
-
-def ours(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
-    sampler.max_slots = rows
-    sampling = Sampling(TEMPERATURE, max_new_tokens=int(lengths.max()))
-    got = sampler.generate(prompts, lengths.shape[1], sampling, limits=lengths)
-    assert got.lengths.cpu().equal(lengths)
 
 
 def ours_static(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:

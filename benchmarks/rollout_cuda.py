@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.common import heading, table
-from benchmarks.rollout import TEMPERATURE, N, draw, generate, generate_batch, ours, seconds
+from benchmarks.rollout_contestants import TEMPERATURE, N, draw, generate, generate_batch, ours, seconds
 from gspo.models.loading import load_tokenizer
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling
