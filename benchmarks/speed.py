@@ -22,13 +22,13 @@ compare within a table, by ratio.
 """
 RUNS = {
     "cpu": (
-        "kernels.py --device cpu --dtype float32",
-        "kernels.py --device cpu --dtype bfloat16",
+        "operations.py --device cpu --dtype float32",
+        "operations.py --device cpu --dtype bfloat16",
         "step.py",
         "rollout.py",
     ),
     "cuda": (
-        "kernels.py --device cuda",
+        "operations.py --device cuda",
         "packed_step.py --device cuda",
         "rollout.py --device cuda",
     ),

@@ -199,7 +199,7 @@ def test_one_weight_as_embedding_and_as_head():
 def test_memory_above_the_gradients_is_under_300_mb(run_program, name, tokens, size, vocabulary):
     """All logits would be 480 and 1,245 MB, and plain PyTorch holds three tensors like them."""
     sizes = ("--tokens", tokens, "--size", size, "--vocabulary", vocabulary)
-    done = run_program("benchmarks/kernels.py", "--device", "cpu", *sizes, "--only", name)
+    done = run_program("benchmarks/operations.py", "--device", "cpu", *sizes, "--only", name)
     assert done.returncode == 0, done.stderr[-2000:]
     extra = json.loads(done.stdout)["extra"]
     assert 20e6 < extra < 300e6, extra / 1e6

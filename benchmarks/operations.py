@@ -1,6 +1,6 @@
 """The linear log-prob against what else computes it: seconds, GFLOP/s beside bare matrix products, peak memory.
 
-    python benchmarks/kernels.py [--tokens 2048 --size 896 --vocabulary 151936 --dtype float32 --device cpu]
+    python benchmarks/operations.py [--tokens 2048 --size 896 --vocabulary 151936 --dtype float32 --device cpu]
 
 Every contestant runs in a process of its own: log-probs of T tokens at temperature 0.9, and the gradients of their sum
 with given coefficients. The floor is measured in the same process, before and after: the three matrix products that
@@ -235,7 +235,7 @@ def main() -> None:
     shape = f"T {args.tokens:,}, D {args.size:,}, V {args.vocabulary:,}, {args.dtype}"
     what = f"{torch.cuda.get_device_name()}" if cuda else f"{torch.get_num_threads()} threads"
     title = f"Linear log-prob: {shape}, {'with' if args.entropy else 'without'} entropy, {what}"
-    print(heading(title, shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]), ("torch",)))
+    print(heading(title, shlex.join(["python", "benchmarks/operations.py", *sys.argv[1:]]), ("torch",)))
     columns = [
         "",
         "forward, s",
