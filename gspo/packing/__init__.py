@@ -1,1 +1,1 @@
-"""Responses as packed sequences and their log-probs under a model; no rewards, pairs or objectives."""
+"""Responses as packed sequences and their log-probs under a model; no pairs, no objective."""
