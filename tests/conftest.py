@@ -4,13 +4,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+
+# Before torch is imported. The products of these tests are small: a second thread would wait more than it computes, and
+# two test processes have use for two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from repository import ROOT
 
-ROOT = Path(__file__).parent.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` ignores Ctrl-C, and so would its children
 
 

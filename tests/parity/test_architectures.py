@@ -1,0 +1,166 @@
+"""Which models packed rows serve exactly, and that the others are refused by name."""
+
+import copy
+
+import pytest
+import torch
+from architectures import FAMILIES, SMALL, tiny_model
+from tiny_sampler import prompts_of, sampler_for
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from gspo.errors import UserError
+from gspo.models.architecture import attention_of, check_length
+from gspo.models.loading import in_dtype
+from gspo.packing.attention import PACKED
+from gspo.packing.head import measure_head
+from gspo.packing.logprobs import check_packing, response_logprobs
+from gspo.packing.pack import pack_rows
+from gspo.rollout.attention import check_slots
+from gspo.rollout.sampling import Sampling
+from gspo.rollout.steps import Step
+
+CPU = torch.device("cpu")
+
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+REFUSED = {
+    "gpt_oss": ({"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
+    "llama4_text": ({"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32}, "chunked_attention"),
+    "qwen3_next": (HYBRID, "linear_attention"),
+    "qwen2_moe": ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "num_experts": 4,
+                   "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, "sliding window"),
+    "gemma3_text": ({"head_dim": 8, "use_bidirectional_attention": True}, "both directions"),
+    "bloom": ({"n_head": 4}, "apart"),
+    "stablelm": ({}, "no extra arguments"),
+    "mamba": ({"state_size": 4}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_full_and_sliding_attention_pass(family):
+    model = tiny_model(family)
+    before = model.config._attn_implementation
+    check_packing(model)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.bf16
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_wholly_in_bf16_pass_as_ranks_run_them(family):
+    """Without autocast a projection wants its inputs in its own type, whatever attention computes in."""
+    model = tiny_model(family)
+    check_packing(in_dtype(model, torch.bfloat16))
+
+
+@pytest.mark.parametrize("check", [check_packing, lambda model: check_slots(model, CPU)], ids=["packs", "slots"])
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_model_that_would_get_other_log_probs_is_refused_by_name(family, check):
+    extra, why = REFUSED[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **extra})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.measured_head = measure_head(model)
+    if check is not check_packing and family == "bloom":
+        why = ""  # its positions are its own, which slots show in another way
+    with pytest.raises(UserError, match=rf"{family}.*{why}"):
+        check(model)
+
+
+@pytest.mark.parametrize("wrong", ["position_ids", "slots"])
+def test_slots_are_compared_with_plain_forwards(wrong, monkeypatch):
+    """A model that is given positions one too high, or that forgets half of what it saw, does not pass."""
+    model, forward = tiny_model("llama"), LlamaForCausalLM.forward
+
+    def other(self, *args, **given):
+        if wrong == "position_ids" and "slots" in given:
+            given["position_ids"] = given["position_ids"] * 2
+        if wrong == "slots" and isinstance(given.get("slots"), Step):
+            given["slots"].prompt_sizes.floor_divide_(2)
+        return forward(self, *args, **given)
+
+    check_slots(model, CPU)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", other)
+    with pytest.raises(UserError, match="llama.*one token at a time"):
+        check_slots(model, CPU)
+
+
+def test_the_models_own_attention_returns_even_after_a_fault():
+    config = tiny_model("llama").config
+    with pytest.raises(ZeroDivisionError), attention_of(config, PACKED):
+        assert config._attn_implementation == PACKED
+        raise ZeroDivisionError
+    assert config._attn_implementation == "sdpa"
+
+
+# ---- rotary frequencies chosen by the longest sequence of a forward ----
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+            "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+BY_LENGTH = {
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
+    "longrope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "max_position_embeddings": 96, "original_max_position_embeddings": 24},
+    ),
+    "of some layers": (
+        "gemma3_text",
+        {
+            "rope_parameters": {"full_attention": LONGROPE, "sliding_attention": PLAIN},
+            "layer_types": ["full_attention", "sliding_attention"],
+            "max_position_embeddings": 96,
+        },
+    ),
+}
+
+
+def by_length(case):
+    family, extra = BY_LENGTH[case]
+    return tiny_model(family, **copy.deepcopy(extra))  # transformers writes into what it is given
+
+
+def alone(model, rollout, g, i):
+    """Log-probs of one answer, by a forward of its own."""
+    answer = rollout.tokens[g, i, : rollout.lengths[g, i]]
+    ids = torch.tensor([[*rollout.prompts[g].ids, *answer.tolist()]])
+    logits = model(input_ids=ids).logits[0, ids.shape[1] - len(answer) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", BY_LENGTH)
+def test_frequencies_chosen_by_length_are_served_exactly_up_to_where_they_change(case):
+    model = by_length(case)
+    sampler = sampler_for(model, max_slots=4)
+    sampler.end_ids = {-1}  # every answer is as long as may be
+    rollout = sampler.generate(prompts_of((3, 12, 7)), 2, Sampling(1.0, max_new_tokens=12))
+    rows = [(g, i) for g in range(3) for i in range(2)]
+    packed = response_logprobs(model, pack_rows(rollout, rows), 1.0)
+    assert rollout.longest == 24
+    for logprobs, (g, i) in zip(packed, rows, strict=True):
+        torch.testing.assert_close(logprobs, alone(model, rollout, g, i), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rollout.logprobs[g, i], logprobs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", BY_LENGTH)
+def test_and_are_refused_by_name_beyond_for_a_longer_batch_mate_would_change_an_answer(case, monkeypatch):
+    model = by_length(case)
+    sampler, sampling = sampler_for(model), Sampling(1.0, max_new_tokens=12)
+    kind = "dynamic" if case == "dynamic" else "longrope"
+    said = rf"25 tokens.*24.*{model.config.model_type}.*{kind}.*within 24.*rollout.max_new_tokens"
+    with pytest.raises(UserError, match=said):
+        sampler.generate(prompts_of((3, 13)), 2, sampling)
+    monkeypatch.setattr("gspo.rollout.sampler.check_length", lambda *_: None)
+    sampler.end_ids = {-1}
+    rollout = sampler.generate(prompts_of((3, 13)), 1, sampling)
+    both = response_logprobs(model, pack_rows(rollout, [(0, 0), (1, 0)]), 1.0)
+    assert (both[0] - alone(model, rollout, 0, 0)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rope", [PLAIN, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}], ids=str)
+def test_other_frequencies_reach_as_far_as_one_likes(rope):
+    check_length(tiny_model("llama", rope_parameters=rope, max_position_embeddings=24).config, 10**6)
+    check_length(AutoConfig.for_model("bloom"), 10**6)

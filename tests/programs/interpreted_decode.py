@@ -1,0 +1,21 @@
+"""Runs the attention of decoding on CPU tensors in Triton's interpreter and prints what is too far from float64."""
+
+import json
+
+import torch
+from decode_cases import cases, too_far
+from interpreted_logprob import repair_interpreter
+
+from gspo.kernels import decode, decode_triton
+
+
+def main() -> None:
+    repair_interpreter()
+    torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
+    decode_triton.SHARE = 32  # several programs a sequence
+    decode._implementation = lambda q: decode_triton.decode_attention
+    print(json.dumps({case.name(): too_far(case) for case in cases()}))
+
+
+if __name__ == "__main__":
+    main()

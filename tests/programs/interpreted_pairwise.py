@@ -1,0 +1,20 @@
+"""Runs the pairwise kernel on CPU tensors in Triton's interpreter and prints, as JSON, what is too far from float64."""
+
+import json
+
+import torch
+from interpreted_logprob import repair_interpreter
+from pairwise_cases import cases, too_far
+
+from gspo.kernels import pairwise, pairwise_triton
+
+
+def main() -> None:
+    repair_interpreter()
+    torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
+    pairwise._implementation = lambda logprobs: pairwise_triton.pairwise_loss
+    print(json.dumps({case.name(): too_far(case) for case in cases()}))
+
+
+if __name__ == "__main__":
+    main()

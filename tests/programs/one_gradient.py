@@ -1,0 +1,61 @@
+"""A program for test_world.py: the gradient of one step, gathered whole, under any number of ranks.
+
+torchrun --nproc_per_node=K tests/programs/one_gradient.py OUT.safetensors [section.key=value ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from gspo.algorithm.selves import Selves
+from gspo.algorithm.update import Updater, make_optimizer
+from gspo.config import load_config
+from gspo.data.batches import Batches
+from gspo.data.prompts import load_splits
+from gspo.distributed.transfer import whole
+from gspo.distributed.world import session
+from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.packing.balance import balance
+from gspo.reward.scorer import Scorer
+from gspo.rollout.sampler import Sampler
+from gspo.rollout.sampling import Sampling
+from gspo.system.program import leave
+from train import gather_experience
+
+
+def main() -> None:
+    out, cfg = Path(sys.argv[1]), load_config("configs/quick.yaml", sys.argv[2:])
+    with session() as world:
+        tokenizer = load_tokenizer(None)
+        splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
+        batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed).take()
+        selves = Selves(cfg, world)
+        optimizer = make_optimizer(selves.policy, cfg)
+        tp = cfg.rollout.tensor_model_parallel_size
+        sampler = Sampler(selves.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=selves.agree)
+        places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world)
+        scores = Scorer(cfg.reward)(rollout)
+        places, rollout, scores, _ = balance(places, rollout, scores, cfg.optim.minibatches, world)
+        experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
+        gradient = {}
+
+        def keep_gradient() -> None:
+            for name, p in selves.policy.named_parameters():
+                gradient[name] = whole(p.grad).cpu().clone().contiguous()
+
+        optimizer.step = keep_gradient
+        Updater(selves.policy, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
+        answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
+        tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]
+        texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), tokens, strict=True)))
+        if world.is_main:
+            save_file(gradient, out)
+            rows = sorted(row for part in texts for row in part)
+            out.with_suffix(".json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
+    leave()

@@ -1,0 +1,72 @@
+"""A program: how much of an offloaded reference is on the device, between uses and at most.
+
+Counts the bytes of gathered parameters whenever a module begins or ends its forward, and on a GPU what is allocated.
+
+[torchrun --nproc_per_node=K] tests/programs/reference_memory.py OUT.json MODEL_FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from gspo.algorithm.selves import Selves
+from gspo.config import load_config
+from gspo.distributed.sharding import is_sharded
+from gspo.distributed.world import session
+from gspo.models.loading import decoder_layers
+from gspo.system.program import leave
+from gspo.types import Prompt, Rollout
+
+TOKENS = 32
+
+
+def gathered(model, seen):
+    """Bytes of the whole parameters that a sharded model holds now; `seen` are all that it ever held."""
+    for p in model.parameters():
+        if not hasattr(p, "device_mesh"):
+            seen[id(p)] = p
+    return sum(p.untyped_storage().nbytes() for p in seen.values())
+
+
+def units(model):
+    """Bytes of what is gathered together: layers, embedding, head, and what is left."""
+    size = lambda m: sum(p.numel() for p in m.parameters()) * 4  # noqa: E731
+    apart = [*decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    sizes = [size(m) for m in apart if is_sharded(m)]
+    return {"largest": max(sizes), "left": size(model) - sum(sizes), "all": size(model)}
+
+
+def rollout():
+    tokens = torch.randint(4, 60, (2, 2, TOKENS))
+    zeros, lengths = torch.zeros(tokens.shape), torch.full((2, 2), TOKENS)
+    prompts = [Prompt(k, (5, 6, 7), "", "", "") for k in range(2)]
+    return Rollout(prompts, tokens, lengths, zeros, zeros, lengths > 0, [["", ""]] * 2)
+
+
+def main() -> None:
+    cfg = load_config(None, [f"model.path={sys.argv[2]}", "model.precision=fp32"])
+    with session() as world:
+        selves = Selves(cfg, world)
+        model, seen, counts = selves.frozen["opponent"], {}, []
+        sizes = units(model)
+        for m in model.modules():
+            m.register_forward_pre_hook(lambda *_: counts.append(gathered(model, seen)))
+            m.register_forward_hook(lambda *_: counts.append(gathered(model, seen)))
+        told = {**sizes, "shards_on": {p.device.type for p in model.parameters()}.pop()}
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        selves.logprobs_under(model, rollout())
+        told |= {"peak": max(counts), "after": gathered(model, seen)}
+        if world.device.type == "cuda":
+            told["cuda_peak"] = torch.cuda.max_memory_allocated() - before
+            told["cuda_after"] = torch.cuda.memory_allocated() - before
+        if world.is_main:
+            Path(sys.argv[1]).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
+    leave()

@@ -1,0 +1,67 @@
+"""A program for test_sharded_loading.py: every architecture opened as shards, beside the whole model.
+
+torchrun --nproc_per_node=K tests/programs/sharded_models.py OUT.json FOLDER  (FOLDER/<family> holds a model)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from gspo.distributed.sharded_loading import read_into, skeleton
+from gspo.distributed.sharding import is_sharded, shard
+from gspo.distributed.transfer import whole
+from gspo.distributed.world import session
+from gspo.models.loading import load_model
+from gspo.models.safetensors_files import Weights
+from gspo.packing.head import measure_head
+from gspo.packing.logprobs import check_packing
+from gspo.system.program import leave
+
+read_from_files = []
+
+
+def counting(self, name, slices=(), plain=Weights.read):
+    part = plain(self, name, slices)
+    read_from_files.append(part.nbytes)
+    return part
+
+
+def compare(folder, world):
+    read_from_files.clear()
+    model = read_into(lambda m: shard(m, world, torch.float32, offload=False), skeleton(folder), folder)
+    assert is_sharded(model)
+    plain = load_model(folder)
+    model.measured_head = measure_head(model, world.device)
+    check_packing(model, world.device)
+    ids = torch.arange(4, 40).view(2, 18)
+    with torch.no_grad():
+        apart = float((model(input_ids=ids).logits - plain(input_ids=ids).logits).abs().max())
+    names, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return {
+        "weights": all(whole(p).equal(names[name]) for name, p in model.named_parameters()),
+        "names": [name for name, _ in model.named_parameters()] == list(names),
+        "buffers": all(b.equal(buffers[name]) for name, b in model.named_buffers()),
+        "tied": (embedding.weight is head.weight) == plain.config.get_text_config().tie_word_embeddings,
+        "head": model.measured_head == measure_head(plain),
+        "logits": apart,
+        "held": sum(p.to_local().nbytes for p in model.parameters()),
+        "whole": sum(p.nbytes for p in plain.parameters()),
+        "read": sum(read_from_files),
+    }
+
+
+def main() -> None:
+    Weights.read = counting
+    with session() as world:
+        told = {folder.name: compare(str(folder), world) for folder in sorted(Path(sys.argv[2]).iterdir())}
+        told = world.gather(told)
+        if world.is_main:
+            Path(sys.argv[1]).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
+    leave()

@@ -1,0 +1,192 @@
+"""The memory report: what it counts, by hand, and how near it comes to a process's measured peak."""
+
+import json
+import re
+
+import pytest
+import torch
+from architectures import tiny_model
+from repository import PROGRAM_ENV
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gspo.config import load_config
+from gspo.embedded import MODEL_DIR
+from gspo.errors import UserError
+from gspo.memory.__main__ import main, table
+from gspo.memory.activations import Live
+from gspo.memory.footprint import footprint
+from gspo.models.loading import load_tokenizer
+
+GIB, PLENTY = 2**30, 2**62
+MEDIUM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
+          "num_key_value_heads": 6, "max_position_embeddings": 512, "vocab_size": 4096}  # fmt: skip
+
+
+def test_live_bytes_of_two_layers_by_hand():
+    """ReLU(x W) V over [8, 16] floats: what autograd keeps is x W and ReLU's result; then a gradient beside them."""
+    w, v, x = (nn.Parameter(torch.ones(s, device="meta")) for s in ((16, 32), (32, 4), (8, 16)))
+    x.requires_grad_(False)
+    with Live() as live:
+        y = (torch.relu(x @ w) @ v).sum()
+        assert live.now == 4 * (8 * 32 + 1)  # ReLU's result is kept, its input is not
+        assert live.peak == 4 * (2 * 8 * 32)
+        del y
+        assert live.now == 0
+    with Live([w]) as live:
+        assert w.t().shape == (32, 16) and live.peak == 0, "a view of what was there before"
+    with Live() as live:
+        y = checkpoint(lambda x: torch.relu(x @ w) @ v, x, use_reentrant=False).sum()
+        assert live.now == 4
+        y.backward()
+    assert live.peak >= 4 * (8 * 32 + 16 * 32)
+
+
+def report(*overrides, ranks=1, on="cpu", precision="fp32", **more):
+    return footprint(load_config(None, ["data.train_batch_size=8", *overrides]), ranks, on, precision, PLENTY, **more)
+
+
+def test_what_stays_is_four_eight_and_what_the_frozen_selves_take():
+    p = 648_064
+    one = report("trainer.async_save=false")
+    assert one.parameters == p
+    assert one.resident == {"weights": 4 * p, "optimizer": 8 * p, "reference": 4 * p}, "the sampler is the policy"
+    four = report(ranks=4, on="cuda", precision="bf16")
+    assert four.resident == {"weights": p, "optimizer": 2 * p, "sampler's copy": 2 * p}
+    assert four.offloaded == {"reference": 2 * p // 4, "checkpoint": 12 * p // 4 + 2 * p // 4}
+    pairs = report("model.shard_size=2", "optim.gradient_reduction=step", "reference.param_offload=false",
+                   "objective.anchor=initial", ranks=4, on="cuda", precision="bf16")  # fmt: skip
+    assert pairs.resident["weights"] == 2 * p and pairs.phases["updating"]["gradients"] == 4 * p
+    assert pairs.resident["reference"] == 2 * (2 * p // 2), "opponent and initial model"
+    away = report("optim.offload=true", on="cuda", precision="bf16")
+    assert away.offloaded["weights"] == 4 * p and "weights" not in away.resident
+
+
+def test_gathered_layers_are_the_two_largest_units_and_what_is_left(tmp_path):
+    """By hand, for a hidden size of 32; the last norm is left."""
+    tiny_model("llama", vocab_size=96, num_hidden_layers=3).save_pretrained(tmp_path)
+    layer, embedding = 48 * 32 * 3 + 32 * 32 * 2 + 32 * 16 * 2 + 64, 96 * 32
+    two = report(f"model.path={tmp_path}", ranks=2)
+    assert two.phases["scoring"]["gathered layers"] == 4 * (32 + 2 * layer)
+    assert two.phases["updating"]["gathered layers"] == 4 * (32 + 2 * layer) + 4 * layer
+    kept = report(f"model.path={tmp_path}", "model.reshard_after_forward=false", ranks=2)
+    assert kept.phases["updating"]["gathered layers"] == 4 * (32 + 3 * layer + 2 * embedding) + 4 * layer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_mixture_of_experts_is_worked_out_in_both_precisions(precision, tmp_path):
+    tiny_model("mixtral").config.save_pretrained(tmp_path)
+    few, many = (
+        report(f"model.path={tmp_path}", f"optim.micro_batch_tokens={n}", "rollout.max_new_tokens=16",
+               precision=precision, prompt_tokens=20).phases["updating"]["activations"]
+        for n in (200, 600)
+    )  # fmt: skip
+    assert 0 < few < many < 6 * few
+
+
+def test_keys_and_values_by_hand():
+    """Pages for 31 tokens of each of 8 x 4 answers, and for 8 prompts and those that wait."""
+    short = ("rollout.n=4", "rollout.max_new_tokens=32")
+    layers = json.loads((MODEL_DIR / "config.json").read_text())
+    token = layers["num_hidden_layers"] * 2 * layers["num_key_value_heads"] * 32 * 4
+    full = report(*short, prompt_tokens=50).phases["sampling"]["keys and values"]
+    assert full % token == 0 and full // token >= 32 * 32 + 8 * 50
+    few = report(*short, "rollout.max_slots=8", prompt_tokens=50).phases["sampling"]["keys and values"]
+    tight = report(*short, "rollout.kv_memory_gib=0.001", prompt_tokens=50).phases["sampling"]["keys and values"]
+    assert tight <= 0.001 * GIB and few < full
+
+
+def test_less_memory_where_a_setting_says_so():
+    usual = report("optim.micro_batch_tokens=8192")
+    smaller = report("optim.micro_batch_tokens=1024")
+    again = report("optim.micro_batch_tokens=8192", "model.gradient_checkpointing=true")
+    for less in (smaller, again):
+        assert less.phases["updating"]["activations"] < 0.7 * usual.phases["updating"]["activations"]
+    assert usual.fullest == "updating" and "optim.micro_batch_tokens" in usual.cure()
+    assert "turn optim.micro_batch_tokens" in table(usual, usual.peak - 1) and "it fits" in table(usual, usual.peak)
+    assert "activations" in usual.line() and f"{usual.peak / GIB:.3g} GiB" in usual.line()
+
+
+def test_the_command_needs_no_weights(run_program, tmp_path):
+    """A folder with a config.json of four billion parameters and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 4,
+        "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 32000,
+    }))  # fmt: skip
+    args = (f"model.path={tmp_path}", "optim.micro_batch_tokens=4096", "data.train_batch_size=16")
+    done = run_program("-m", "gspo.memory", "--ranks", "8", "--on", "cuda", "--have", "12", *args)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4.42 billion parameters, bf16, 8 x cuda" in done.stdout
+    assert "12.000: it does not fit" in done.stdout and "turn " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rollout.tensor_model_parallel_size=3"], "tensor_model_parallel_size = 3 does not divide the 2 processes"),
+        (["rollout.weights=share"], "rollout.weights = 'share' is not possible"),
+        (["rollout.kv_memory_gib=1e-7"], "rollout.kv_memory_gib: the keys and values of one answer"),
+        (["model.shard_size=4"], "model.shard_size = 4 does not divide"),
+    ],
+)
+def test_a_run_that_would_be_refused_has_no_report(overrides, says):
+    with pytest.raises(UserError, match=says):
+        report(*overrides, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["model.path=nothing-here"], "nothing-here"),
+        (["--ranks", "0"], "--ranks 0: must be 1 or more"),
+        (["--have", "nan"], "--have nan: must be"),
+        (["--have", "-1"], "--have -1: must be"),
+        (["model.path={tmp}"], "cannot be worked out (ValueError: Unrecognized configuration class"),
+        (["model.shard_size=3", "--ranks", "2", "rollout.n=4"], "model.shard_size = 3 does not divide"),
+        (["trainer.n_gpus=2", "rollout.tensor_model_parallel_size=4"], "does not divide the 2 processes"),
+    ],
+)
+def test_mistakes_are_told(flags, says, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    flags = [f.format(tmp=tmp_path) for f in flags]
+    monkeypatch.setattr("sys.argv", ["memory", "--config", "configs/quick.yaml", *flags])
+    with pytest.raises(UserError, match=re.escape(says)):
+        main()
+
+
+def prepare(folder, model):
+    """A model with the embedded tokenizer that hardly ever ends an answer, rows of one length, rewards that differ."""
+    tokenizer = load_tokenizer(None)
+    if model is not None:
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": "x + 5 = 1" + "2" * 90, "ground_truth": "7"} for _ in range(16)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "reward.py").write_text("def compute_score(solution_str, **_):\n    return len(solution_str) % 8 / 8\n")
+    return f"data.train_files=[{folder / 'rows.json'}]", f"reward.path={folder / 'reward.py'}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6000)
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, ("model.precision=fp32", "optim.micro_batch_tokens=1200")),
+        (1, ("model.precision=bf16", "model.gradient_checkpointing=true", "optim.epochs_per_rollout=2")),
+        (2, ("model.precision=fp32", "optim.micro_batch_tokens=600")),
+    ],
+    ids=["fp32", "bf16, checkpointed, several steps", "two ranks"],
+)
+def test_the_report_is_within_15_percent_of_what_a_run_takes(run_program, tmp_path, ranks, overrides):
+    """17 million parameters, where what is counted outweighs what is not."""
+    model = tiny_model("llama", **MEDIUM)
+    model.config.eos_token_id = model.generation_config.eos_token_id = load_tokenizer(None).eos_token_id
+    files = prepare(tmp_path, model)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}") if ranks > 1 else ()
+    done = run_program(
+        *launcher, "tests/programs/peak_memory.py", tmp_path, f"model.path={tmp_path / 'model'}", *files, *overrides,
+        env={**PROGRAM_ENV, "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=5000,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert abs(told["reported"] / told["measured"] - 1) <= 0.15, done.stdout

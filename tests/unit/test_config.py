@@ -1,0 +1,318 @@
+"""Configuration: the seed's defaults, precedence, aliases, and mistakes that are told with value, place and cure."""
+
+import re
+import runpy
+
+import pytest
+import yaml
+from repository import ROOT
+
+from gspo.config import ALIASES, PARAMETERS, Config, dump, flatten, load_config, to_dict
+from gspo.errors import UserError
+
+
+@pytest.fixture()
+def write(tmp_path):
+    def write(text, name="my.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def value_of(cfg, key):
+    return flatten(to_dict(cfg))[key]
+
+
+def nested(key, value):
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+# ---- defaults and presets ----
+
+
+@pytest.mark.parametrize("path", [None, ROOT / "configs/standard.yaml"], ids=["dataclasses", "standard"])
+def test_defaults_are_the_seeds(path):
+    cfg = load_config(path)
+    assert (cfg.rollout.n, cfg.selfplay.rounds) == (8, 3)
+    assert (cfg.objective.preference_beta, cfg.objective.margin, cfg.objective.use_ranking_loss) == (0.1, 0.1, True)
+    assert (cfg.data.train_batch_size, cfg.optim.learning_rate, cfg.trainer.total_epochs) == (256, 1e-6, 15)
+    assert (cfg.rollout.temperature, cfg.trainer.output_dir) == (0.9, "outputs")
+
+
+@pytest.mark.parametrize(("name", "n", "rounds"), [("quick", 4, 2), ("standard", 8, 3), ("high_quality", 12, 5)])
+def test_presets(name, n, rounds):
+    cfg = load_config(ROOT / f"configs/{name}.yaml")
+    assert (cfg.rollout.n, cfg.selfplay.rounds, cfg.trainer.run_name) == (n, rounds, name)
+
+
+def test_defaults_are_not_shared_between_configs():
+    load_config().data.train_files.append("x.json")
+    load_config().reward.reward_kwargs["a"] = 1
+    assert load_config().data.train_files == [] and load_config().reward.reward_kwargs == {}
+
+
+# ---- precedence and types ----
+
+
+def test_yaml_beats_defaults_and_overrides_beat_yaml_the_last_one_winning(write):
+    path = write("rollout: {n: 6, temperature: 0.7}\nobjective: {margin: 0.3}\n")
+    cfg = load_config(path, ["rollout.n=5", "objective.margin=0.2", "rollout.n=7"])
+    assert (cfg.rollout.n, cfg.rollout.temperature, cfg.objective.margin, cfg.selfplay.rounds) == (7, 0.7, 0.2, 3)
+
+
+@pytest.mark.parametrize("how", ["yaml", "override"])
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("optim.learning_rate", "1e-6", 1e-6),  # YAML 1.1 reads this as a text
+        ("optim.learning_rate", "3.0e-4", 3e-4),
+        ("optim.learning_rate", "1", 1.0),
+        ("rollout.n", "1e1", 10),
+        ("rollout.n", "'12'", 12),
+        ("rollout.max_slots", "auto", "auto"),
+        ("rollout.max_slots", "64", 64),
+        ("rollout.kv_memory_gib", "1.5", 1.5),
+        ("rollout.stop", "['\\n\\n', </answer>]", ["\\n\\n", "</answer>"]),
+        ("rollout.top_k", "-1", 0),  # verl's "off"
+        ("trainer.resume_mode", "disable", "never"),
+        ("objective.use_ranking_loss", "false", False),
+        ("trainer.max_steps", "null", None),
+        ("model.path", "7", "7"),
+        ("data.train_files", "a.json", ["a.json"]),
+        ("data.train_files", "[a.json, b.jsonl]", ["a.json", "b.jsonl"]),
+        ("data.train_files", "null", []),
+        ("reward.reward_kwargs", "{bonus: 0.5}", {"bonus": 0.5}),
+        ("trainer.seed", "9007199254740993", 2**53 + 1),  # no way through a float
+    ],
+)
+def test_values_become_the_parameters_type(write, how, key, text, value):
+    if how == "yaml":
+        cfg = load_config(write("\n".join("  " * i + f"{k}:" for i, k in enumerate(key.split("."))) + f" {text}\n"))
+    else:
+        cfg = load_config(None, [f"{key}={text}"])
+    got = value_of(cfg, ALIASES.get(key, key))
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("text", ["007", "1.10", "1_000", "12:30", "2024-01-01", "on", "a: b", "[x]", "be brief # not"])
+def test_a_text_on_the_command_line_is_taken_as_typed(text):
+    assert load_config(None, [f"data.system_prompt={text}"]).data.system_prompt == text
+
+
+def test_an_equals_sign_may_stand_in_a_value():
+    assert load_config(None, ["model.path=runs/lr=3/best"]).model.path == "runs/lr=3/best"
+
+
+def test_an_empty_file_and_an_empty_section_change_nothing(write):
+    expected = to_dict(load_config(None, ["trainer.run_name=my"]))
+    assert to_dict(load_config(write(""))) == to_dict(load_config(write("rollout:\noptim: {}\n"))) == expected
+
+
+@pytest.mark.parametrize(("path", "overrides", "name"), [(None, [], "run"), ("my.yaml", [], "my")])
+def test_a_run_is_named_after_its_file_unless_told(write, path, overrides, name):
+    path = path and write("", path)
+    assert load_config(path, overrides).trainer.run_name == name
+    assert load_config(path, [*overrides, "trainer.run_name=other"]).trainer.run_name == "other"
+
+
+# ---- aliases ----
+
+TYPED = {  # what users of the seed and of verl type: (text, our section, our name, value)
+    "model_path": ("some/model", "model", "path", "some/model"),
+    "rollout_n": ("10", "rollout", "n", 10),
+    "rollout_temperature": ("0.7", "rollout", "temperature", 0.7),
+    "self_play_rounds": ("5", "selfplay", "rounds", 5),
+    "preference_beta": ("0.2", "objective", "preference_beta", 0.2),
+    "margin": ("0.15", "objective", "margin", 0.15),
+    "use_ranking_loss": ("false", "objective", "use_ranking_loss", False),
+    "train_batch_size": ("64", "data", "train_batch_size", 64),
+    "learning_rate": ("5e-7", "optim", "learning_rate", 5e-7),
+    "total_epochs": ("2", "trainer", "total_epochs", 2),
+    "reward_func": ("./my_reward.py", "reward", "path", "./my_reward.py"),
+    "algorithm": ("gspo", "objective", "algorithm", "gspo"),
+    "n_gpus": ("8", "trainer", "n_gpus", 8),
+    "run_name": ("other", "trainer", "run_name", "other"),
+    "output_dir": ("elsewhere", "trainer", "output_dir", "elsewhere"),
+    "actor_rollout_ref.model.path": ("some/model", "model", "path", "some/model"),
+    "actor_rollout_ref.rollout.n": ("10", "rollout", "n", 10),
+    "actor_rollout_ref.rollout.temperature": ("0.7", "rollout", "temperature", 0.7),
+    "actor_rollout_ref.rollout.top_p": ("0.95", "rollout", "top_p", 0.95),
+    "actor_rollout_ref.rollout.top_k": ("50", "rollout", "top_k", 50),
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": ("4", "rollout", "tensor_model_parallel_size", 4),
+    "actor_rollout_ref.actor.optim.lr": ("1e-5", "optim", "learning_rate", 1e-5),
+    "actor_rollout_ref.actor.grad_clip": ("0.5", "optim", "grad_clip", 0.5),
+    "actor_rollout_ref.actor.kl_loss_coef": ("0.01", "objective", "kl_coef", 0.01),
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": ("16", "optim", "micro_batch_responses", 16),
+    "actor_rollout_ref.actor.fsdp_config.fsdp_size": ("4", "model", "shard_size", 4),
+    "actor_rollout_ref.actor.fsdp_config.reshard_after_forward": ("false", "model", "reshard_after_forward", False),
+    "actor_rollout_ref.actor.fsdp_config.offload_policy": ("true", "optim", "offload", True),
+    "actor_rollout_ref.ref.fsdp_config.param_offload": ("false", "reference", "param_offload", False),
+    "data.max_response_length": ("99", "rollout", "max_new_tokens", 99),
+    "custom_reward_function.path": ("r.py", "reward", "path", "r.py"),
+    "custom_reward_function.name": ("judge", "reward", "name", "judge"),
+    "custom_reward_function.reward_kwargs": ("{a: 1}", "reward", "reward_kwargs", {"a": 1}),
+    "trainer.n_gpus_per_node": ("8", "trainer", "n_gpus", 8),
+    "trainer.resume_mode": ("disable", "trainer", "resume", "never"),
+    "trainer.default_local_dir": ("elsewhere", "trainer", "output_dir", "elsewhere"),
+    "trainer.test_freq": ("5", "eval", "freq", 5),
+    # verl's names that are ours too
+    "data.train_files": ("a.parquet", "data", "train_files", ["a.parquet"]),
+    "data.val_files": ("a.parquet", "data", "val_files", ["a.parquet"]),
+    "data.train_batch_size": ("64", "data", "train_batch_size", 64),
+    "data.max_prompt_length": ("77", "data", "max_prompt_length", 77),
+    "trainer.total_epochs": ("2", "trainer", "total_epochs", 2),
+    "trainer.nnodes": ("2", "trainer", "nnodes", 2),
+    "trainer.save_freq": ("20", "trainer", "save_freq", 20),
+}
+
+
+def test_no_alias_is_left_untested():
+    assert set(ALIASES) <= set(TYPED)
+
+
+@pytest.mark.parametrize("how", ["yaml", "override", "+override"])
+@pytest.mark.parametrize("key", TYPED)
+def test_aliases_set_our_parameter_and_no_other(write, key, how):
+    text, section, name, value = TYPED[key]
+    expected = flatten(to_dict(load_config(None, ["trainer.run_name=my"])))
+    if section:
+        expected[f"{section}.{name}"] = value
+    if how == "yaml":
+        cfg = load_config(write(yaml.safe_dump(nested(key, yaml.safe_load(text)))))
+    else:
+        cfg = load_config(None, ["trainer.run_name=my", f"{how[:-8]}{key}={text}"])
+    assert flatten(to_dict(cfg)) == expected
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_seeds_yaml_for_offloading_the_reference(write, offload):
+    text = f"actor_rollout_ref:\n  ref:\n    fsdp_config:\n      param_offload: {str(offload).lower()}\n"
+    assert load_config(write(text), []).reference.param_offload is offload
+
+
+# ---- mistakes ----
+
+MISTAKES = {  # override: what the message must say
+    "rollout.m=4": ["'rollout.m'", "did you mean 'rollout.n'"],
+    "optim.learning_rat=1": ["'optim.learning_rat'", "'optim.learning_rate'"],
+    "actor_rollout_ref.actor.optim.lrr=1": ["'actor_rollout_ref.actor.optim.lr'"],
+    "self_play_round=1": ["'self_play_rounds'"],
+    "rollout=4": ["unknown key 'rollout'"],
+    "rollout.n=abc": ["rollout.n = 'abc'", "a whole number."],
+    "rollout.n=2.5": ["rollout.n = 2.5", "a whole number."],
+    "rollout.n=true": ["rollout.n = True", "a whole number."],
+    "rollout.n=": ["rollout.n = None", "a whole number."],
+    "rollout.n=inf": ["rollout.n = 'inf'", "a whole number."],
+    "rollout_n=[4]": ["rollout.n = [4]", "a whole number."],
+    "objective.use_ranking_loss=2": ["objective.use_ranking_loss = 2", "true or false."],
+    "rollout.temperature=warm": ["rollout.temperature = 'warm'", "a number."],
+    "rollout.temperature=.nan": ["rollout.temperature = nan", "a number."],
+    f"rollout.temperature={10**400}": ["rollout.temperature = 1000", "a number."],
+    "optim.learning_rate=inf": ["optim.learning_rate = 'inf'", "a number."],
+    "objective.anchor=self": ["objective.anchor = 'self'", "none, opponent, initial, old"],
+    "reward.reward_kwargs=3": ["reward.reward_kwargs = 3", "dict"],
+    "rollout.max_slots=0": ["rollout.max_slots = 0", ">= 1"],
+    "rollout.max_slots=many": ["rollout.max_slots = 'many'", "a whole number or auto"],
+    "rollout.kv_memory_gib=0": ["rollout.kv_memory_gib = 0.0", "> 0"],
+    "rollout.n=1": ["rollout.n = 1", ">= 2", "makes no pair"],
+    "rollout.temperature=0": ["rollout.temperature = 0.0", "> 0"],
+    "rollout.top_p=1.01": ["rollout.top_p = 1.01", "<= 1"],
+    "rollout.top_k=-2": ["rollout.top_k = -2", ">= 0"],
+    "objective.margin=1": ["objective.margin = 1.0", "< 1"],
+    "objective.preference_beta=-0.1": ["objective.preference_beta = -0.1", "> 0"],
+    "trainer.seed=-1": ["trainer.seed = -1", ">= 0"],
+    "optim.micro_batch_responses=0": ["optim.micro_batch_responses = 0", ">= 1"],
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES, ids=lambda text: text[:40])
+def test_mistakes_on_the_command_line(override):
+    with pytest.raises(UserError) as e:
+        load_config(None, [override])
+    assert str(e.value).startswith("command line: ")
+    assert [part for part in MISTAKES[override] if part not in str(e.value)] == []
+
+
+@pytest.mark.parametrize(
+    "override", [o for o in MISTAKES if "inf" not in o and not o.endswith("=")], ids=lambda t: t[:40]
+)
+def test_the_same_mistakes_in_a_file(write, override):
+    key, _, text = override.partition("=")
+    path = write(yaml.safe_dump(nested(key, yaml.safe_load(text))))
+    with pytest.raises(UserError) as e:
+        load_config(path)
+    assert str(e.value).startswith(f"{path}: ")
+    assert [part for part in MISTAKES[override] if part not in str(e.value)] == []
+
+
+@pytest.mark.parametrize("override", ["rollout.n", "4", ""])
+def test_an_override_without_an_equals_sign(override):
+    with pytest.raises(UserError, match=re.escape(f"{override!r} is not of the form section.key=value")):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../x", ".", "checkpoints"])
+def test_a_run_name_must_be_a_plain_folder(name):
+    with pytest.raises(UserError, match=re.escape(f"trainer.run_name = {name!r}")):
+        load_config(None, [f"trainer.run_name={name}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"rollout: {n: 4", "is not valid YAML"),
+        (b"rollout:\n\tn: 4\n", "is not valid YAML"),
+        (b"a\x00b", "is not valid YAML"),
+        ("rollout: {n: 4}  # größer".encode("latin-1"), "is not valid YAML"),
+        (b"- rollout.n=4\n", "holds a list, not a mapping"),
+        (b"rollout.n=4\n", "holds a str, not a mapping"),
+    ],
+)
+def test_a_file_that_is_no_configuration(write, content, said):
+    path = write(content)
+    with pytest.raises(UserError) as e:
+        load_config(path)
+    assert str(e.value).startswith(f"--config {path} {said}") and "\n" not in str(e.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    for path in (tmp_path / "no.yaml", tmp_path):
+        with pytest.raises(UserError, match=re.escape(f"--config {path}: ")) as e:
+            load_config(path)
+        assert "configs/quick.yaml" in str(e.value)
+
+
+# ---- what is written beside a run ----
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [
+            "data.train_files=[a.json,数据.jsonl]",
+            "data.system_prompt=请一步一步思考。",
+            "reward.reward_kwargs={bonus: 0.25, names: [x, 'no']}",
+            "optim.learning_rate=1e-7",
+            "optim.micro_batch_responses=3",
+            "objective.anchor=none",
+            "trainer.run_name=null-1",
+            "rollout.top_p=0.9",
+        ],
+    ],
+    ids=["defaults", "changed"],
+)
+def test_what_is_dumped_loads_again(write, overrides):
+    cfg = load_config(None, overrides)
+    assert load_config(write(dump(cfg))) == cfg
+
+
+def test_the_printed_table_has_one_line_a_parameter(capsys):
+    runpy.run_path(str(ROOT / "gspo/config.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("`")[1] for line in lines] == list(PARAMETERS) == list(flatten(to_dict(Config())))
+    assert all(line.count(" | ") == 2 and not line.endswith("|  |") for line in lines)

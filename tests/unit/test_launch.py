@@ -1,0 +1,141 @@
+"""How programs fail: one paragraph on stderr, exit code 2, nothing left behind; and what a run says at its end."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from repository import ROOT
+from transformers import AutoConfig
+
+from gspo.config import load_config
+from gspo.distributed.world import World
+from gspo.errors import UserError
+from gspo.launch import check_launch, final_words
+from gspo.models.loading import load_model_config
+from gspo.system.program import guarded
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rollout.nn=4"], ["'rollout.nn'", "did you mean 'rollout.n'"]),
+        (["--config", "{tmp}/no.yaml"], ["{tmp}/no.yaml: No such file", "configs/quick.yaml"]),
+        (["model.path={tmp}/no_model"], ["model.path = '{tmp}/no_model'", "no folder here"]),
+        (["data.train_files={tmp}/no.json"], ["data file {tmp}/no.json: No such file"]),
+    ],
+    ids=["key", "config", "model", "data"],
+)
+def test_a_users_mistake_is_one_paragraph_and_leaves_nothing(run_program, tmp_path, arguments, said):
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    done = run_program("train.py", *arguments, f"trainer.output_dir={tmp_path}/out")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    for part in said:
+        assert part.replace("{tmp}", str(tmp_path)) in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_all_ranks_leave_with_2_and_the_first_says_why(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+
+    def main():
+        raise UserError("the value, the place, the cure")
+
+    with pytest.raises(SystemExit) as e:
+        guarded(main)
+    assert e.value.code == 2
+    assert capsys.readouterr().err == ("error: the value, the place, the cure\n" if rank == "0" else "")
+
+
+def test_guarded_lets_bugs_show_and_results_pass():
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0)
+    assert guarded(lambda: None) is None
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130():
+    program = "import time\nfrom gspo.system.program import guarded\n"
+    program += "guarded(lambda: print('ready', flush=True) or time.sleep(60))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted"
+
+
+# ---- the launch ----
+
+
+def a_world(size=1):
+    return World(0, size, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "wanted"),
+    [
+        (["trainer.n_gpus=8"], 1, 8),
+        (["trainer.n_gpus=1"], 2, 1),
+        (["trainer.n_gpus=4", "trainer.nnodes=2"], 4, 8),
+    ],
+)
+def test_another_number_of_processes_than_asked_for_is_refused(overrides, size, wanted):
+    with pytest.raises(UserError) as e:
+        check_launch(load_config(None, overrides), load_model_config(None), a_world(size))
+    assert f"asks for {wanted} processes, this run has {size}" in str(e.value) and "torchrun" in str(e.value)
+
+
+def test_answers_longer_than_a_models_frequencies_allow_are_refused_before_training():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model("llama", rope_parameters=rope, max_position_embeddings=1024)
+    check_launch(load_config(None, ["rollout.max_new_tokens=24", "data.max_prompt_length=1000"]), config, a_world())
+    with pytest.raises(UserError, match=r"1,025 tokens.*1,024.*data.max_prompt_length"):
+        check_launch(load_config(None, ["rollout.max_new_tokens=25", "data.max_prompt_length=1000"]), config, a_world())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "said"),
+    [
+        (["optim.learning_rate=3e-4"], 1, []),
+        (["optim.learning_rate=3e-4", "trainer.n_gpus=2", "trainer.nnodes=2"], 4, []),
+        ([], 1, ["optim.learning_rate = 1e-06", "3e-4"]),
+        (["model.path=some/model"], 1, []),
+        (["optim.learning_rate=3e-4", "rollout.top_p=0.9"], 1, ["warning", "not the one that is trained"]),
+        (["optim.learning_rate=3e-4", "rollout.top_k=5"], 1, ["warning"]),
+        (["optim.learning_rate=3e-4", "rollout.min_p=0.1"], 1, ["warning"]),
+    ],
+)
+def test_what_may_surprise_is_said_and_nothing_else(capsys, overrides, size, said):
+    check_launch(load_config(None, overrides), load_model_config(None), a_world(size))
+    out = capsys.readouterr().out
+    assert bool(out) == bool(said)
+    assert [part for part in said if part not in out] == []
+
+
+# ---- the end ----
+
+
+def test_the_last_words_hold_both_evaluations_and_where_things_are(tmp_path):
+    for name, value in (("before", 0.25), ("after", 0.75)):
+        row = {"prompts": 512, "samples": 8, "pass@1": value, "interval": {"pass@1": [value - 0.125, value + 0.125]}}
+        (tmp_path / f"eval_{name}.json").write_text(json.dumps(row))
+    words = final_words(tmp_path, tmp_path / "checkpoints/step_000150")
+    assert "512 held-out prompts, 8 samples each" in words
+    header, row = words.splitlines()[2:4]
+    assert header.split() == ["before", "after"]
+    assert row.split() == ["pass@1", "0.250", "[0.125,", "0.375]", "0.750", "[0.625,", "0.875]"]
+    for path in ("tensorboard", "checkpoints/step_000150", "samples.jsonl"):
+        assert str(tmp_path / path) in words
+
+
+def test_the_last_words_say_when_nothing_was_evaluated(tmp_path):
+    assert "nothing was evaluated" in final_words(tmp_path, tmp_path)

@@ -1,0 +1,104 @@
+"""The public way to sample: from Python and from the command line, as docs/rollout.md shows it."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from gspo.errors import UserError
+from gspo.models.loading import load_model, load_tokenizer
+from gspo.rollout.sampling import Sampling
+from gspo.sample import main, sample
+
+PROMPTS = ["Solve: x + 5 = 12", [{"role": "user", "content": "解方程：3x - 4 = 20"}]]
+
+
+def test_answers_are_the_models_own_and_say_how_they_ended():
+    told = {}
+    groups = sample(None, PROMPTS, 5, Sampling(0.9, max_new_tokens=24), on_group=told.__setitem__)
+    model, tokenizer = load_model(None), load_tokenizer(None)
+    assert [len(group) for group in groups] == [5, 5]
+    assert told == {place: [answer.text for answer in group] for place, group in enumerate(groups)}
+    for group, prompt in zip(groups, PROMPTS, strict=True):
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for answer in group:
+            logits = model(input_ids=torch.tensor([ids + answer.tokens])).logits[0, len(ids) - 1 : -1] / 0.9
+            logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(answer.tokens)[:, None])
+            assert abs(logprobs.sum().item() - answer.logprob) < 1e-3
+            ended = answer.tokens[-1] == tokenizer.eos_token_id
+            assert answer.finish_reason == ("stop" if ended else "length") and (ended or len(answer.tokens) == 24)
+            assert answer.text == tokenizer.decode(answer.tokens, skip_special_tokens=True)
+
+
+def test_a_loaded_model_gives_what_its_folder_gives():
+    settings = Sampling(0.9, max_new_tokens=12, stop=("=",))
+    mine = sample(load_model(None), PROMPTS, 2, settings, tokenizer=load_tokenizer(None), max_slots=1)
+    assert mine == sample(None, PROMPTS, 2, settings)
+
+
+def test_a_model_without_its_tokenizer_and_an_empty_prompt_are_told_of():
+    with pytest.raises(UserError, match="pass tokenizer"):
+        sample(load_model(None), PROMPTS)
+    with pytest.raises(UserError, match="prompt 2: no `prompt`"):
+        sample(None, ["x", ""])
+
+
+def test_the_command_writes_every_row_with_its_answers(run_program, tmp_path):
+    rows = [{"prompt": prompt, "ground_truth": str(i)} for i, prompt in enumerate(PROMPTS)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ("--n", 3, "--temperature", 0.9, "--max_new_tokens", 12, "--stop", "=")
+    done = run_program("-m", "gspo.sample", "", tmp_path / "p.jsonl", tmp_path / "a.jsonl", *args)
+    assert done.returncode == 0 and "2 prompts, 3 answers each" in done.stdout, done.stderr
+    written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    expected = sample(None, PROMPTS, 3, Sampling(0.9, max_new_tokens=12, stop=("=",)))
+    for row, out, group in zip(rows, written, expected, strict=True):
+        assert {key: out[key] for key in row} == row
+        assert [a["tokens"] for a in out["answers"]] == [a.tokens for a in group]
+
+
+def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    """Rejection sampling with the embedded model, as written there."""
+    from repository import ROOT
+
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/rollout.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/rollout.md", "exec"), {})
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert 0 < len(kept) <= 2 and all(set(row) == {"prompt", "response"} for row in kept)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--n", 0), "n = 0: at least 1"),
+        (("--temperature", -1), "temperature = -1.0: it must be 0"),
+        (("--top_k", -3), "top_k = -3"),
+        (("--top_p", 0), "top_p = 0.0: it must be above 0"),
+        (("--min_p", 2), "min_p = 2.0"),
+        (("--max_new_tokens", 0), "max_new_tokens = 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_and_answers_stay_as_they_were(flags, says, monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "a.jsonl").write_text("answers\n")
+    command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", *flags)
+    with pytest.raises(UserError, match=re.escape(says)):
+        main()
+    assert (tmp_path / "a.jsonl").read_text() == "answers\n" and not (tmp_path / "a.jsonl.part").exists()
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["sample", "", *map(str, args)])
+
+
+def test_prompts_are_not_overwritten_and_a_missing_folder_is_told_of(monkeypatch, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "x"}\n')
+    for answers, says in ((prompts, "replace their own prompts"), (tmp_path / "no" / "a.jsonl", "cannot be written")):
+        command(monkeypatch, prompts, answers)
+        with pytest.raises(UserError, match=says):
+            main()
+    assert prompts.read_text() == '{"prompt": "x"}\n' and list(tmp_path.iterdir()) == [prompts]
