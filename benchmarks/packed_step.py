@@ -88,14 +88,14 @@ def main() -> None:
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     model = load_model(args.model) if args.model else AutoModelForCausalLM.from_config(Qwen2Config(**HALF_B)).eval()
-    model.measured_head = measure_head(model)
+    head = measure_head(model)
     model.to(args.device)
     packed = a_pack(args, model.config.get_text_config().vocab_size)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with torch.autocast(args.device, dtype) if dtype != torch.float32 else nullcontext():
-            logprobs = response_logprobs(model, packed, 0.9)
+            logprobs = response_logprobs(model, head, packed, 0.9)
         logprobs.sum().backward()
 
     seconds(step, args.device)

@@ -66,7 +66,7 @@ def start(
     if resume:
         restore(resume, selves.policy, optimizer, selves.frozen, state)
         batches.load_state(load_order(resume))
-    updater = Updater(selves.policy, optimizer, cfg, world, selves.autocast)
+    updater = Updater(selves.policy, selves.head, optimizer, cfg, world, selves.autocast)
     sampler = Sampler(
         selves.sampler,
         tokenizer,

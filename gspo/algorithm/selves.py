@@ -42,8 +42,8 @@ class Selves:
         shared, why = shares_weights(cfg.rollout.weights, shards(world, cfg.optim.offload), self.dtype)
         path = cfg.model.path if weights_from is None else str(weights_from)
         self.policy = self._open(path, frozen=False)
-        self.head = self.policy.measured_head = measure_head(self.policy, world.device)
-        check_packing(self.policy, world.device)
+        self.head = measure_head(self.policy, world.device)
+        check_packing(self.policy, self.head, world.device)
         if self.head is None:
             kind = self.policy.config.model_type
             say(f"{kind}: its head is no scaled or capped product, so all logits of a pack are held")
@@ -69,7 +69,7 @@ class Selves:
         kept = self.dtype if frozen and world.size > 1 else torch.float32
         model = skeleton(path, kept) if bare else load_model(path)
         if frozen:
-            model.requires_grad_(False).measured_head = self.head
+            model.requires_grad_(False)
             if world.size == 1:
                 rounded(model, self.dtype)
         elif cfg.model.gradient_checkpointing:
@@ -111,7 +111,7 @@ class Selves:
             whole_groups=False,
         )
         temperature, count = self.cfg.rollout.temperature, self.world.max(len(parts))
-        return rollout_logprobs(model, rollout, parts, count, temperature, self.autocast)
+        return rollout_logprobs(model, self.head, rollout, parts, count, temperature, self.autocast)
 
     def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """-> log-probs under the KL reference and the anchor, [G, N, L]; zeros for the anchors `none` and `old`."""

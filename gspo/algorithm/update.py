@@ -18,6 +18,7 @@ from gspo.config import Config
 from gspo.distributed.sharding import after_backward, before_backward
 from gspo.distributed.transfer import local_part, whole
 from gspo.distributed.world import World
+from gspo.packing.head import Head
 from gspo.packing.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
 from gspo.packing.micro_batches import Row, micro_batches, minibatch_of
 from gspo.packing.pack import PackedBatch, pack_rows
@@ -52,13 +53,14 @@ class Updater:
     def __init__(
         self,
         policy: nn.Module,
+        head: Head | None,
         optimizer: torch.optim.Optimizer,
         cfg: Config,
         world: World,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.policy, self.optimizer, self.cfg, self.world = policy, optimizer, cfg, world
-        self.autocast = autocast
+        self.policy, self.head, self.optimizer, self.cfg = policy, head, optimizer, cfg
+        self.world, self.autocast = world, autocast
 
     def cut(self, exp: Experience, groups: list[int], whole_groups: bool) -> list[list[Row]] | None:
         o = self.cfg.optim
@@ -84,6 +86,7 @@ class Updater:
             parts = self.cut(exp, everything, whole_groups=False)
             update.logprobs = rollout_logprobs(
                 self.policy,
+                self.head,
                 exp.rollout,
                 parts,
                 self.world.max(len(parts)),
@@ -111,7 +114,7 @@ class Updater:
 
         def part(rows: list[Row], packed: PackedBatch) -> Tensor:
             members = [g for g, i in rows if i == 0]
-            logprobs = response_logprobs(self.policy, packed, self.cfg.rollout.temperature)
+            logprobs = response_logprobs(self.policy, self.head, packed, self.cfg.rollout.temperature)
             grouped = logprobs.double().view(len(members), n, -1)
             update.logprobs[members, :, : grouped.shape[2]] = grouped.detach().float()
             terms = ALGORITHMS[cfg.algorithm](grouped, self.groups_of(exp, members, grouped), cfg, counts)
@@ -154,7 +157,7 @@ class Updater:
                     loss = loss + cfg.kl_coef * kl_loss(leaf, reference, sampled, n, counts)
                 return torch.autograd.grad(loss, leaf)[0] * self.world.size
 
-            return surrogate(self.policy, packed, self.cfg.rollout.temperature, slope)
+            return surrogate(self.policy, self.head, packed, self.cfg.rollout.temperature, slope)
 
         self._descend(exp, self.cut(exp, members, whole_groups=False), part)
         self._step(exp, update, coefs[members])
@@ -185,7 +188,7 @@ class Updater:
                 if k < len(parts):
                     loss = loss_of(parts[k], pack_rows(exp.rollout, parts[k]))
                 else:
-                    loss = 0.0 * idle_forward(self.policy, self.world.device).sum()
+                    loss = 0.0 * idle_forward(self.policy, self.head, self.world.device).sum()
             loss.backward()
         after_backward(self.policy)
 

@@ -76,7 +76,7 @@ class Phantom:
             checkpoint_activations(self.model)
         layer, cap = self.model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)
         plain = type(layer).forward is nn.Linear.forward and self.model.base_model is not self.model
-        self.model.measured_head = Head(1.0, cap) if plain else None
+        self.head = Head(1.0, cap) if plain else None
 
     def layout(self) -> dict[int, Layer]:
         """Layer -> what it keeps of a token while sampling."""
@@ -95,14 +95,16 @@ class Phantom:
             with Live(parameters) as live:
                 with autocast():
                     if exact:
-                        loss = response_logprobs(self.model, pack, 1.0).double().sum()
+                        loss = response_logprobs(self.model, self.head, pack, 1.0).double().sum()
                     else:
-                        loss = surrogate(self.model, pack, 1.0, lambda logprob, tokens: torch.ones_like(logprob))
+                        loss = surrogate(
+                            self.model, self.head, pack, 1.0, lambda logprob, tokens: torch.ones_like(logprob)
+                        )
                 loss.backward(torch.tensor(1.0, dtype=loss.dtype))
         return live.peak if further else max(0, live.peak - sum(p.nbytes for p in parameters))
 
     def scoring(self, pack: PackedBatch, autocast: Autocast) -> int:
         """Bytes of a forward without gradients, at most."""
         with torch.no_grad(), self.mode, Live(self.model.parameters()) as live, autocast():
-            response_logprobs(self.model, pack, 1.0)
+            response_logprobs(self.model, self.head, pack, 1.0)
         return live.peak

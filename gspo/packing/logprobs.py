@@ -26,21 +26,21 @@ FINE, ROUGH = 3e-4, 3e-2  # how far a pack's log-probs may be off, of the logits
 NOBODY = Prompt(0, (0,), "", "", "")
 
 
-def response_logprobs(model: nn.Module, packed: PackedBatch, temperature: float) -> Tensor:
+def response_logprobs(model: nn.Module, head: Head | None, packed: PackedBatch, temperature: float) -> Tensor:
     """log pi_T(y_t | x, y_<t) of every response token, where pi_T = softmax(logits / T).
 
     The last prompt token scores the first token of every response. -> log-probs [R, L] float32, zero in the padding.
     """
-    if model.measured_head is None:
+    if head is None:
         logprobs = _from_logits(model, packed, temperature)
     else:
-        logprobs = inside(model, _from_hidden, packed, temperature)
+        logprobs = inside(model, _from_hidden, head, packed, temperature)
     if packed.twins is not None:
         logprobs = logprobs.index_select(0, packed.twins)
     return logprobs.new_zeros(packed.mask.shape).masked_scatter(packed.mask, logprobs)
 
 
-def surrogate(model: nn.Module, packed: PackedBatch, temperature: float, slope: Slope) -> Tensor:
+def surrogate(model: nn.Module, head: Head | None, packed: PackedBatch, temperature: float, slope: Slope) -> Tensor:
     """sum slope * log-prob over the response tokens, a scalar whose gradient is the loss's, for a loss that is a sum
     over tokens: `slope(logprob [P], tokens)` is its dL/dlogprob [P] at the response tokens `tokens` (of M).
 
@@ -48,10 +48,10 @@ def surrogate(model: nn.Module, packed: PackedBatch, temperature: float, slope: 
     """
     if packed.twins is not None:
         slope = _summed(slope, packed.twins)
-    if model.measured_head is None:
+    if head is None:
         logprobs = _from_logits(model, packed, temperature)
         return (slope(logprobs.detach(), slice(0, len(logprobs))) * logprobs).sum()
-    return inside(model, _from_hidden, packed, temperature, slope)
+    return inside(model, _from_hidden, head, packed, temperature, slope)
 
 
 def _summed(slope: Slope, twins: Tensor) -> Slope:
@@ -67,14 +67,14 @@ def _summed(slope: Slope, twins: Tensor) -> Slope:
     return summed
 
 
-def _from_hidden(model: nn.Module, packed: PackedBatch, temperature: float, slope: Slope | None = None) -> Tensor:
+def _from_hidden(
+    model: nn.Module, head: Head, packed: PackedBatch, temperature: float, slope: Slope | None = None
+) -> Tensor:
     """[D] log-probs, or with a slope the surrogate; of the [D, V] logits no more than a chunk is held."""
     with attention_of(model.config.get_text_config(), PACKED):
         hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
     scored = hidden.index_select(0, packed.scored_by)
-    return inside(
-        model.get_output_embeddings(), _by_head, scored, packed.targets, model.measured_head, temperature, slope
-    )
+    return inside(model.get_output_embeddings(), _by_head, scored, packed.targets, head, temperature, slope)
 
 
 def _by_head(
@@ -102,6 +102,7 @@ def _inputs(packed: PackedBatch) -> dict[str, Any]:
 @torch.no_grad()
 def rollout_logprobs(
     model: nn.Module,
+    head: Head | None,
     rollout: Rollout,
     parts: list[list[Row]],
     count: int,
@@ -116,22 +117,22 @@ def rollout_logprobs(
     for k in range(count):
         with autocast():
             if k >= len(parts):
-                idle_forward(model, out.device)
+                idle_forward(model, head, out.device)
                 continue
-            logprobs = response_logprobs(model, pack_rows(rollout, parts[k]), temperature)
+            logprobs = response_logprobs(model, head, pack_rows(rollout, parts[k]), temperature)
         g, i = zip(*parts[k], strict=True)
         out[list(g), list(i), : logprobs.shape[1]] = logprobs
     return out
 
 
-def idle_forward(model: nn.Module, device: torch.device) -> Tensor:
+def idle_forward(model: nn.Module, head: Head | None, device: torch.device) -> Tensor:
     """A forward over two tokens, for a rank that is out of work while others are not. Returns its [1, 1] log-prob."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    return response_logprobs(model, pack([NOBODY], [0], token, token[0] + 1), 1.0)
+    return response_logprobs(model, head, pack([NOBODY], [0], token, token[0] + 1), 1.0)
 
 
 @torch.no_grad()
-def check_packing(model: nn.Module, device: torch.device | None = None) -> None:
+def check_packing(model: nn.Module, head: Head | None, device: torch.device | None = None) -> None:
     """UserError unless a small pack has the log-probs of its sequences one by one, on `device` (None: the weights').
 
     Sees what no configuration says: state that leaks from one response to the next, positions taken from the index.
@@ -144,7 +145,7 @@ def check_packing(model: nn.Module, device: torch.device | None = None) -> None:
     owners, tokens = [0, 0, 1], first + torch.tensor([[1, 5, 9], [1, 6, 0], [5, 3, 5]], device=device)
     lengths = torch.tensor([3, 2, 3])  # the first two share a token
     try:
-        mine = response_logprobs(model, pack(prompts, owners, tokens, lengths), 1.0)
+        mine = response_logprobs(model, head, pack(prompts, owners, tokens, lengths), 1.0)
     except (TypeError, KeyError) as e:
         raise refusal(model.config, f"cannot run packed rows ({type(e).__name__}: {e})") from e
     error, spread, rough = 0.0, 0.0, False

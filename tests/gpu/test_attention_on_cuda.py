@@ -7,6 +7,7 @@ from pack_cases import KINDS, LARGE, PACKS, SCALE, a_pack, by_rows, draw, outcom
 
 from gspo.kernels import varlen
 from gspo.packing import attention
+from gspo.packing.head import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.shared_prefix import shared_prefix_attention
 
@@ -78,8 +79,9 @@ def test_whole_models_in_bf16_are_as_near_to_float32_as_rows(family, cast, monke
     """Without the padded rows, also where autocast leaves queries in float32; gemma2 by a backend with softcaps."""
     packed = a_pack(PACKS["ragged groups"], "cuda")
     model = tiny_model(family).cuda()
+    head = measure_head(model)
     with torch.no_grad():
-        exact = response_logprobs(model, packed, 1.0)
+        exact = response_logprobs(model, head, packed, 1.0)
     if cast == "weights":
         model = model.bfloat16()
     softcap = getattr(model.config, "attn_logit_softcapping", None)
@@ -92,7 +94,7 @@ def test_whole_models_in_bf16_are_as_near_to_float32_as_rows(family, cast, monke
         monkeypatch.setattr(attention, "backend_for", chosen)
         monkeypatch.setattr(attention, "_padded_attention", padded)
         with torch.autocast("cuda", torch.bfloat16, enabled=cast == "autocast"):
-            results.append(response_logprobs(model, packed, 1.0))
+            results.append(response_logprobs(model, head, packed, 1.0))
     rows, mine = ((x.detach() - exact).abs() for x in results)
     assert mine.max() <= 3 * rows.max() + 0.02 and mine.mean() <= 2 * rows.mean() + 0.005
     results[1].sum().backward()

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from gspo.kernels import decode, decode_triton
 from gspo.kernels.sampling import sample
+from gspo.packing.head import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout.cuda_graphs import Replay, no_waiting
@@ -167,7 +168,9 @@ def test_in_bf16_sampler_and_trainer_agree_as_far_as_bf16_does(family):
     rollout = sampler.generate(prompts_of((4, 9)), 16, Sampling(0.8, max_new_tokens=12))
     packed = pack_rows(rollout, [(g, i) for g in range(2) for i in range(16)])
     with torch.no_grad():
-        trained = response_logprobs(sampler.model, packed, 0.8)
-        exact = response_logprobs(tiny_model(family).bfloat16().float().cuda(), packed, 0.8)
+        plain = tiny_model(family).bfloat16().float().cuda()
+        head = measure_head(plain)
+        trained = response_logprobs(sampler.model, head, packed, 0.8)
+        exact = response_logprobs(plain, head, packed, 0.8)
     mine = (rollout.logprobs.flatten(0, 1)[:, : exact.shape[1]] - exact).abs()
     assert mine.mean() <= 4 * (trained - exact).abs().mean() + 0.01

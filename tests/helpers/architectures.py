@@ -6,7 +6,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.models.compiled_layers import fuse
-from gspo.packing.head import measure_head
 
 SMALL = {
     "vocab_size": 97,
@@ -62,6 +61,4 @@ def tiny_model(family: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
                 p.mul_(8.0)
         if (bias := model.get_output_embeddings().bias) is not None:  # zero at initialisation
             bias.normal_()
-    model.float().eval()
-    model.measured_head = measure_head(model)
-    return fuse(model)
+    return fuse(model.float().eval())

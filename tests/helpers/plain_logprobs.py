@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from gspo.packing.head import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.types import Prompt, Rollout
@@ -59,7 +60,7 @@ def assert_plain(model, rollout, rows):
     """Log-probs of a pack to 1e-5, gradients to 1e-4 of the largest; or, where transformers itself is not that near to
     float64, at most four times as far from it: two right ways to round differ by that in one draw."""
     model.zero_grad()
-    logprobs = response_logprobs(model, pack_rows(rollout, rows), T)
+    logprobs = response_logprobs(model, measure_head(model), pack_rows(rollout, rows), T)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
     (weights * logprobs).sum().backward()
     mine = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -39,7 +39,7 @@ REFUSED = {
 def test_models_of_full_and_sliding_attention_pass(family):
     model = tiny_model(family)
     before = model.config._attn_implementation
-    check_packing(model)
+    check_packing(model, measure_head(model))
     assert model.config._attn_implementation == before
 
 
@@ -48,10 +48,17 @@ def test_models_of_full_and_sliding_attention_pass(family):
 def test_models_wholly_in_bf16_pass_as_ranks_run_them(family):
     """Without autocast a projection wants its inputs in its own type, whatever attention computes in."""
     model = tiny_model(family)
-    check_packing(in_dtype(model, torch.bfloat16))
+    head = measure_head(model)
+    check_packing(in_dtype(model, torch.bfloat16), head)
 
 
-@pytest.mark.parametrize("check", [check_packing, lambda model: check_slots(model, CPU)], ids=["packs", "slots"])
+CHECKS = {
+    "packs": lambda model: check_packing(model, measure_head(model)),
+    "slots": lambda model: check_slots(model, CPU),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_model_that_would_get_other_log_probs_is_refused_by_name(family, check):
     extra, why = REFUSED[family]
@@ -60,11 +67,10 @@ def test_a_model_that_would_get_other_log_probs_is_refused_by_name(family, check
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    model.measured_head = measure_head(model)
-    if check is not check_packing and family == "bloom":
+    if check == "slots" and family == "bloom":
         why = ""  # its positions are its own, which slots show in another way
     with pytest.raises(UserError, match=rf"{family}.*{why}"):
-        check(model)
+        CHECKS[check](model)
 
 
 @pytest.mark.parametrize("wrong", ["position_ids", "slots"])
@@ -137,7 +143,7 @@ def test_frequencies_chosen_by_length_are_served_exactly_up_to_where_they_change
     sampler.end_ids = {-1}  # every answer is as long as may be
     rollout = sampler.generate(prompts_of((3, 12, 7)), 2, Sampling(1.0, max_new_tokens=12))
     rows = [(g, i) for g in range(3) for i in range(2)]
-    packed = response_logprobs(model, pack_rows(rollout, rows), 1.0)
+    packed = response_logprobs(model, measure_head(model), pack_rows(rollout, rows), 1.0)
     assert rollout.longest == 24
     for logprobs, (g, i) in zip(packed, rows, strict=True):
         torch.testing.assert_close(logprobs, alone(model, rollout, g, i), rtol=1e-4, atol=1e-5)
@@ -156,7 +162,7 @@ def test_and_are_refused_by_name_beyond_for_a_longer_batch_mate_would_change_an_
     monkeypatch.setattr("gspo.rollout.sampler.check_length", lambda *_: None)
     sampler.end_ids = {-1}
     rollout = sampler.generate(prompts_of((3, 13)), 1, sampling)
-    both = response_logprobs(model, pack_rows(rollout, [(0, 0), (1, 0)]), 1.0)
+    both = response_logprobs(model, measure_head(model), pack_rows(rollout, [(0, 0), (1, 0)]), 1.0)
     assert (both[0] - alone(model, rollout, 0, 0)).abs().max() > 1e-2
 
 

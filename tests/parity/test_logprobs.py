@@ -9,6 +9,7 @@ from plain_logprobs import RAGGED, SOME_ROWS, T, a_rollout, assert_plain, one_by
 
 from gspo.kernels.logprob import KEEP_BYTES
 from gspo.models.precision import rounded
+from gspo.packing.head import measure_head
 from gspo.packing.logprobs import response_logprobs, rollout_logprobs, surrogate
 from gspo.packing.pack import pack, pack_rows
 
@@ -38,7 +39,7 @@ def test_packs_at_the_edges(family, prompts, lengths):
 def test_any_cut_into_micro_batches_gives_the_same_log_probs():
     model = tiny_model("qwen2")
     cuts = ([SOME_ROWS], [SOME_ROWS[:2], SOME_ROWS[2:]], [[row] for row in SOME_ROWS])
-    results = [rollout_logprobs(model, RAGGED, parts, len(parts) + 1, T) for parts in cuts]
+    results = [rollout_logprobs(model, measure_head(model), RAGGED, parts, len(parts) + 1, T) for parts in cuts]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
     for row in SOME_ROWS:
@@ -50,7 +51,7 @@ def test_the_padding_token_may_be_a_real_one():
     model = tiny_model("llama")
     tokens = torch.tensor([[1, 1, 5], [7, 1, 1]])
     lengths = torch.tensor([3, 2])
-    logprobs = response_logprobs(model, pack(RAGGED.prompts[:2], [0, 1], tokens, lengths), 1.0)
+    logprobs = response_logprobs(model, measure_head(model), pack(RAGGED.prompts[:2], [0, 1], tokens, lengths), 1.0)
     for r in range(2):
         n = int(lengths[r])
         torch.testing.assert_close(
@@ -66,17 +67,16 @@ def test_a_loss_over_tokens_by_its_slope_has_the_gradient_of_the_loss(head, monk
     model, packed = tiny_model("gemma2"), pack_rows(RAGGED, SOME_ROWS)
     target = torch.randn(int(packed.mask.sum()), generator=torch.Generator().manual_seed(3))
     assert len(packed.targets) == len(target) - 4
-    (response_logprobs(model, packed, T)[packed.mask] - target).square().sum().backward()
+    (response_logprobs(model, measure_head(model), packed, T)[packed.mask] - target).square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.measured_head = model.measured_head if head == "measured" else None
     seen = []
 
     def slope(logprob, tokens):
         seen.append(tokens)
         return 2.0 * (logprob - target[tokens])
 
-    surrogate(model, packed, T, slope).backward()
+    surrogate(model, measure_head(model) if head == "measured" else None, packed, T, slope).backward()
     assert sorted(torch.cat(seen).tolist()) == list(range(len(target)))
     assert (len(seen) > 2) == (head == "measured")
     for p, grad in zip(model.parameters(), expected, strict=True):
@@ -88,9 +88,10 @@ def test_a_loss_over_tokens_by_its_slope_has_the_gradient_of_the_loss(head, monk
 def test_a_frozen_model_in_bf16_holds_what_autocast_would_make_of_it(family):
     """Bit for bit the log-probs of the float32 model under autocast, in less memory."""
     model = tiny_model(family)
+    head = measure_head(model)
     frozen = rounded(copy.deepcopy(model), torch.bfloat16)
     size = sum(p.nbytes for p in frozen.parameters()) / sum(p.nbytes for p in model.parameters())
     assert size <= (1.0 if family == "gpt2" else 0.85)  # GPT-2's layers are of another class: left alone
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        results = [response_logprobs(m, pack_rows(RAGGED, SOME_ROWS), T) for m in (model, frozen)]
+        results = [response_logprobs(m, head, pack_rows(RAGGED, SOME_ROWS), T) for m in (model, frozen)]
     assert results[0].abs().max() > 1 and results[0].equal(results[1])

@@ -46,7 +46,7 @@ def main() -> None:
                 gradient[name] = whole(p.grad).cpu().clone().contiguous()
 
         optimizer.step = keep_gradient
-        Updater(selves.policy, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
+        Updater(selves.policy, selves.head, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
         answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
         tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]
         texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), tokens, strict=True)))

@@ -55,7 +55,9 @@ def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
         n = int(material.rollout.lengths[g, 3])
         ids = material.rollout.tokens[g, 3, :n].tolist()
         assert ids[-1] == sampler.end_id and tokenizer.decode(ids[:-1]) == prompt.extra_info["solution"]
-        mine = response_logprobs(selves.policy, pack([prompt], [0], torch.tensor([ids]), torch.tensor([n])), 0.9)
+        mine = response_logprobs(
+            selves.policy, selves.head, pack([prompt], [0], torch.tensor([ids]), torch.tensor([n])), 0.9
+        )
         mine = mine.detach()
         torch.testing.assert_close(material.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(material.anchors[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
@@ -75,7 +77,7 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
         p.data.add_(0.01 * torch.randn_like(p))
     exp.rollout.logprobs.zero_()  # the weight p_train / p_sampler is at its bound or below where it is applied
     packed = pack_rows(material.rollout, [(g, i) for g in range(2) for i in range(4)])
-    logprobs = response_logprobs(selves.policy, packed, 0.9).view(2, 4, -1)
+    logprobs = response_logprobs(selves.policy, selves.head, packed, 0.9).view(2, 4, -1)
     s = 0.5 * (logprobs - material.anchors).sum(-1)
     loss = F.softplus(s[:, :3] - s[:, 3:]).mean()
     d = (logprobs - material.reference_logprobs)[:, :3]
@@ -83,8 +85,8 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
     expected = torch.autograd.grad(loss, list(selves.policy.parameters()))
 
     seen = []
-    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD)
-    updater._step = lambda update, coefs: seen.append([p.grad.clone() for p in selves.policy.parameters()])
+    updater = Updater(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, WORLD)
+    updater._step = lambda exp, update, coefs: seen.append([p.grad.clone() for p in selves.policy.parameters()])
     material.rollout.logprobs[:, :3] = logprobs[:, :3].detach()
     updater.run(material, 0.0)
     for got, wanted in zip(seen[0], expected, strict=True):
@@ -93,7 +95,7 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
 
 def test_an_update_is_told_of_for_the_samples_only(setting):
     cfg, selves, _, exp, material = setting()
-    updater = Updater(selves.policy, make_optimizer(selves.policy, cfg), cfg, WORLD)
+    updater = Updater(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, WORLD)
     update = updater.run(material, 0.0)
     assert update.logprobs.shape[1] == 4 and update.of(exp).logprobs.shape == exp.rollout.tokens.shape
     assert update.of(exp).logprobs.equal(update.logprobs[:, :3, : exp.rollout.tokens.shape[2]])

@@ -12,6 +12,7 @@ from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.update import Updater, learning_rate, make_optimizer
 from gspo.config import load_config
 from gspo.distributed.world import World
+from gspo.packing.head import measure_head
 from gspo.types import Experience, Prompt, Rollout
 
 G, N, L = 3, 4, 7
@@ -81,7 +82,7 @@ def run(model, exp, *overrides):
         None, ["optim.grad_clip=1e9", "objective.kl_coef=0.05", "objective.preference_beta=0.5", *overrides]
     )
     recorder = Recorder(model)
-    update = Updater(model, recorder, cfg, ALONE).run(exp, lr=0.0)
+    update = Updater(model, measure_head(model), recorder, cfg, ALONE).run(exp, lr=0.0)
     return recorder.seen, update, cfg
 
 
@@ -153,7 +154,7 @@ def test_a_small_step_raises_winners_over_losers():
     exp = experience(model)
     cfg = load_config(None, ["objective.kl_coef=0", "objective.after_fork=1", "optim.learning_rate=1e-5"])
     moved = copy.deepcopy(model)
-    Updater(moved, make_optimizer(moved, cfg), cfg, ALONE).run(exp, lr=1e-5)
+    Updater(moved, measure_head(moved), make_optimizer(moved, cfg), cfg, ALONE).run(exp, lr=1e-5)
     winner, loser = (2, 1), (2, 0)
 
     def gap(m):
@@ -170,7 +171,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     cfg = load_config(None)
     exp.anchors[0, 0] = float("nan")
     before = [p.clone() for p in model.parameters()]
-    update = Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2)
+    update = Updater(model, measure_head(model), make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2)
     assert update.skipped == 1 and update.not_finite == "the anchor's log-probs"
     assert all(a.equal(b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -181,7 +182,7 @@ def test_what_was_not_finite_first_is_named(path):
 
     def named(model, exp):
         cfg = load_config(None, ["optim.micro_batch_responses=3"] if path == "frozen" else [])
-        return Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2).not_finite
+        return Updater(model, measure_head(model), make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2).not_finite
 
     model = tiny_model("llama")
     exp = experience(model)
@@ -191,7 +192,7 @@ def test_what_was_not_finite_first_is_named(path):
     bad = replace(exp, rewards=exp.rewards * torch.nan)
     if path == "live":
         cfg = load_config(None, ["objective.pair_weight=gap"])
-        update = Updater(model, make_optimizer(model, cfg), cfg, ALONE).run(bad, lr=1e-2)
+        update = Updater(model, measure_head(model), make_optimizer(model, cfg), cfg, ALONE).run(bad, lr=1e-2)
         assert update.not_finite == "the loss's slope at finite log-probs"
     down = model.model.layers[1].mlp.down_proj.weight
     down.register_hook(lambda grad: grad * torch.nan)

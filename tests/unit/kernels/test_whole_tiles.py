@@ -13,6 +13,7 @@ from gspo.distributed.world import World
 from gspo.kernels import logprob
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 from gspo.kernels.whole_tiles import whole_tiles
+from gspo.packing.head import measure_head
 from gspo.rollout.sampling import Sampling
 from gspo.types import Experience
 
@@ -118,6 +119,7 @@ def test_a_rollout_and_a_step_with_all_fresh_memory_nan(family, whole):
     sampler_model = tiny_model(family, **ODD[family]).bfloat16()
     cfg = load_config(None, [] if whole else ["optim.micro_batch_responses=3"])
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    head, world = measure_head(model), World(0, 1, torch.device("cpu"), None)
     with TileReads() as mode:
         sampler = sampler_for(sampler_model, max_slots=5, page=4)
         rollout = sampler.generate(prompts_of((3, 11, 1)), 4, Sampling(temperature=0.9, max_new_tokens=9))
@@ -129,7 +131,7 @@ def test_a_rollout_and_a_step_with_all_fresh_memory_nan(family, whole):
             [0, 1, 2], 3, int(beats.sum()),
         )  # fmt: skip
         optimizer = make_optimizer(model, cfg)
-        update = Updater(model, optimizer, cfg, World(0, 1, torch.device("cpu"), None), autocast).run(exp, lr=1e-3)
+        update = Updater(model, head, optimizer, cfg, world, autocast).run(exp, lr=1e-3)
     assert mode.products > 50 and not mode.unsafe, mode.unsafe
     assert update.logprobs.isfinite().all() and update.skipped == 0 and update.grad_norms[0] > 0
     assert all(p.isfinite().all() for p in model.parameters())

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from gspo.distributed.world import World
 from gspo.errors import UserError
+from gspo.packing.head import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout import attention as decode_attention
@@ -57,7 +58,7 @@ def test_sampler_and_trainer_agree_on_log_probs(family):
     model = tiny_model(family)
     rollout = sampler_for(model).generate(prompts_of((4, 9)), 5, Sampling(temperature=0.8, max_new_tokens=12))
     packed = pack_rows(rollout, [(g, i) for g in range(2) for i in range(5)])
-    logprobs = response_logprobs(model, packed, 0.8)
+    logprobs = response_logprobs(model, measure_head(model), packed, 0.8)
     torch.testing.assert_close(rollout.logprobs.flatten(0, 1), logprobs, rtol=1e-4, atol=1e-4)
     row = rollout.tokens[0, 0, : rollout.lengths[0, 0]]
     ids = torch.tensor([[*rollout.prompts[0].ids, *row.tolist()]])
