@@ -19,6 +19,7 @@ from gspo.errors import UserError
 from gspo.models.loading import architecture, resolve_path
 from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, write_text
+from gspo.system.torchrun import restart_count
 
 # What a resumed run may change; everything else would make it another experiment.
 FREE_TO_CHANGE = re.compile(
@@ -66,7 +67,7 @@ def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
     if folder.exists():
         _hold(folder)  # before looking: whoever held it may have gone on until now
     own, resume = steps(folder / "checkpoints"), cfg.trainer.resume
-    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if resume == "never" and restart_count():
         resume = "auto"  # the command was given once, and this is its run
     if own and resume not in ("auto", "never"):
         if Path(resume).resolve().parent == own[-1].resolve().parent and Path(resume).resolve() != own[-1].resolve():

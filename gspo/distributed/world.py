@@ -1,6 +1,5 @@
 """Ranks and what they tell each other. Everything works, unchanged, on one process."""
 
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from gspo.errors import UserError
+from gspo.system import torchrun
 from gspo.system.malloc import keep_freed_memory
 
 
@@ -103,22 +103,18 @@ def _store_of_this_attempt() -> dist.Store:
     others would find addresses of processes that have ended: each attempt has names of its own."""
     store, _, _ = next(rendezvous("env://"))
     store.set_timeout(dist.distributed_c10d.default_pg_timeout)
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"attempt {torchrun.restart_count()}", store)
 
 
 @contextmanager
 def session() -> Iterator[World]:
     """Join the process group that torchrun describes, if any; leave it at the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    rank, size = torchrun.rank(), torchrun.world_size()
+    device = torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, cores // local))
+        torch.set_num_threads(torchrun.cpu_cores())
         keep_freed_memory()
     mesh = None
     if size > 1 or device.type == "cuda":  # on one GPU too: the offloaded reference is an FSDP module

@@ -17,8 +17,9 @@ from gspo.algorithm.pairs import chosen_rejected
 from gspo.config import Config
 from gspo.metrics.health import HealthCheck
 from gspo.metrics.tensorboard_file import Board
-from gspo.system.console import is_main, say
+from gspo.system.console import say
 from gspo.system.files import Growing, write_text
+from gspo.system.torchrun import is_main
 from gspo.types import Experience
 
 GLOSSARY = {

@@ -11,7 +11,6 @@ score gets is `reward.on_error`.
 """
 
 import inspect
-import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from gspo.errors import UserError
 from gspo.reward import reward_func
 from gspo.reward.worker_pool import GAVE_UP, PATIENCE, Outcome, Pool, Settings
 from gspo.system.console import say, track
+from gspo.system.torchrun import cpu_cores, is_main, rank
 from gspo.types import Prompt, Rollout, Scores
 
 WORTH_HIDING_S = 1e-3  # shorter calls take more from sampling on the same cores than they would later on their own
@@ -57,7 +57,7 @@ class Scorer:
             default_ranking=inspect.getsource(reward_func.rank_responses),
         )
         self.printed = _Printed()
-        self.pool = Pool(settings, cfg.workers or _cores(), self.printed)
+        self.pool = Pool(settings, cfg.workers or cpu_cores(), self.printed)
         self.name = "rank_responses" if self.pool.ranks else cfg.name
         self.begun: dict[int, list[Future[Outcome]]] = {}
         self.told: set[str] = set()
@@ -125,10 +125,10 @@ class Scorer:
             return
         self.told.add(outcome.kind)
         effect = {"zero": "it scores 0", "skip_group": "its group is left out"}[self.cfg.on_error]
-        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        where = "" if is_main() else f"rank {rank()}: "
         trace = f"\n{outcome.trace.rstrip()}" if outcome.trace else ""
         note = f"({effect}, reward.on_error; told once, counted in reward/{outcome.fault}s)"
-        print(f"{rank}warning: {text} {note}{trace}", file=sys.stderr, flush=True)
+        print(f"{where}warning: {text} {note}{trace}", file=sys.stderr, flush=True)
 
 
 class _Table:
@@ -182,9 +182,3 @@ class _Printed:
         self.left -= len(lines)
         if self.left <= 0:
             say(f"reward function: (it prints more than {PRINTED_LINES} lines; the rest is not shown)")
-
-
-def _cores() -> int:
-    """This rank's share of the processor."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,12 +1,12 @@
 """How many answers can be generated at the same time in the memory there is."""
 
-import os
 from pathlib import Path
 
 import torch
 
 from gspo.errors import UserError
 from gspo.rollout.pages import PAGE, Layer, Plan, pages_for
+from gspo.system.torchrun import local_world_size
 
 SHARE = 0.5  # of what is free, where `rollout.kv_memory_gib` is auto
 MOST = 1024  # slots, where `rollout.max_slots` is auto: beyond it steps only grow longer
@@ -26,7 +26,7 @@ def free_bytes(device: torch.device) -> int:
         free = min(free, max(0, int(limit) - int(used)))
     except (OSError, ValueError):
         pass
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // local_world_size()
 
 
 def answer_page_size(longest: int) -> int:

@@ -1,7 +1,6 @@
 """Progress: a bar on a terminal, a plain line now and then elsewhere, nothing for what takes under two seconds."""
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,14 +9,11 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from gspo.system.torchrun import is_main, world_size
+
 T = TypeVar("T")
 DELAY_S, SHOW_EVERY_S, LINE_EVERY_S = 2.0, 0.5, 15.0
 ANSWERS = "{l_bar}{bar}| {n_fmt}/{total_fmt} answers{postfix} [{elapsed}<{remaining}]"
-
-
-def is_main() -> bool:
-    """True on the one process that talks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
@@ -69,7 +65,7 @@ def watch(what: str, total: int, so_far: Callable[[], tuple[int, int]]) -> Itera
             return
         last, (done, tokens) = now, so_far()
         rate = f"{tokens / (now - began):,.0f} tok/s"
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if world_size() > 1:
             rate += " on this rank"
         if bar is None:
             print(f"{what}: {done} / {total} answers, {rate}, {now - began:.0f} s", flush=True)

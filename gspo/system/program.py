@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from gspo.errors import UserError
-from gspo.system.console import is_main
+from gspo.system.torchrun import agent_address, is_main, world_size
 
 
 def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
@@ -31,18 +31,19 @@ def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
 def end_with_torchrun() -> None:
     """A process that torchrun started ends when torchrun does, however that ends: left behind, it would train on,
     beside the one that takes its place."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or sys.platform != "linux":
+    address = agent_address()
+    if address is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     try:  # torchrun may have ended before that line, while we imported; its store, then, is gone as well
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()
+        socket.create_connection(address, 60).close()
     except OSError:
         sys.exit("the torchrun that started this process has ended")
 
 
 def leave() -> None:
     """End a process of several at once: while the interpreter tears down, gloo's threads now and then abort it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
