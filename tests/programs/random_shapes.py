@@ -29,9 +29,9 @@ FIXED = ("rollout.temperature=0.9", "optim.grad_clip=1e9", "objective.kl_coef=0.
 class Keeping(Updater):
     """Keeps the gradient of every optimizer step, whole."""
 
-    def _step(self, update, coefs):
+    def _step(self, *args):
         self.kept.append({name: whole(p.grad).cpu().clone() for name, p in self.policy.named_parameters()})
-        super()._step(update, coefs)
+        super()._step(*args)
 
 
 def batch(seed):
