@@ -9,11 +9,10 @@ On CUDA that is three launches (`decode_triton.py`): a prompt's pages are read o
 heads of a KV head, in matrix products; long sequences are split among programs; the parts are merged.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
 from gspo.kernels.pages import Pool
 
 
@@ -38,18 +37,8 @@ def decode_attention(
         assert keys.is_contiguous() and values.is_contiguous() and q.dtype == keys.dtype == values.dtype
         assert all(x.is_contiguous() and x.dtype == torch.int32 for x in readers)
     assert positions.shape == (slots,) and positions.dtype == torch.int32
-    return _implementation(q)(q, prompts, answers, positions, scale, softcap, window)
-
-
-def _implementation(q: Tensor) -> Callable[..., Tensor]:
-    if q.is_cuda and q.dtype != torch.float64:
-        try:
-            from gspo.kernels import decode_triton
-
-            return decode_triton.decode_attention
-        except ImportError:
-            pass
-    return plain_decode_attention
+    attend = choose(IMPLEMENTATIONS, q)
+    return attend(q, prompts, answers, positions, scale, softcap, window)
 
 
 def plain_decode_attention(
@@ -96,3 +85,9 @@ def _part(
     lse = scores.logsumexp(-1)
     weights = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
     return torch.einsum("shk,shkd->shd", weights.to(v.dtype), v).to(lse.dtype), lse
+
+
+IMPLEMENTATIONS = (
+    Implementation(on_cuda, triton("decode_triton", "decode_attention")),
+    Implementation(always, lambda q: plain_decode_attention),
+)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gspo.kernels import epilogue, epilogue_cpu
+from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
 from gspo.kernels.epilogue import Shaping
 from gspo.kernels.native import TYPES, takes
 from gspo.kernels.whole_tiles import columns_of, whole_tiles
@@ -119,20 +120,14 @@ def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, ent
     else:
         assert weight.dtype == dtype, (hidden.dtype, weight.dtype)
     keep = _of(KEEP_BYTES, device) if keep is None else keep
-    return Plan(shaping, entropy, dtype, keep, _epilogue(hidden, dtype))
+    return Plan(shaping, entropy, dtype, keep, choose(IMPLEMENTATIONS, hidden, dtype))
 
 
-def _epilogue(hidden: Tensor, dtype: torch.dtype) -> ModuleType:
-    if hidden.is_cuda and dtype != torch.float64:
-        try:
-            from gspo.kernels import epilogue_triton
-
-            return epilogue_triton
-        except ImportError:
-            pass
-    if dtype in TYPES and takes(hidden):
-        return epilogue_cpu
-    return epilogue
+IMPLEMENTATIONS = (  # of the epilogue, for `hidden` and products in `dtype`
+    Implementation(on_cuda, triton("epilogue_triton")),
+    Implementation(lambda hidden, dtype: dtype in TYPES and takes(hidden), lambda hidden, dtype: epilogue_cpu),
+    Implementation(always, lambda hidden, dtype: epilogue),
+)
 
 
 class _LinearLogprob(torch.autograd.Function):

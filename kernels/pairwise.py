@@ -19,12 +19,11 @@ number of groups. The terms, and what they add to dL/dg_ij:
 On CUDA that is one kernel (`pairwise_triton.py`), elsewhere the same in plain PyTorch.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
 from gspo.kernels.pair_settings import PARTS, PairSettings, PairwiseLoss
 
 MOST_RESPONSES = 64  # N whose N x N comparisons fit in the registers of one program
@@ -51,18 +50,8 @@ def pairwise_loss(
     assert rewards.shape == lengths.shape == (g, n), (rewards.shape, lengths.shape)
     assert beats.shape == forks.shape == (g, n, n) and beats.dtype == torch.bool, (beats.shape, forks.shape)
     with torch.no_grad():
-        return _implementation(logprobs)(logprobs, anchors, rewards, beats, forks, lengths, settings)
-
-
-def _implementation(logprobs: Tensor) -> Callable[..., PairwiseLoss]:
-    if logprobs.is_cuda and logprobs.dtype != torch.float64 and logprobs.shape[1] <= MOST_RESPONSES:
-        try:
-            from gspo.kernels import pairwise_triton
-
-            return pairwise_triton.pairwise_loss
-        except ImportError:
-            pass
-    return plain_pairwise_loss
+        compute = choose(IMPLEMENTATIONS, logprobs)
+        return compute(logprobs, anchors, rewards, beats, forks, lengths, settings)
 
 
 def plain_pairwise_loss(
@@ -127,3 +116,13 @@ def _to_tokens(slopes: Tensor, forks: Tensor, after: float, width: int) -> Tenso
     at = slopes.new_zeros(*slopes.shape[:2], width + 1).scatter_add_(-1, forks, slopes)
     before = at.cumsum(-1) - at
     return (at + after * before)[..., :width]
+
+
+def _fits_a_program(logprobs: Tensor) -> bool:
+    return on_cuda(logprobs) and logprobs.shape[1] <= MOST_RESPONSES
+
+
+IMPLEMENTATIONS = (
+    Implementation(_fits_a_program, triton("pairwise_triton", "pairwise_loss")),
+    Implementation(always, lambda logprobs: plain_pairwise_loss),
+)

@@ -15,10 +15,17 @@ def serves(logits: Tensor) -> bool:
     return logits.shape[-1] > 0 and takes(logits)
 
 
-def sample(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [S, V] in float32 or bfloat16, keys, positions [S] int64 -> tokens [S] int64, log-probs [S] and entropies
-    [S] in nats, float32. `temperature` 0 is greedy: the first of the likeliest, with its log-prob at temperature 1."""
-    assert keys.shape == positions.shape == logits.shape[:1] and keys.dtype == positions.dtype == torch.int64
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw as `sampling.sample` does, logits in float32 or bfloat16. The draw must not be truncated."""
+    assert temperature == 0 or (top_k == 0 and top_p == 1.0 and min_p == 0.0), (top_k, top_p, min_p)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens = torch.empty_like(keys)
     logprobs, entropies = (torch.empty(len(logits), dtype=torch.float32) for _ in range(2))
@@ -27,8 +34,8 @@ def sample(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float) 
         int(logits.dtype == torch.bfloat16),
         logits,
         numbers([*logits.shape, logits.stride(0)]),
-        keys.contiguous(),
-        positions.contiguous(),
+        keys,
+        positions,
         1.0 / (temperature or 1.0),
         int(temperature == 0),
         tokens,

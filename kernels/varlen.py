@@ -20,6 +20,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gspo.kernels.dispatch import Implementation, choose
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -202,34 +204,48 @@ class FlashAttention:
 
 
 def backend_for(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None) -> Backend | None:
-    """The fastest backend for such tensors [T, H, D] that has been seen to be right; None where there is none.
+    """Return the fastest backend for tensors [T, H, D], [S, Hk, D] that passed its trial; None where there is none."""
+    return choose(BACKENDS, q, k, v, softcap)
 
-    FlashAttention-2 takes float16 and bfloat16 on CUDA, heads of up to 256 numbers, a multiple of 8, and values as wide
-    as keys; between 192 and 256 not every GPU has its backward.
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether FlashAttention-2 takes these tensors.
+
+    It takes float16 and bfloat16 on CUDA, heads of up to 256 numbers, a multiple of 8, and values as wide as keys;
+    between 192 and 256 not every GPU has its backward.
     """
     width = q.shape[-1]
     wide = width > 192 and width != 256
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or width % 8 or wide:
-        return None
-    if v.shape[-1] != width or {k.dtype, v.dtype} != {q.dtype}:
-        return None
-    return next((b for b in _proven(q.device, q.dtype, width) if softcap is None or b.softcaps), None)
+        return False
+    return v.shape[-1] == width and {k.dtype, v.dtype} == {q.dtype}
+
+
+def _backend(kind: type[Backend]) -> Implementation:
+    """Make the table's entry of one backend."""
+    return Implementation(
+        serves=lambda q, k, v, softcap: _flash_takes(q, k, v) and (softcap is None or kind.softcaps),
+        load=lambda q, k, v, softcap: _proven(kind, q.device, q.dtype, q.shape[-1]),
+    )
+
+
+BACKENDS = (_backend(FlashAttention), _backend(TorchFlash))
 
 
 @functools.cache
-def _proven(device: torch.device, dtype: torch.dtype, width: int) -> list[Backend]:
-    """The backends at hand, fastest first, less those that fail a trial: both build on private functions."""
-    proven = []
-    for backend in installed(device):
-        try:
-            fault = trial(backend, device, dtype, width)
-        except Exception as e:  # whatever a private function raises once it has changed
-            fault = f"{type(e).__name__}: {e}"
-        if fault is None:
-            proven.append(backend)
-        else:
-            warnings.warn(f"{type(backend).__name__} is not used for attention over packs: {fault}", stacklevel=2)
-    return proven
+def _proven(kind: type[Backend], device: torch.device, dtype: torch.dtype, width: int) -> Backend | None:
+    """Return this backend if it is installed and passes a trial, which it may fail: both call private functions."""
+    backend = next((b for b in installed(device) if type(b) is kind), None)
+    if backend is None:
+        return None
+    try:
+        fault = trial(backend, device, dtype, width)
+    except Exception as e:  # whatever a private function raises once it has changed
+        fault = f"{type(e).__name__}: {e}"
+    if fault is None:
+        return backend
+    warnings.warn(f"{kind.__name__} is not used for attention over packs: {fault}", stacklevel=2)
+    return None
 
 
 def installed(device: torch.device) -> list[Backend]:

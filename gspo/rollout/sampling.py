@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gspo import config
 from gspo.errors import UserError
-from gspo.kernels import sampling as kernel
-from gspo.kernels import sampling_cpu as cpu_kernel
+from gspo.kernels.sampling import sample
 
 _MASK32 = 0xFFFFFFFF
 BLOCK = 256  # vocabulary entries that are summed in float32 before float64 takes over
@@ -123,14 +122,12 @@ def _nucleus(logits: Tensor, least: Tensor | None, top_p: float) -> Tensor:
 def draw(logits: Tensor, keys: Tensor, position: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """`choose` from logits [R, V], by the uniforms of the sequences with these keys [R] for tokens `position` [R].
 
-    On CUDA by kernels/sampling.py, without a wait for the device; on a CPU by kernels/sampling_cpu.py if it may draw
-    any token.
+    By a kernel that takes these logits (kernels/sampling.py), on CUDA without a wait for the device, or by `choose`.
     """
     s = sampling
-    if kernel.serves(logits):
-        return kernel.sample(logits, keys, position, s.temperature, s.top_k, s.top_p, s.min_p)
-    if cpu_kernel.serves(logits) and (s.temperature == 0 or not s.truncates):
-        return cpu_kernel.sample(logits, keys, position, s.temperature)
+    drawn = sample(logits, keys, position, s.temperature, s.top_k, s.top_p, s.min_p)
+    if drawn is not None:
+        return drawn
     return choose(logits, None if s.temperature == 0 else uniforms(keys, position), s)
 
 

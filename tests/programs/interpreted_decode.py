@@ -4,7 +4,7 @@ import json
 
 import torch
 from decode_cases import cases, too_far
-from interpreted_logprob import repair_interpreter
+from interpreted_logprob import repair_interpreter, use_triton
 
 from gspo.kernels import decode, decode_triton
 
@@ -13,7 +13,7 @@ def main() -> None:
     repair_interpreter()
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
     decode_triton.SHARE = 32  # several programs a sequence
-    decode._implementation = lambda q: decode_triton.decode_attention
+    use_triton(decode)
     print(json.dumps({case.name(): too_far(case) for case in cases()}))
 
 

@@ -4,11 +4,10 @@ import json
 
 import torch
 from architectures import tiny_model
-from interpreted_logprob import repair_interpreter
+from interpreted_logprob import repair_interpreter, use_triton
 from tiny_sampler import LIMITS, prompts_of, sampler_for
 
-from gspo.kernels import decode, decode_triton
-from gspo.kernels import sampling as draws
+from gspo.kernels import decode, sampling
 from gspo.rollout import engine
 from gspo.rollout.sampling import Sampling
 
@@ -24,8 +23,8 @@ def main() -> None:
     runs = [("gemma2", torch.float32, Sampling(1.2, max_new_tokens=14, top_k=40)),
             ("qwen3", torch.float32, Sampling(0.0, max_new_tokens=14))]  # fmt: skip
     plain = [sampled(*run) for run in runs]
-    decode._implementation = lambda q: decode_triton.decode_attention
-    draws.serves = lambda logits: True
+    use_triton(decode)
+    use_triton(sampling)
     engine.STEPS["cpu"] = 4
     results = {}
     for (family, *_), theirs, mine in zip(runs, plain, [sampled(*run) for run in runs], strict=True):

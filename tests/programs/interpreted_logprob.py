@@ -5,6 +5,7 @@ helpers as well), and the other tests compile the same kernels.
 """
 
 import json
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import triton.runtime.interpreter as interpreter
 from logprob_cases import HEADS, Case, too_far
 
 from gspo.kernels import epilogue_triton, logprob
+from gspo.kernels.dispatch import always
 
 SHAPES = [(12, 8, 700), (1, 8, 300), (13, 24, 257)]
 
@@ -45,10 +47,15 @@ def repair_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_with_index
 
 
+def use_triton(operation: ModuleType) -> None:
+    """Let the operation's Triton kernel take CPU tensors."""
+    operation.IMPLEMENTATIONS = (operation.IMPLEMENTATIONS[0]._replace(serves=always),)
+
+
 def main() -> None:
     repair_interpreter()
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
-    logprob._epilogue = lambda device, dtype: epilogue_triton
+    use_triton(logprob)
     logprob.CHUNK_BYTES["cpu"], logprob.LEAST_WIDTH["cpu"] = 0, 256  # several chunks,
     epilogue_triton.BLOCK = 128  # of several blocks
     results = {}

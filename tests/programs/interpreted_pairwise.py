@@ -3,16 +3,16 @@
 import json
 
 import torch
-from interpreted_logprob import repair_interpreter
+from interpreted_logprob import repair_interpreter, use_triton
 from pairwise_cases import cases, too_far
 
-from gspo.kernels import pairwise, pairwise_triton
+from gspo.kernels import pairwise
 
 
 def main() -> None:
     repair_interpreter()
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
-    pairwise._implementation = lambda logprobs: pairwise_triton.pairwise_loss
+    use_triton(pairwise)
     print(json.dumps({case.name(): too_far(case) for case in cases()}))
 
 

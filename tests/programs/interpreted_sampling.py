@@ -3,13 +3,13 @@
 import json
 
 import torch
-from interpreted_logprob import repair_interpreter
+from interpreted_logprob import repair_interpreter, use_triton
 from sampling_cases import cases, differences, keys_of, observed
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-from gspo.kernels import sampling_triton
+from gspo.kernels import sampling, sampling_triton
 from gspo.rollout.sampling import Sampling, uniforms
 
 
@@ -23,6 +23,7 @@ def uniform_kernel(keys_ptr, positions_ptr, out_ptr):
 def main() -> None:
     repair_interpreter()
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
+    use_triton(sampling)
     sampling_triton.PER_CHUNK, sampling_triton.PIECE = 2, 1024  # several chunks, and pieces, a row
     keys, positions = keys_of(100)
     u = torch.empty(100, dtype=torch.float64)

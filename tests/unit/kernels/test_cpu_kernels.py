@@ -155,20 +155,16 @@ def test_a_step_attends_to_prompt_and_answer(dtype, softcap, window, heads, kv_h
 # ---- the draw of a token ----
 
 
-def drawn(*args):
-    return sampling_cpu.sample(*args[:4])  # the rest rules tokens out
-
-
 @needed
 def test_draws_are_pytorchs_but_for_those_between_two_tokens():
     cases = [c for c in sampling_cases.cases() if not c.sampling.truncates and c.dtype in native.TYPES]
-    wrong = [line for case in cases for line in sampling_cases.differences(case, sample=drawn)]
+    wrong = [line for case in cases for line in sampling_cases.differences(case, sample=sampling_cpu.sample)]
     assert len(cases) == 13 and not wrong, "\n".join(wrong)
 
 
 @needed
 def test_tokens_are_drawn_as_often_as_softmax_has_them():
-    seen, expected = sampling_cases.observed(600, Sampling(0.9), 50_000, sample=drawn)
+    seen, expected = sampling_cases.observed(600, Sampling(0.9), 50_000, sample=sampling_cpu.sample)
     common = expected >= 5
     statistic = ((seen - expected)[common].square() / expected[common]).sum() + (
         (seen[~common].sum() - expected[~common].sum()).square() / expected[~common].sum()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decode_cases import Case, cases, draw, exactly
+from triton_programs import results
 
 from gspo.kernels.decode import decode_attention
 from gspo.kernels.pages import Pool, Readers
@@ -31,7 +32,7 @@ def test_one_slot_by_hand():
 
 def test_interpreted_kernels_are_as_near_to_float64_as_plain_pytorch(tmp_path):
     """Several programs a sequence; pages and results that nobody wrote are NaN."""
-    results = pytest.importorskip("test_kernels_triton").results
+    pytest.importorskip("triton")
     found = results("interpreted_decode.py", tmp_path)
     wrong = [line for lines in found.values() for line in lines]
     assert len(found) == 10 and not wrong, "\n".join(wrong)
@@ -39,7 +40,7 @@ def test_interpreted_kernels_are_as_near_to_float64_as_plain_pytorch(tmp_path):
 
 @pytest.mark.slow
 def test_kernels_compile_for_sm_80_and_sm_90a_with_nothing_spilled_and_on_tensor_cores(tmp_path):
-    results = pytest.importorskip("test_kernels_triton").results
+    pytest.importorskip("triton")
     found = results("compiled_decode.py", tmp_path)
     assert len(found) == 40
     for name, said in found.items():

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from pairwise_cases import COUNTS, EVERYTHING, Case, by_closed_form, by_objective, cases, distance, draw, too_far
+from triton_programs import results
 
 from gspo.algorithm.objective import by_pairs, coefficients
 from gspo.config import Objective
 from gspo.kernels import pairwise
+from gspo.kernels.dispatch import choose
 from gspo.kernels.ops import PairSettings, pairwise_loss
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -56,14 +58,14 @@ def test_no_groups():
 
 def test_interpreted_kernel_is_as_near_to_the_objective_as_float32_allows(tmp_path):
     """Unwritten memory is NaN."""
-    results = pytest.importorskip("test_kernels_triton").results
+    pytest.importorskip("triton")
     found = results("interpreted_pairwise.py", tmp_path)
     wrong = [line for lines in found.values() for line in lines]
     assert len(found) == 81 and not wrong, "\n".join(wrong)
 
 
 def test_kernel_compiles_for_sm_80_and_sm_90a_with_nothing_spilled(tmp_path):
-    results = pytest.importorskip("test_kernels_triton").results
+    pytest.importorskip("triton")
     found = results("compiled_pairwise.py", tmp_path)
     assert len(found) == 12
     for name, said in found.items():
@@ -81,7 +83,8 @@ def poisoned():
 @pytest.mark.gpu
 @on_cuda
 def test_on_cuda_as_near_to_the_objective_as_float32_allows(poisoned):
-    assert pairwise._implementation(torch.zeros(1, 64, 1, device="cuda")).__module__ == "gspo.kernels.pairwise_triton"
+    found = choose(pairwise.IMPLEMENTATIONS, torch.zeros(1, 64, 1, device="cuda"))
+    assert found.__module__ == "gspo.kernels.pairwise_triton"
     steep = [Case(8, 1500, replace(EVERYTHING, normalizer=z), 4) for z in ("constant", "batch", "group")]
     wrong = [line for case in cases() + steep for line in too_far(case, "cuda")]
     assert not wrong, "\n".join(wrong)

@@ -122,7 +122,7 @@ def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
 def test_which_tensors_go_to_which_backend(monkeypatch):
     """By shape and dtype alone: tensors of a GPU that is not there, none proven but one without softcaps."""
     torch_flash = TorchFlash()
-    monkeypatch.setattr(varlen, "_proven", lambda *_: [torch_flash])
+    monkeypatch.setattr(varlen, "_proven", lambda kind, *_: torch_flash if kind is TorchFlash else None)
 
     def chosen(width=64, dtype=HALF, value=None, device="cuda", **options):
         q, k, v = (torch.empty(8, 2, n, dtype=dtype, device=device) for n in (width, width, value or width))
