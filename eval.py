@@ -14,13 +14,14 @@ import torch
 
 from gspo.algorithm.selves import win_rate
 from gspo.checkpoint.run_folder import latest
-from gspo.config import Config, load_config, set_value
+from gspo.config import Config
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, session
 from gspo.errors import UserError
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, settle
+from gspo.read_config import load_config, set_value
 from gspo.reward.scorer import Scorer
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling

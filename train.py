@@ -15,7 +15,7 @@ from gspo.algorithm.selves import Selves, round_of
 from gspo.algorithm.solutions import with_solutions
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.run_folder import latest, needs_test
-from gspo.config import Config, load_config
+from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, session
@@ -26,6 +26,7 @@ from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
 from gspo.metrics.tracker import sample_rows
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
+from gspo.read_config import load_config
 from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
 from gspo.run import Run, held_out, save, start, test

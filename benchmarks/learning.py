@@ -129,8 +129,8 @@ def train_once(job: Job, folder: Path) -> dict[str, Any]:
     import torch
 
     import train
-    from gspo.config import load_config
     from gspo.distributed.world import session
+    from gspo.read_config import load_config
 
     torch.manual_seed(0)
     shutil.rmtree(folder, ignore_errors=True)

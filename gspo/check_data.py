@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gspo.config import Config, load_config
+from gspo.config import Config
 from gspo.data.prompts import Survey, TooLong, check_positions, make_checker, shared, survey, wanted_splits
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.read_config import load_config
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
 from gspo.system.program import guarded

@@ -11,11 +11,11 @@ import math
 
 import torch
 
-from gspo.config import load_config
 from gspo.errors import UserError
 from gspo.memory.footprint import GIB, Footprint, footprint
 from gspo.models.loading import load_model_config, resolve_path
 from gspo.models.precision import settle
+from gspo.read_config import load_config
 from gspo.rollout.kv_budget import free_bytes
 from gspo.system.console import say
 from gspo.system.program import guarded

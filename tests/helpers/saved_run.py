@@ -12,9 +12,10 @@ from torch import nn
 from gspo.algorithm.update import make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State
 from gspo.checkpoint.run_folder import open_run
-from gspo.config import Config, load_config
+from gspo.config import Config
 from gspo.distributed.world import World
 from gspo.models.loading import load_model
+from gspo.read_config import load_config
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

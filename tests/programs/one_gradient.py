@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 from gspo.algorithm.selves import Selves
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.config import load_config
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.transfer import whole
 from gspo.distributed.world import session
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
+from gspo.read_config import load_config
 from gspo.reward.scorer import Scorer
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling

@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from gspo.config import load_config
 from gspo.distributed.world import session
 from gspo.memory.__main__ import table
 from gspo.memory.footprint import footprint
+from gspo.read_config import load_config
 from gspo.system.program import leave
 from train import train
 

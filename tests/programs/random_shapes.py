@@ -15,10 +15,10 @@ import torch
 
 from gspo.algorithm.selves import Selves
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.config import load_config
 from gspo.distributed.transfer import whole
 from gspo.distributed.world import session
 from gspo.packing.balance import balance
+from gspo.read_config import load_config
 from gspo.system.program import leave
 from gspo.types import Prompt, Rollout, Scores
 from train import gather_experience

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from gspo.algorithm.selves import Selves
-from gspo.config import load_config
 from gspo.distributed.sharding import is_sharded
 from gspo.distributed.world import session
 from gspo.models.loading import decoder_layers
+from gspo.read_config import load_config
 from gspo.system.program import leave
 from gspo.types import Prompt, Rollout
 

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from gspo.config import load_config
 from gspo.distributed.world import session
+from gspo.read_config import load_config
 from gspo.system.files import write_text
 from gspo.system.program import leave
 from train import train

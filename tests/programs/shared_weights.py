@@ -9,9 +9,9 @@ from kv_memory import resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.algorithm.selves import Selves
-from gspo.config import load_config
 from gspo.distributed.sharding import local_bytes
 from gspo.distributed.world import World
+from gspo.read_config import load_config
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 8,
          "vocab_size": 97, "pad_token_id": 0}  # fmt: skip

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from repository import ROOT
 
-from gspo.config import ALIASES, PARAMETERS, Config, dump, flatten, load_config, to_dict
+from gspo.config import PARAMETERS, Config, dump, flatten, to_dict
+from gspo.config_aliases import ALIASES
 from gspo.errors import UserError
+from gspo.read_config import load_config
 
 
 @pytest.fixture()
@@ -311,8 +313,10 @@ def test_what_is_dumped_loads_again(write, overrides):
     assert load_config(write(dump(cfg))) == cfg
 
 
-def test_the_printed_table_has_one_line_a_parameter(capsys):
+def test_the_printed_page_has_one_line_per_parameter_and_per_alias(capsys):
     runpy.run_path(str(ROOT / "gspo/config.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split("`")[1] for line in lines] == list(PARAMETERS) == list(flatten(to_dict(Config())))
-    assert all(line.count(" | ") == 2 and not line.endswith("|  |") for line in lines)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == [*PARAMETERS, *ALIASES]
+    assert list(PARAMETERS) == list(flatten(to_dict(Config())))
+    for row in rows[: len(PARAMETERS)]:
+        assert len(row.split(" | ")) == 4 and not row.endswith("|  |")

@@ -29,10 +29,10 @@ ORDER = {
     "models": "a Hugging Face model opened, checked, made faster",
     "embedded": "the tasks and models that ship",
     "system": "processes, signals, files, the console",
-    "vocabulary": "gspo/config.py, types.py, errors.py: the words that all rooms share",
+    "vocabulary": "the configuration and its reading, types.py, errors.py: the words that all rooms share",
     "kernels": "operations on tensors; they know neither models nor training",
 }
-VOCABULARY = {"gspo", "gspo.config", "gspo.types", "gspo.errors"}
+VOCABULARY = {"gspo", "gspo.config", "gspo.config_aliases", "gspo.read_config", "gspo.types", "gspo.errors"}
 
 # A step, stage by stage. No stage imports another; train.py hands each what those before it made.
 STAGES = {

@@ -10,11 +10,11 @@ import torch
 from repository import ROOT
 from transformers import AutoConfig
 
-from gspo.config import load_config
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.launch import check_launch, final_words
 from gspo.models.loading import load_model_config
+from gspo.read_config import load_config
 from gspo.system.program import guarded
 
 # ---- mistakes ----

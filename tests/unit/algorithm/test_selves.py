@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from repository import PROGRAM_ENV
 
 from gspo.algorithm.selves import Selves, round_of, win_rate
-from gspo.config import load_config
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_model
 from gspo.models.precision import rounded
+from gspo.read_config import load_config
 from gspo.rollout.sampler import Sampler, shares_weights
 from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt

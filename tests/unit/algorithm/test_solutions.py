@@ -10,12 +10,12 @@ from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.selves import Selves
 from gspo.algorithm.solutions import solution_ids, with_solutions
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.config import load_config
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_tokenizer
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack, pack_rows
+from gspo.read_config import load_config
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling
 from gspo.types import Experience, Prompt

@@ -10,9 +10,9 @@ from architectures import tiny_model
 from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, kl_loss
 from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.update import Updater, learning_rate, make_optimizer
-from gspo.config import load_config
 from gspo.distributed.world import World
 from gspo.packing.head import measure_head
+from gspo.read_config import load_config
 from gspo.types import Experience, Prompt, Rollout
 
 G, N, L = 3, 4, 7

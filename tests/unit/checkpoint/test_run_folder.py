@@ -13,8 +13,8 @@ from saved_run import ALONE, a_run
 
 from gspo.checkpoint import manifest, run_folder
 from gspo.checkpoint.run_folder import keep_reward_function, latest, needs_test, open_run
-from gspo.config import load_config
 from gspo.errors import UserError
+from gspo.read_config import load_config
 from gspo.system.files import write_json
 
 

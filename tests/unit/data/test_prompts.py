@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gspo.config import load_config
 from gspo.data import prompts as data
 from gspo.data.encoding import Encoder
 from gspo.data.prompts import Checker, Prompts, encode, key, load_prompts, load_splits, shared
@@ -19,6 +18,7 @@ from gspo.data.sources import open_source
 from gspo.embedded.equations import SEED_ROW
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config
+from gspo.read_config import load_config
 from gspo.types import Prompt
 
 VERL_ROW = {

@@ -8,12 +8,12 @@ from tiny_sampler import prompts_of, sampler_for
 
 from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.config import load_config
 from gspo.distributed.world import World
 from gspo.kernels import logprob
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 from gspo.kernels.whole_tiles import whole_tiles
 from gspo.packing.head import measure_head
+from gspo.read_config import load_config
 from gspo.rollout.sampling import Sampling
 from gspo.types import Experience
 

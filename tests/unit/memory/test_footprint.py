@@ -10,13 +10,13 @@ from repository import PROGRAM_ENV
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gspo.config import load_config
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 from gspo.memory.__main__ import main, table
 from gspo.memory.activations import Live
 from gspo.memory.footprint import footprint
 from gspo.models.loading import load_tokenizer
+from gspo.read_config import load_config
 
 GIB, PLENTY = 2**30, 2**62
 MEDIUM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
