@@ -339,10 +339,12 @@ def parameters_page() -> str:
     lines = [
         "# Parameters",
         "",
-        "This page is written by `python -m gspo.config > docs/parameters.md`; edit gspo/config.py instead.",
+        "[中文](zh/parameters.md) · code: [gspo/config.py](../gspo/config.py), which prints this page: "
+        "`python -m gspo.config > docs/parameters.md`",
         "",
         "Set a parameter in the YAML file, or on the command line as `section.name=value`, which wins over the file. "
-        "Parameters that neither names keep their defaults. An unknown name or a value out of range is an error.",
+        "What neither names keeps its default. An unknown name or a value out of range is an error. An empty default "
+        "means: not set.",
     ]
     defaults = flatten(to_dict(Config()))
     for section in dataclasses.fields(Config):
