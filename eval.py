@@ -117,5 +117,10 @@ def main() -> None:
             write_json(args.json, {"model": str(name or "embedded"), **result})
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """Run `main` as the program eval.py or gspo-eval."""
     guarded(main)
+
+
+if __name__ == "__main__":
+    program()

@@ -159,5 +159,10 @@ def main() -> None:
         train(cfg, world, check_only=args.check)
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """Run `main` as the program train.py or gspo-train."""
     guarded(main, "interrupted; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    program()

@@ -8,5 +8,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # The folder kernels/ beside this one is imported as `gspo.kernels`. As an import, `kernels` is a package that Hugging
-# Face publishes and transformers imports (integrations/hub_kernels.py): ours must not stand in its place.
-__path__.append(str(Path(__file__).resolve().parent.parent))
+# Face publishes and transformers imports (integrations/hub_kernels.py): ours must not stand in its place, nor the other
+# way round where gspo is installed and both lie in one folder.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
