@@ -83,8 +83,15 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     precision, _ = world.from_main(lambda: settle(cfg.model.precision, world.device, load_model_config(name)))
     model = load_model(name, DTYPES[precision]).to(world.device)
     prompts = world.main_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
-    memory = {"max_slots": cfg.rollout.max_slots, "kv_memory_gib": cfg.rollout.kv_memory_gib}
-    sampler = Sampler(model, tokenizer, world.device, **memory, seed=cfg.trainer.seed)
+    sampler = Sampler(
+        model,
+        tokenizer,
+        world.device,
+        engine=cfg.rollout.engine,
+        max_slots=cfg.rollout.max_slots,
+        kv_memory_gib=cfg.rollout.kv_memory_gib,
+        seed=cfg.trainer.seed,
+    )
     return answer(sampler, Scorer(cfg.reward), prompts, cfg.eval.n, Sampling.of(cfg.rollout), world)
 
 

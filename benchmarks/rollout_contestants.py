@@ -70,7 +70,7 @@ def generate_batch(model: nn.Module, prompts: list[Prompt], lengths: Tensor, row
 
 
 def ours(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
-    sampler.max_slots = rows
+    sampler.engine.options.max_slots = rows
     sampling = Sampling(TEMPERATURE, max_new_tokens=int(lengths.max()))
     got = sampler.generate(prompts, lengths.shape[1], sampling, limits=lengths)
     assert got.lengths.cpu().equal(lengths)

@@ -54,20 +54,20 @@ def bandwidth() -> float:
 def step(sampler: Sampler, size: int, vocabulary: int) -> tuple[float, float]:
     """Seconds of a step of SLOTS slots, looks of the host included, and the bytes that it must read, from the second
     block of an answer on."""
-    sampler.max_slots = SLOTS
+    sampler.engine.options.max_slots = SLOTS
     prompts = draw(SLOTS // N, size, vocabulary)
     sampling = Sampling(TEMPERATURE, max_new_tokens=STEPS + 512)
-    engine = sampler._engine(prompts, N, sampling, 0, 0, None)
-    for _ in engine._admit():
+    generation = sampler.engine.start(sampler.requests(prompts, N, sampling))
+    for _ in generation._fill_slots():
         pass
-    slots, token = engine.slots, sum(layer.token_bytes for layer in sampler.layout.values())
+    slots, token = generation.slots, sum(layer.token_bytes for layer in sampler.engine.layout.values())
     while slots.length.min() < 256:
-        list(engine._decode())
+        list(generation._decode())
     before = slots.length.copy()
     torch.cuda.synchronize()
     began = time.perf_counter()
     while (slots.length - before).min() < STEPS:
-        list(engine._decode())
+        list(generation._decode())
     torch.cuda.synchronize()
     taken = (time.perf_counter() - began) / int((slots.length - before).min())
     kept = (before.sum() + slots.length.sum()) / 2 + size * len(prompts)

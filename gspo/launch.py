@@ -15,6 +15,7 @@ from gspo.errors import UserError
 from gspo.metrics.evaluation import table
 from gspo.models.architecture import check_length
 from gspo.models.precision import DTYPES
+from gspo.rollout.engines import engine_class
 from gspo.rollout.sampler import shares_weights
 from gspo.system.console import say
 
@@ -27,6 +28,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
     check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
     check_shard_size(cfg.model.shard_size, wanted or world.size)
+    engine_class(cfg.rollout.engine)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # auto is measured later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)

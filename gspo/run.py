@@ -71,6 +71,7 @@ def start(
         selves.sampler,
         tokenizer,
         world.device,
+        engine=cfg.rollout.engine,
         max_slots=cfg.rollout.max_slots,
         kv_memory_gib=cfg.rollout.kv_memory_gib,
         seed=cfg.trainer.seed,

@@ -252,6 +252,6 @@ def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> 
 def _fixed_step(tables: Tables) -> FixedStep:
     """A step of a block of its own."""
     slots = tables.slots
-    tables.load(len(slots), slots.length + 1, nobody=len(slots))
+    tables.load(len(slots), slots.length + 1, spare_row=len(slots))
     slots.length = slots.length + 1
     return FixedStep(tables, len(slots))

@@ -42,16 +42,16 @@ class Tables:
             count //= 2
         return count
 
-    def load(self, count: int, upto: np.ndarray, nobody: int) -> None:
+    def load(self, count: int, upto: np.ndarray, spare_row: int) -> None:
         """Write the tables of `count` slots, with pages for the first `upto` [S] tokens of each of the S answers; the
-        slots behind them stand still on a page that nobody has, in the row `nobody` of the results."""
+        slots behind them stand still on a page that nobody has, in the row `spare_row` of the results."""
         slots, empty = self.slots, count - len(self.slots)
         slots.reserve(upto)
         numbers, which = np.unique(slots.prompt, return_inverse=True)
         sizes = np.array([slots.sizes[number] for number in numbers.tolist()] + [0])
         which = np.concatenate([which, np.full(empty, len(numbers))])
         state = np.zeros((3, count), dtype=np.int64)
-        state[0] = np.concatenate([slots.rows, np.full(empty, nobody)])
+        state[0] = np.concatenate([slots.rows, np.full(empty, spare_row)])
         state[1] = np.concatenate([slots.length + 1, np.ones(empty, dtype=np.int64)])
         state[2] = sizes[which]
         own = np.full((count, self.answer_pages.shape[1]), slots.answers.spare if empty else 0)
@@ -72,8 +72,8 @@ class Tables:
             table.copy_(torch.from_numpy(values))
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """-> the answers' rows [S] of the results, `nobody` for those that have ended, and their lengths [S]: the one
-        look that the host takes at a block."""
+        """Copy to the host, once a block: each slot's row of the results [S], the spare row where its response has
+        ended, and its response's length [S]."""
         rows, lengths = self.state[:2, : len(self.slots)].cpu().numpy()
         return rows, lengths - 1
 

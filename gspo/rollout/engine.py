@@ -1,7 +1,9 @@
-"""The sampling loop: prompts wait in a queue, answers in slots grow by a token a step, and make room when they end.
+"""Sample with slots and a paged KV cache (continuous batching).
 
-On the CPU the host looks at every token and lays out the next step as tightly as it goes. On CUDA it looks every few
-steps, which all have the same shape (device_tables.py) and are replayed (cuda_graphs.py).
+Prompts wait in a queue and are prefilled together; responses grow in slots by a token a step; a response that ends
+frees its slot and pages for the next. On CPUs the host reads every token and lays out the next step without gaps. On
+CUDA it reads every few steps; the steps in between all have one shape (device_tables.py) and are replayed as a CUDA
+graph (cuda_graphs.py).
 """
 
 from collections import deque
@@ -9,81 +11,119 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspo.rollout.attention import forward
+from gspo.rollout.attention import check_slots, forward
 from gspo.rollout.cuda_graphs import Replay
+from gspo.rollout.decoder_stack import stacked
 from gspo.rollout.device_tables import FixedStep, Tables
-from gspo.rollout.sampling import Sampling, draw
+from gspo.rollout.kv_budget import SHARE, answer_page_size, free_bytes, plan_slots
+from gspo.rollout.requests import EngineOptions, Requests, Results
+from gspo.rollout.sampling import draw
 from gspo.rollout.slots import Slots
-from gspo.rollout.stop_strings import StopStrings
+from gspo.rollout.weight_layout import prepared
 
 PREFILL_AHEAD = 256  # prompt tokens computed at once, if there is room: fewer make poor matrix products
-PREFILL_MOST = 2048  # ... and at most, unless one prompt is longer: what more of them make falls out of a CPU's caches
+PREFILL_MOST = 2048  # ... and at most, unless one prompt is longer: more fall out of a CPU's caches
 DRAWN_AT_ONCE = 256  # first tokens
-STEPS = {"cuda": 8}  # between two looks of the host; elsewhere it looks at every token
+STEPS_PER_BLOCK = {"cuda": 8}  # steps between two reads of the host, by device; elsewhere it reads every token
 
 
-class Engine:
-    """Works off R = G * n answers to G prompts; row g * n + i of the results is answer i to prompt g."""
+class PagedEngine:
+    """Sample with one model in slots; see `requests.Engine` for the methods."""
+
+    def __init__(self, model: nn.Module, device: torch.device, options: EngineOptions):
+        self.model, self.device, self.options = model, device, options
+        self.layout = check_slots(model, device, fixed=device.type in STEPS_PER_BLOCK)
+
+    def start(self, requests: Requests) -> "PagedGeneration":
+        """Plan slots and pages for as many responses at a time as the memory holds, and allocate them."""
+        options, longest = self.options, requests.sampling.max_new_tokens
+        plan = plan_slots(
+            self.layout,
+            [len(ids) for ids in requests.prompts],
+            requests.n,
+            longest,
+            None if options.max_slots == "auto" else options.max_slots,
+            self._kv_bytes(),
+            options.page or answer_page_size(longest),
+        )
+        return PagedGeneration(self.model, Slots(self.layout, plan, self.device), plan.slots, requests, options.agree)
+
+    def _kv_bytes(self) -> int:
+        """Return the bytes that keys and values may take; the same on all ranks that share a tensor-parallel model."""
+        options = self.options
+        share = options.kv_memory_gib == "auto"
+        budget = int(SHARE * free_bytes(self.device) if share else options.kv_memory_gib * 2**30)
+        return budget if options.agree is None else int(options.agree(torch.tensor([budget], device=self.device)))
+
+
+class PagedGeneration:
+    """One batch of requests in `max_slots` slots; see `requests.Generation` for `run`, `progress` and `results`."""
 
     def __init__(
         self,
         model: nn.Module,
         slots: Slots,
         max_slots: int,
-        prompts: list[tuple[int, ...]],
-        n: int,
-        sampling: Sampling,
-        keys: Tensor,
-        ends: Tensor,
-        limits: Tensor,
-        stop: StopStrings | None,
-        agree: Callable[[Tensor], Tensor] | None,
-        pad_id: int,
+        requests: Requests,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.model, self.slots, self.max_slots, self.prompts, self.n = model, slots, max_slots, prompts, n
-        self.sampling, self.ends = sampling, ends
-        self.stop, self.agree = stop, agree
-        device, rows, most = keys.device, len(prompts) * n, sampling.max_new_tokens
-        # the last row is nobody's: what slots that stand still draw goes there
-        self.tokens = torch.full((rows + 1, most), pad_id, device=device)
-        self.logprobs, self.entropy = (torch.zeros(rows + 1, most, device=device) for _ in range(2))
+        self.model, self.slots, self.max_slots, self.requests, self.agree = model, slots, max_slots, requests, agree
+        self.prompts, self.n = requests.prompts, requests.n
+        device, rows, longest = slots.device, len(requests.keys), requests.sampling.max_new_tokens
+        # One spare row: idle slots write discarded tokens there.
+        self.spare_row = rows
+        self.tokens = torch.full((rows + 1, longest), requests.pad_id, device=device)
+        self.logprobs, self.entropy = (torch.zeros(rows + 1, longest, device=device) for _ in range(2))
         self.lengths = torch.zeros(rows + 1, dtype=torch.long, device=device)
         self.finished = torch.zeros(rows + 1, dtype=torch.bool, device=device)
-        self.keys, self.limits = (torch.nn.functional.pad(x, (0, 1)) for x in (keys, limits))
-        self.pad_id, self.nobody = pad_id, rows
-        if steps := STEPS.get(device.type, 0):
-            self.most_tokens = limits.cpu().numpy()
-            self.tables = Tables(slots, max_slots, n, max(map(len, prompts)), most)
+        self.keys, self.limits = (F.pad(x, (0, 1)) for x in (requests.keys, requests.limits))
+        if steps := STEPS_PER_BLOCK.get(device.type, 0):
+            self.host_limits = requests.limits.cpu().numpy()
+            self.tables = Tables(slots, max_slots, self.n, max(map(len, self.prompts)), longest)
             self.replay = Replay(device if device.type == "cuda" and agree is None else None)
-        self.steps = steps
-        self.queue = deque(sorted(range(len(prompts)), key=lambda g: len(prompts[g])))  # alike lengths pad least
-        self.waiting: deque[int] = deque()  # rows whose first token is drawn
-        self.left = np.full(len(prompts), n)  # answers of each prompt that have not ended
+        self.steps_per_block = steps
+        self.queue = deque(sorted(range(len(self.prompts)), key=lambda g: len(self.prompts[g])))  # similar lengths
+        self.waiting_rows: deque[int] = deque()  # first token drawn, no slot yet
+        self.unfinished = np.full(len(self.prompts), self.n)  # responses to each prompt that have not ended
 
     def run(self, tick: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """Sample everything; yields each prompt's number as soon as its last answer has ended. Calls `tick` now and
-        then."""
-        while self.queue or self.waiting or len(self.slots):
-            yield from self._admit()
-            if len(self.slots):
-                yield from self._decode()
-            tick()
+        """Sample everything; yield each prompt's number as soon as its last response has ended."""
+        with (
+            prepared(self.model, self.max_slots) as weights,
+            stacked(self.model, weights, self.slots),
+        ):
+            while self.queue or self.waiting_rows or len(self.slots):
+                yield from self._fill_slots()
+                if len(self.slots):
+                    yield from self._decode()
+                tick()
 
-    def _admit(self) -> Iterator[int]:
-        """Give free slots to those that wait, and compute further prompts where too few do."""
-        while (room := self.max_slots - len(self.slots)) and (self.waiting or self.queue):
-            if len(self.waiting) < room and (numbers := self._next_prompts(room - len(self.waiting))):
+    def progress(self) -> tuple[int, int]:
+        """Return (responses that have ended, tokens sampled so far)."""
+        return len(self.requests.keys) - int(self.unfinished.sum()), int(self.lengths.sum())
+
+    def results(self) -> Results:
+        """Return the results as they stand, without a copy and without the spare row."""
+        kept = slice(self.spare_row)
+        tensors = self.tokens, self.lengths, self.logprobs, self.entropy, self.finished
+        return Results(*(x[kept] for x in tensors))
+
+    def _fill_slots(self) -> Iterator[int]:
+        """Seat waiting rows in free slots; prefill further prompts where too few rows wait."""
+        while (room := self.max_slots - len(self.slots)) and (self.waiting_rows or self.queue):
+            if len(self.waiting_rows) < room and (numbers := self._take_prompts(room - len(self.waiting_rows))):
                 yield from self._prefill(numbers)
-            elif self.waiting:
-                rows = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
+            elif self.waiting_rows:
+                rows = [self.waiting_rows.popleft() for _ in range(min(room, len(self.waiting_rows)))]
                 self.slots.seat(rows, [row // self.n for row in rows])
             else:
-                return  # until a prompt makes room
+                return  # until a prompt frees its pages
 
-    def _next_prompts(self, rows: int) -> list[int]:
-        """Numbers of the next prompts to compute together, taken from the queue: enough for `rows` further answers."""
+    def _take_prompts(self, rows: int) -> list[int]:
+        """Take from the queue the prompts to prefill together: enough for `rows` further responses."""
         numbers: list[int] = []
         sizes: list[int] = []
         while self.queue:
@@ -96,99 +136,104 @@ class Engine:
         return numbers
 
     def _prefill(self, numbers: list[int]) -> Iterator[int]:
-        """Compute prompts, and draw the first token of all their answers."""
+        """Run the model over prompts, and draw the first token of all their responses."""
         logits = forward(self.model, self.slots.prefill(numbers, [self.prompts[g] for g in numbers]))
         rows = (np.array(numbers)[:, None] * self.n + np.arange(self.n)).flatten()
-        going_on = np.zeros(len(rows), dtype=bool)
-        for at in range(0, len(rows), DRAWN_AT_ONCE):
-            part = slice(at, at + DRAWN_AT_ONCE)
-            mine = torch.from_numpy(rows[part]).to(logits.device)
-            owner = torch.arange(len(rows), device=logits.device)[part] // self.n
-            position = torch.zeros_like(mine)
-            ended = self._draw(logits[owner], mine, position)
-            going_on[part] = ~self._look(mine, position, ended)
-        self.waiting.extend(rows[going_on].tolist())
-        yield from self._ended(rows[~going_on])
+        ended = np.zeros(len(rows), dtype=bool)
+        for start in range(0, len(rows), DRAWN_AT_ONCE):
+            part = slice(start, start + DRAWN_AT_ONCE)
+            device_rows = torch.from_numpy(rows[part]).to(logits.device)
+            prompt = torch.arange(len(rows), device=logits.device)[part] // self.n
+            position = torch.zeros_like(device_rows)
+            last = self._draw_tokens(logits[prompt], device_rows, position)
+            ended[part] = self._read_finished(device_rows, position, last)
+        self.waiting_rows.extend(rows[~ended].tolist())
+        yield from self._count_ended(rows[ended])
 
     def _decode(self) -> Iterator[int]:
-        """Further tokens for every slot, until the next look."""
-        yield from self._decode_block() if self.steps else self._decode_token()
+        """Draw further tokens for every slot, until the host reads them."""
+        yield from self._decode_block() if self.steps_per_block else self._decode_token()
 
     def _decode_token(self) -> Iterator[int]:
-        """One more token for every slot."""
+        """Draw one more token for every slot, and read it."""
         rows = torch.from_numpy(self.slots.rows).to(self.tokens.device)
         step = self.slots.step()
         logits = forward(self.model, step, self.tokens[rows, step.lengths - 1])
-        ended = self._draw(logits, rows, step.lengths)
-        yield from self._leave(self._look(rows, step.lengths, ended))
+        last = self._draw_tokens(logits, rows, step.lengths)
+        yield from self._free_slots(self._read_finished(rows, step.lengths, last))
 
     def _decode_block(self) -> Iterator[int]:
-        """Up to `steps` more tokens for every slot, and then one look."""
-        slots, most = self.slots, self.most_tokens[self.slots.rows]
+        """Draw up to `steps_per_block` more tokens for every slot, then read them once."""
+        slots, limits = self.slots, self.host_limits[self.slots.rows]
         first = slots.length + 1
-        steps, count = min(self.steps, int((most - first).max())), self.tables.count()
-        self.tables.load(count, np.minimum(slots.length + steps, most - 1), nobody=self.nobody)
+        steps, count = min(self.steps_per_block, int((limits - first).max())), self.tables.count()
+        self.tables.load(count, np.minimum(slots.length + steps, limits - 1), spare_row=self.spare_row)
         for _ in range(steps):
             self.replay(self._fixed_step, count)
         rows, lengths = self.tables.read()
-        ended = rows == self.nobody
-        if self.stop is not None:
-            ended |= self._cut(first)
+        ended = rows == self.spare_row
+        if self.requests.stop is not None:
+            ended |= self._trim_at_stop_strings(first)
         slots.length = lengths
-        yield from self._leave(ended)
+        yield from self._free_slots(ended)
 
     def _fixed_step(self, count: int) -> None:
-        """One more token for the first `count` slots of the tables. Nothing here waits for the device."""
+        """Draw one more token for the first `count` slots of the tables, without waiting for the device."""
         step = FixedStep(self.tables, count)
         logits = forward(self.model, step, self.tokens[step.rows, step.lengths - 1])
-        ended = self._draw(logits, step.rows, step.lengths)
-        rows = step.rows.masked_fill(ended, self.nobody)
-        step.lengths.add_(rows != self.nobody)
+        last = self._draw_tokens(logits, step.rows, step.lengths)
+        rows = step.rows.masked_fill(last, self.spare_row)
+        step.lengths.add_(rows != self.spare_row)
         step.rows.copy_(rows)
 
-    def _draw(self, logits: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-        """Draw a token from each of logits [S, V] and write it at `position` [S] of `rows` [S] -> [S], whether it is an
-        answer's last, stop strings aside."""
-        token, logprob, entropy = draw(logits, self.keys[rows], position, self.sampling)
+    def _draw_tokens(self, logits: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+        """Draw a token from each of logits [S, V] and write it at `position` [S] of `rows` [S].
+
+        -> [S] bool, whether it is its response's last; stop strings are not looked at.
+        """
+        token, logprob, entropy = draw(logits, self.keys[rows], position, self.requests.sampling)
         if self.agree is not None:
             token = self.agree(token)
         self.tokens[rows, position], self.logprobs[rows, position] = token, logprob
         self.entropy[rows, position], self.lengths[rows] = entropy, position + 1
-        finished = (token[:, None] == self.ends).any(-1)
+        finished = (token[:, None] == self.requests.end_ids).any(-1)
         self.finished[rows] = finished
         return finished | (position + 1 >= self.limits[rows])
 
-    def _look(self, rows: Tensor, position: Tensor, ended: Tensor) -> np.ndarray:
-        """[S], who has ended with the token at `position` [S] of `rows` [S]: a look of the host at what was drawn."""
-        if self.stop is not None:
-            stopped = self.stop.ends(self.tokens, rows, position, position + 1) > 0
-            self.finished[rows] |= stopped
-            ended = ended | stopped
-        return ended.cpu().numpy()
+    def _read_finished(self, rows: Tensor, position: Tensor, last: Tensor) -> np.ndarray:
+        """Copy to the host which responses ended with the token at `position` [S] of `rows` [S]: [S] bool.
 
-    def _cut(self, first: np.ndarray) -> np.ndarray:
-        """[S], which slots' answers have come to a stop string since their tokens `first` [S], and end there."""
+        `last` [S] says so of end tokens and limits; stop strings are looked for here.
+        """
+        if self.requests.stop is not None:
+            stopped = self.requests.stop.ends(self.tokens, rows, position, position + 1) > 0
+            self.finished[rows] |= stopped
+            last = last | stopped
+        return last.cpu().numpy()
+
+    def _trim_at_stop_strings(self, first: np.ndarray) -> np.ndarray:
+        """Cut the responses in which a stop string was completed at or behind position `first` [S]: [S] bool."""
         rows = torch.from_numpy(self.slots.rows).to(self.tokens.device)
-        ends = self.stop.ends(self.tokens, rows, torch.from_numpy(first).to(rows), self.lengths[rows])
+        ends = self.requests.stop.ends(self.tokens, rows, torch.from_numpy(first).to(rows), self.lengths[rows])
         stopped = ends > 0
         rows, ends = rows[stopped], ends[stopped]
         behind = torch.arange(self.tokens.shape[1], device=rows.device) >= ends[:, None]
-        for x, nothing in ((self.tokens, self.pad_id), (self.logprobs, 0.0), (self.entropy, 0.0)):
-            x[rows] = x[rows].masked_fill(behind, nothing)
+        for x, padding in ((self.tokens, self.requests.pad_id), (self.logprobs, 0.0), (self.entropy, 0.0)):
+            x[rows] = x[rows].masked_fill(behind, padding)
         self.lengths[rows], self.finished[rows] = ends, True
         return stopped.cpu().numpy()
 
-    def _leave(self, ended: np.ndarray) -> list[int]:
-        """Take the slots [S] that have ended from their answers -> prompts that have no answer left."""
+    def _free_slots(self, ended: np.ndarray) -> list[int]:
+        """Free the slots whose responses have ended, `ended` [S] -> prompts all of whose responses have."""
         if not ended.any():
             return []
-        gone = self.slots.rows[ended]
+        rows = self.slots.rows[ended]
         self.slots.keep(~ended)
-        return self._ended(gone)
+        return self._count_ended(rows)
 
-    def _ended(self, rows: np.ndarray) -> list[int]:
-        """Prompts that have no answer left, which are forgotten."""
-        np.subtract.at(self.left, rows // self.n, 1)
-        done = [g for g in np.unique(rows // self.n).tolist() if self.left[g] == 0]
+    def _count_ended(self, rows: np.ndarray) -> list[int]:
+        """Count rows that have ended -> prompts all of whose responses have; their pages are freed."""
+        np.subtract.at(self.unfinished, rows // self.n, 1)
+        done = [g for g in np.unique(rows // self.n).tolist() if self.unfinished[g] == 0]
         self.slots.forget(done)
         return done

@@ -1,11 +1,11 @@
-"""Batched sampling with cached keys and values: N answers to each prompt.
+"""Sample N responses to each prompt: `Sampler` turns prompts into an engine's requests, and its results into a Rollout.
 
-`Sampler` is what users and the other stages call. Each prompt is computed once (engine.py is the loop, slots.py the
-memory, attention.py the attention); answers that end make room for those that wait. Randomness is keyed (see
-sampling.py), so how the work is cut into batches does not show.
+Which engine does the sampling is a name in engines.py; ours is engine.py. Randomness is keyed (sampling.py), so a
+response does not depend on how the work is cut into batches.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, Literal
 
 import torch
@@ -15,14 +15,10 @@ from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.architecture import check_length
 from gspo.models.loading import generation_ids
-from gspo.rollout.attention import check_slots
-from gspo.rollout.decoder_stack import stacked
-from gspo.rollout.engine import STEPS, Engine
-from gspo.rollout.kv_budget import SHARE, answer_page_size, free_bytes, plan_slots
+from gspo.rollout.engines import engine_class
+from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.sampling import Sampling, sample_keys
-from gspo.rollout.slots import Slots
 from gspo.rollout.stop_strings import StopStrings
-from gspo.rollout.weight_layout import prepared
 from gspo.system.console import watch
 from gspo.types import Prompt, Rollout
 
@@ -31,11 +27,10 @@ OnGroup = Callable[[int, Prompt, list[str]], None]
 
 
 class Sampler:
-    """Generates with one model; `tp` ranks may share its weights, and then `agree` on every token drawn.
+    """Sample with one model, on one rank or with `tp` ranks that share its weights and `agree` on every token drawn.
 
-    At most `max_slots` answers are generated at the same time, and no more than `kv_memory_gib` (auto: half of what is
-    free) holds keys and values for, in pages of `page` tokens (None: as the answers' length asks for). None of these
-    changes an answer. Raises UserError where the model's attention is not one that slots compute exactly.
+    `engine` is a name of engines.py; `max_slots`, `kv_memory_gib` and `page` are its `EngineOptions` and change no
+    response. Raises UserError where the engine would give the model other log-probs than its own.
     """
 
     def __init__(
@@ -44,6 +39,7 @@ class Sampler:
         tokenizer: Any,
         device: torch.device,
         *,
+        engine: str = "paged",
         max_slots: int | Literal["auto"] = 256,
         kv_memory_gib: float | Literal["auto"] = "auto",
         seed: int = 0,
@@ -52,12 +48,11 @@ class Sampler:
         page: int | None = None,
     ):
         self.model, self.tokenizer, self.device = model, tokenizer, device
-        self.max_slots, self.kv_memory_gib, self.page = max_slots, kv_memory_gib, page
-        self.seed, self.tp, self.agree = seed, tp, agree
+        self.seed, self.tp = seed, tp
         self.end_ids, self.pad_id = generation_ids(model, tokenizer)
         own = tokenizer.eos_token_id
-        self.end_id = own if own in self.end_ids else min(self.end_ids)  # what a given text ends with
-        self.layout = check_slots(model, device, fixed=device.type in STEPS)
+        self.end_id = own if own in self.end_ids else min(self.end_ids)  # ends a text that was not sampled
+        self.engine = engine_class(engine)(model, device, EngineOptions(max_slots, kv_memory_gib, page, agree))
         self._stops: dict[tuple[str, ...], StopStrings] = {}
 
     @torch.no_grad()
@@ -72,32 +67,28 @@ class Sampler:
         on_group: OnGroup | None = None,
         limits: Tensor | None = None,
     ) -> Rollout:
-        """Sample n answers to each prompt: a Rollout [G, n, L] on the sampler's device, in the prompts' order.
+        """Sample n responses to each prompt: a Rollout [G, n, L] on the sampler's device, in the prompts' order.
 
-        `on_group(place, prompt, texts)` is called as soon as the n answers to a prompt have ended, while others go on.
-        `limits` [G, n] cuts single answers earlier than `sampling.max_new_tokens`. A line on the terminal shows answers
-        done and tokens a second. Raises UserError where the model cannot tell positions so far from batch mates'.
+        `on_group(place, prompt, texts)` is called as soon as the n responses to a prompt have ended, while others go
+        on. `limits` [G, n] ends single responses earlier than `sampling.max_new_tokens`. A line on the terminal shows
+        responses done and tokens a second. Raises UserError where the model's positions would depend on batch mates
+        at this length.
         """
         self._check_length(prompts, sampling)
-        texts: dict[int, list[str]] = {}
         if not prompts:
-            return self._collect(prompts, n, None, texts)
-        engine = self._engine(prompts, n, sampling, purpose, step, limits)
-
-        def so_far() -> tuple[int, int]:
-            return len(prompts) * n - int(engine.left.sum()), int(engine.lengths.sum())
-
+            return self._empty(n)
+        texts: dict[int, list[str]] = {}
+        generation = self.engine.start(self.requests(prompts, n, sampling, purpose=purpose, step=step, limits=limits))
         with (
-            prepared(self.model, engine.max_slots) as laid_out,
-            stacked(self.model, laid_out, engine.slots),
-            watch("sampling", len(prompts) * n, so_far) as tick,
+            watch("sampling", len(prompts) * n, generation.progress) as tick,
+            closing(generation.run(tick)) as finished_prompts,
         ):
-            for g in engine.run(tick):
-                rows = slice(g * n, (g + 1) * n)
-                texts[g] = self._texts(engine.tokens[rows], engine.lengths[rows])
+            for g in finished_prompts:
+                results, rows = generation.results(), slice(g * n, (g + 1) * n)
+                texts[g] = self._texts(results.tokens[rows], results.lengths[rows])
                 if on_group:
                     on_group(g, prompts[g], texts[g])
-        return self._collect(prompts, n, engine, texts)
+        return self._rollout(prompts, n, generation.results(), texts)
 
     def generate_share(
         self,
@@ -110,10 +101,10 @@ class Sampler:
         step: int = 0,
         on_group: OnGroup | None = None,
     ) -> tuple[list[int], Rollout]:
-        """This rank's share of the prompts, as places in the list, and its answers to them.
+        """Sample this rank's share of the prompts -> their places in the list, and the Rollout.
 
-        Ranks that share one tensor-parallel model generate the share of all of them together; `on_group` hears of
-        this rank's own, with their places in its Rollout.
+        Ranks that share one tensor-parallel model sample the share of all of them together; `on_group` is called for
+        this rank's own prompts only, with their places in its Rollout.
         """
         self._check_length(prompts, sampling)  # of all ranks, so that none fails alone
         together, mine = world.positions(len(prompts), self.tp), world.positions(len(prompts))
@@ -131,41 +122,31 @@ class Sampler:
         longest = max((len(p.ids) for p in prompts), default=0)
         check_length(self.model.config, longest + sampling.max_new_tokens)
 
-    def _engine(
-        self, prompts: list[Prompt], n: int, sampling: Sampling, purpose: int, step: int, limits: Tensor | None
-    ) -> Engine:
-        """The loop over these prompts, with slots and pages for as many answers as the memory holds."""
+    def requests(
+        self,
+        prompts: list[Prompt],
+        n: int,
+        sampling: Sampling,
+        *,
+        purpose: int = TRAIN,
+        step: int = 0,
+        limits: Tensor | None = None,
+    ) -> Requests:
+        """Return what an engine needs to know of these prompts, on the sampler's device."""
         longest = sampling.max_new_tokens
-        most = None if self.max_slots == "auto" else self.max_slots
-        if self.kv_memory_gib == "auto":
-            budget = int(SHARE * free_bytes(self.device))
-        else:
-            budget = int(self.kv_memory_gib * 2**30)
-        if self.agree is not None:  # all ranks of a group must cut the work alike
-            budget = int(self.agree(torch.tensor([budget], device=self.device)))
-        sizes = [len(p.ids) for p in prompts]
-        plan = plan_slots(self.layout, sizes, n, longest, most, budget, self.page or answer_page_size(longest))
-        slots = Slots(self.layout, plan, self.device)
-
         ids = torch.tensor([p.id for p in prompts], device=self.device).repeat_interleave(n)
         keys = sample_keys(self.seed, purpose, step, ids, torch.arange(n, device=self.device).repeat(len(prompts)))
-        ends = torch.tensor(sorted(self.end_ids), device=self.device, dtype=torch.long)
         if limits is None:
             limits = torch.full((len(keys),), longest)
-        limits = limits.flatten().clamp(1, longest).to(self.device)
-        return Engine(
-            self.model,
-            slots,
-            plan.slots,
+        return Requests(
             [p.ids for p in prompts],
             n,
             sampling,
             keys,
-            ends,
-            limits,
-            self._stop_strings(sampling.stop),
-            self.agree,
+            limits.flatten().clamp(1, longest).to(self.device),
+            torch.tensor(sorted(self.end_ids), device=self.device, dtype=torch.long),
             self.pad_id,
+            self._stop_strings(sampling.stop),
         )
 
     def _stop_strings(self, stops: tuple[str, ...]) -> StopStrings | None:
@@ -175,34 +156,37 @@ class Sampler:
         return self._stops.get(stops)
 
     def _texts(self, tokens: Tensor, lengths: Tensor) -> list[str]:
-        """Answers [n, L] as text, without end-of-sequence tokens."""
-        answers = zip(tokens.tolist(), lengths.tolist(), strict=True)
-        kept = [[t for t in answer[:length] if t not in self.end_ids] for answer, length in answers]
+        """Decode responses [n, L] of lengths [n], without their end tokens."""
+        responses = zip(tokens.tolist(), lengths.tolist(), strict=True)
+        kept = [[t for t in ids[:length] if t not in self.end_ids] for ids, length in responses]
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
 
-    def _collect(self, prompts: list[Prompt], n: int, engine: Engine | None, texts: dict[int, list[str]]) -> Rollout:
-        if engine is None:
-            empty = torch.zeros(0, n, 0, device=self.device)
-            none = torch.zeros(0, n, dtype=torch.long, device=self.device)
-            return Rollout([], empty.long(), none, empty, empty, none.bool(), [])
-        width = int(engine.lengths[:-1].max())
+    def _empty(self, n: int) -> Rollout:
+        """Return the rollout of no prompts."""
+        empty = torch.zeros(0, n, 0, device=self.device)
+        none = torch.zeros(0, n, dtype=torch.long, device=self.device)
+        return Rollout([], empty.long(), none, empty, empty, none.bool(), [])
+
+    def _rollout(self, prompts: list[Prompt], n: int, results: Results, texts: dict[int, list[str]]) -> Rollout:
+        """Shape results [R, ...] into groups [G, n, ...], no wider than the longest response."""
+        width = int(results.lengths.max())
         tokens, logprobs, entropy = (
-            x[:-1, :width].clone().view(-1, n, width) for x in (engine.tokens, engine.logprobs, engine.entropy)
+            x[:, :width].clone().view(-1, n, width) for x in (results.tokens, results.logprobs, results.entropy)
         )
-        lengths, finished = engine.lengths[:-1].view(-1, n), engine.finished[:-1].view(-1, n)
+        lengths, finished = results.lengths.view(-1, n), results.finished.view(-1, n)
         return Rollout(prompts, tokens, lengths, logprobs, entropy, finished, [texts[g] for g in range(len(prompts))])
 
 
 def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:
-    """-> whether the sampler reads the policy's own parameters (`rollout.weights`), and why it cannot, if so.
+    """Decide `rollout.weights` -> whether the sampler reads the policy's own parameters, and if not, why.
 
-    It may: the policy changes in updates only, when nobody samples. It cannot read shards, nor sample in another type
-    than the parameters'. Sharing takes neither memory nor time, so `auto` shares where it can. Raises UserError where
-    `share` cannot.
+    It may, as the policy changes only in updates, while nothing is sampled. It cannot read shards, nor sample in
+    another dtype than the parameters have. Sharing costs neither memory nor time, so `auto` shares where it can.
+    Raises UserError where `share` is not possible.
     """
     why, cure = "", ""
     if sharded:
-        why, cure = "the policy is in shards, to be gathered anew for every token", "start one process"
+        why, cure = "the policy is sharded, and would have to be gathered for every token", "start one process"
     elif dtype != torch.float32:
         why, cure = f"the policy is kept in float32 and samples in {str(dtype)[6:]}", "set model.precision=fp32"
     if why and weights == "share":

@@ -25,7 +25,7 @@ def main() -> None:
     plain = [sampled(*run) for run in runs]
     use_triton(decode)
     use_triton(sampling)
-    engine.STEPS["cpu"] = 4
+    engine.STEPS_PER_BLOCK["cpu"] = 4
     results = {}
     for (family, *_), theirs, mine in zip(runs, plain, [sampled(*run) for run in runs], strict=True):
         same = all(getattr(mine, k).equal(getattr(theirs, k)) for k in ("tokens", "lengths", "finished"))

@@ -25,7 +25,7 @@ def sampled(model, steps, monkeypatch, sampling=None, limits=LIMITS, **options):
     """Twelve answers, as blocks of `steps` have them, or (0) as the CPU does."""
     with monkeypatch.context() as patch:
         if steps:
-            patch.setitem(engine.STEPS, "cpu", steps)
+            patch.setitem(engine.STEPS_PER_BLOCK, "cpu", steps)
         sampler = sampler_for(model, **{"max_slots": 5, "page": 4, **options})
         sampler.end_ids = set(range(1, 8))
         return sampler.generate(
@@ -101,7 +101,7 @@ def test_stop_strings_cut_what_a_block_has_drawn_behind_them(embedded_model, tok
     for steps in (0, 8):
         with monkeypatch.context() as patch:
             if steps:
-                patch.setitem(engine.STEPS, "cpu", steps)
+                patch.setitem(engine.STEPS_PER_BLOCK, "cpu", steps)
             sampler = Sampler(embedded_model, tokenizer, torch.device("cpu"), max_slots=7, seed=3)
             rollouts.append(sampler.generate(prompts, 6, Sampling(0.9, max_new_tokens=32, stop=("= 7", "案", "so"))))
     plain, mine = rollouts
@@ -114,9 +114,9 @@ def test_pages_stay_within_the_budget_and_leave_with_their_owner(page, monkeypat
     model, held, load = tiny_model("llama"), [], Tables.load
     token = 2 * 2 * (8 + 8) * 4  # layers x KV heads x (key + value) x float32
 
-    def watched(t, *a, nobody):
-        load(t, *a, nobody)
-        if nobody != 12:  # the check of the model
+    def watched(t, *a, spare_row):
+        load(t, *a, spare_row=spare_row)
+        if spare_row != 12:  # the check of the model
             return
         held.append(t.slots.prompts.bytes + t.slots.answers.bytes)
         assert {g for g in t.slots.prompts.owner.tolist() if g >= 0} == set(t.slots.sizes)
@@ -145,7 +145,7 @@ def test_tables_by_hand():
     slots.reserve(np.array([2, 4]))
     slots.length = np.array([2, 4])
     t = Tables(slots, 4, 2, longest_prompt=5, longest_answer=7)
-    t.load(4, np.array([5, 5]), nobody=99)
+    t.load(4, np.array([5, 5]), spare_row=99)
     assert (
         t.rows.tolist() == [30, 70, 99, 99] and t.lengths.tolist() == [3, 5, 1, 1] and t.sizes.tolist() == [5, 3, 0, 0]
     )

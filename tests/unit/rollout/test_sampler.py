@@ -13,7 +13,7 @@ from gspo.packing.head import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout import attention as decode_attention
-from gspo.rollout.engine import Engine
+from gspo.rollout.engine import PagedGeneration
 from gspo.rollout.kv_budget import answer_page_size, plan_slots, prompt_page_size
 from gspo.rollout.pages import Layer, Plan, pages_for
 from gspo.rollout.sampler import EVAL, Sampler
@@ -156,7 +156,7 @@ def test_slots_pages_and_memory_do_not_show(tokenizer):
     limits = torch.tensor([[14, 3, 9, 14], [1, 14, 14, 2], [14, 14, 1, 6], [8, 14, 5, 14]])
     make = lambda **options: sampler_for(model, **options).generate(prompts, 4, sampling, limits=limits)  # noqa: E731
     whole = make()
-    token = sum(layer.token_bytes for layer in sampler_for(model).layout.values())
+    token = sum(layer.token_bytes for layer in sampler_for(model).engine.layout.values())
     for options in (
         {"max_slots": 1},
         {"max_slots": 3, "page": 2},
@@ -291,7 +291,7 @@ def test_every_end_token_ends_an_answer():
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_one_token_answers_need_no_slot(monkeypatch, n):
-    monkeypatch.setattr(Engine, "_decode", lambda engine: pytest.fail("nothing to decode"))
+    monkeypatch.setattr(PagedGeneration, "_decode", lambda generation: pytest.fail("nothing to decode"))
     told = []
     rollout = sampler_for(tiny_model("qwen2")).generate(
         prompts_of((1, 6)), n, Sampling(1.0, max_new_tokens=1), on_group=lambda place, prompt, texts: told.append(place)

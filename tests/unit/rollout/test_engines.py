@@ -1,0 +1,75 @@
+"""A rollout engine is one class and one line of a table."""
+
+import pytest
+import torch
+from architectures import tiny_model
+from tiny_sampler import prompts_of, sampler_for
+
+from gspo.errors import UserError
+from gspo.rollout.engines import ENGINES, engine_class
+from gspo.rollout.requests import EngineOptions, Requests, Results
+from gspo.rollout.sampling import Sampling, draw
+
+
+class Uncached:
+    """Samples one response after the other by plain forwards of the whole sequence: what requests.py asks, no more."""
+
+    def __init__(self, model, device, options: EngineOptions):
+        self.model = model
+
+    def start(self, requests: Requests) -> "Uncached.Generation":
+        return self.Generation(self.model, requests)
+
+    class Generation:
+        def __init__(self, model, requests: Requests):
+            self.model, self.requests, self.ended = model, requests, 0
+            rows, longest = len(requests.keys), requests.sampling.max_new_tokens
+            numbers = torch.zeros(rows, longest)
+            tokens, lengths = torch.full((rows, longest), requests.pad_id), torch.zeros(rows, dtype=torch.long)
+            self._results = Results(tokens, lengths, numbers, numbers.clone(), torch.zeros(rows, dtype=torch.bool))
+
+        def run(self, tick):
+            for g in range(len(self.requests.prompts)):
+                for i in range(self.requests.n):
+                    self.respond(g, g * self.requests.n + i)
+                    tick()
+                yield g
+
+        def respond(self, g, row):
+            asked, out, ids = self.requests, self._results, [*self.requests.prompts[g]]
+            while out.lengths[row] < asked.limits[row] and not out.finished[row]:
+                at, key = out.lengths[row : row + 1].clone(), asked.keys[row : row + 1]
+                logits = self.model(input_ids=torch.tensor([ids])).logits[:, -1]
+                token, out.logprobs[row, at], out.entropy[row, at] = draw(logits, key, at, asked.sampling)
+                out.tokens[row, at] = token
+                ids.append(int(token))
+                out.lengths[row] += 1
+                out.finished[row] = bool((token == asked.end_ids).any())
+            self.ended += 1
+
+        def progress(self):
+            return self.ended, int(self._results.lengths.sum())
+
+        def results(self):
+            return self._results
+
+
+def test_an_engine_of_ones_own_samples_the_same_responses(monkeypatch):
+    monkeypatch.setitem(ENGINES, "uncached", Uncached)
+    limits = torch.tensor([[9, 1, 4], [3, 9, 9]])
+    rollouts = [
+        sampler_for(tiny_model("llama"), engine=name).generate(
+            prompts_of((3, 7)), 3, Sampling(1.2, max_new_tokens=9), limits=limits
+        )
+        for name in ("paged", "uncached")
+    ]
+    ours, theirs = rollouts
+    assert ours.tokens.equal(theirs.tokens) and ours.texts == theirs.texts
+    assert ours.lengths.equal(theirs.lengths) and ours.finished.equal(theirs.finished)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_that_is_not_in_the_table_is_the_users_mistake():
+    with pytest.raises(UserError, match=r"rollout.engine = 'vllm'.*paged"):
+        engine_class("vllm")
