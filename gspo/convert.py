@@ -10,7 +10,6 @@ to OUT.json. Training reads both formats without this, too; it is for cutting th
 import argparse
 import contextlib
 import json
-import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -20,24 +19,20 @@ from gspo.data.schemas import FORMATS, Row
 from gspo.data.sources import open_source
 from gspo.errors import UserError
 from gspo.system.console import track
+from gspo.system.files import replacing
 
 
 def write_files(files: dict[Path, list[Row]]) -> None:
-    """Write JSON lists, one row a line: all of the files or none."""
-    parts = {path: path.with_name(path.name + ".part") for path in files}
+    """Write JSON lists, one row per line: all of the files or none. Raise UserError where one cannot be written."""
     try:
-        for path, rows in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-            parts[path].write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        for path, part in parts.items():
-            os.replace(part, path)
+        with contextlib.ExitStack() as all_or_none:
+            for path, rows in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+                part = all_or_none.enter_context(replacing(path))
+                part.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     except (OSError, UnicodeEncodeError) as e:
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}.") from e
-    finally:
-        for part in parts.values():
-            with contextlib.suppress(OSError):
-                part.unlink()
 
 
 def _converted(kind: str, row: Any, place: str) -> Row:

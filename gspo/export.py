@@ -7,7 +7,6 @@ are read one at a time; no more than a file of them is in memory.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import shutil
@@ -23,7 +22,7 @@ from gspo.checkpoint.run_folder import latest
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.safetensors_files import Weights, open_weights, write_weights
-from gspo.system.files import PART, remove
+from gspo.system.files import replacing
 from gspo.system.program import guarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,23 +48,17 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
         raise UserError(f"{folder} lies in {home}. Name a folder outside of it.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty. Name another folder.")
-    weights, part = open_weights(source), folder.with_name(folder.name + PART)
+    weights = open_weights(source)
     try:
-        remove(part)
-        part.mkdir(parents=True)
-        for file in source.iterdir():
-            if file.is_file() and ".safetensors" not in file.suffixes and file.name != manifest.NAME:
-                shutil.copyfile(file, part / file.name)
-        _write(part, weights, dtype, shard_bytes)
-        _verify(part, weights, dtype)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+        with replacing(folder) as part:
+            part.mkdir(parents=True)
+            for file in source.iterdir():
+                if file.is_file() and ".safetensors" not in file.suffixes and file.name != manifest.NAME:
+                    shutil.copyfile(file, part / file.name)
+            _write(part, weights, dtype, shard_bytes)
+            _verify(part, weights, dtype)
     except OSError as e:
         raise UserError(f"{folder} cannot be written: {e.strerror or e}.") from e
-    finally:
-        with contextlib.suppress(OSError):
-            remove(part)
     return source
 
 

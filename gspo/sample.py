@@ -8,8 +8,8 @@ Python: `sample`.
 """
 
 import argparse
+import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +28,7 @@ from gspo.models.precision import DTYPES, settle
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.rollout.sampling import Sampling
 from gspo.system.console import say
+from gspo.system.files import replacing
 from gspo.system.program import guarded
 from gspo.types import Prompt, Rollout
 
@@ -98,23 +99,18 @@ def _check_number(n: int) -> None:
 
 
 @contextmanager
-def _written_whole(path: Path, source: str) -> Iterator[TextIO]:
-    """A file that takes its place when all of it is there; until then `path` with `.part` behind it. UserError where it
-    cannot be written, or is the source."""
+def _open_answers(path: Path, source: str) -> Iterator[TextIO]:
+    """Open the file of answers; it is `<path>.part` until all are written. Raise UserError where it cannot be written,
+    or is the file of prompts."""
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise UserError(f"{path}: the answers would replace their own prompts; name another file.")
-    part = path.with_name(path.name + ".part")
-    try:
-        out = part.open("w", encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); name a file in a folder that is there.") from e
-    try:
-        with out:
-            yield out
-        os.replace(part, path)
-    finally:
-        if part.exists() and part.stat().st_size == 0:
-            part.unlink()
+    with contextlib.ExitStack() as files:
+        try:
+            part = files.enter_context(replacing(path, keep_unfinished=True))
+            out = files.enter_context(part.open("w", encoding="utf-8"))
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}); name a file in a folder that is there.") from e
+        yield out
 
 
 def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str) -> Prompt:
@@ -151,7 +147,7 @@ def main() -> None:
     _check_number(a.n)
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
     source = open_source(a.prompts)
-    with _written_whole(a.answers, a.prompts) as out:
+    with _open_answers(a.answers, a.prompts) as out:
         sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", a.kv_memory_gib or "auto", a.seed)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [source[i] for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]

