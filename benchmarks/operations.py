@@ -36,14 +36,14 @@ TEMPERATURE = 0.9
 PIECE = 256  # tokens at a time, for those that cut tokens
 STATUS = Path("/proc/self/status")
 
-# Each takes (hidden, weight, targets, coefficients, entropy) and returns a loss to call backward on.
+# Each takes (hidden, weight, targets, coefficients) and returns a loss to call backward on.
 
 
-def plain(hidden, weight, targets, coefficients, entropy):
-    return (coefficients * reference_linear_logprob(hidden, weight, targets, temperature=TEMPERATURE)[0]).sum()
+def plain(hidden, weight, targets, coefficients):
+    return (coefficients * reference_linear_logprob(hidden, weight, targets, temperature=TEMPERATURE)).sum()
 
 
-def torch_chunked(hidden, weight, targets, coefficients, entropy):
+def torch_chunked(hidden, weight, targets, coefficients):
     options = torch.nn.LinearCrossEntropyOptions()
     losses = F.linear_cross_entropy(hidden / TEMPERATURE, weight, targets, reduction="none", options=options)
     return -(coefficients * losses).sum()
@@ -51,45 +51,42 @@ def torch_chunked(hidden, weight, targets, coefficients, entropy):
 
 @torch.compile
 def compiled_piece(hidden, weight, targets):
-    return reference_linear_logprob(hidden, weight, targets, temperature=TEMPERATURE)[0]
+    return reference_linear_logprob(hidden, weight, targets, temperature=TEMPERATURE)
 
 
-def compiled_chunked(hidden, weight, targets, coefficients, entropy):
+def compiled_chunked(hidden, weight, targets, coefficients):
     pieces = zip(hidden.split(PIECE), targets.split(PIECE), strict=True)
     parts = [checkpoint(compiled_piece, h, weight, t, use_reentrant=False) for h, t in pieces]
     return (coefficients * torch.cat(parts)).sum()
 
 
-def trl(hidden, weight, targets, coefficients, entropy):
+def trl(hidden, weight, targets, coefficients):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    outputs = ("entropy",) if entropy else ()
     chunk = 8192  # vocabulary entries, its trainer's choice
-    return (
-        coefficients
-        * ChunkedLogProbFunction.apply(hidden, weight, None, targets, TEMPERATURE, chunk, None, 1.0, outputs)[0]
-    ).sum()
+    logprobs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, TEMPERATURE, chunk, None, 1.0, ())[0]
+    return (coefficients * logprobs).sum()
 
 
-def liger(hidden, weight, targets, coefficients, entropy):
+def liger(hidden, weight, targets, coefficients):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden / TEMPERATURE, targets)
 
 
-def cut_cross_entropy(hidden, weight, targets, coefficients, entropy):
+def cut_cross_entropy(hidden, weight, targets, coefficients):
     from cut_cross_entropy import linear_cross_entropy
 
     return -(coefficients * linear_cross_entropy(hidden / TEMPERATURE, weight, targets, reduction="none")).sum()
 
 
-def ours(hidden, weight, targets, coefficients, entropy):
-    return (coefficients * linear_logprob(hidden, weight, targets, temperature=TEMPERATURE, entropy=entropy)[0]).sum()
+def ours(hidden, weight, targets, coefficients):
+    return (coefficients * linear_logprob(hidden, weight, targets, temperature=TEMPERATURE)).sum()
 
 
-def ours_known(hidden, weight, targets, coefficients, entropy):
+def ours_known(hidden, weight, targets, coefficients):
     return linear_logprob_and_grad(
-        hidden, weight, targets, lambda logprob, rows: coefficients[rows], temperature=TEMPERATURE, entropy=entropy
+        hidden, weight, targets, lambda logprob, rows: coefficients[rows], temperature=TEMPERATURE
     )[0]
 
 
@@ -136,13 +133,13 @@ def bare_rate(hidden: Tensor, weight: Tensor) -> float:
     return 6 * z.numel() * x.shape[1] / sum(best)
 
 
-def run(step: Callable, inputs: list[Tensor], entropy: bool) -> tuple[float, float]:
+def run(step: Callable, inputs: list[Tensor]) -> tuple[float, float]:
     """Seconds of one forward and of one backward."""
     device = inputs[0].device.type
     for x in inputs[:2]:
         x.grad = None
     began = now(device)
-    loss = step(*inputs, entropy)
+    loss = step(*inputs)
     middle = now(device)
     loss.backward()
     return middle - began, now(device) - middle
@@ -178,9 +175,9 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     counter = nullcontext() if step is compiled_chunked else FlopCounterMode(display=False, custom_mapping=in_place)
     before = begin_peak(args.device)
     with counter:
-        times = [run(step, inputs, args.entropy)]
+        times = [run(step, inputs)]
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM")
-    times = [run(step, inputs, args.entropy) for _ in range(args.repeats)] or times
+    times = [run(step, inputs) for _ in range(args.repeats)] or times
     rates.append(bare_rate(*inputs[:2]))
     forward, backward = (statistics.median(t) for t in zip(*times, strict=True))
     return {
@@ -211,7 +208,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096 if cuda else 896)
     parser.add_argument("--vocabulary", type=int, default=131_072 if cuda else 151_936)
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--entropy", action=argparse.BooleanOptionalAction, default=cuda, help="where it is offered")
     parser.add_argument("--repeats", type=int, default=10 if cuda else 1, help="timed runs after the first")
     parser.add_argument("--among", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="default: all")
     parser.add_argument("--only", choices=CONTESTANTS, help="measure one in this process, print JSON")
@@ -234,7 +230,7 @@ def main() -> None:
         print(f"{name}: {rows[-1][1:]}", file=sys.stderr)
     shape = f"T {args.tokens:,}, D {args.size:,}, V {args.vocabulary:,}, {args.dtype}"
     what = f"{torch.cuda.get_device_name()}" if cuda else f"{torch.get_num_threads()} threads"
-    title = f"Linear log-prob: {shape}, {'with' if args.entropy else 'without'} entropy, {what}"
+    title = f"Linear log-prob: {shape}, {what}"
     print(heading(title, shlex.join(["python", "benchmarks/operations.py", *sys.argv[1:]]), ("torch",)))
     columns = [
         "",

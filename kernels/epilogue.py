@@ -1,11 +1,13 @@
-"""What happens to a chunk of logits between two matrix products, in plain PyTorch; `epilogue_triton.py` does the same.
+"""Process a chunk of logits between two matrix products: add up log-prob statistics, or turn it into gradients.
+
+This is the plain PyTorch; `epilogue_triton.py` (CUDA) and `epilogue_cpu.py` have the same two functions.
 
 A chunk is `raw [T, w] = hidden @ weight[begin : begin + w].T`. Its logits are `z = outer * f(inner * raw)`, where f is
-the identity or tanh. Of each token four numbers are carried from chunk to chunk, the rows of `stats [4, T]`:
+the identity or tanh. Three numbers a token are carried from chunk to chunk, the rows of `stats [3, T]`:
 
-    m = max z      s = sum exp(z - m)      e = sum exp(z - m) * (z - m)      t = z[target]
+    m = max z      s = sum exp(z - m)      t = z[target]
 
-so that log-prob = t - m - log s and entropy = log s - e / s. No term of e is positive: the sum does not cancel.
+so that log-prob = t - m - log s.
 """
 
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ LOWEST = -1e30  # the maximum of no logits; with -inf the first chunk would comp
 
 
 class Shaping(NamedTuple):
-    """From raw products to logits: outer * tanh(inner * raw) if capped, else inner * raw (and outer is 1)."""
+    """Map raw products to logits: outer * tanh(inner * raw) if capped, else inner * raw (and outer is 1)."""
 
     inner: float
     outer: float
@@ -27,13 +29,13 @@ class Shaping(NamedTuple):
 
     @classmethod
     def of(cls, scale: float, softcap: float | None, temperature: float) -> "Shaping":
-        """softcap * tanh(scale * raw / softcap) / temperature, in the order of Cohere's scale and Gemma 2's cap."""
+        """Make softcap * tanh(scale * raw / softcap) / temperature: the order of Cohere's scale and Gemma 2's cap."""
         if softcap is None:
             return cls(scale / temperature, 1.0, False)
         return cls(scale / softcap, softcap / temperature, True)
 
     def __call__(self, raw: Tensor, out: Tensor) -> Tensor:
-        """Logits into `out`, which may be wider."""
+        """Write the logits to `out`, whose dtype may be wider, and return it."""
         z = out.copy_(raw)
         if self.inner != 1.0:
             z.mul_(self.inner)
@@ -41,45 +43,41 @@ class Shaping(NamedTuple):
 
 
 def new_stats(tokens: int, like: Tensor) -> Tensor:
-    """The four numbers of each token before the first chunk: [4, T], at least float32."""
-    stats = like.new_zeros(4, tokens, dtype=torch.promote_types(like.dtype, torch.float32))
+    """Return the statistics [3, T] before the first chunk, at least float32."""
+    stats = like.new_zeros(3, tokens, dtype=torch.promote_types(like.dtype, torch.float32))
     stats[0].fill_(LOWEST)
     return stats
 
 
-def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping, entropy: bool) -> None:
-    """Take a chunk into `stats`, in place (e only if entropy is asked for). `raw` stays as it is."""
-    m, s, e, t = stats
+def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping) -> None:
+    """Add a chunk, which begins at entry `begin` of the vocabulary, to `stats` in place. `raw` is not changed."""
+    m, s, t = stats
     for first, part, z, p in _blocks(raw, stats.dtype):
         shaping(part, z)
         inside, column = _target_columns(part, begin + first, targets)
         t.copy_(torch.where(inside, z.gather(1, column)[:, 0], t))
         top = torch.maximum(m, z.amax(1))
         fade = (m - top).exp_()
-        q = z.sub_(top[:, None])
-        torch.exp(q, out=p)
-        if entropy:
-            e.add_(s * (m - top)).mul_(fade).add_(q.mul_(p).sum(1))
+        torch.exp(z.sub_(top[:, None]), out=p)
         s.mul_(fade).add_(p.sum(1))
         m.copy_(top)
 
 
 def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping: Shaping) -> None:
-    """Overwrite a chunk of raw products by the loss's gradient with respect to them.
+    """Overwrite a chunk of raw products with the loss's gradient with respect to them.
 
-    With q = z - m - log s, p = exp(q), H the entropy, and dz/draw = k (1 - tanh^2):
+    With p = exp(z - m - log s) and dz/draw = k (1 - tanh^2):
 
-        dL/draw = k (1 - tanh^2) [dL/dlogprob onehot - p (dL/dlogprob + dL/dentropy (q + H))]
+        dL/draw = k (1 - tanh^2) dL/dlogprob (onehot - p)
 
-    rows [3, T] = m, log s, k dL/dlogprob; or [5, T] = those, k dL/dentropy, k (dL/dlogprob + dL/dentropy H). m and
-    log s stay apart because the rounding of a large sum would be the same for a token's whole row.
+    rows [3, T] = m, log s, k dL/dlogprob. m and log s are kept apart because the rounding error of their sum would be
+    the same for all of a token's row.
     """
-    m, log_s, slope = rows[:3, :, None]
+    m, log_s, slope = rows[:, :, None]
     for first, part, z, p in _blocks(raw, rows.dtype):
         shaping(part, z)
-        q = z.sub_(m).sub_(log_s)
-        torch.exp(q, out=p)
-        d = p.mul_(-slope if len(rows) == 3 else q.mul_(-rows[3, :, None]).sub_(rows[4, :, None]))
+        torch.exp(z.sub_(m).sub_(log_s), out=p)
+        d = p.mul_(-slope)
         inside, column = _target_columns(part, begin + first, targets)
         d.scatter_add_(1, column, torch.where(inside[:, None], slope, 0.0))
         if shaping.capped:
@@ -89,9 +87,9 @@ def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping:
 
 
 def _blocks(raw: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(first column, block, two scratch tensors like it in `dtype`), in blocks that a CPU's cache holds.
+    """Yield (first column, block, two scratch tensors like it in `dtype`), in blocks that fit a CPU's cache.
 
-    The scratch is the same memory each time: fresh pages cost a CPU more than the arithmetic on them.
+    The scratch memory is reused: on a CPU fresh pages cost more than the arithmetic on them.
     """
     tokens, width = raw.shape
     step = min(max(BLOCK // max(tokens, 1), 64), width)
@@ -103,7 +101,7 @@ def _blocks(raw: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tens
 
 
 def _target_columns(raw: Tensor, begin: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a token's target is among these columns [T], and a valid column either way [T, 1]."""
+    """Return whether a token's target is among these columns [T], and a column that is valid either way [T, 1]."""
     column = targets - begin
     inside = (column >= 0) & (column < raw.shape[1])
     return inside, column.clamp(0, raw.shape[1] - 1)[:, None]

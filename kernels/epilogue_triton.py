@@ -1,8 +1,8 @@
-"""The two passes of `epilogue.py` as Triton kernels, one read (and one write) of a chunk each.
+"""Run the two functions of `epilogue.py` as Triton kernels, each with one read (and one write) of a chunk.
 
-Both are bound by memory: 16-byte accesses, no exchange between programs, no atomics, float32 arithmetic, and bf16
-rounded to nearest only where a result is stored. Rows of a chunk are padded to a multiple of 128 elements
-(`logprob.py`), so that loads stay wide whatever the vocabulary is; what lies in the padding is never used.
+Both are bound by memory bandwidth: 16-byte accesses, no exchange between programs, no atomics, float32 arithmetic, and
+bf16 rounded to nearest only where a result is stored. Rows of a chunk are padded to a multiple of 128 elements
+(`logprob.py`), so that loads stay wide whatever the vocabulary is; values in the padding are never used.
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gspo.kernels.epilogue import Shaping
 
-BLOCK = 4096  # elements of a row that a program holds at once
+BLOCK = 4096  # elements of a row that one program holds at a time
 
 
 @triton.jit
 def shaped(raw, inner, outer, CAPPED: tl.constexpr):
-    """(logits, what multiplies k in their derivative): 1 - tanh^2 = 4 x / (1 + x)^2 with x = exp(-2 |u|)."""
+    """Return the logits and the factor of k in their derivative: 1 - tanh^2 = 4 x / (1 + x)^2, x = exp(-2 |u|)."""
     u = raw * inner
     bend = 1.0
     if CAPPED:
@@ -31,14 +31,13 @@ def shaped(raw, inner, outer, CAPPED: tl.constexpr):
 @triton.jit(do_not_specialize=["begin", "width"])
 def statistics_kernel(
     raw_ptr, target_ptr, stats_ptr, tokens, begin, width, stride, inner, outer,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: its row of the chunk, online, into its column of stats [4, tokens]."""
+    """Add a token's row of the chunk to its column of stats [3, tokens], by online softmax. One program a token."""
     token = tl.program_id(0)
     raw_ptr += token.to(tl.int64) * stride
     m = tl.load(stats_ptr + token)
     s = tl.load(stats_ptr + tokens + token)
-    e = tl.load(stats_ptr + 2 * tokens + token)
     column = (tl.load(target_ptr + token) - begin).to(tl.int32)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
@@ -48,27 +47,22 @@ def statistics_kernel(
         top = tl.maximum(m, tl.max(z, 0))
         fade = tl.exp(m - top)
         p = tl.exp(z - top)
-        if ENTROPY:
-            q = tl.where(cols < width, z - top, 0.0)
-            e = fade * (e + s * (m - top)) + tl.sum(p * q, 0)
         s = fade * s + tl.sum(p, 0)
         m = top
     tl.store(stats_ptr + token, m)
     tl.store(stats_ptr + tokens + token, s)
-    if ENTROPY:
-        tl.store(stats_ptr + 2 * tokens + token, e)
     if (column >= 0) & (column < width):
         raw = tl.load(raw_ptr + column).to(tl.float32)
         t, _ = shaped(raw, inner, outer, CAPPED)
-        tl.store(stats_ptr + 3 * tokens + token, t)
+        tl.store(stats_ptr + 2 * tokens + token, t)
 
 
 @triton.jit(do_not_specialize=["begin", "width", "blocks"])
 def gradient_kernel(
     raw_ptr, target_ptr, rows_ptr, tokens, begin, width, stride, blocks, inner, outer,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for BLOCK elements of a token's row, overwritten by their gradients."""
+    """Overwrite BLOCK elements of a token's row with their gradients. One program a block."""
     token = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     at = raw_ptr + token.to(tl.int64) * stride + cols
@@ -78,16 +72,12 @@ def gradient_kernel(
     slope = tl.load(rows_ptr + 2 * tokens + token)
     column = (tl.load(target_ptr + token) - begin).to(tl.int32)
     z, bend = shaped(raw, inner, outer, CAPPED)
-    q = (z - m) - log_s
-    factor = slope
-    if ENTROPY:
-        factor = tl.load(rows_ptr + 4 * tokens + token) + tl.load(rows_ptr + 3 * tokens + token) * q
-    d = (tl.where(cols == column, slope, 0.0) - tl.exp(q) * factor) * bend
+    d = (tl.where(cols == column, slope, 0.0) - tl.exp((z - m) - log_s) * slope) * bend
     tl.store(at, d.to(raw_ptr.dtype.element_ty), mask=cols < stride)
 
 
 def warps(block: int) -> int:
-    """Sixteen elements a thread: all of a row's block in flight at once, at 32 to 48 registers."""
+    """Return the warps of a program: 16 elements a thread, all loads of a block in flight, 32 to 48 registers."""
     return max(1, block // 512)
 
 
@@ -96,19 +86,19 @@ def _sizes(raw: Tensor) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": warps(block)}
 
 
-def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping, entropy: bool) -> None:
-    """As `epilogue.add_statistics`; stats in float32."""
+def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping) -> None:
+    """Compute `epilogue.add_statistics`, stats in float32."""
     assert raw.stride(1) == 1 and stats.is_contiguous() and stats.dtype == torch.float32
     tokens, width = raw.shape
     with torch.cuda.device_of(raw):
         statistics_kernel[(tokens,)](
             raw, targets, stats, tokens, begin, width, raw.stride(0), shaping.inner, shaping.outer,
-            CAPPED=shaping.capped, ENTROPY=entropy, **_sizes(raw),
+            CAPPED=shaping.capped, **_sizes(raw),
         )  # fmt: skip
 
 
 def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping: Shaping) -> None:
-    """As `epilogue.to_gradient`; rows in float32."""
+    """Compute `epilogue.to_gradient`, rows in float32."""
     assert raw.stride(1) == 1 and rows.is_contiguous() and rows.dtype == torch.float32
     tokens, width = raw.shape
     sizes = _sizes(raw)
@@ -116,5 +106,5 @@ def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping:
     with torch.cuda.device_of(raw):
         gradient_kernel[(tokens * blocks,)](
             raw, targets, rows, tokens, begin, width, raw.stride(0), blocks, shaping.inner, shaping.outer,
-            CAPPED=shaping.capped, ENTROPY=len(rows) == 5, **sizes,
+            CAPPED=shaping.capped, **sizes,
         )  # fmt: skip

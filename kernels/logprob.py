@@ -1,14 +1,15 @@
-"""Log-probs (and entropies) of tokens straight from the hidden states and the head's weight; no [T, V] logits.
+"""Compute log-probs of tokens from the hidden states and the head's weight, without holding [T, V] logits.
 
-The vocabulary is cut into chunks. Forward: each chunk's raw products go through one buffer, and four numbers a token
-are carried along (`epilogue.py`). Backward: they are computed again, turned in place into the loss's gradient with
-respect to them, `d`, and then `dhidden += d @ weight[chunk]` in float32 and `dweight[chunk] = d.T @ hidden`, written
-once. That is 8 T D V floating-point operations where unbounded memory needs 6; of what fits in `keep` bytes the forward
-leaves the products to the backward, which saves the difference on small problems and on large memories.
+The vocabulary is cut into chunks. Forward: the raw products of one chunk at a time go through a buffer, and three
+numbers a token are carried along (`epilogue.py`). Backward: the products are computed again, turned in place into the
+loss's gradient with respect to them, `d`, and then `dhidden += d @ weight[chunk]` in float32 and
+`dweight[chunk] = d.T @ hidden`, written once. That is 8 T D V floating-point operations; with unlimited memory it
+would be 6. The forward keeps the first products, up to `keep` bytes, for the backward, so that small problems and
+machines with much memory are spared the recomputation.
 
-Cutting the tokens instead (as Liger does) reads and writes the whole of dweight once for every piece, which costs more
-than the recomputation from about a thousand tokens on; it pays where the loss's gradient is known as soon as a piece's
-log-probs are: `linear_logprob_and_grad`.
+Cutting the tokens instead (as Liger does) reads and writes all of dweight once a piece, which costs more than the
+recomputation from about a thousand tokens on. It pays where the loss's gradient is known as soon as a piece's log-probs
+are: `linear_logprob_and_grad`.
 """
 
 from collections.abc import Callable
@@ -26,8 +27,8 @@ from gspo.kernels.whole_tiles import columns_of, whole_tiles
 
 MIB = 2**20
 CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
-LEAST_WIDTH = {"cpu": 512, "cuda": 4096}  # vocabulary entries in a chunk, below which matrix products slow down
-KEEP_BYTES = {"cpu": 192 * MIB, "cuda": 768 * MIB}
+LEAST_WIDTH = {"cpu": 512, "cuda": 4096}  # vocabulary entries of a chunk; with fewer, matrix products slow down
+KEEP_BYTES = {"cpu": 192 * MIB, "cuda": 768 * MIB}  # raw products kept for the backward
 ALIGN = 128  # elements; rows of a chunk begin at multiples of it
 LEAST_PIECE = 64  # tokens
 
@@ -35,13 +36,12 @@ Slope = Callable[[Tensor, slice], Tensor]
 
 
 class Plan(NamedTuple):
-    """What both directions need to know beside the tensors."""
+    """What forward and backward need beside the tensors."""
 
     shaping: Shaping
-    entropy: bool
     dtype: torch.dtype  # of the matrix products
     keep: int  # bytes
-    epilogue: ModuleType
+    epilogue: ModuleType  # epilogue, epilogue_cpu or epilogue_triton
 
 
 def linear_logprob(
@@ -53,20 +53,18 @@ def linear_logprob(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    entropy: bool = False,
     keep: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(z)[target] of each token, with z = softcap * tanh(scale * y / softcap) / temperature (or without the
-    cap: scale * y / temperature), y = hidden @ weight.T + bias.
+) -> Tensor:
+    """Return log softmax(z)[target] of each token: hidden [T, D], weight [V, D], targets [T], bias [V] -> [T].
 
-    hidden [T, D], weight [V, D], targets [T] in [0, V), bias [V] -> log-prob [T], entropy [T] in nats or None, both
-    float32 (float64 for float64 inputs) and differentiable with respect to hidden, weight and bias. Matrix products
-    run in the inputs' dtype, or autocast's; sums over tokens and vocabulary in float32. `keep` bounds the products
-    held for the backward, in bytes (default: KEEP_BYTES); one chunk comes on top. weight is a plain tensor: under
-    FSDP2 enter through a forward method, so that it has been gathered.
+    z = softcap * tanh(scale * y / softcap) / temperature, or scale * y / temperature without a cap, where
+    y = hidden @ weight.T + bias. The result is float32 (float64 for float64 inputs) and differentiable with respect to
+    hidden, weight and bias. Matrix products run in the inputs' dtype, or autocast's; sums over tokens and vocabulary in
+    float32. `keep` limits the products held for the backward, in bytes (default: KEEP_BYTES); one chunk is held in
+    addition. weight must be a plain tensor: under FSDP2 call this inside a forward method, where it is gathered.
     """
     hidden, weight = _inputs(hidden, weight, bias)
-    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), entropy, keep)
+    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), keep)
     return _LinearLogprob.apply(hidden, weight, targets.contiguous(), plan)
 
 
@@ -80,27 +78,26 @@ def linear_logprob_and_grad(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    entropy: bool = False,
     keep: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `linear_logprob` for a loss that is a sum over tokens, with the gradients computed on the way: 6 T D V.
+) -> tuple[Tensor, Tensor]:
+    """Return (surrogate, log-prob [T]) for a loss that is a sum over tokens, gradients already computed: 6 T D V.
 
-    `slope(logprob [P], rows)` returns dL/dlogprob [P] of the tokens `rows` of hidden, a piece at a time; constant
-    coefficients are `lambda logprob, rows: coefficients[rows]`. Returns (surrogate, log-prob [T], entropy [T] or None)
-    where only the surrogate, sum slope * log-prob, has a gradient: the loss's. It can be used once. An entropy here
-    is for looking at.
+    Takes the arguments of `linear_logprob`, and `slope(logprob [P], rows)`, which returns dL/dlogprob [P] of the tokens
+    `rows` of hidden, one piece at a time; constant coefficients are `lambda logprob, rows: coefficients[rows]`. Only
+    the surrogate, sum slope * log-prob, has a gradient: the loss's. Its backward can run once.
 
-    Tokens are cut into pieces whose products fit in `keep` bytes if the weight is float32; a bfloat16 dweight cannot
-    be summed piece by piece without rounding, so there the tokens stay together and what does not fit is recomputed.
+    If the weight is float32, tokens are cut into pieces whose products fit in `keep` bytes. A bfloat16 dweight cannot
+    be summed piece by piece without rounding: then the tokens stay together, and what does not fit is recomputed.
     """
     hidden, weight = _inputs(hidden, weight, bias)
-    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), entropy, keep)
+    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), keep)
     return _LinearLogprobAndGrad.apply(hidden, weight, targets.contiguous(), slope, plan)
 
 
 def _inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A bias is one more column of the weight, which meets a hidden 1. Few heads have one: it may cost a copy."""
-    if not torch.is_grad_enabled():  # a Function is not told
+    """Return hidden and weight, the bias as one more column of the weight, times a hidden 1: a copy, but few heads
+    have one."""
+    if not torch.is_grad_enabled():  # an autograd.Function does not see no_grad
         hidden, weight = hidden.detach(), weight.detach()
     if bias is None:
         return whole_tiles(hidden), whole_tiles(weight)
@@ -110,7 +107,7 @@ def _inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return torch.cat([hidden, one.to(hidden.dtype).expand(len(hidden), 8)], 1), torch.cat([weight, columns], 1)
 
 
-def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, entropy: bool, keep: int | None) -> Plan:
+def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, keep: int | None) -> Plan:
     assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     assert not hasattr(weight, "device_mesh"), "a sharded weight: enter through an FSDP forward method"
@@ -119,8 +116,8 @@ def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, ent
         dtype = torch.get_autocast_dtype(device)
     else:
         assert weight.dtype == dtype, (hidden.dtype, weight.dtype)
-    keep = _of(KEEP_BYTES, device) if keep is None else keep
-    return Plan(shaping, entropy, dtype, keep, choose(IMPLEMENTATIONS, hidden, dtype))
+    keep = _for_device(KEEP_BYTES, device) if keep is None else keep
+    return Plan(shaping, dtype, keep, choose(IMPLEMENTATIONS, hidden, dtype))
 
 
 IMPLEMENTATIONS = (  # of the epilogue, for `hidden` and products in `dtype`
@@ -133,23 +130,22 @@ IMPLEMENTATIONS = (  # of the epilogue, for `hidden` and products in `dtype`
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, plan: Plan):
-        ctx.set_materialize_grads(False)
         needed = any(ctx.needs_input_grad)
         work = _workspace(len(hidden), weight, plan, plan.keep if needed else 0)
-        logprob, entropy, norm = _forward(hidden.to(plan.dtype), weight, targets, plan, work)
+        logprob, norm = _forward(hidden.to(plan.dtype), weight, targets, plan, work)
         if needed:
-            ctx.save_for_backward(hidden, weight, targets, norm, entropy)
+            ctx.save_for_backward(hidden, weight, targets, norm)
             ctx.plan, ctx.work = plan, work
-        return logprob, entropy
+        return logprob
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor | None, entropy_grad: Tensor | None):
-        hidden, weight, targets, norm, entropy = ctx.saved_tensors
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, norm = ctx.saved_tensors
         plan, work, ctx.work = ctx.plan, ctx.work, None
         if work is None:  # a second backward: the first has overwritten the products
             work = _workspace(len(hidden), weight, plan, 0)
-        rows = _rows(norm, grad, entropy, entropy_grad, plan.shaping)
+        rows = _gradient_rows(norm, grad, plan.shaping)
         dx = torch.zeros_like(hidden, dtype=norm.dtype) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         _backward(hidden.to(plan.dtype), weight, targets, rows, plan, work, dx, dw, add=False)
@@ -164,32 +160,31 @@ class _LinearLogprobAndGrad(torch.autograd.Function):
         dw = torch.empty_like(weight) if need_w else None
         pieces, keep = _pieces(len(hidden), weight, plan)
         work = _workspace(pieces[0].stop, weight, plan, keep if need_x or need_w else 0)
-        results, surrogate = [], 0.0
+        logprobs, surrogate = [], 0.0
         for k, rows in enumerate(pieces):
             x, where = hidden[rows].to(plan.dtype), targets[rows]
-            logprob, entropy, norm = _forward(x, weight, where, plan, work)
+            logprob, norm = _forward(x, weight, where, plan, work)
             grad = slope(logprob, rows)
             assert grad.shape == logprob.shape, (grad.shape, logprob.shape)
             surrogate = surrogate + (grad * logprob).sum()
             if need_x or need_w:
                 total = torch.zeros_like(x, dtype=norm.dtype) if need_x else None
-                numbers = _rows(norm, grad, None, None, plan.shaping)
+                numbers = _gradient_rows(norm, grad, plan.shaping)
                 _backward(x, weight, where, numbers, plan, work, total, dw, add=k > 0)
                 if need_x:
                     dx[rows] = total
-            results.append((logprob, entropy))
+            logprobs.append(logprob)
         ctx.grads = dx, dw
-        logprob = torch.cat([result[0] for result in results])
-        entropy = torch.cat([result[1] for result in results]) if plan.entropy else None
-        ctx.mark_non_differentiable(*[x for x in (logprob, entropy) if x is not None])
-        return surrogate, logprob, entropy
+        logprob = torch.cat(logprobs)
+        ctx.mark_non_differentiable(logprob)
+        return surrogate, logprob
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, *_):
-        assert ctx.grads is not None, "the gradients were handed out by the first backward"
+        assert ctx.grads is not None, "the first backward has used up the gradients"
         (dx, dw), ctx.grads = ctx.grads, None
-        if grad != 1.0:  # waits for the GPU: less than a pass over dweight takes
+        if grad != 1.0:  # waits for the GPU, which takes less than a pass over dweight
             for d in (dx, dw):
                 if d is not None:
                     d.mul_(grad)
@@ -197,7 +192,7 @@ class _LinearLogprobAndGrad(torch.autograd.Function):
 
 
 class Workspace(NamedTuple):
-    """Where raw products lie. The first `kept` chunks have a buffer each, the others share one more."""
+    """The memory of raw products: a buffer for each of the first `kept` chunks, and one more that the others share."""
 
     edges: list[tuple[int, int]]  # each chunk's first entry of the vocabulary, and the one after its last
     buffers: Tensor  # [kept, or kept + 1, most tokens, widest chunk]
@@ -205,10 +200,10 @@ class Workspace(NamedTuple):
 
 
 def _workspace(tokens: int, weight: Tensor, plan: Plan, keep: int) -> Workspace:
-    """Chunks of nearly equal widths, of which as many are kept as fit in `keep` bytes."""
+    """Cut the vocabulary into chunks of nearly equal widths, and keep as many as fit in `keep` bytes."""
     vocabulary, device = len(weight), weight.device.type
     row = max(tokens, 1) * plan.dtype.itemsize
-    width = max(_of(CHUNK_BYTES, device) // row, _of(LEAST_WIDTH, device))
+    width = max(_for_device(CHUNK_BYTES, device) // row, _for_device(LEAST_WIDTH, device))
     width = -(-vocabulary // -(-vocabulary // width))  # the same number of chunks, evenly
     width = -(-width // ALIGN) * ALIGN
     edges = [(a, min(a + width, vocabulary)) for a in range(0, vocabulary, width)]
@@ -218,7 +213,7 @@ def _workspace(tokens: int, weight: Tensor, plan: Plan, keep: int) -> Workspace:
 
 
 def _pieces(tokens: int, weight: Tensor, plan: Plan) -> tuple[list[slice], int]:
-    """Runs of tokens whose raw products take about plan.keep bytes, and the bytes to keep of each run."""
+    """Return runs of tokens whose raw products take about plan.keep bytes, and the bytes to keep of each run."""
     if weight.dtype != torch.promote_types(weight.dtype, torch.float32):
         return [slice(0, tokens)], plan.keep
     most = max(plan.keep // (len(weight) * plan.dtype.itemsize), LEAST_PIECE)
@@ -227,17 +222,15 @@ def _pieces(tokens: int, weight: Tensor, plan: Plan) -> tuple[list[slice], int]:
     return [slice(a, min(a + size, tokens)) for a in range(0, max(tokens, 1), max(size, 1))], 2**63
 
 
-def _forward(
-    x: Tensor, weight: Tensor, targets: Tensor, plan: Plan, work: Workspace
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x [T, D] -> log-prob [T], entropy [T] or None, (m, log s) [2, T]. The workspace keeps what it has room for."""
+def _forward(x: Tensor, weight: Tensor, targets: Tensor, plan: Plan, work: Workspace) -> tuple[Tensor, Tensor]:
+    """Return log-probs [T] of x [T, D], and (m, log s) [2, T]. The workspace keeps the products it has room for."""
     stats = epilogue.new_stats(len(x), x)
     for k, (begin, end) in enumerate(work.edges):
         raw = _product(x, weight, begin, end, work.buffers[min(k, work.kept)])
-        plan.epilogue.add_statistics(raw, begin, targets, stats, plan.shaping, plan.entropy)
-    m, s, e, t = stats
+        plan.epilogue.add_statistics(raw, begin, targets, stats, plan.shaping)
+    m, s, t = stats
     log_s = s.log()
-    return (t - m) - log_s, log_s - e / s if plan.entropy else None, torch.stack([m, log_s])
+    return (t - m) - log_s, torch.stack([m, log_s])
 
 
 def _backward(
@@ -251,7 +244,7 @@ def _backward(
     dw: Tensor | None,
     add: bool,
 ) -> None:
-    """Add to dx [T, D] (float32), and to dw [V, D] if `add`, else write it. What was kept is overwritten."""
+    """Add to dx [T, D] (float32), and to dw [V, D] if `add`, else write it. Kept products are overwritten."""
     for k, (begin, end) in enumerate(work.edges):
         if k < work.kept:
             raw = work.buffers[k, : len(x), : end - begin]
@@ -265,24 +258,17 @@ def _backward(
 
 
 def _product(x: Tensor, weight: Tensor, begin: int, end: int, buffer: Tensor) -> Tensor:
-    """x @ weight[begin:end].T in a corner of the buffer, whose rows are read again as an operand."""
+    """Write x @ weight[begin:end].T to a corner of the buffer: its rows will be an operand of the next product."""
     return torch.mm(x, weight[begin:end].to(x.dtype).t(), out=columns_of(buffer, len(x), end - begin))
 
 
-def _rows(
-    norm: Tensor, grad: Tensor | None, entropy: Tensor | None, entropy_grad: Tensor | None, shaping: Shaping
-) -> Tensor:
-    """What `to_gradient` reads of each token: [3, T], or [5, T] if the entropy has a gradient."""
-    k = shaping.inner * shaping.outer
-    slope = torch.zeros_like(norm[0]) if grad is None else k * grad.to(norm.dtype)
-    if entropy_grad is None:
-        return torch.stack([*norm, slope])
-    bonus = k * entropy_grad.to(norm.dtype)
-    return torch.stack([*norm, slope, bonus, slope + bonus * entropy])
+def _gradient_rows(norm: Tensor, grad: Tensor, shaping: Shaping) -> Tensor:
+    """Return the numbers [3, T] that `to_gradient` reads of each token, from (m, log s) [2, T] and dL/dlogprob [T]."""
+    return torch.stack([*norm, shaping.inner * shaping.outer * grad.to(norm.dtype)])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's precision."""
+    """Compute total += a @ b, summed in total's precision."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -292,7 +278,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _set_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, rounded once."""
+    """Compute out = a @ b, rounded once."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -301,5 +287,5 @@ def _set_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(torch.mm(a, b))
 
 
-def _of(table: dict[str, int], device: str) -> int:
+def _for_device(table: dict[str, int], device: str) -> int:
     return table.get(device, table["cuda"])

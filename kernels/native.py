@@ -33,7 +33,7 @@ TYPES = (torch.float32, torch.bfloat16)
 KERNELS = {  # what each is given, and the number of threads at the end
     "gspo_decode": "ippffi",
     "gspo_draw": "ippppfipppi",
-    "gspo_gradient": "ippppffiii",
+    "gspo_gradient": "ippppffii",
     "gspo_lay_out": "ppnni",
     "gspo_linear": "ippppnnni",
     "gspo_norm": "iiippffppnni",
@@ -41,7 +41,7 @@ KERNELS = {  # what each is given, and the number of threads at the end
     "gspo_rows": "ipppppffppi",
     "gspo_rows_back": "ippppppppffppppii",
     "gspo_stack": "ippppppppffi",
-    "gspo_statistics": "ippppffiii",
+    "gspo_statistics": "ippppffii",
     "gspo_silu": "ipppni",
     "gspo_silu_back": "ipppppni",
     "gspo_rotate": "iiippppnpnnnnii",

@@ -1,4 +1,4 @@
-"""What the kernels compute, written down as plainly as PyTorch allows: the measure of tests and benchmarks."""
+"""Compute the linear log-prob as plainly as PyTorch allows: the reference of its tests and benchmarks."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ def reference_linear_logprob(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """hidden [T, D], weight [V, D], targets [T] -> log-prob [T], entropy [T] in nats or None.
+) -> Tensor:
+    """Return the log-prob [T] of targets [T] from hidden [T, D] and weight [V, D].
 
     All [T, V] logits are held at once, in float32 (float64 for float64 inputs).
     """
@@ -23,6 +22,4 @@ def reference_linear_logprob(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logprobs = (logits / temperature).log_softmax(-1)
-    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
-    return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else None
+    return (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]

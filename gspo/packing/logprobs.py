@@ -82,7 +82,7 @@ def _by_head(
 ) -> Tensor:
     where = hidden, layer.weight, targets
     shape = {"bias": layer.bias, "scale": head.scale, "softcap": head.softcap, "temperature": temperature}
-    return linear_logprob(*where, **shape)[0] if slope is None else linear_logprob_and_grad(*where, slope, **shape)[0]
+    return linear_logprob(*where, **shape) if slope is None else linear_logprob_and_grad(*where, slope, **shape)[0]
 
 
 def _from_logits(model: nn.Module, packed: PackedBatch, temperature: float) -> Tensor:

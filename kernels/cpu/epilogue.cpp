@@ -39,14 +39,13 @@ inline void store_some(T* to, int count, Vec x) {
     for (int i = 0; i < count; ++i) store1(to + i, x[i]);
 }
 
-// stats [4, tokens]: max, sum of exponentials, their sum times what they lie below the max, the target's logit.
+// Add a chunk to stats [3, tokens]: the maximum, the sum of exponentials, the target's logit.
 template <typename T>
-void statistics(const T* raw, const int64_t* targets, float* stats, const Numbers& n, const Shaping& shaped, bool entropy,
-                int threads) {
+void statistics(const T* raw, const int64_t* targets, float* stats, const Numbers& n, const Shaping& shaped, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long token = 0; token < n.tokens; ++token) {
         const T* row = raw + token * n.stride;
-        float *m = stats + token, *s = m + n.tokens, *e = s + n.tokens, *t = e + n.tokens;
+        float *m = stats + token, *s = m + n.tokens, *t = s + n.tokens;
         const long column = targets[token] - n.begin;
         if (column >= 0 && column < n.width) *t = shaped(splat(load1(row + column)))[0];
         for (long first = 0; first < n.width; first += BLOCK) {
@@ -62,33 +61,26 @@ void statistics(const T* raw, const int64_t* targets, float* stats, const Number
             }
             float top = best[0];
             for (int i = 1; i < W; ++i) top = best[i] > top ? best[i] : top;
-            Vec mass = {}, bent = {};
-            for (int c = 0; c < count; c += W) {
-                const Vec q = load(z + c) - splat(top), p = expv(q);
-                mass += p;
-                bent += p * q;
-            }
+            Vec mass = {};
+            for (int c = 0; c < count; c += W) mass += expv(load(z + c) - splat(top));
             const float fade = expv(splat(*m - top))[0];
-            if (entropy) *e = (*e + *s * (*m - top)) * fade + sum(bent);
             *s = *s * fade + sum(mass);
             *m = top;
         }
     }
 }
 
-// rows [3, tokens], or [5, tokens] with the entropy's gradient: kernels/epilogue.py says of what.
+// Overwrite a chunk with its gradient; rows [3, tokens] as in kernels/epilogue.py.
 template <typename T>
-void gradient(T* raw, const int64_t* targets, const float* rows, const Numbers& n, const Shaping& shaped, bool entropy,
-              int threads) {
+void gradient(T* raw, const int64_t* targets, const float* rows, const Numbers& n, const Shaping& shaped, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long token = 0; token < n.tokens; ++token) {
         T* row = raw + token * n.stride;
         const float* numbers = rows + token;
         const Vec m = splat(numbers[0]), log_s = splat(numbers[n.tokens]), slope = splat(numbers[2 * n.tokens]);
-        const Vec bonus = splat(entropy ? numbers[3 * n.tokens] : 0), rest = entropy ? splat(numbers[4 * n.tokens]) : slope;
         auto of = [&](Vec x, Vec hit) {
             const Vec q = max(splat(LOWEST), shaped(x) - m - log_s);
-            const Vec d = hit - expv(q) * (entropy ? bonus * q + rest : rest);
+            const Vec d = hit - expv(q) * slope;
             return shaped.capped ? d * shaped.bend(x) : d;
         };
         const long column = targets[token] - n.begin;
@@ -107,22 +99,22 @@ void gradient(T* raw, const int64_t* targets, const float* rows, const Numbers& 
 extern "C" {
 
 void gspo_statistics(int bf16, const void* raw, const int64_t* targets, float* stats, const int64_t* sizes, float inner,
-                     float outer, int capped, int entropy, int threads) {
+                     float outer, int capped, int threads) {
     const gspo::Numbers n = {sizes[0], sizes[1], sizes[2], sizes[3]};
     const gspo::Shaping shaped = {inner, outer, capped != 0};
     if (bf16)
-        gspo::statistics((const gspo::BF16*)raw, targets, stats, n, shaped, entropy, threads);
+        gspo::statistics((const gspo::BF16*)raw, targets, stats, n, shaped, threads);
     else
-        gspo::statistics((const float*)raw, targets, stats, n, shaped, entropy, threads);
+        gspo::statistics((const float*)raw, targets, stats, n, shaped, threads);
 }
 
 void gspo_gradient(int bf16, void* raw, const int64_t* targets, const float* rows, const int64_t* sizes, float inner,
-                   float outer, int capped, int entropy, int threads) {
+                   float outer, int capped, int threads) {
     const gspo::Numbers n = {sizes[0], sizes[1], sizes[2], sizes[3]};
     const gspo::Shaping shaped = {inner, outer, capped != 0};
     if (bf16)
-        gspo::gradient((gspo::BF16*)raw, targets, rows, n, shaped, entropy, threads);
+        gspo::gradient((gspo::BF16*)raw, targets, rows, n, shaped, threads);
     else
-        gspo::gradient((float*)raw, targets, rows, n, shaped, entropy, threads);
+        gspo::gradient((float*)raw, targets, rows, n, shaped, threads);
 }
 }

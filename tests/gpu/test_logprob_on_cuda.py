@@ -50,8 +50,8 @@ def test_a_chunk_of_more_than_2_to_the_31_elements():
     targets = torch.randint(width, (tokens,), device="cuda")
     shaping = epilogue.Shaping.of(1.0, None, 0.9)
     stats, expected = (epilogue.new_stats(n, raw) for n in (tokens, 10))
-    epilogue_triton.add_statistics(raw, 0, targets, stats, shaping, True)
-    epilogue.add_statistics(raw[last], 0, targets[last], expected, shaping, True)
+    epilogue_triton.add_statistics(raw, 0, targets, stats, shaping)
+    epilogue.add_statistics(raw[last], 0, targets[last], expected, shaping)
     torch.testing.assert_close(stats[:, last], expected, rtol=1e-5, atol=1e-4)
     rows = torch.stack([stats[0], stats[1].log(), torch.ones(tokens, device="cuda")])
     gradient = raw[last].clone()
@@ -67,7 +67,7 @@ def test_memory_above_the_gradients_is_under_a_gibibyte():
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    value, entropy = linear_logprob(hidden, weight, inputs["targets"], entropy=True)
+    value = linear_logprob(hidden, weight, inputs["targets"])
     (value * inputs["slope"]).sum().backward()
     extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
     assert extra <= 2**30, extra / 2**20
@@ -75,7 +75,7 @@ def test_memory_above_the_gradients_is_under_a_gibibyte():
 
 def test_repeated_runs_give_the_same_bits():
     """No atomics and no exchange between programs: a difference would be a race."""
-    case = Case(777, 256, 40_003, torch.bfloat16, entropy=True, softcap=20.0)
+    case = Case(777, 256, 40_003, torch.bfloat16, softcap=20.0)
     inputs = draw(case, "cuda")
     first, *others = [outcome(linear_logprob, case, inputs, torch.bfloat16) for _ in range(5)]
     for other in others:

@@ -19,10 +19,10 @@ SLACK = {torch.float64: 4e-15, torch.float32: 3e-7, torch.bfloat16: 2e-3}
 HEADS = [
     {},
     {"temperature": 0.7},
-    {"scale": 0.25, "entropy": True},
+    {"scale": 0.25},
     {"softcap": 4.0, "temperature": 1.3},
-    {"softcap": 4.0, "scale": 1.7, "entropy": True},
-    {"temperature": 0.9, "entropy": True, "bias": True},
+    {"softcap": 4.0, "scale": 1.7},
+    {"temperature": 0.9, "bias": True},
 ]
 
 
@@ -34,23 +34,22 @@ class Case(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
-    entropy: bool = False
     bias: bool = False
     autocast: bool = False  # bfloat16 products of float32 tensors
     keep: int | None = None
 
     def head(self) -> dict:
-        return {k: getattr(self, k) for k in ("scale", "softcap", "temperature", "entropy")}
+        return {k: getattr(self, k) for k in ("scale", "softcap", "temperature")}
 
     def name(self) -> str:
         parts = [f"{self.tokens}x{self.size}x{self.vocabulary}", str(self.dtype)[6:]]
         numbers = {k: getattr(self, k) for k in ("scale", "softcap", "temperature", "keep")}
         parts += [f"{k} {v}" for k, v in numbers.items() if v not in (1.0, None)]
-        return ", ".join(parts + [k for k in ("entropy", "bias", "autocast") if getattr(self, k)])
+        return ", ".join(parts + [k for k in ("bias", "autocast") if getattr(self, k)])
 
 
 def draw(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | None]:
-    """Inputs whose logits have a spread of about three, and gradients for log-prob and entropy."""
+    """Draw inputs whose logits have a spread of about three, and the gradient of the log-probs."""
     g = torch.Generator().manual_seed(seed)
     t, d, v = case[:3]
     drawn = {
@@ -58,7 +57,6 @@ def draw(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | N
         "weight": torch.randn(v, d, generator=g) * 3 / d**0.5,
         "bias": torch.randn(v, generator=g) if case.bias else None,
         "slope": torch.randn(t, generator=g),
-        "bonus": torch.randn(t, generator=g),
     }
     for k in ("hidden", "weight", "bias"):
         drawn[k] = None if drawn[k] is None else drawn[k].to(case.dtype)
@@ -68,7 +66,7 @@ def draw(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | N
 
 
 def outcome(function, case: Case, inputs: dict, dtype: torch.dtype, **more) -> dict[str, Tensor]:
-    """Log-prob, entropy and gradients of sum slope * logprob + bonus * entropy, with the inputs in `dtype`."""
+    """Return the log-probs and the gradients of sum slope * logprob, with the inputs in `dtype`."""
     leaves = {
         k: inputs[k].to(dtype, copy=True).requires_grad_()
         for k in ("hidden", "weight", "bias")
@@ -76,27 +74,24 @@ def outcome(function, case: Case, inputs: dict, dtype: torch.dtype, **more) -> d
     }
     at_half = case.autocast and dtype != torch.float64
     with torch.autocast(inputs["hidden"].device.type, torch.bfloat16) if at_half else nullcontext():
-        logprob, entropy = function(
+        logprob = function(
             leaves["hidden"], leaves["weight"], inputs["targets"], bias=leaves.get("bias"), **case.head(), **more
         )
-    loss = (logprob * inputs["slope"]).sum() + (0.0 if entropy is None else (entropy * inputs["bonus"]).sum())
-    loss.backward()
-    results = {"logprob": logprob.detach()} | ({} if entropy is None else {"entropy": entropy.detach()})
-    return results | {k: x.grad for k, x in leaves.items()}
+    (logprob * inputs["slope"]).sum().backward()
+    return {"logprob": logprob.detach()} | {k: x.grad for k, x in leaves.items()}
 
 
 def outcome_known(case: Case, inputs: dict) -> dict[str, Tensor]:
-    """The same of linear_logprob_and_grad, times two, whose entropy has no gradient."""
+    """Return the same of linear_logprob_and_grad, from a loss of twice the surrogate."""
     leaves = {k: inputs[k].clone().requires_grad_() for k in ("hidden", "weight", "bias") if inputs[k] is not None}
     with torch.autocast(inputs["hidden"].device.type, torch.bfloat16) if case.autocast else nullcontext():
-        surrogate, logprob, entropy = linear_logprob_and_grad(
+        surrogate, logprob = linear_logprob_and_grad(
             leaves["hidden"], leaves["weight"], inputs["targets"], lambda logprob, rows: inputs["slope"][rows],
             bias=leaves.get("bias"), **case.head(), keep=case.keep,
         )  # fmt: skip
     torch.testing.assert_close(surrogate, (inputs["slope"] * logprob).sum(), rtol=1e-4, atol=1e-4)
     (2.0 * surrogate).backward()
-    results = {"logprob": logprob} | ({} if entropy is None else {"entropy": entropy})
-    return results | {k: x.grad / 2.0 for k, x in leaves.items()}
+    return {"logprob": logprob} | {k: x.grad / 2.0 for k, x in leaves.items()}
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -112,8 +107,6 @@ def too_far(case: Case, device: str = "cpu", known: bool = False) -> list[str]:
     draws = 1 + 12 // case.tokens
     for seed in range(draws):
         inputs = draw(case, device, seed)
-        if known:
-            inputs["bonus"].zero_()
         exact = outcome(reference_linear_logprob, case, inputs, torch.float64)
         plain = outcome(reference_linear_logprob, case, inputs, case.dtype)
         ours = (

@@ -21,10 +21,10 @@ TARGETS = {"sm_80": 80, "sm_90a": 90}
 KERNELS = (epilogue_triton.statistics_kernel, epilogue_triton.gradient_kernel)
 
 
-def compile_kernel(kernel, capability: int, raw: str, capped: bool, entropy: bool) -> str:
+def compile_kernel(kernel, capability: int, raw: str, capped: bool) -> str:
     """PTX, with the divisibility that `epilogue_triton` gives at run time."""
     types = {"raw_ptr": f"*{raw}", "target_ptr": "*i64", "inner": "fp32", "outer": "fp32"}
-    values = {"CAPPED": capped, "ENTROPY": entropy, "BLOCK": epilogue_triton.BLOCK}
+    values = {"CAPPED": capped, "BLOCK": epilogue_triton.BLOCK}
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in values else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
@@ -52,9 +52,9 @@ def assemble(ptx: str, target: str) -> dict[str, int]:
 def main() -> None:
     results = {}
     for kernel, (target, capability), raw in product(KERNELS, TARGETS.items(), ("bf16", "fp32")):
-        for capped, entropy in product((False, True), (False, True)):
-            ptx = compile_kernel(kernel, capability, raw, capped, entropy)
-            name = " ".join([kernel.__name__, target, raw, "capped" * capped, "entropy" * entropy]).strip()
+        for capped in (False, True):
+            ptx = compile_kernel(kernel, capability, raw, capped)
+            name = " ".join([kernel.__name__, target, raw, "capped" * capped]).strip()
             results[name] = assemble(ptx, target) | {"wide": len(re.findall(r"ld\.global\.v4\.b32", ptx))}
     print(json.dumps(results))
 

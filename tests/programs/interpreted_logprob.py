@@ -61,7 +61,7 @@ def main() -> None:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:
-            for number, head in enumerate(HEADS[1:5]):  # capped or not, with entropy or not
+            for number, head in enumerate(HEADS[1:5]):  # capped or not
                 case = Case(*shape, dtype, **head, keep=(None, 0, 10_000)[number % 3])
                 results[case.name()] = too_far(case)
     print(json.dumps(results))

@@ -71,10 +71,10 @@ def test_the_log_prob_op_in_a_poisoned_workspace(monkeypatch, vocabulary, known,
         if known:
             linear_logprob_and_grad(*mine, targets, lambda _, rows: slope[rows], keep=keep)[0].backward()
         else:
-            (linear_logprob(*mine, targets, keep=keep)[0] * slope).sum().backward()
+            (linear_logprob(*mine, targets, keep=keep) * slope).sum().backward()
     assert mode.products > 2 and not mode.unsafe
     exact = [x.detach().double().requires_grad_() for x in mine]
-    (reference_linear_logprob(*exact, targets)[0] * slope).sum().backward()
+    (reference_linear_logprob(*exact, targets) * slope).sum().backward()
     for x, y in zip(mine, exact, strict=True):
         assert x.grad.isfinite().all()
         assert (x.grad.double() - y.grad).norm() <= 4 * 2**-8 * y.grad.norm()
