@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from gspo.algorithm.selves import win_rate
-from gspo.checkpoint.run_folder import latest
+from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.config import Config
 from gspo.data.prompts import load_splits
-from gspo.distributed.world import World, session
+from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
@@ -80,9 +80,9 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score the test prompts with one model."""
     tokenizer = load_tokenizer(name)
-    precision, _ = world.from_main(lambda: settle(cfg.model.precision, world.device, load_model_config(name)))
+    precision, _ = world.broadcast_from_main(lambda: settle(cfg.model.precision, world.device, load_model_config(name)))
     model = load_model(name, DTYPES[precision]).to(world.device)
-    prompts = world.main_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
+    prompts = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
     sampler = Sampler(
         model,
         tokenizer,
@@ -98,12 +98,12 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
 def main() -> None:
     args = options()
     name = args.model
-    if name and (newest := latest(Path(name))):
+    if name and (newest := latest_checkpoint(Path(name))):
         name = str(newest)
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
     cfg = configure(args, Path(name) if name else None)
-    with session() as world:
+    with process_group() as world:
         mine = evaluate(name, cfg, world)
         result = report(mine)
         if mine.faults:
@@ -114,7 +114,7 @@ def main() -> None:
         columns = {"all": result, **result.get("by_data_source", {})}
         say(f"\n{title}\n{table(columns)}")
         if args.compare:
-            other = latest(Path(args.compare)) or args.compare
+            other = latest_checkpoint(Path(args.compare)) or args.compare
             theirs = evaluate(str(other), cfg, world)
             wins, ties = win_rate(torch.tensor(mine.rewards), torch.tensor(theirs.rewards), cfg.objective.margin)
             result["compare"] = {"other": str(other), "win_rate": wins, "ties": ties, **report(theirs)}

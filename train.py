@@ -14,11 +14,11 @@ from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.selves import Selves, round_of
 from gspo.algorithm.solutions import with_solutions
 from gspo.algorithm.update import learning_rate
-from gspo.checkpoint.run_folder import latest, needs_test
+from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
 from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
-from gspo.distributed.world import World, session
+from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch import check_launch, final_words
 from gspo.metrics.evaluation import correct_of
@@ -40,12 +40,12 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     tokenizer = load_tokenizer(cfg.model.path)
     scorer = Scorer(cfg.reward)
     model_config = load_model_config(cfg.model.path)
-    splits = world.main_first(lambda: load_splits(cfg, tokenizer, model_config))
+    splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model_config))
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
 
     check_launch(cfg, model_config, world, started=not check_only)
-    world.from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
+    world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
 
@@ -68,10 +68,10 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         raise UserError(f"stopped after step {state.step}, with a checkpoint: {alarm}")
     if signal:
         return say(f"{signal}: left after step {state.step} of {total}; the same command goes on from there")
-    if splits.test and cfg.eval.before_and_after and needs_test(run.folder, "eval_after", state.step, world):
+    if splits.test and cfg.eval.before_and_after and needs_evaluation(run.folder, "eval_after", state.step, world):
         test(run, "eval_after")
     if world.is_main:
-        say(final_words(run.folder, latest(run.folder / "checkpoints")))
+        say(final_words(run.folder, latest_checkpoint(run.folder / "checkpoints")))
 
 
 def play(run: Run, total: int) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def play(run: Run, total: int) -> tuple[str, str]:
             )
         with clock("reward"):
             scores = scorer(rollout)
-            batches.learn(world.collect(places, correct_of(scores).all(1)).tolist())
+            batches.learn(world.gather_rows(places, correct_of(scores).all(1)).tolist())
         with clock("reference"):
             places, rollout, scores, share = balance(places, rollout, scores, cfg.optim.minibatches, world)
             experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
@@ -101,7 +101,7 @@ def play(run: Run, total: int) -> tuple[str, str]:
             update = run.updater.run(material, lr := learning_rate(step, total, cfg)).of(experience)
 
         state.step, last = step + 1, step + 1 == total
-        state.count_bad(update.skipped, cfg.health.max_bad_steps, update.not_finite)
+        state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite)
         metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state()))
         state.tokens_sampled += int(metrics["tokens"])
         metrics |= {"learning_rate": lr, "round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
-    with session() as world:
+    with process_group() as world:
         train(cfg, world, check_only=args.check)
 
 

@@ -129,7 +129,7 @@ def train_once(job: Job, folder: Path) -> dict[str, Any]:
     import torch
 
     import train
-    from gspo.distributed.world import session
+    from gspo.distributed.world import process_group
     from gspo.read_config import load_config
 
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def train_once(job: Job, folder: Path) -> dict[str, Any]:
     settings = [*job.settings, *where]
     began = time.monotonic()
     folder.mkdir(parents=True)
-    with (folder / "log").open("w") as log, contextlib.redirect_stdout(log), session() as world:
+    with (folder / "log").open("w") as log, contextlib.redirect_stdout(log), process_group() as world:
         train.train(load_config(ROOT / "configs/quick.yaml", settings), world)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     before, after = (json.loads((folder / f"eval_{name}.json").read_text()) for name in ("before", "after"))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gspo.checkpoint import manifest
-from gspo.checkpoint.hf_folder import index, json_bytes, shard_files
-from gspo.checkpoint.run_folder import latest
+from gspo.checkpoint.hf_folder import index_json, json_bytes, shard_files
+from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.safetensors_files import Weights, open_weights, write_weights
@@ -35,13 +35,13 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
     UserError when the checkpoint is damaged, the folder is there and not empty or among checkpoints, or the disk is
     full.
     """
-    source = latest(checkpoint) or latest(checkpoint / "checkpoints") or checkpoint
+    source = latest_checkpoint(checkpoint) or latest_checkpoint(checkpoint / "checkpoints") or checkpoint
     if not source.exists():
         raise UserError(f"{source} is not there.")
     if not (source / "config.json").exists():
         raise UserError(f"{source} is neither a checkpoint nor a Hugging Face folder (no config.json in it).")
     ours = (source / "trainer").exists()
-    if ours and (wrong := manifest.damage(source, ALONE, required=source != checkpoint)):
+    if ours and (wrong := manifest.find_damage(source, ALONE, required=source != checkpoint)):
         raise UserError(f"{source} is damaged: {wrong}. Export another checkpoint.")
     home = source.resolve().parent if ours else source.resolve()
     if folder.resolve().is_relative_to(home):
@@ -71,7 +71,7 @@ def _write(part: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes:
         write_weights(part / file, tensors)
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        (part / "model.safetensors.index.json").write_bytes(index(total, places))
+        (part / "model.safetensors.index.json").write_bytes(index_json(total, places))
     if dtype is not None:
         try:
             config = json.loads((part / "config.json").read_text(encoding="utf-8")) | {"dtype": str(dtype)[6:]}

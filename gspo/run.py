@@ -9,12 +9,12 @@ import torch
 from gspo.algorithm.selves import Selves, kl_to, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, load_order, load_state, restore
-from gspo.checkpoint.run_folder import keep_reward_function, open_run
+from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import Splits
 from gspo.distributed.world import World
-from gspo.memory.footprint import foretold
+from gspo.memory.footprint import memory_report_line
 from gspo.metrics.evaluation import answer, correct_of, report
 from gspo.metrics.tracker import Tracker
 from gspo.models.precision import DTYPES, settle
@@ -53,14 +53,16 @@ def start(
     folder, resume = open_run(cfg, world)
     state = load_state(resume) if resume else State()
     if world.is_main:
-        keep_reward_function(folder, scorer.pool.source, state.step)
+        save_reward_function(folder, scorer.pool.source, state.step)
     if not state.precision:
-        state.precision, measured = world.from_main(lambda: settle(cfg.model.precision, world.device, model_config))
+        state.precision, measured = world.broadcast_from_main(
+            lambda: settle(cfg.model.precision, world.device, model_config)
+        )
         if measured:
             say(f"model.precision=auto: {state.precision} ({measured})")
     if world.is_main:
         longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
-        say(foretold(cfg, world, state.precision, longest))
+        say(memory_report_line(cfg, world, state.precision, longest))
     selves = Selves(cfg, world, DTYPES[state.precision], weights_from=resume)
     optimizer = make_optimizer(selves.policy, cfg)
     if resume:
@@ -114,8 +116,8 @@ def held_out(run: Run, step: int, ends_round: bool) -> dict[str, float]:
         run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=step, on_group=run.scorer.begin
     )
     scores = run.scorer(rollout)
-    rewards = world.collect(places, scores.rewards)
-    correct = world.collect(places, correct_of(scores).float())
+    rewards = world.gather_rows(places, scores.rewards)
+    correct = world.gather_rows(places, correct_of(scores).float())
     metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
     if step > 0:
         metrics["kl_to_initial"] = kl_to(run.selves, run.selves.initial(), rollout, world)

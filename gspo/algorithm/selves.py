@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gspo.algorithm.objective import kl_k3
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config
-from gspo.distributed.sharded_loading import read_into, skeleton
-from gspo.distributed.sharding import hybrid, local_bytes, on_device, shard, shard_sampler, shards
+from gspo.distributed.sharded_loading import allocate_and_load, meta_model
+from gspo.distributed.sharding import local_bytes, materialize, needs_sharding, shard, shard_sampler, with_hybrid_mesh
 from gspo.distributed.transfer import copy_weights
 from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model
@@ -35,11 +35,11 @@ class Selves:
 
     def __init__(self, cfg: Config, world: World, dtype: torch.dtype = torch.float32, weights_from: Path | None = None):
         self.cfg, self.dtype = cfg, dtype
-        self.world = world = hybrid(world, cfg.model.shard_size)
+        self.world = world = with_hybrid_mesh(world, cfg.model.shard_size)
         self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
         self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 
-        shared, why = shares_weights(cfg.rollout.weights, shards(world, cfg.optim.offload), self.dtype)
+        shared, why = shares_weights(cfg.rollout.weights, needs_sharding(world, cfg.optim.offload), self.dtype)
         path = cfg.model.path if weights_from is None else str(weights_from)
         self.policy = self._open(path, frozen=False)
         self.head = measure_head(self.policy, world.device)
@@ -64,10 +64,10 @@ class Selves:
         """
         cfg, world = self.cfg, self.world
         offload = cfg.reference.param_offload if frozen else cfg.optim.offload
-        apart = shards(world, offload)
+        apart = needs_sharding(world, offload)
         bare = apart or (frozen and self.dtype != torch.float32)
         kept = self.dtype if frozen and world.size > 1 else torch.float32
-        model = skeleton(path, kept) if bare else load_model(path)
+        model = meta_model(path, kept) if bare else load_model(path)
         if frozen:
             model.requires_grad_(False)
             if world.size == 1:
@@ -76,14 +76,14 @@ class Selves:
             checkpoint_activations(model)
         if not bare:
             return model.to(world.device)
-        place = (lambda m: shard(m, world, self.dtype, offload)) if apart else (lambda m: on_device(m, world))
-        return read_into(place, model, path)
+        place = (lambda m: shard(m, world, self.dtype, offload)) if apart else (lambda m: materialize(m, world))
+        return allocate_and_load(place, model, path)
 
     def _open_whole(self, path: str | None, dtype: torch.dtype) -> nn.Module:
         """All of a self, on this rank's device."""
         if self.world.size == 1:
             return load_model(path, dtype)
-        return read_into(lambda m: on_device(m, self.world), skeleton(path, dtype), path)
+        return allocate_and_load(lambda m: materialize(m, self.world), meta_model(path, dtype), path)
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for whole models; sharded ones carry their own policy."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
 from gspo.config import Config
 from gspo.distributed.sharding import after_backward, before_backward
-from gspo.distributed.transfer import local_part, whole
+from gspo.distributed.transfer import full_tensor, local_shard
 from gspo.distributed.world import World
 from gspo.packing.head import Head
 from gspo.packing.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
@@ -203,7 +203,7 @@ class Updater:
         # A backward comes to the last layers first, and what is not finite there spreads to those before.
         for name, p in reversed(list(self.policy.named_parameters())):
             if p.grad is not None:
-                computed[f"the gradient of {name}, at a finite loss"] = local_part(p.grad)
+                computed[f"the gradient of {name}, at a finite loss"] = local_shard(p.grad)
         bad = ((place, name) for place, (name, x) in enumerate(computed.items()) if not x.isfinite().all())
         return min(self.world.gather(next(bad, (len(computed), "the gradient's norm alone"))))[1]
 
@@ -211,7 +211,7 @@ class Updater:
         """Clip the gradient and take one optimizer step; coefs [G, N, L] are what it was made of on this rank."""
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = float(whole(total))
+        norm = float(full_tensor(total))
         update.grad_norms.append(norm)
         if not math.isfinite(norm):
             update.skipped += 1

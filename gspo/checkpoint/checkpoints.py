@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gspo.checkpoint import manifest
-from gspo.checkpoint.hf_folder import Blueprint, index, shard_files
-from gspo.checkpoint.run_folder import latest, steps
+from gspo.checkpoint.hf_folder import ModelFolder, index_json, shard_files
+from gspo.checkpoint.run_folder import latest_checkpoint, list_checkpoints
 from gspo.config import Config
-from gspo.distributed.transfer import load_like, load_weights, whole
-from gspo.distributed.world import World, deal
+from gspo.distributed.transfer import full_tensor, load_like, load_weights
+from gspo.distributed.world import World, split_by_size
 from gspo.errors import UserError
 from gspo.models.loading import resolve_path
 from gspo.models.safetensors_files import open_weights, write_bytes, write_weights
@@ -48,7 +48,7 @@ class State:
     best_step: int = 0
     torch_rng: list[int] = field(default_factory=list)
 
-    def count_bad(self, skipped: int, limit: int, cause: str = "") -> None:
+    def count_non_finite(self, skipped: int, limit: int, cause: str = "") -> None:
         """UserError when the updates of `limit` steps in a row were not finite; `cause` is what was so first."""
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if self.bad_steps >= limit:
@@ -66,7 +66,7 @@ class State:
         return True
 
 
-class Writing(threading.Thread):
+class CheckpointWriter(threading.Thread):
     """Writes this rank's files of one checkpoint."""
 
     def __init__(self, part: Path, state: State, shards: Shards, small: dict[str, bytes], error: str):
@@ -86,7 +86,7 @@ class Writing(threading.Thread):
                 (self.part / name).parent.mkdir(exist_ok=True)
                 self.files[name] = write_bytes(self.part / name, [data])
         except Exception as e:  # whatever it is, training can go on without this checkpoint
-            self.error = _said(e)
+            self.error = _describe(e)
         self.shards = {}  # memory
 
 
@@ -95,8 +95,8 @@ class Checkpoints:
 
     def __init__(self, run: Path, cfg: Config, tokenizer: Any, world: World):
         self.folder, self.cfg, self.world = run / "checkpoints", cfg.trainer, world
-        self.blueprint = Blueprint(resolve_path(cfg.model.path), tokenizer)
-        self.writing: Writing | None = None
+        self.model_folder = ModelFolder(resolve_path(cfg.model.path), tokenizer)
+        self.writing: CheckpointWriter | None = None
         self.copied = True  # training goes on while it is written
 
     def save(
@@ -114,7 +114,7 @@ class Checkpoints:
         """
         self.finish()
         target = self.folder / f"step_{state.step:06d}"
-        if self.world.from_main(target.exists):
+        if self.world.broadcast_from_main(target.exists):
             return
         state.torch_rng = torch.get_rng_state().tolist()
         self.copied = self.cfg.async_save and not at_once
@@ -125,10 +125,10 @@ class Checkpoints:
             small["trainer/state.json"] = json.dumps(asdict(state)).encode()
             shards["trainer/order.safetensors"] = order
             try:
-                small |= self.blueprint.beside(self.folder / f"beside{PART}", next(policy.parameters()).dtype)
+                small |= self.model_folder.beside(self.folder / f"beside{PART}", next(policy.parameters()).dtype)
             except Exception as e:  # the tokenizer raises kinds of its own
-                error = _said(e)
-        self.writing = Writing(part, replace(state), shards, small, error)
+                error = _describe(e)
+        self.writing = CheckpointWriter(part, replace(state), shards, small, error)
         self.writing.start()
         if not self.copied:
             self.finish()
@@ -147,8 +147,8 @@ class Checkpoints:
     def require(self, step: int) -> None:
         """UserError unless `step_<step>` is there: for the end of a run."""
         self.finish()
-        if not self.world.from_main((self.folder / f"step_{step:06d}").exists):
-            before = self.world.from_main(lambda: latest(self.folder))
+        if not self.world.broadcast_from_main((self.folder / f"step_{step:06d}").exists):
+            before = self.world.broadcast_from_main(lambda: latest_checkpoint(self.folder))
             raise UserError(
                 f"step {step} is done, but its checkpoint could not be written (see above). Make room and give the "
                 f"same command again: it goes on from {before.name if before else 'the beginning'}."
@@ -173,7 +173,7 @@ class Checkpoints:
         }
         shards: Shards = {}
         small: dict[str, bytes] = {}
-        self._share("model", _tensors(policy), self.blueprint.pieces, shards, small)
+        self._share("model", _tensors(policy), self.model_folder.pieces, shards, small)
         self._share("trainer/optimizer", moments, _as_it_is, shards, small)
         for name, model in frozen.items():
             self._share(f"trainer/{name}", dict(model.named_parameters()), _as_it_is, shards, small)
@@ -182,12 +182,12 @@ class Checkpoints:
     def _share(self, stem: str, tensors: dict[str, Tensor], pieces: Pieces, shards: Shards, small: dict) -> None:
         """Gather tensors one by one, and keep those that are this rank's to write."""
         sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
-        hands = [hand for hand in deal(sizes, self.world.size) if hand] or [[]]
+        hands = [hand for hand in split_by_size(sizes, self.world.size) if hand] or [[]]
         files = shard_files(stem, len(hands))
         owner = {name: k for k, hand in enumerate(hands) for name in hand}
         mine: dict[str, Tensor] = {}
         for name, x in tensors.items():
-            full = whole(x)
+            full = full_tensor(x)
             if owner[name] == self.world.rank:  # on one process it is the parameter itself, which the next step changes
                 kept = full.to("cpu", copy=self.copied).contiguous()
                 mine |= pieces(name, kept)
@@ -199,22 +199,22 @@ class Checkpoints:
                 for name, x in tensors.items()
                 for piece in pieces(name, torch.empty(x.shape, dtype=x.dtype, device="meta"))
             }
-            small[f"{stem}.safetensors.index.json"] = index(sum(sizes.values()), places)
+            small[f"{stem}.safetensors.index.json"] = index_json(sum(sizes.values()), places)
 
     def _conclude(self) -> None:
         done, self.writing = self.writing, None
         parts = self.world.gather((done.files, done.error))
         error = next((error for _, error in parts if error), "")
         files = {name: entry for part, _ in parts for name, entry in part.items()}
-        error = self.world.from_main(lambda: self._name(done, files, error))
+        error = self.world.broadcast_from_main(lambda: self._name(done, files, error))
         if error:
-            before = self.world.from_main(lambda: latest(self.folder))
+            before = self.world.broadcast_from_main(lambda: latest_checkpoint(self.folder))
             say(
                 f"warning: the checkpoint of step {done.state.step} could not be written ({error}); training goes on, "
                 f"the latest checkpoint is {before.name if before else 'none yet'}."
             )
 
-    def _name(self, done: Writing, files: manifest.Files, error: str) -> str:
+    def _name(self, done: CheckpointWriter, files: manifest.Files, error: str) -> str:
         """On rank 0: the manifest, and the name; or, when anything failed, nothing. -> what failed."""
         try:
             if error:
@@ -225,7 +225,7 @@ class Checkpoints:
                 sync_folder(folder)
             done.part.rename(done.part.with_name(done.part.name.removesuffix(PART)))
         except OSError as e:
-            error = error or _said(e)
+            error = error or _describe(e)
             try:
                 remove(done.part)
             except OSError as left:
@@ -235,7 +235,7 @@ class Checkpoints:
             sync_folder(self.folder)
             self._tidy(done.state)
         except OSError as e:
-            say(f"warning: {self.folder}: an older checkpoint could not be removed ({_said(e)})")
+            say(f"warning: {self.folder}: an older checkpoint could not be removed ({_describe(e)})")
         return ""
 
     def _tidy(self, state: State) -> None:
@@ -244,7 +244,7 @@ class Checkpoints:
         if self.cfg.keep_best and best.exists():
             point_link(self.folder / "best", Path(best.name))
         if self.cfg.keep_last:
-            for old in steps(self.folder)[: -self.cfg.keep_last]:
+            for old in list_checkpoints(self.folder)[: -self.cfg.keep_last]:
                 if not (self.cfg.keep_best and old == best):
                     remove(old)
         if not (self.folder / "best").exists():
@@ -263,7 +263,7 @@ def _as_it_is(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name: tensor}
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

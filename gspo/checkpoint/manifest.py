@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from gspo.distributed.world import World, deal
+from gspo.distributed.world import World, split_by_size
 from gspo.models.safetensors_files import write_bytes
 
 NAME = "manifest.json"
@@ -30,14 +30,14 @@ def write(checkpoint: Path, files: Files) -> None:
     write_bytes(checkpoint / NAME, [_text(files).encode()])
 
 
-def damage(checkpoint: Path, world: World, required: bool = True) -> str:
+def find_damage(checkpoint: Path, world: World, required: bool = True) -> str:
     """What is wrong with a checkpoint, in a few words; "" when it is as it was written.
 
     Every rank calls it and reads its share of the files. Where a manifest is not `required`, a checkpoint without one
     (changed by hand) is only looked at: whether its files have the lengths that they begin by telling.
     """
-    files, wrong = world.from_main(lambda: _read(checkpoint, required))
-    mine = deal({name: size for name, (size, _) in files.items()}, world.size)[world.rank]
+    files, wrong = world.broadcast_from_main(lambda: _read(checkpoint, required))
+    mine = split_by_size({name: size for name, (size, _) in files.items()}, world.size)[world.rank]
     found = [said for name in mine if (said := _differs(checkpoint / name, name, *files[name]))]
     found = [said for part in world.gather(found) for said in part]
     more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""

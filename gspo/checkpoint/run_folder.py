@@ -35,15 +35,15 @@ PATIENCE_S = 20.0  # for a process that was killed to be gone
 _held: dict[Path, int] = {}
 
 
-def steps(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below a `checkpoints` folder, oldest first."""
     found = (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def latest(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint below a `checkpoints` folder. Not verified: who resumes or exports it does that."""
-    return next((p for p in reversed(steps(folder)) if (p / "trainer" / "state.json").exists()), None)
+    return next((p for p in reversed(list_checkpoints(folder)) if (p / "trainer" / "state.json").exists()), None)
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, Path | None]:
@@ -53,9 +53,9 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None]:
     an old run aside; nothing is deleted.
     """
     folder = Path(cfg.trainer.output_dir) / cfg.trainer.run_name
-    candidates, named = world.from_main(lambda: _candidates(folder, cfg))
+    candidates, named = world.broadcast_from_main(lambda: _candidates(folder, cfg))
     checkpoint = _newest_whole(candidates, named, world)
-    world.from_main(lambda: _prepare(folder, checkpoint, cfg))
+    world.broadcast_from_main(lambda: _prepare(folder, checkpoint, cfg))
     blind = [rank for rank, sees in enumerate(world.gather((folder / "config.yaml").exists())) if not sees]
     if blind:
         raise UserError(f"trainer.output_dir: {folder} is not there on rank {blind[0]}; give a folder all nodes share.")
@@ -66,7 +66,7 @@ def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
     """-> (checkpoints that the run might go on from, the best first; whether the user named one)."""
     if folder.exists():
         _hold(folder)  # before looking: whoever held it may have gone on until now
-    own, resume = steps(folder / "checkpoints"), cfg.trainer.resume
+    own, resume = list_checkpoints(folder / "checkpoints"), cfg.trainer.resume
     if resume == "never" and restart_count():
         resume = "auto"  # the command was given once, and this is its run
     if own and resume not in ("auto", "never"):
@@ -89,7 +89,7 @@ def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
     if resume in ("auto", "never"):
         return [], False
     if not (Path(resume) / "trainer" / "state.json").exists():
-        found = latest(Path(resume)) or latest(Path(resume) / "checkpoints")
+        found = latest_checkpoint(Path(resume)) or latest_checkpoint(Path(resume) / "checkpoints")
         raise UserError(
             f"trainer.resume = {resume!r} is not a checkpoint folder (no trainer/state.json in it)."
             f"{f' Do you mean {found}?' if found else ''}"
@@ -101,13 +101,13 @@ def _newest_whole(candidates: list[Path], named: bool, world: World) -> Path | N
     """The first candidate that is as it was written; what is not is told of, and set aside unless the user named it."""
     wrong = ""
     for checkpoint in candidates:
-        said = manifest.damage(checkpoint, world, required=not named)
+        said = manifest.find_damage(checkpoint, world, required=not named)
         if not said:
             return checkpoint
         wrong = f"{checkpoint} is damaged: {said}"
         if named:
             raise UserError(f"trainer.resume = {str(checkpoint)!r} is damaged: {said}. Give another checkpoint.")
-        world.from_main(lambda old=checkpoint: _put_away(old))
+        world.broadcast_from_main(lambda old=checkpoint: _put_away(old))
         say(f"warning: {wrong}; it is kept as {checkpoint.name}{DAMAGED}, and the one before it is used.")
     if wrong:
         raise UserError(f"{wrong}, and none before it is whole. Start anew with trainer.resume=never.")
@@ -172,7 +172,7 @@ def _set_aside(folder: Path) -> None:
     say(f"set the earlier run aside as {aside}")
 
 
-def keep_reward_function(folder: Path, source: str, step: int) -> None:
+def save_reward_function(folder: Path, source: str, step: int) -> None:
     """A copy of the reward function beside the run; one that has changed since is told of, and both are kept.
 
     For the main process; OSError when they cannot be written.
@@ -227,7 +227,7 @@ def _link_latest_run(folder: Path) -> None:
     point_link(link, Path(folder.name) / "checkpoints")
 
 
-def needs_test(folder: Path, name: str, step: int, world: World) -> bool:
+def needs_evaluation(folder: Path, name: str, step: int, world: World) -> bool:
     """Whether the evaluation `name` has yet to be made for this step."""
 
     def missing() -> bool:
@@ -235,4 +235,4 @@ def needs_test(folder: Path, name: str, step: int, world: World) -> bool:
             return json.loads((folder / f"{name}.json").read_text(encoding="utf-8")).get("step") != step
         return True
 
-    return world.from_main(missing)
+    return world.broadcast_from_main(missing)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightTransform, rename_source_key
 
-from gspo.distributed.transfer import fill
+from gspo.distributed.transfer import fill_weights
 from gspo.errors import UserError
 from gspo.models.compiled_layers import fuse
 from gspo.models.loading import in_dtype, load_model_config, refuse, resolve_path
@@ -27,7 +27,7 @@ Part = Callable[[tuple[slice, ...]], Tensor]  # slices of a tensor, one a dimens
 Wanted = dict[str, list[str]]  # pattern -> the tensors of the folder that match it
 
 
-def skeleton(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
+def meta_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The causal LM at `path` as `load_model` opens it, but its parameters, of `dtype`, are on the meta device.
 
     Buffers are real: rotary frequencies are in no file, and are computed as the model is built. Only config.json is
@@ -124,14 +124,14 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def read_into(place: Callable[[nn.Module], nn.Module], model: nn.Module, path: str | None) -> nn.Module:
+def allocate_and_load(place: Callable[[nn.Module], nn.Module], model: nn.Module, path: str | None) -> nn.Module:
     """A skeleton, given room by `place` (whole, or in shards of which each rank reads its own), and its weights.
 
     UserError where the files lack something that the model needs, or have it in another size.
     """
     weights = named_weights(model, path)  # before `place`: transformers knows names by classes, which sharding changes
     model = place(model)
-    done = fill(model, weights)
+    done = fill_weights(model, weights)
     tensors = model.state_dict(keep_vars=True)
     filled = {id(tensors[name]) for name in done}
     missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from gspo.distributed.transfer import local_part
+from gspo.distributed.transfer import local_shard
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import decoder_layers
@@ -39,7 +39,7 @@ def check_shard_size(shard_size: int | None, world_size: int) -> None:
         )
 
 
-def hybrid(world: World, shard_size: int | None) -> World:
+def with_hybrid_mesh(world: World, shard_size: int | None) -> World:
     """The world with its ranks in rows of `shard_size` neighbours that hold one copy of the weights together, a copy a
     row. UserError where they make no whole rows."""
     if world.mesh is None or shard_size in (None, world.size):
@@ -49,7 +49,7 @@ def hybrid(world: World, shard_size: int | None) -> World:
     return replace(world, mesh=init_device_mesh(world.device.type, shape, mesh_dim_names=names))
 
 
-def shards(world: World, offload: bool) -> bool:
+def needs_sharding(world: World, offload: bool) -> bool:
     """Whether a model becomes shards: always on several ranks; on one only to be kept off a GPU."""
     return world.mesh is not None and (world.size > 1 or offload)
 
@@ -75,13 +75,13 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> 
         fully_shard(unit, **options)
     fully_shard(model, **options)
     for unit in {model, head} - {None}:
-        if isinstance(unit, FSDPModule):
-            unit.inside = MethodType(_apply, unit)
-            register_fsdp_forward_method(unit, "inside")
-    return _with_room(model, torch.device("cpu") if offload else world.device, world.device) if empty else model
+        if is_sharded(unit):
+            unit.run_as_forward = MethodType(_apply, unit)
+            register_fsdp_forward_method(unit, "run_as_forward")
+    return _allocate(model, torch.device("cpu") if offload else world.device, world.device) if empty else model
 
 
-def _with_room(model: nn.Module, device: torch.device, buffers_on: torch.device) -> nn.Module:
+def _allocate(model: nn.Module, device: torch.device, buffers_on: torch.device) -> nn.Module:
     """Storage for parameters that have none; buffers, which have, keep their values."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     model.to_empty(device=device)
@@ -91,9 +91,9 @@ def _with_room(model: nn.Module, device: torch.device, buffers_on: torch.device)
     return model
 
 
-def on_device(model: nn.Module, world: World) -> nn.Module:
+def materialize(model: nn.Module, world: World) -> nn.Module:
     """A model on the meta device -> a whole one on this rank's, not yet filled."""
-    _with_room(model, world.device, world.device).tie_weights()  # which have come apart
+    _allocate(model, world.device, world.device).tie_weights()  # which have come apart
     return model
 
 
@@ -107,7 +107,7 @@ def before_backward(model: nn.Module, last: bool, keep_weights: bool, reduce_onc
     Copies of the weights (`hybrid`) meet only in the last. With `keep_weights` each unit is gathered once for all of
     them, with `reduce_once` gradients stay whole until the last. Ordinary forwards follow the last.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return
     model.set_reshard_after_forward(not keep_weights)
     model.set_reshard_after_backward(last or not keep_weights)
@@ -117,7 +117,7 @@ def before_backward(model: nn.Module, last: bool, keep_weights: bool, reduce_onc
 
 def after_backward(model: nn.Module) -> None:
     """Weights are given back after every forward again: what is only scored is not differentiated."""
-    if isinstance(model, FSDPModule):
+    if is_sharded(model):
         model.set_reshard_after_forward(True)
 
 
@@ -125,10 +125,10 @@ def _apply(model: nn.Module, function: Callable, *args: Any) -> Any:
     return function(model, *args)
 
 
-def inside(model: nn.Module, function: Callable, *args: Any) -> Any:
+def run_as_forward(model: nn.Module, function: Callable, *args: Any) -> Any:
     """function(model, *args) as a forward of the model's (or of a head's): what a sharded one keeps outside its layers
     is whole meanwhile."""
-    return model.inside(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
+    return model.run_as_forward(function, *args) if is_sharded(model) else function(model, *args)
 
 
 def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
@@ -173,4 +173,4 @@ def check_tensor_parallel(model_config: Any, world_size: int, tp: int) -> None:
 
 def local_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters on this rank."""
-    return sum(local_part(p).nbytes for p in model.parameters())
+    return sum(local_shard(p).nbytes for p in model.parameters())

@@ -8,11 +8,11 @@ from torch.distributed.tensor import DTensor
 
 from gspo.errors import UserError
 
-PIECE = 2**26  # numbers of a parameter that is between two shardings
+PIECE_NUMEL = 2**26  # numbers of a parameter that is between two shardings
 
 
 @torch.no_grad()
-def fill(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[slice, ...]], Tensor]]]) -> set[str]:
+def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[slice, ...]], Tensor]]]) -> set[str]:
     """Put weights, named as in `state_dict()`, into a model of any sharding; of each, what this rank holds is read.
 
     Returns the names. UserError where a weight is of another size than the model's.
@@ -20,7 +20,7 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[slice, .
     tensors, filled = model.state_dict(keep_vars=True), set()
     for name, read in weights:
         x = tensors[name]
-        local, part = local_part(x), read(held(x))
+        local, part = local_shard(x), read(local_slices(x))
         if part.shape != local.shape:
             raise UserError(
                 f"model.path: {name} is {list(x.shape)} by the model's config.json, and its files have another size "
@@ -31,12 +31,12 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[slice, .
     return filled
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its shard, or a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor behind a shard (all ranks must call this together); a plain tensor is returned as it is."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -47,10 +47,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """target <- source, parameter by parameter, whatever the two's sharding and dtypes.
+    """Copy every parameter of `source` into `target`, whatever the sharding and the dtype of the two.
 
-    Between shards of two kinds a parameter flows in pieces of PIECE numbers, in the target's dtype: no rank holds more
-    of it at a time, beside what is its own.
+    Where their shardings differ, a parameter is gathered in pieces of PIECE_NUMEL elements, in the target's dtype: no
+    rank holds more of it at a time beside its own part.
     """
     for (name, p), (other, q) in zip(source.named_parameters(), target.named_parameters(), strict=True):
         assert name == other, (name, other)
@@ -61,23 +61,23 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         if all(sharded) and p.device_mesh == q.device_mesh:
             q.to_local().copy_(p.to_local())
             continue
-        *rows, own = held(q)
-        mine = local_part(q)
+        *rows, own = local_slices(q)
+        mine = local_shard(q)
         for columns in _columns(p):
-            piece = whole(p[..., columns].to(q.dtype))
+            piece = full_tensor(p[..., columns].to(q.dtype))
             start, stop = max(own.start, columns.start), max(own.start, min(own.stop, columns.stop))
             wanted = piece[(*rows, slice(start - columns.start, stop - columns.start))]
             mine[..., start - own.start : stop - own.start].copy_(wanted)
 
 
 def _columns(p: Tensor) -> Iterator[slice]:
-    """Slices of a tensor's last dimension, which is sharded in vectors only, that hold PIECE numbers or a column."""
+    """Cut a tensor's last dimension, which is sharded in vectors only, into PIECE_NUMEL elements or single columns."""
     width = p.shape[-1]
-    step = width if p.ndim == 1 else max(1, PIECE * width // p.numel())
+    step = width if p.ndim == 1 else max(1, PIECE_NUMEL * width // p.numel())
     return (slice(at, min(at + step, width)) for at in range(0, width, step))
 
 
-def held(tensor: Tensor) -> tuple[slice, ...]:
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """The slices, one a dimension, of the whole tensor that this rank holds."""
     at = [slice(0, n) for n in tensor.shape]
     if isinstance(tensor, DTensor):
@@ -98,12 +98,12 @@ Read = Callable[[str, tuple[slice, ...]], Tensor]  # a tensor's name, slices of 
 def load_weights(model: nn.Module, read: Read) -> None:
     """Fill a model of any sharding, tensor by tensor, each rank with what it holds. No communication."""
     for name, p in model.named_parameters():
-        local_part(p).copy_(read(name, held(p)))
+        local_shard(p).copy_(read(name, local_slices(p)))
 
 
 def load_like(name: str, read: Read, like: Tensor) -> Tensor:
     """The tensor `name`, sharded and placed as `like` is. No communication."""
-    part = read(name, held(like)).to(like.device, like.dtype, copy=True)
+    part = read(name, local_slices(like)).to(like.device, like.dtype, copy=True)
     if not isinstance(like, DTensor):
         return part
     shape, stride = like.shape, like.stride()

@@ -30,7 +30,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def positions(self, count: int, tp: int = 1) -> list[int]:
+    def places(self, count: int, tp: int = 1) -> list[int]:
         """The places of a list of prompts that this rank samples and scores; with tp > 1, its whole group of tp ranks.
 
         Strided; who trains on what is decided by the lengths of the answers (packing/balance.py).
@@ -53,7 +53,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def exchange(self, parcels: list[Any]) -> list[Any]:
+    def all_to_all(self, parcels: list[Any]) -> list[Any]:
         """parcels[r] is for rank r -> [what rank 0 had for this rank, what rank 1 had, ...]; None costs nothing.
 
         Each object crosses the wire once, from its rank to the one that wants it. Tensors must be on the CPU.
@@ -71,18 +71,18 @@ class World:
         opened[self.rank] = parcels[self.rank]
         return opened
 
-    def collect(self, places: list[int], rows: Tensor) -> Tensor:
+    def gather_rows(self, places: list[int], rows: Tensor) -> Tensor:
         """Rows [G, ...] that belong at `places` of a whole -> the whole, on the CPU, on every rank."""
         pairs = [pair for part in self.gather((places, rows.cpu())) for pair in zip(*part, strict=True)]
         return torch.stack([row for _, row in sorted(pairs, key=lambda pair: pair[0])])
 
-    def main_first(self, make: Callable[[], Any]) -> Any:
+    def main_process_first(self, make: Callable[[], Any]) -> Any:
         """Run `make` on every rank, on rank 0 before the others; a UserError there is raised everywhere."""
         mine = []
-        self.from_main(lambda: mine.append(make()))
+        self.broadcast_from_main(lambda: mine.append(make()))
         return mine[0] if mine else make()
 
-    def from_main(self, make: Callable[[], Any]) -> Any:
+    def broadcast_from_main(self, make: Callable[[], Any]) -> Any:
         """Run `make` on rank 0 only and give everyone its result; a UserError there is raised everywhere."""
         outcome: list[Any] = [None]
         if self.is_main:
@@ -107,7 +107,7 @@ def _store_of_this_attempt() -> dist.Store:
 
 
 @contextmanager
-def session() -> Iterator[World]:
+def process_group() -> Iterator[World]:
     """Join the process group that torchrun describes, if any; leave it at the end."""
     rank, size = torchrun.rank(), torchrun.world_size()
     device = torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
@@ -129,7 +129,7 @@ def session() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def deal(sizes: dict[str, int], ranks: int) -> list[list[str]]:
+def split_by_size(sizes: dict[str, int], ranks: int) -> list[list[str]]:
     """Names for each rank, the largest first to the rank that has least: the same on every rank."""
     hands: list[list[str]] = [[] for _ in range(ranks)]
     held = [0] * ranks

@@ -21,7 +21,7 @@ from gspo.system.console import say
 from gspo.system.program import guarded
 
 
-def table(f: Footprint, free: int | None) -> str:
+def report_text(f: Footprint, free: int | None) -> str:
     """The report as text."""
     lines = [
         f"{f.model}: {f.parameters / 1e9:.3g} billion parameters, {f.precision}, {f.ranks} x {f.on}; GiB a rank",
@@ -29,7 +29,7 @@ def table(f: Footprint, free: int | None) -> str:
     ]
     for phase, parts in f.phases.items():
         whole = sum(f.resident.values()) + sum(parts.values())
-        lines.append(f"  while {phase:<12}{whole / GIB:9.3f}{'  <- the peak' if phase == f.fullest else ''}")
+        lines.append(f"  while {phase:<12}{whole / GIB:9.3f}{'  <- the peak' if phase == f.peak_phase else ''}")
         lines += [f"    {name:<16}{size / GIB:9.3f}" for name, size in parts.items() if size]
     if f.offloaded:
         lines.append(f"  in CPU memory     {sum(f.offloaded.values()) / GIB:9.3f}  ({', '.join(f.offloaded)})")
@@ -74,7 +74,7 @@ def main() -> None:
             f"what {resolve_path(cfg.model.path)} takes in {precision} cannot be worked out ({type(e).__name__}: "
             f"{' '.join(str(e).split())[:200]}). Whether it can be trained, train.py --check says."
         ) from e
-    say(table(report, free))
+    say(report_text(report, free))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from gspo.rollout.steps import side_by_side
 Autocast = Callable[[], AbstractContextManager]
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made inside that are still alive: `now`, and `peak`. `held`: tensors that were there
     before, of which views may be made."""
 
@@ -64,7 +64,7 @@ def _run(function: Any, args: tuple, kwargs: dict) -> Any:
     return function(*args, **kwargs)
 
 
-class Phantom:
+class FakeModel:
     """A model of some configuration whose tensors have no storage, and what becomes of memory when it runs."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, checkpointing: bool = False):
@@ -80,7 +80,7 @@ class Phantom:
 
     def layout(self) -> dict[int, Layer]:
         """Layer -> what it keeps of a token while sampling."""
-        with torch.no_grad(), self.mode, Live():
+        with torch.no_grad(), self.mode, LiveBytes():
             forward(self.model, probe := side_by_side([(0,)], torch.device("cpu")))
         return probe.layout
 
@@ -92,7 +92,7 @@ class Phantom:
         with self.mode:
             for p in parameters:
                 p.grad = torch.empty_like(p) if further else None
-            with Live(parameters) as live:
+            with LiveBytes(parameters) as live:
                 with autocast():
                     if exact:
                         loss = response_logprobs(self.model, self.head, pack, 1.0).double().sum()
@@ -105,6 +105,6 @@ class Phantom:
 
     def scoring(self, pack: PackedBatch, autocast: Autocast) -> int:
         """Bytes of a forward without gradients, at most."""
-        with torch.no_grad(), self.mode, Live(self.model.parameters()) as live, autocast():
+        with torch.no_grad(), self.mode, LiveBytes(self.model.parameters()) as live, autocast():
             response_logprobs(self.model, self.head, pack, 1.0)
         return live.peak

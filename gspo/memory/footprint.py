@@ -11,7 +11,7 @@ from gspo.config import Config
 from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.memory.activations import Phantom
+from gspo.memory.activations import FakeModel
 from gspo.models.loading import decoder_layers, load_model_config, resolve_path
 from gspo.models.precision import DTYPES
 from gspo.packing.micro_batches import Row, micro_batches
@@ -22,7 +22,7 @@ from gspo.rollout.weight_layout import prepared_bytes
 from gspo.types import Prompt, Rollout
 
 GIB = 2**30
-CURES = {
+CURE_OF_PART = {
     "activations": "optim.micro_batch_tokens (smaller) or model.gradient_checkpointing=true",
     "scoring": "optim.micro_batch_tokens (smaller)",
     "keys and values": "rollout.kv_memory_gib or rollout.max_slots (smaller)",
@@ -52,24 +52,24 @@ class Footprint:
     offloaded: dict[str, int]  # in CPU memory
 
     @property
-    def fullest(self) -> str:
+    def peak_phase(self) -> str:
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def peak(self) -> int:
-        return sum(self.resident.values()) + sum(self.phases[self.fullest].values())
+        return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
     def cure(self) -> str:
         """The setting for the largest part that has one, at the peak."""
-        parts = self.resident | self.phases[self.fullest]
-        return CURES[max(parts, key=parts.get)]
+        parts = self.resident | self.phases[self.peak_phase]
+        return CURE_OF_PART[max(parts, key=parts.get)]
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """In a line or two: the peak, and what it is made of."""
-        parts = sorted((self.resident | self.phases[self.fullest]).items(), key=lambda part: -part[1])
+        parts = sorted((self.resident | self.phases[self.peak_phase]).items(), key=lambda part: -part[1])
         shown = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts[:5] if size)
         aside = f"; CPU {sum(self.offloaded.values()) / GIB:.3g}" if self.offloaded else ""
-        return f"memory a rank: {self.peak / GIB:.3g} GiB at most, while {self.fullest} ({shown}{aside})"
+        return f"memory a rank: {self.peak / GIB:.3g} GiB at most, while {self.peak_phase} ({shown}{aside})"
 
 
 def footprint(
@@ -84,9 +84,9 @@ def footprint(
     config, dtype = load_model_config(cfg.model.path), DTYPES[precision]
     check_tensor_parallel(config, ranks, cfg.rollout.tensor_model_parallel_size)
     sharded = ranks > 1 or (on == "cuda" and cfg.optim.offload)
-    phantom = Phantom(config, dtype if ranks > 1 else torch.float32, cfg.model.gradient_checkpointing)
-    count = sum(p.numel() for p in phantom.model.parameters())
-    resident, offloaded = _resident(cfg, ranks, on, dtype, phantom.model, sharded)
+    fake_model = FakeModel(config, dtype if ranks > 1 else torch.float32, cfg.model.gradient_checkpointing)
+    count = sum(p.numel() for p in fake_model.model.parameters())
+    resident, offloaded = _resident(cfg, ranks, on, dtype, fake_model.model, sharded)
     longest = prompt_tokens or cfg.data.max_prompt_length
     phases = {"updating": {}, "scoring": {}, "sampling": {}}
 
@@ -95,19 +95,19 @@ def footprint(
     gradients = 4 * count if whole else 4 * count // _shard_size(cfg, ranks)
     (offloaded if away and not whole else phases["updating"])["gradients"] = gradients
     kept = None if cfg.model.reshard_after_forward else count * dtype.itemsize
-    phases["updating"]["gathered layers"] = _gathered(phantom.model, dtype, kept, True) if sharded else 0
+    phases["updating"]["gathered layers"] = _gathered(fake_model.model, dtype, kept, True) if sharded else 0
     score_sharded = ranks > 1 or (on == "cuda" and cfg.reference.param_offload)
-    phases["scoring"]["gathered layers"] = _gathered(phantom.model, dtype, None, False) if score_sharded else 0
+    phases["scoring"]["gathered layers"] = _gathered(fake_model.model, dtype, None, False) if score_sharded else 0
 
     work = _Work(cfg, ranks, precision, longest)
-    phases["updating"]["activations"] = work.training(phantom)
-    phases["scoring"]["activations"] = work.scoring(phantom)
-    sampler = Phantom(config, dtype)
+    phases["updating"]["activations"] = work.training(fake_model)
+    phases["scoring"]["activations"] = work.scoring(fake_model)
+    sampler = FakeModel(config, dtype)
     phases["sampling"] = _sampling(cfg, ranks, on, sampler, longest, work.groups, free - sum(resident.values()))
     return Footprint(resolve_path(cfg.model.path), count, precision, ranks, on, resident, phases, offloaded)
 
 
-def foretold(cfg: Config, world: World, precision: str, prompt_tokens: int) -> str:
+def memory_report_line(cfg: Config, world: World, precision: str, prompt_tokens: int) -> str:
     """The report in a line or two, for the start of a run on this device; a model it cannot work out stops nothing."""
     free = free_bytes(world.device)
     try:
@@ -115,8 +115,8 @@ def foretold(cfg: Config, world: World, precision: str, prompt_tokens: int) -> s
     except Exception as e:  # a class that does more than tensors without storage allow
         return f"note: what memory this model will take cannot be worked out ({type(e).__name__}: {str(e)[:200]})"
     if report.peak <= free:
-        return report.line()
-    return f"warning: {report.line()}\nand {free / GIB:.3g} GiB are free. If it ends for that, turn {report.cure()}"
+        return report.summary()
+    return f"warning: {report.summary()}\nand {free / GIB:.3g} GiB are free. If it ends for that, turn {report.cure()}"
 
 
 def _shard_size(cfg: Config, ranks: int) -> int:
@@ -195,15 +195,15 @@ class _Work:
     def _autocast(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16) if self.half else nullcontext()
 
-    def training(self, phantom: Phantom) -> int:
-        return phantom.training(self._pack(self.parts), self._autocast, self.exact, further=len(self.parts) > 1)
+    def training(self, fake_model: FakeModel) -> int:
+        return fake_model.training(self._pack(self.parts), self._autocast, self.exact, further=len(self.parts) > 1)
 
-    def scoring(self, phantom: Phantom) -> int:
-        return phantom.scoring(self._pack(self.scored), self._autocast)
+    def scoring(self, fake_model: FakeModel) -> int:
+        return fake_model.scoring(self._pack(self.scored), self._autocast)
 
 
 def _sampling(
-    cfg: Config, ranks: int, on: str, sampler: Phantom, longest: int, groups: int, free: int
+    cfg: Config, ranks: int, on: str, sampler: FakeModel, longest: int, groups: int, free: int
 ) -> dict[str, int]:
     """Pages for keys and values, the logits of a step, and on a CPU the weights laid out for its products."""
     r, layout = cfg.rollout, sampler.layout()

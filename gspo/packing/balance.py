@@ -37,7 +37,7 @@ def balance(
             return None
         return [places[g] for g in groups], rollout.select(groups), _select(scores, groups)
 
-    arrived = [p for p in world.exchange([parcel(rank) for rank in range(world.size)]) if p is not None]
+    arrived = [p for p in world.all_to_all([parcel(rank) for rank in range(world.size)]) if p is not None]
     found = [place for part, _, _ in arrived for place in part]
     order = sorted(range(len(found)), key=lambda g: found[g])
     mine = _join_rollouts([part for _, part, _ in arrived], order, device)

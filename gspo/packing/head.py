@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gspo.distributed.sharding import inside
+from gspo.distributed.sharding import run_as_forward
 
 SMALL, LARGE = 2.0**-10, 2.0**20  # products that no cap bends, and that any cap stops
 
@@ -57,7 +57,7 @@ def measure_head(model: nn.Module, device: torch.device | None = None) -> Head |
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    hidden = inside(model, _last_hidden, ids)
+    hidden = run_as_forward(model, _last_hidden, ids)
     if len(given) != 1 or not _same(given[0], hidden) or logits.shape != y.shape:
         return None
     scale, top = logits[0, 1, 0].item() / SMALL, logits[0, 2, 0].item()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspo.distributed.sharding import inside
+from gspo.distributed.sharding import run_as_forward
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad
 from gspo.models.architecture import attention_of, check_architecture, ordinary_token, refusal
 from gspo.packing.attention import PACKED
@@ -34,7 +34,7 @@ def response_logprobs(model: nn.Module, head: Head | None, packed: PackedBatch, 
     if head is None:
         logprobs = _from_logits(model, packed, temperature)
     else:
-        logprobs = inside(model, _from_hidden, head, packed, temperature)
+        logprobs = run_as_forward(model, _from_hidden, head, packed, temperature)
     if packed.twins is not None:
         logprobs = logprobs.index_select(0, packed.twins)
     return logprobs.new_zeros(packed.mask.shape).masked_scatter(packed.mask, logprobs)
@@ -51,7 +51,7 @@ def surrogate(model: nn.Module, head: Head | None, packed: PackedBatch, temperat
     if head is None:
         logprobs = _from_logits(model, packed, temperature)
         return (slope(logprobs.detach(), slice(0, len(logprobs))) * logprobs).sum()
-    return inside(model, _from_hidden, head, packed, temperature, slope)
+    return run_as_forward(model, _from_hidden, head, packed, temperature, slope)
 
 
 def _summed(slope: Slope, twins: Tensor) -> Slope:
@@ -74,7 +74,7 @@ def _from_hidden(
     with attention_of(model.config.get_text_config(), PACKED):
         hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
     scored = hidden.index_select(0, packed.scored_by)
-    return inside(model.get_output_embeddings(), _by_head, scored, packed.targets, head, temperature, slope)
+    return run_as_forward(model.get_output_embeddings(), _by_head, scored, packed.targets, head, temperature, slope)
 
 
 def _by_head(

@@ -107,7 +107,7 @@ class Sampler:
         this rank's own prompts only, with their places in its Rollout.
         """
         self._check_length(prompts, sampling)  # of all ranks, so that none fails alone
-        together, mine = world.positions(len(prompts), self.tp), world.positions(len(prompts))
+        together, mine = world.places(len(prompts), self.tp), world.places(len(prompts))
 
         def own(i: int, prompt: Prompt, texts: list[str]) -> None:
             if together[i] in mine:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.distributed.world import session
+from gspo.distributed.world import process_group
 from gspo.packing.balance import balance
 from gspo.system.program import leave
 from gspo.types import Prompt, Rollout, Scores
@@ -65,9 +65,9 @@ def rows(places, r, s):
 
 def main() -> None:
     told = {}
-    with session() as world:
+    with process_group() as world:
         for case, (sizes, _, minibatches) in CASES.items():
-            places = world.positions(len(sizes))
+            places = world.places(len(sizes))
             there, rollout, scores, share = balance(places, *scored(case, places), minibatches, world)
             counters = [scores.first_fault, scores.errors, scores.timeouts, scores.calls]
             told[case] = world.gather([there, list(rows(there, rollout, scores).items()), counters, share])

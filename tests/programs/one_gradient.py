@@ -13,8 +13,8 @@ from gspo.algorithm.selves import Selves
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
-from gspo.distributed.transfer import whole
-from gspo.distributed.world import session
+from gspo.distributed.transfer import full_tensor
+from gspo.distributed.world import process_group
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
 from gspo.read_config import load_config
@@ -27,9 +27,9 @@ from train import gather_experience
 
 def main() -> None:
     out, cfg = Path(sys.argv[1]), load_config("configs/quick.yaml", sys.argv[2:])
-    with session() as world:
+    with process_group() as world:
         tokenizer = load_tokenizer(None)
-        splits = world.main_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
+        splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
         batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed).take()
         selves = Selves(cfg, world)
         optimizer = make_optimizer(selves.policy, cfg)
@@ -43,7 +43,7 @@ def main() -> None:
 
         def keep_gradient() -> None:
             for name, p in selves.policy.named_parameters():
-                gradient[name] = whole(p.grad).cpu().clone().contiguous()
+                gradient[name] = full_tensor(p.grad).cpu().clone().contiguous()
 
         optimizer.step = keep_gradient
         Updater(selves.policy, selves.head, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)

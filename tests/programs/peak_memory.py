@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from gspo.distributed.world import session
-from gspo.memory.__main__ import table
+from gspo.distributed.world import process_group
+from gspo.memory.__main__ import report_text
 from gspo.memory.footprint import footprint
 from gspo.read_config import load_config
 from gspo.system.program import leave
@@ -32,7 +32,7 @@ def resident(key: str) -> float:
 
 def main() -> None:
     folder, given = sys.argv[1], sys.argv[2:]
-    with session() as world:
+    with process_group() as world:
         for name, overrides in (("warm", [x for x in given if x.startswith("reward.path")]), ("measured", given)):
             cfg = load_config(None, [*COMMON, *overrides, f"trainer.output_dir={folder}", f"trainer.run_name={name}"])
             before = resident("VmRSS")
@@ -41,7 +41,7 @@ def main() -> None:
             peak = resident("VmHWM") - before
         report = footprint(cfg, world.size, "cpu", cfg.model.precision, 2**62)
         if world.is_main:
-            print(table(report, None))
+            print(report_text(report, None))
             print(json.dumps({"measured": peak, "reported": report.peak / 2**20}))
 
 

@@ -15,8 +15,8 @@ import torch
 
 from gspo.algorithm.selves import Selves
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.distributed.transfer import whole
-from gspo.distributed.world import session
+from gspo.distributed.transfer import full_tensor
+from gspo.distributed.world import process_group
 from gspo.packing.balance import balance
 from gspo.read_config import load_config
 from gspo.system.program import leave
@@ -30,7 +30,7 @@ class Keeping(Updater):
     """Keeps the gradient of every optimizer step, whole."""
 
     def _step(self, *args):
-        self.kept.append({name: whole(p.grad).cpu().clone() for name, p in self.policy.named_parameters()})
+        self.kept.append({name: full_tensor(p.grad).cpu().clone() for name, p in self.policy.named_parameters()})
         super()._step(*args)
 
 
@@ -71,7 +71,7 @@ def settings(seed, size):
 def step(selves, cfg, seed):
     """One update of this rank's share -> (gradients of its optimizer steps, loss terms), summed over ranks."""
     world, (rollout, scores) = selves.world, batch(seed)
-    places, groups = world.positions(len(rollout.prompts)), len(rollout.prompts)
+    places, groups = world.places(len(rollout.prompts)), len(rollout.prompts)
     share = rollout.select(places), Scores(scores.rewards[places], predictions=[[None]] * len(places))
     places, mine, scored, _ = balance(places, *share, cfg.optim.minibatches, world)
     experience = gather_experience(mine, places, scored, selves, groups, cfg, world)
@@ -105,7 +105,7 @@ def difference(ours, theirs):
 
 def main() -> None:
     out, count, told = Path(sys.argv[1]), int(sys.argv[2]), []
-    with session() as world:
+    with process_group() as world:
         for seed in range(count):
             cfg = load_config(None, [*FIXED, *settings(seed, world.size)])
             ours, terms = step(opened(cfg, world), cfg, seed)

@@ -13,7 +13,7 @@ import torch
 
 from gspo.algorithm.selves import Selves
 from gspo.distributed.sharding import is_sharded
-from gspo.distributed.world import session
+from gspo.distributed.world import process_group
 from gspo.models.loading import decoder_layers
 from gspo.read_config import load_config
 from gspo.system.program import leave
@@ -47,7 +47,7 @@ def rollout():
 
 def main() -> None:
     cfg = load_config(None, [f"model.path={sys.argv[2]}", "model.precision=fp32"])
-    with session() as world:
+    with process_group() as world:
         selves = Selves(cfg, world)
         model, seen, counts = selves.frozen["opponent"], {}, []
         sizes = units(model)

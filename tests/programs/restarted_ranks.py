@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from gspo.distributed.world import session
+from gspo.distributed.world import process_group
 from gspo.system.program import leave
 
 if __name__ == "__main__":
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
     time.sleep(5.0 if attempt and rank == 0 else 0.0)
-    with session() as world:
+    with process_group() as world:
         ranks = world.sum(1)
         if attempt == 0:
             os._exit(1)

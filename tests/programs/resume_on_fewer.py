@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from gspo.distributed.world import session
+from gspo.distributed.world import process_group
 from gspo.read_config import load_config
 from gspo.system.files import write_text
 from gspo.system.program import leave
@@ -33,7 +33,7 @@ def run(folder: Path, ranks: int, steps: int) -> None:
         own = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": port.read_text()}
         os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **own}
         cfg = load_config("configs/quick.yaml", [*FEW, f"trainer.max_steps={steps}", f"trainer.output_dir={folder}"])
-        with session() as world:
+        with process_group() as world:
             train(cfg, world)
             if world.is_main:
                 done.touch()

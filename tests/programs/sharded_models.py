@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from gspo.distributed.sharded_loading import read_into, skeleton
+from gspo.distributed.sharded_loading import allocate_and_load, meta_model
 from gspo.distributed.sharding import is_sharded, shard
-from gspo.distributed.transfer import whole
-from gspo.distributed.world import session
+from gspo.distributed.transfer import full_tensor
+from gspo.distributed.world import process_group
 from gspo.models.loading import load_model
 from gspo.models.safetensors_files import Weights
 from gspo.packing.head import measure_head
@@ -30,7 +30,7 @@ def counting(self, name, slices=(), plain=Weights.read):
 
 def compare(folder, world):
     read_from_files.clear()
-    model = read_into(lambda m: shard(m, world, torch.float32, offload=False), skeleton(folder), folder)
+    model = allocate_and_load(lambda m: shard(m, world, torch.float32, offload=False), meta_model(folder), folder)
     assert is_sharded(model)
     plain = load_model(folder)
     measured = measure_head(model, world.device)
@@ -41,7 +41,7 @@ def compare(folder, world):
     names, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {
-        "weights": all(whole(p).equal(names[name]) for name, p in model.named_parameters()),
+        "weights": all(full_tensor(p).equal(names[name]) for name, p in model.named_parameters()),
         "names": [name for name, _ in model.named_parameters()] == list(names),
         "buffers": all(b.equal(buffers[name]) for name, b in model.named_buffers()),
         "tied": (embedding.weight is head.weight) == plain.config.get_text_config().tie_word_embeddings,
@@ -55,7 +55,7 @@ def compare(folder, world):
 
 def main() -> None:
     Weights.read = counting
-    with session() as world:
+    with process_group() as world:
         told = {folder.name: compare(str(folder), world) for folder in sorted(Path(sys.argv[2]).iterdir())}
         told = world.gather(told)
         if world.is_main:

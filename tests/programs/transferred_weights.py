@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.distributed import transfer
 from gspo.distributed.sharding import shard, shard_sampler
-from gspo.distributed.transfer import copy_weights, held
-from gspo.distributed.world import session
+from gspo.distributed.transfer import copy_weights, local_slices
+from gspo.distributed.world import process_group
 from gspo.models.loading import in_dtype
 from gspo.system.program import leave
 
@@ -34,7 +34,7 @@ def here(p: Tensor) -> Tensor:
 @torch.no_grad()
 def main() -> None:
     transfer.PIECE = 2**19  # 1 MiB in bf16
-    with session() as world:
+    with process_group() as world:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
         sampler, _ = shard_sampler(in_dtype(copy.deepcopy(model), torch.bfloat16), world, int(sys.argv[1]))
@@ -46,7 +46,7 @@ def main() -> None:
         before = watch_peak()
         copy_weights(policy, sampler)
         grown = resident("VmHWM") - before
-        wrong = [name for name, p in sampler.named_parameters() if not here(p).equal(expected[name][held(p)])]
+        wrong = [name for name, p in sampler.named_parameters() if not here(p).equal(expected[name][local_slices(p)])]
         size = sum(here(p).untyped_storage().nbytes() for p in sampler.parameters()) / 2**20
         rows = world.gather({"held": size, "grown": grown, "wrong": wrong})
         if world.is_main:

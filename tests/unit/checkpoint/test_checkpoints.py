@@ -14,7 +14,7 @@ from gspo.algorithm.update import make_optimizer
 from gspo.checkpoint import checkpoints as ckpt
 from gspo.checkpoint import manifest
 from gspo.checkpoint.checkpoints import State, load_order, load_state, restore
-from gspo.checkpoint.run_folder import latest
+from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.errors import UserError
 from gspo.models.loading import load_model
 
@@ -95,7 +95,7 @@ def test_only_the_last_few_are_kept_and_the_best(run):
         run.save(step, best_step=best, best_accuracy=0.1 * best)
     assert run.names() == ["best", "step_000005", "step_000007", "step_000008"]
     assert (run.folder / "checkpoints" / "best").resolve().name == "step_000005"
-    assert latest(run.folder / "checkpoints").name == "step_000008"
+    assert latest_checkpoint(run.folder / "checkpoints").name == "step_000008"
     run.save(9, best_step=9, best_accuracy=1.0)
     assert run.names() == ["best", "step_000008", "step_000009"]
     run.cfg.trainer.keep_best = False
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_finds_no_room_is_told_of_and_the_next_one_succeeds(ru
         assert run.names() == ["step_000002"]
         with pytest.raises(UserError, match=r"step 4 is done.*goes on from step_000002"):
             run.checkpoints.require(4)
-    assert manifest.damage(run.save(4), ALONE) == "" and capsys.readouterr().out == ""
+    assert manifest.find_damage(run.save(4), ALONE) == "" and capsys.readouterr().out == ""
     run.checkpoints.require(4)
 
 
@@ -161,7 +161,7 @@ def test_a_disk_that_is_really_full(small_disk, tokenizer, capsys):
     (warning,) = capsys.readouterr().out.splitlines()
     assert "No space left on device" in warning and run.names() == []
     (small_disk / "other").unlink()
-    assert manifest.damage(run.save(4), ALONE) == "" and run.names() == ["step_000004"]
+    assert manifest.find_damage(run.save(4), ALONE) == "" and run.names() == ["step_000004"]
     run.save(6)  # the one before is removed only when this one is whole
     assert "No space left on device" in capsys.readouterr().out and run.names() == ["step_000004"]
 
@@ -182,21 +182,21 @@ def test_a_run_goes_on_when_its_disk_is_full_and_loses_nothing_but_a_checkpoint(
     with contextlib.suppress(OSError):
         (small_disk / "other").write_bytes(bytes(24 << 20))
     assert wait_until(lambda: "could not be written" in said() and "they wait in memory" in said())
-    assert latest(run / "checkpoints") is not None and program.process.poll() is None
+    assert latest_checkpoint(run / "checkpoints") is not None and program.process.poll() is None
     (small_disk / "other").unlink()
     assert program.process.wait(1000) == 0, said()[-3000:]
     assert "No space left on device" in said() and "are written again, none is missing" in said()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [*range(1, 41)]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000040"]
-    assert manifest.damage(run / "checkpoints" / "step_000040", ALONE) == ""
+    assert manifest.find_damage(run / "checkpoints" / "step_000040", ALONE) == ""
 
 
 def test_updates_that_are_never_finite_stop_the_run():
     state = State()
     for skipped in (1, 1, 0, 1, 1):
-        state.count_bad(skipped, limit=3)
+        state.count_non_finite(skipped, limit=3)
     with pytest.raises(UserError, match="not finite"):
-        state.count_bad(1, limit=3)
+        state.count_non_finite(1, limit=3)
 
 
 def test_a_frozen_model_that_the_run_did_not_have_is_asked_for_in_vain(run):

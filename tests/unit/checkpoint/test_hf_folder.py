@@ -5,8 +5,8 @@ import torch
 from architectures import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from gspo.checkpoint.hf_folder import Blueprint, index, shard_files
-from gspo.distributed.world import deal
+from gspo.checkpoint.hf_folder import ModelFolder, index_json, shard_files
+from gspo.distributed.world import split_by_size
 from gspo.embedded import MODEL_DIR
 from gspo.models.loading import load_model, load_tokenizer
 from gspo.models.safetensors_files import write_weights
@@ -14,19 +14,19 @@ from gspo.models.safetensors_files import write_weights
 
 def write(folder, source, weights, tokenizer, shards):
     """As the ranks of a run do it: parameters dealt out, each in the pieces that files have of it."""
-    blueprint = Blueprint(str(source), tokenizer)
+    model_folder = ModelFolder(str(source), tokenizer)
     places = {}
-    hands = deal({name: x.nbytes for name, x in weights.items()}, shards)
-    beside = blueprint.beside(folder.with_name("scratch"), next(iter(weights.values())).dtype)
+    hands = split_by_size({name: x.nbytes for name, x in weights.items()}, shards)
+    beside = model_folder.beside(folder.with_name("scratch"), next(iter(weights.values())).dtype)
     folder.mkdir()
     for name, data in beside.items():
         (folder / name).write_bytes(data)
     for file, hand in zip(shard_files("model", shards), hands, strict=True):
-        pieces = {key: x for name in hand for key, x in blueprint.pieces(name, weights[name]).items()}
+        pieces = {key: x for name in hand for key, x in model_folder.pieces(name, weights[name]).items()}
         write_weights(folder / file, pieces)
         places |= dict.fromkeys(pieces, file)
     if shards > 1:
-        (folder / "model.safetensors.index.json").write_bytes(index(0, places))
+        (folder / "model.safetensors.index.json").write_bytes(index_json(0, places))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -54,10 +54,10 @@ def test_a_written_model_reopens_with_the_same_logits(family, shards, tmp_path, 
 def test_experts_have_the_names_of_published_files(tmp_path, tokenizer):
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path / "source")
-    blueprint = Blueprint(str(tmp_path / "source"), tokenizer)
+    model_folder = ModelFolder(str(tmp_path / "source"), tokenizer)
     experts = dict(model.named_parameters())["model.layers.1.mlp.experts.gate_up_proj"]
     names = [f"model.layers.1.block_sparse_moe.experts.{e}.w{w}.weight" for e in range(4) for w in (1, 3)]
-    assert sorted(blueprint.pieces("model.layers.1.mlp.experts.gate_up_proj", experts.detach())) == names
+    assert sorted(model_folder.pieces("model.layers.1.mlp.experts.gate_up_proj", experts.detach())) == names
 
 
 def test_generation_settings_and_chat_template_are_kept(tmp_path, tokenizer, embedded_model):
@@ -72,8 +72,8 @@ def test_generation_settings_and_chat_template_are_kept(tmp_path, tokenizer, emb
 
 def test_dealing_is_even_and_leaves_nobody_out():
     sizes = {f"layer.{i}": 10 + i % 3 for i in range(22)} | {"embedding": 100, "head": 99}
-    hands = deal(sizes, 4)
+    hands = split_by_size(sizes, 4)
     assert sorted(name for hand in hands for name in hand) == sorted(sizes)
     held = [sum(sizes[name] for name in hand) for hand in hands]
     assert max(held) - min(held) <= 12 and held[0] < 1.1 * sum(held) / 4
-    assert deal({"a": 5, "b": 1}, 3) == [["a"], ["b"], []]
+    assert split_by_size({"a": 5, "b": 1}, 3) == [["a"], ["b"], []]

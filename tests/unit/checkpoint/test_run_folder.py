@@ -12,7 +12,7 @@ import pytest
 from saved_run import ALONE, a_run
 
 from gspo.checkpoint import manifest, run_folder
-from gspo.checkpoint.run_folder import keep_reward_function, latest, needs_test, open_run
+from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation, open_run, save_reward_function
 from gspo.errors import UserError
 from gspo.read_config import load_config
 from gspo.system.files import write_json
@@ -116,10 +116,10 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_is_used(r
         is_manifest = file.name == manifest.NAME
         for at in range(len(whole)) if is_manifest else (0, len(whole) // 2, len(whole) - 1):
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            said = manifest.damage(newest, ALONE)
+            said = manifest.find_damage(newest, ALONE)
             assert file.relative_to(newest).as_posix() in said, (file, at, said)
         file.write_bytes(whole)
-        assert manifest.damage(newest, ALONE) == ""
+        assert manifest.find_damage(newest, ALONE) == ""
 
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         assert again(run)[1].name == "step_000004"
@@ -138,9 +138,9 @@ def test_a_file_that_is_missing_or_cut_is_found(run):
             continue
         whole = file.read_bytes()
         file.write_bytes(whole[:-1])
-        assert f"has {len(whole) - 1} bytes instead of {len(whole)}" in manifest.damage(step, ALONE)
+        assert f"has {len(whole) - 1} bytes instead of {len(whole)}" in manifest.find_damage(step, ALONE)
         file.unlink()
-        assert "is missing" in manifest.damage(step, ALONE)
+        assert "is missing" in manifest.find_damage(step, ALONE)
         file.write_bytes(whole)
 
 
@@ -180,7 +180,7 @@ def test_a_run_whose_config_cannot_be_read_is_refused(run):
 def test_a_million_steps_are_more_than_999_999(run):
     for step in (999_999, 1_000_000):
         run.save(step)
-    assert again(run)[1].name == "step_1000000" == latest(run.folder / "checkpoints").name
+    assert again(run)[1].name == "step_1000000" == latest_checkpoint(run.folder / "checkpoints").name
 
 
 def test_resume_names_the_checkpoint_that_was_meant(run):
@@ -221,24 +221,24 @@ def test_a_real_folder_named_checkpoints_is_left_alone(tmp_path):
 def test_half_a_checkpoint_is_never_the_latest(run):
     (run.folder / "checkpoints" / "step_000009.part" / "trainer").mkdir(parents=True)
     (run.folder / "checkpoints" / "step_000008").mkdir()
-    assert latest(run.folder / "checkpoints").name == "step_000004"
+    assert latest_checkpoint(run.folder / "checkpoints").name == "step_000004"
 
 
 def test_an_evaluation_is_repeated_only_for_another_step(tmp_path):
-    assert needs_test(tmp_path, "eval_after", 6, ALONE)
+    assert needs_evaluation(tmp_path, "eval_after", 6, ALONE)
     write_json(tmp_path / "eval_after.json", {"step": 6})
-    assert not needs_test(tmp_path, "eval_after", 6, ALONE)
-    assert needs_test(tmp_path, "eval_after", 9, ALONE)
+    assert not needs_evaluation(tmp_path, "eval_after", 6, ALONE)
+    assert needs_evaluation(tmp_path, "eval_after", 9, ALONE)
     assert json.loads((tmp_path / "eval_after.json").read_text()) == {"step": 6}
 
 
 def test_a_reward_function_that_changes_between_resumes_is_told_of_and_both_are_kept(tmp_path, capsys):
-    keep_reward_function(tmp_path, "return 0.5", 0)
-    keep_reward_function(tmp_path, "return 0.5", 20)
+    save_reward_function(tmp_path, "return 0.5", 0)
+    save_reward_function(tmp_path, "return 0.5", 20)
     assert capsys.readouterr().out == ""
-    keep_reward_function(tmp_path, "return 1.0", 40)
+    save_reward_function(tmp_path, "return 1.0", 40)
     assert "another one than this run began with" in capsys.readouterr().out
     assert (tmp_path / "reward_func.py").read_text() == "return 1.0"
     assert (tmp_path / "reward_func_until_step_40.py").read_text() == "return 0.5"
-    keep_reward_function(tmp_path, "return 0.0", 0)
+    save_reward_function(tmp_path, "return 0.0", 0)
     assert capsys.readouterr().out == "" and (tmp_path / "reward_func.py").read_text() == "return 0.0", "a run anew"

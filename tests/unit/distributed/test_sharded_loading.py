@@ -10,14 +10,14 @@ from architectures import FAMILIES, tiny_model
 from ranks import launch
 from safetensors.torch import load_file, save_file
 
-from gspo.distributed.sharded_loading import read_into, skeleton
-from gspo.distributed.sharding import on_device
+from gspo.distributed.sharded_loading import allocate_and_load, meta_model
+from gspo.distributed.sharding import materialize
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_model
 
 ALONE = World(0, 1, torch.device("cpu"), None)
-whole = functools.partial(on_device, world=ALONE)
+whole = functools.partial(materialize, world=ALONE)
 CONVERTED = {"mixtral"}  # its files hold experts one by one, which every rank reads
 
 
@@ -25,9 +25,9 @@ CONVERTED = {"mixtral"}  # its files hold experts one by one, which every rank r
 def test_the_weights_read_one_by_one_are_the_model_transformers_opens(family, tmp_path):
     """Weights, buffers that no file holds, and logits, bit for bit; what is tied stays tied."""
     tiny_model(family).save_pretrained(tmp_path)
-    plain, empty = load_model(str(tmp_path)), skeleton(str(tmp_path))
+    plain, empty = load_model(str(tmp_path)), meta_model(str(tmp_path))
     assert all(p.is_meta for p in empty.parameters())
-    mine = read_into(whole, empty, str(tmp_path))
+    mine = allocate_and_load(whole, empty, str(tmp_path))
     for kind in ("named_parameters", "named_buffers"):
         ours, theirs = dict(getattr(mine, kind)()), dict(getattr(plain, kind)())
         assert list(ours) == list(theirs) and all(ours[name].equal(theirs[name]) for name in ours)
@@ -39,7 +39,7 @@ def test_the_weights_read_one_by_one_are_the_model_transformers_opens(family, tm
 def test_a_model_of_another_dtype_and_in_several_files_is_read_as_well(tmp_path):
     tiny_model("qwen2").save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    mine = read_into(whole, skeleton(str(tmp_path), torch.bfloat16), str(tmp_path))
+    mine = allocate_and_load(whole, meta_model(str(tmp_path), torch.bfloat16), str(tmp_path))
     plain = load_model(str(tmp_path), torch.bfloat16)
     assert all(p.equal(q) for p, q in zip(mine.parameters(), plain.parameters(), strict=True))
     assert all(p.equal(q) for p, q in zip(mine.buffers(), plain.buffers(), strict=True))
@@ -50,14 +50,14 @@ def test_files_that_do_not_fit_the_model_are_refused_by_name(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "norm" not in k}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no weights for model.layers.0.input_layernorm.weight and 4 more"):
-        read_into(whole, skeleton(str(tmp_path)), str(tmp_path))
+        allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
     weights["lm_head.weight"] = torch.zeros(96, 32)
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head.weight is \[97, 32\] by the model's config.json"):
-        read_into(whole, skeleton(str(tmp_path)), str(tmp_path))
+        allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
     shutil.move(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="has no model.safetensors"):
-        read_into(whole, skeleton(str(tmp_path)), str(tmp_path))
+        allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
 
 
 def test_three_ranks_open_every_architecture_in_shards_of_which_each_reads_its_own(run_program, tmp_path):

@@ -10,7 +10,7 @@ from architectures import tiny_model
 from ranks import FEW, gradient, launch
 from repository import PROGRAM_ENV
 
-from gspo.distributed.sharding import hybrid
+from gspo.distributed.sharding import with_hybrid_mesh
 from gspo.distributed.world import World, _store_of_this_attempt
 from gspo.errors import UserError
 from gspo.models.safetensors_files import open_weights
@@ -143,13 +143,13 @@ def test_an_offloaded_reference_has_one_unit_on_the_device_at_a_time(run_program
 
 def test_ranks_that_make_no_whole_copies_are_refused():
     with pytest.raises(UserError, match=r"model.shard_size = 3 does not divide the 4 processes"):
-        hybrid(World(0, 4, torch.device("cpu"), mesh=object()), 3)
+        with_hybrid_mesh(World(0, 4, torch.device("cpu"), mesh=object()), 3)
 
 
 def test_positions_partition_the_batch_and_tensor_parallel_groups_share():
     worlds = [World(rank, 4, torch.device("cpu"), None) for rank in range(4)]
-    assert [w.positions(6) for w in worlds] == [[0, 4], [1, 5], [2], [3]]
-    assert [w.positions(6, tp=2) for w in worlds] == [[0, 1, 4, 5], [0, 1, 4, 5], [2, 3], [2, 3]]
+    assert [w.places(6) for w in worlds] == [[0, 4], [1, 5], [2], [3]]
+    assert [w.places(6, tp=2) for w in worlds] == [[0, 1, 4, 5], [0, 1, 4, 5], [2, 3], [2, 3]]
 
 
 def test_each_attempt_of_torchrun_has_names_of_its_own(monkeypatch):

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
-from gspo.memory.__main__ import main, table
-from gspo.memory.activations import Live
+from gspo.memory.__main__ import main, report_text
+from gspo.memory.activations import LiveBytes
 from gspo.memory.footprint import footprint
 from gspo.models.loading import load_tokenizer
 from gspo.read_config import load_config
@@ -27,15 +27,15 @@ def test_live_bytes_of_two_layers_by_hand():
     """ReLU(x W) V over [8, 16] floats: what autograd keeps is x W and ReLU's result; then a gradient beside them."""
     w, v, x = (nn.Parameter(torch.ones(s, device="meta")) for s in ((16, 32), (32, 4), (8, 16)))
     x.requires_grad_(False)
-    with Live() as live:
+    with LiveBytes() as live:
         y = (torch.relu(x @ w) @ v).sum()
         assert live.now == 4 * (8 * 32 + 1)  # ReLU's result is kept, its input is not
         assert live.peak == 4 * (2 * 8 * 32)
         del y
         assert live.now == 0
-    with Live([w]) as live:
+    with LiveBytes([w]) as live:
         assert w.t().shape == (32, 16) and live.peak == 0, "a view of what was there before"
-    with Live() as live:
+    with LiveBytes() as live:
         y = checkpoint(lambda x: torch.relu(x @ w) @ v, x, use_reentrant=False).sum()
         assert live.now == 4
         y.backward()
@@ -102,9 +102,11 @@ def test_less_memory_where_a_setting_says_so():
     again = report("optim.micro_batch_tokens=8192", "model.gradient_checkpointing=true")
     for less in (smaller, again):
         assert less.phases["updating"]["activations"] < 0.7 * usual.phases["updating"]["activations"]
-    assert usual.fullest == "updating" and "optim.micro_batch_tokens" in usual.cure()
-    assert "turn optim.micro_batch_tokens" in table(usual, usual.peak - 1) and "it fits" in table(usual, usual.peak)
-    assert "activations" in usual.line() and f"{usual.peak / GIB:.3g} GiB" in usual.line()
+    assert usual.peak_phase == "updating" and "optim.micro_batch_tokens" in usual.cure()
+    assert "turn optim.micro_batch_tokens" in report_text(usual, usual.peak - 1) and "it fits" in report_text(
+        usual, usual.peak
+    )
+    assert "activations" in usual.summary() and f"{usual.peak / GIB:.3g} GiB" in usual.summary()
 
 
 def test_the_command_needs_no_weights(run_program, tmp_path):
