@@ -33,7 +33,7 @@ def here(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    transfer.PIECE = 2**19  # 1 MiB in bf16
+    transfer.PIECE_NUMEL = 2**19  # 1 MiB in bf16
     with process_group() as world:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
