@@ -9,13 +9,15 @@ from pathlib import Path
 from repository import PROGRAM_ENV, PROGRAMS
 
 
-def results(program: str, folder: Path) -> dict:
+def results(program: str, folder: Path, *arguments: str) -> dict:
     """What a program prints last. It gets a compiler cache of its own.
 
     Where its name says so, kernels run in Triton's interpreter, which has to be known before anything imports Triton.
     """
     env = os.environ | {"TRITON_INTERPRET": "1" if program.startswith("interpreted") else "0"}
     env |= {**PROGRAM_ENV, "TRITON_CACHE_DIR": str(folder)}
-    done = subprocess.run([sys.executable, PROGRAMS / program], env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / program, *arguments], env=env, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,14 @@
 import json
 import re
 
+import torch
+from architectures import tiny_model
 from repository import ROOT
+from tiny_sampler import prompts_of, sampler_for
+from triton_programs import results
+
+from gspo.rollout.engines import ENGINES
+from gspo.rollout.sampling import Sampling
 
 FEW = ("--config", "configs/quick.yaml", "trainer.max_steps=1", "data.train_batch_size=8", "eval.round_prompts=0",
        "eval.before_and_after=false", "model.precision=fp32")  # fmt: skip
@@ -16,14 +23,36 @@ def example(name):
     return code
 
 
-def first_step(folder):
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+def train_a_step(run_program, folder, code, *settings):
+    """Run `code`, then a step of training with these settings, in a program of their own; return its metrics."""
+    arguments = ["train.py", *FEW, *settings, f"trainer.output_dir={folder}"]
+    done = run_program("-c", f"{code}\n\nimport sys, train\nsys.argv = {arguments}\ntrain.program()")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "quick" / "metrics.jsonl").read_text().splitlines()[0])
 
 
 def test_a_reward_is_one_file(run_program, tmp_path):
     reward = tmp_path / "my_reward.py"
     reward.write_text(example("my_reward.py"))
-    done = run_program("train.py", *FEW, f"reward.path={reward}", f"trainer.output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    step = first_step(tmp_path / "quick")
-    assert 0.9 * step["reward/right"] <= step["reward_mean"] < step["reward/right"] < 1.0
+    metrics = train_a_step(run_program, tmp_path, "", f"reward.path={reward}")
+    assert 0.9 * metrics["reward/right"] <= metrics["reward_mean"] < metrics["reward/right"] < 1.0
+
+
+def test_a_kernel_is_a_formula_a_file_and_a_line(tmp_path):
+    for name in ("kl_rows.py", "kl_rows_triton.py"):
+        (tmp_path / name).write_text(example(f"kernels/{name}"))
+    assert results("interpreted_example.py", tmp_path, str(tmp_path)) < 1e-5
+
+
+def test_an_engine_is_one_class_and_one_line(monkeypatch, run_program, tmp_path):
+    code = example("gspo/rollout/uncached.py")
+    monkeypatch.setattr("gspo.rollout.engines.ENGINES", {**ENGINES})
+    exec(compile(code, "docs/extending.md", "exec"), {})
+    ours, theirs = (
+        sampler_for(tiny_model("llama"), engine=engine).generate(prompts_of((3, 7)), 3, Sampling(1.2, max_new_tokens=9))
+        for engine in ("paged", "uncached")
+    )
+    assert ours.tokens.equal(theirs.tokens) and ours.lengths.equal(theirs.lengths)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-4, atol=1e-5)
+    metrics = train_a_step(run_program, tmp_path, code, "rollout.engine=uncached", "data.train_batch_size=2")
+    assert metrics["mismatch"] < 1e-4 and metrics["tokens_sampled"] > 8
