@@ -9,10 +9,10 @@ round ends, the policy becomes its own opponent. This file is where the stages m
 
 import argparse
 
-from gspo.algorithm.objective import NEEDS_SOLUTIONS
+from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.selves import Selves, round_of
-from gspo.algorithm.solutions import with_solutions
+from gspo.algorithm.solutions import add_solution_rewards, add_solutions, prefer_solutions
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
 from gspo.config import Config
@@ -32,7 +32,7 @@ from gspo.reward.scorer import Scorer
 from gspo.run import Run, held_out, save, start, test
 from gspo.system.console import say
 from gspo.system.program import guarded
-from gspo.types import Experience, Rollout, Scores
+from gspo.types import Experience, Groups, Rollout, Scores
 
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
@@ -77,6 +77,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
 def play(run: Run, total: int) -> tuple[str, str]:
     """Take steps until there are `total` -> the alarm, and the signal, that ended it earlier, or "" and ""."""
     cfg, world, batches, scorer = run.cfg, run.world, run.batches, run.scorer
+    algorithm = find_algorithm(cfg.objective.algorithm)
     selves, sampler, state, tracker = run.selves, run.sampler, run.state, run.tracker
     while state.step < total:
         if any(early := reasons_to_end(run)):
@@ -93,12 +94,11 @@ def play(run: Run, total: int) -> tuple[str, str]:
             batches.learn(world.gather_rows(places, correct_of(scores).all(1)).tolist())
         with clock("reference"):
             places, rollout, scores, share = balance(places, rollout, scores, cfg.optim.minibatches, world)
+            if algorithm.needs_solutions:
+                rollout = add_solutions(rollout, sampler.tokenizer, sampler.end_id, selves.policy.config, world)
             experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
-            material = experience
-            if cfg.objective.algorithm in NEEDS_SOLUTIONS:
-                material = with_solutions(experience, sampler.tokenizer, sampler.end_id, selves)
         with clock("update"):
-            update = run.updater.run(material, lr := learning_rate(step, total, cfg)).of(experience)
+            update = run.updater.run(experience, lr := learning_rate(step, total, cfg))
 
         state.step, last = step + 1, step + 1 == total
         state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite)
@@ -134,18 +134,10 @@ def gather_experience(
 ) -> Experience:
     """Rewards -> pairs, and the log-probs that the objective measures from."""
     reference, anchors = selves.reference(rollout)
-    beats = preferences(scores.rewards, cfg.objective.margin)
-    return Experience(
-        rollout,
-        scores.rewards.to(world.device),
-        beats.to(world.device),
-        forks(rollout.tokens, rollout.lengths),
-        reference,
-        anchors,
-        places,
-        batch_groups,
-        batch_pairs=int(world.sum(int(beats.sum()))),
-    )
+    rewards = add_solution_rewards(scores.rewards, rollout).to(world.device)
+    beats = prefer_solutions(preferences(rewards, cfg.objective.margin), rollout.sampled)
+    groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths)
+    return Experience(rollout, groups, reference, places, batch_groups, batch_pairs=int(world.sum(int(beats.sum()))))
 
 
 def main() -> None:

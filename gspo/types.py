@@ -5,7 +5,7 @@ Shapes: G groups (prompts) of N responses, L the longest response, R = G * N row
 and `beats [2, 4, 4]`, where `beats[g, i, j]` says that response i is preferred to response j.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """N sampled responses to each of G prompts."""
+    """N responses to each of G prompts."""
 
     prompts: list[Prompt]  # G
     tokens: Tensor  # [G, N, L] int64, right-padded
@@ -35,11 +35,26 @@ class Rollout:
     entropy: Tensor  # [G, N, L] float32, nats, of the distribution sampled from; 0 in the padding
     finished: Tensor  # [G, N] bool, ended by itself (not cut off at max_new_tokens)
     texts: list[list[str]]  # G x N
+    sampled: Tensor | None = None  # [G, N] bool, sampled by the policy, not a gold solution; by default all are
+
+    def __post_init__(self) -> None:
+        if self.sampled is None:
+            object.__setattr__(self, "sampled", torch.ones_like(self.lengths, dtype=torch.bool))
 
     @property
     def mask(self) -> Tensor:
         """[G, N, L] bool, true on real tokens."""
         return torch.arange(self.tokens.shape[2], device=self.lengths.device) < self.lengths[..., None]
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """[G, N, L] bool, true on the real tokens of sampled responses: those the KL term and the metrics are about."""
+        return self.mask & self.sampled[..., None]
+
+    @property
+    def samples_per_group(self) -> int:
+        """Sampled responses of a group, the same number in every group; N where there is no group."""
+        return int(self.sampled[0].sum()) if self.prompts else self.sampled.shape[1]
 
     @property
     def finish_reasons(self) -> list[list[str]]:
@@ -53,12 +68,13 @@ class Rollout:
         return max((len(prompt.ids) + n for prompt, n in zip(self.prompts, widest, strict=True)), default=0)
 
     def select(self, groups: list[int]) -> "Rollout":
-        """The same, for some of the groups, no wider than they need."""
+        """Return some of the groups, no wider than they need."""
         lengths = self.lengths[groups]
         width = int(lengths.max()) if groups else 0
         tokens, logprobs, entropy = (x[groups, :, :width] for x in (self.tokens, self.logprobs, self.entropy))
+        finished, sampled = self.finished[groups], self.sampled[groups]
         prompts, texts = [self.prompts[g] for g in groups], [self.texts[g] for g in groups]
-        return Rollout(prompts, tokens, lengths, logprobs, entropy, self.finished[groups], texts)
+        return Rollout(prompts, tokens, lengths, logprobs, entropy, finished, texts, sampled)
 
 
 @dataclass(frozen=True)
@@ -80,37 +96,42 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Experience:
-    """All that one update needs; nothing in it carries a gradient.
+class Groups:
+    """What the objective needs of G groups of N responses, besides the policy's log-probs; fixed during an update."""
 
-    `positions` are the groups' places in the global batch, which decide the mini-batch a group belongs to
-    whatever the number of ranks.
-    """
-
-    rollout: Rollout
+    anchors: (
+        Tensor  # [G, N, L] log-probs that the policy's are measured from; zeros where the anchor is `none` or `old`
+    )
     rewards: Tensor  # [G, N]
     beats: Tensor  # [G, N, N] bool
-    forks: Tensor  # [G, N, N] int64, where two responses part
+    forks: Tensor  # [G, N, N] int64: the token at which two responses part
+    lengths: Tensor  # [G, N]
+
+    def select(self, groups: list[int], width: int) -> "Groups":
+        """Return some of the groups, `width` tokens wide."""
+        fixed = (self.rewards, self.beats, self.forks, self.lengths)
+        return Groups(self.anchors[groups][..., :width], *(x[groups] for x in fixed))
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that one update needs; nothing in it carries a gradient."""
+
+    rollout: Rollout
+    groups: Groups
     reference_logprobs: Tensor  # [G, N, L], for the KL term
-    anchors: Tensor  # [G, N, L], see algorithm/objective.py; zeros where the anchor is `none` or `old`
-    positions: list[int]  # G
+    places: list[int]  # G, places in the global batch: they decide a group's mini-batch, however many ranks there are
     batch_groups: int  # groups in the global batch
     batch_pairs: int  # pairs in the global batch
-    given: int = 0  # the last so many responses of each group were not sampled: no KL, no sampler to differ from
 
 
 @dataclass
 class Update:
-    """What an update did, on this rank; `logprobs` are the policy's before it moved."""
+    """What an update did, on this rank."""
 
-    logprobs: Tensor  # [G, N, L]
+    logprobs: Tensor  # [G, N, L], the policy's before the update
     terms: dict[str, float] = field(default_factory=dict)  # this rank's share of each loss term, before the update
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0  # optimizer steps not taken because the gradient was not finite
     not_finite: str = ""  # what was not finite first in the first of these, on any rank
-    empty: int = 0  # ... because no answer was better than another: AdamW would make full steps of the KL term alone
-
-    def of(self, exp: Experience) -> "Update":
-        """The same, for the responses of `exp` only: what was sampled, without what was given beside it."""
-        _, n, width = exp.rollout.tokens.shape
-        return replace(self, logprobs=self.logprobs[:, :n, :width])
+    empty: int = 0  # ... because no response was better than another: AdamW would make full steps of the KL term alone

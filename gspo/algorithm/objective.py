@@ -10,29 +10,22 @@ and all that the loss sees is the gap s_ij - s_ji. With `after_fork` 1 the gap i
 All normalisers are counted over the whole mini-batch before it is cut into micro-batches or ranks (`Counts`), so the
 parts add up to the same loss however it is cut.
 
-To add an algorithm: write one function of this signature and one line of `ALGORITHMS`.
+To add an algorithm: write one pure function of the signature `Loss` and one line of `ALGORITHMS`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gspo import config
+from gspo.errors import UserError
 from gspo.kernels.ops import PairSettings, PairwiseLoss, pairwise_loss
-
-
-@dataclass(frozen=True)
-class Groups:
-    """What is fixed about G groups of N responses while the policy moves."""
-
-    anchors: Tensor  # [G, N, L]
-    rewards: Tensor  # [G, N]
-    beats: Tensor  # [G, N, N] bool
-    forks: Tensor  # [G, N, N] int64: the token at which two responses part
-    lengths: Tensor  # [G, N]
+from gspo.kernels.pair_settings import PARTS
+from gspo.types import Groups
 
 
 @dataclass(frozen=True)
@@ -160,29 +153,16 @@ def spin(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts
     return {"preference": F.softplus(-gap[:, -1, :-1]).mean(1).sum() / counts.groups}
 
 
-ALGORITHMS: dict[str, Callable[[Tensor, Groups, config.Objective, Counts], dict[str, Tensor]]] = {
-    "gspo": gspo,
-    "rloo": rloo,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "online_dpo": online_dpo,
-    "spin": spin,
-}
-NEEDS_SOLUTIONS = {"spin"}  # their groups end in the row's gold solution
+def gspo_on_cuda(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> "Evaluation":
+    """`gspo` with its coefficients in closed form: one kernel, in the log-probs' dtype."""
+    found = gspo_in_closed_form(logprobs, groups, cfg, counts)
+    used = {"preference": True, "ranking": cfg.use_ranking_loss, "nll": bool(cfg.nll_coef)}
+    terms = dict(zip(PARTS, found.parts.sum(0), strict=False))
+    return Evaluation({name: terms[name] for name, on in used.items() if on}, found.coefficients)
 
 
-def coefficients(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
-    """c_it = dL/dl_it [G, N, L] at these log-probs: all that the loss ever tells the network. On CUDA GSPO's come from
-    one kernel, in the log-probs' dtype; else from autograd in float64."""
-    if logprobs.is_cuda and cfg.algorithm == "gspo":
-        return by_pairs(logprobs, groups, cfg, counts).coefficients
-    leaf = logprobs.detach().double().requires_grad_()
-    loss = sum(ALGORITHMS[cfg.algorithm](leaf, groups, cfg, counts).values())
-    return torch.autograd.grad(loss, leaf)[0].to(logprobs)
-
-
-def by_pairs(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> PairwiseLoss:
-    """`gspo` and its coefficients in closed form, with the pairs' statistics: one kernel on CUDA."""
+def gspo_in_closed_form(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> PairwiseLoss:
+    """Run the pairwise kernel, or its plain PyTorch equivalent, on these groups."""
     settings = PairSettings(
         beta=cfg.preference_beta,
         groups=counts.groups,
@@ -195,6 +175,63 @@ def by_pairs(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Co
         nll_coef=cfg.nll_coef,
     )
     return pairwise_loss(logprobs, groups.anchors, groups.rewards, groups.beats, groups.forks, groups.lengths, settings)
+
+
+Loss = Callable[[Tensor, Groups, config.Objective, Counts], dict[str, Tensor]]
+
+
+class Evaluation(NamedTuple):
+    """The objective at the policy's log-probs."""
+
+    terms: dict[str, Tensor]  # the weighted terms, scalars whose sum is the loss
+    coefficients: Tensor  # [G, N, L], c_it = dL/dl_it: all that the loss tells the network
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One line of `ALGORITHMS`."""
+
+    loss: Loss
+    needs_solutions: bool = False  # each group ends in its row's gold solution, preferred to all others
+    on_cuda: Callable[[Tensor, Groups, config.Objective, Counts], Evaluation] | None = None  # the same, by a kernel
+
+
+ALGORITHMS = {
+    "gspo": Algorithm(gspo, on_cuda=gspo_on_cuda),
+    "rloo": Algorithm(rloo),
+    "grpo": Algorithm(grpo),
+    "dr_grpo": Algorithm(dr_grpo),
+    "online_dpo": Algorithm(online_dpo),
+    "spin": Algorithm(spin, needs_solutions=True),
+}
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """Return the line of the table for `objective.algorithm`; UserError where there is none."""
+    if name not in ALGORITHMS:
+        raise UserError(
+            f"objective.algorithm = {name!r} is not one of {', '.join(ALGORITHMS)}. To add one, write its function and "
+            "its line of ALGORITHMS in gspo/algorithm/objective.py."
+        )
+    return ALGORITHMS[name]
+
+
+def evaluate(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Evaluation:
+    """Evaluate the objective and its derivative at log-probs [G, N, L]: by the algorithm's kernel on CUDA, where it has
+    one, else by autograd in float64."""
+    algorithm = find_algorithm(cfg.algorithm)
+    if logprobs.is_cuda and algorithm.on_cuda:
+        return algorithm.on_cuda(logprobs, groups, cfg, counts)
+    leaf = logprobs.detach().double().requires_grad_()
+    with torch.enable_grad():
+        terms = algorithm.loss(leaf, groups, cfg, counts)
+        slope = torch.autograd.grad(sum(terms.values()), leaf)[0]
+    return Evaluation({name: term.detach() for name, term in terms.items()}, slope.to(logprobs))
+
+
+def anything_to_learn(coefficients: Tensor) -> bool:
+    """Whether the objective prefers any response of these groups to another; [G, N, L]."""
+    return bool(coefficients.any())
 
 
 def kl_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, n: int, counts: Counts) -> Tensor:

@@ -1,19 +1,23 @@
-"""Experience -> optimizer steps, with gradients that depend neither on micro-batches nor on the number of ranks.
+"""Take the optimizer steps of one rollout, with gradients that depend neither on micro-batches nor on the number of
+ranks.
 
-The loss enters the network only through c_it = dL/dl_it and a per-token KL. With one optimizer step a rollout, and
-groups that fit a micro-batch whole, the exact loss is evaluated in one forward and one backward (`live`). Otherwise a
-pass without gradients gives every l_it, the c_it are frozen, and each optimizer step minimises a clipped ratio to the
-policy that sampled (`frozen`), a sum over tokens; at the first step that is the same gradient.
+The loss enters the network only through c_it = dL/dl_it and a per-token KL. The objective is evaluated once a step:
+
+- live: with one optimizer step a rollout, and groups that fit a micro-batch whole, at the log-probs of each
+  micro-batch's forward, whose backward follows. One forward and one backward in all.
+- frozen: otherwise at log-probs from a pass without gradients. The c_it are frozen, and each optimizer step minimises a
+  clipped ratio to the policy that sampled, a sum over tokens; at the first step that is the same gradient.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, coefficients, frozen_loss, kl_loss
+from gspo.algorithm.objective import Counts, Evaluation, anything_to_learn, evaluate, frozen_loss, kl_loss
 from gspo.config import Config
 from gspo.distributed.sharding import after_backward, before_backward
 from gspo.distributed.transfer import full_tensor, local_shard
@@ -24,11 +28,11 @@ from gspo.packing.micro_batches import Row, micro_batches, minibatch_of
 from gspo.packing.pack import PackedBatch, pack_rows
 from gspo.types import Experience, Update
 
-LossOf = Callable[[list[Row], PackedBatch], Tensor]  # of a micro-batch
+LossOf = Callable[[list[Row], PackedBatch], Tensor]  # the loss of one micro-batch, a scalar
 
 
 def make_optimizer(policy: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, in one pass over memory."""
+    """Build AdamW with weight decay on matrices only; one pass over memory a step."""
     matrices = [p for p in policy.parameters() if p.ndim > 1]
     vectors = [p for p in policy.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": cfg.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -36,19 +40,35 @@ def make_optimizer(policy: nn.Module, cfg: Config) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, cfg: Config) -> float:
-    """Linear warm-up, then constant, or linear / cosine down to `min_lr_ratio` at the last step."""
+    """Return the step size at `step` of `total`: linear warm-up, then constant, or linear / cosine down to
+    `min_lr_ratio` at the last step."""
     o = cfg.optim
     if step < o.warmup_steps:
         return o.learning_rate * (step + 1) / o.warmup_steps
     progress = (step - o.warmup_steps) / max(1, total - 1 - o.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
-        o.schedule
-    ]
-    return o.learning_rate * (o.min_lr_ratio + (1.0 - o.min_lr_ratio) * shape)
+    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return o.learning_rate * (o.min_lr_ratio + (1.0 - o.min_lr_ratio) * shapes[o.schedule])
+
+
+@dataclass(frozen=True)
+class FrozenTargets:
+    """What every optimizer step of a rollout descends on when the coefficients are frozen. All [G, N, L]."""
+
+    old: Tensor  # the policy's log-probs before the update
+    coefficients: Tensor  # c_it at `old`
+    weights: Tensor  # p_train / p_sampler, bounded, where there are several optimizer steps; else 1
+    reference: Tensor
+    sampled: Tensor  # bool, tokens that the KL term is about
+
+    def of_pack(self, rows: list[Row], mask: Tensor) -> list[Tensor]:
+        """Return each of the five at the M response tokens of a pack, mask [R, L]."""
+        g, i = (list(x) for x in zip(*rows, strict=True))
+        fields = (self.old, self.coefficients, self.weights, self.reference, self.sampled)
+        return [x[g, i, : mask.shape[1]][mask] for x in fields]
 
 
 class Updater:
-    """Owns nothing but references to the policy and its optimizer; `run` is one call per rollout."""
+    """Take all optimizer steps for one rollout: `run(experience, lr)`."""
 
     def __init__(
         self,
@@ -62,123 +82,123 @@ class Updater:
         self.policy, self.head, self.optimizer, self.cfg = policy, head, optimizer, cfg
         self.world, self.autocast = world, autocast
 
-    def cut(self, exp: Experience, groups: list[int], whole_groups: bool) -> list[list[Row]] | None:
-        o = self.cfg.optim
-        return micro_batches(
-            exp.rollout,
-            groups,
-            budget=o.micro_batch_tokens,
-            max_rows=o.micro_batch_responses,
-            whole_groups=whole_groups,
-        )
-
     def run(self, exp: Experience, lr: float) -> Update:
-        """All optimizer steps for one rollout."""
+        """Update the policy on one rollout. Every rank must call this."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        o, everything = self.cfg.optim, list(range(len(exp.rollout.prompts)))
-        uncut = self.cut(exp, everything, whole_groups=True)
-        live = o.epochs_per_rollout * o.minibatches == 1 and self.world.max(int(uncut is None)) == 0
-        update = Update(torch.zeros_like(exp.rollout.logprobs))
-        if live:
-            self._live_step(exp, uncut, update)
-        else:
-            parts = self.cut(exp, everything, whole_groups=False)
-            update.logprobs = rollout_logprobs(
-                self.policy,
-                self.head,
-                exp.rollout,
-                parts,
-                self.world.max(len(parts)),
-                self.cfg.rollout.temperature,
-                self.autocast,
-            )
-            for _ in range(o.epochs_per_rollout):
-                for k in range(o.minibatches):
-                    self._frozen_step(exp, k, update)
-        update.terms = self._terms(exp, update.logprobs)
-        return update
+        o, everything = self.cfg.optim, list(range(len(exp.places)))
+        whole_groups = self._micro_batches(exp, everything, whole_groups=True)
+        if o.epochs_per_rollout * o.minibatches == 1 and self.world.max(int(whole_groups is None)) == 0:
+            return self._run_live(exp, whole_groups)
+        return self._run_frozen(exp, self._micro_batches(exp, everything, whole_groups=False))
 
-    def groups_of(self, exp: Experience, rows: list[int], logprobs: Tensor) -> Groups:
-        """The fixed part of these groups; the anchor `old` is where the policy stands now, logprobs [G, N, L]."""
-        width = logprobs.shape[-1]
-        anchors = logprobs.detach() if self.cfg.objective.anchor == "old" else exp.anchors[rows][..., :width]
-        return Groups(anchors, exp.rewards[rows], exp.beats[rows], exp.forks[rows], exp.rollout.lengths[rows])
+    def _run_live(self, exp: Experience, parts: list[list[Row]]) -> Update:
+        """Take one step on the exact loss, micro-batches of whole groups."""
+        cfg, n, samples = self.cfg.objective, exp.rollout.tokens.shape[1], exp.rollout.samples_per_group
+        counts, sampled = self._counts(exp, exp.batch_groups), exp.rollout.sampled_mask
+        update, terms = Update(torch.zeros_like(exp.rollout.logprobs)), {}
+        coefs = torch.zeros_like(update.logprobs)
 
-    def _counts(self, exp: Experience, groups: int) -> Counts:
-        return Counts(groups, exp.batch_pairs / max(1, exp.batch_groups))
-
-    def _live_step(self, exp: Experience, parts: list[list[Row]], update: Update) -> None:
-        cfg, n = self.cfg.objective, exp.rollout.tokens.shape[1]
-        counts = self._counts(exp, exp.batch_groups)
-
-        def part(rows: list[Row], packed: PackedBatch) -> Tensor:
+        def loss_of(rows: list[Row], packed: PackedBatch) -> Tensor:
             members = [g for g, i in rows if i == 0]
-            logprobs = response_logprobs(self.policy, self.head, packed, self.cfg.rollout.temperature)
-            grouped = logprobs.double().view(len(members), n, -1)
-            update.logprobs[members, :, : grouped.shape[2]] = grouped.detach().float()
-            terms = ALGORITHMS[cfg.algorithm](grouped, self.groups_of(exp, members, grouped), cfg, counts)
-            loss = sum(terms.values())
+            logprobs = response_logprobs(self.policy, self.head, packed, self.cfg.rollout.temperature)  # [R, L]
+            grouped = logprobs.detach().view(len(members), n, -1)
+            width = grouped.shape[-1]
+            found = self._evaluate(exp, members, grouped, counts)
+            update.logprobs[members, :, :width] = grouped
+            coefs[members, :, :width] = found.coefficients
+            add_terms(terms, found.terms)
+            loss = (found.coefficients.flatten(0, 1) * logprobs).sum()
             if cfg.kl_coef:
-                reference, sampled = (x[..., : grouped.shape[2]].flatten(0, 1) for x in self._kl_of(exp, members))
-                loss = loss + cfg.kl_coef * kl_loss(logprobs, reference, sampled, n - exp.given, counts)
+                reference, mask = (x[members, :, :width].flatten(0, 1) for x in (exp.reference_logprobs, sampled))
+                kl = cfg.kl_coef * kl_loss(logprobs, reference, mask, samples, counts)
+                add_terms(terms, {"kl": kl.detach()})
+                loss = loss + kl
             return loss * self.world.size
 
-        self._descend(exp, parts, part)
-        every = list(range(len(exp.positions)))
-        coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)
+        self._accumulate_gradient(exp, parts, loss_of)
         self._step(exp, update, coefs)
+        update.terms = {"kl": 0.0} | {name: float(value) for name, value in terms.items()}
+        return update
 
-    def _frozen_step(self, exp: Experience, k: int, update: Update) -> None:
-        o, cfg = self.cfg.optim, self.cfg.objective
-        size = [minibatch_of(p, exp.batch_groups, o.minibatches) for p in range(exp.batch_groups)].count(k)
-        if size == 0:  # fewer groups than mini-batches
-            return
-        members = [g for g, p in enumerate(exp.positions) if minibatch_of(p, exp.batch_groups, o.minibatches) == k]
-        counts = self._counts(exp, size)
-        every = list(range(len(exp.positions)))
-        coefs = coefficients(update.logprobs, self.groups_of(exp, every, update.logprobs), cfg, counts)
-        n = update.logprobs.shape[1] - exp.given
-        weights = torch.ones_like(update.logprobs)
+    def _run_frozen(self, exp: Experience, parts: list[list[Row]]) -> Update:
+        """Freeze the coefficients at the policy as it stands, then take every step of every epoch."""
+        cfg, o, rollout = self.cfg.objective, self.cfg.optim, exp.rollout
+        settings = self.world.max(len(parts)), self.cfg.rollout.temperature, self.autocast
+        old = rollout_logprobs(self.policy, self.head, rollout, parts, *settings)
+        update, terms, coefs = Update(old), {}, torch.zeros_like(old)
+        minibatches = self._minibatches(exp)
+        for members, counts in minibatches:
+            found = self._evaluate(exp, members, old[members], counts)
+            coefs[members] = found.coefficients
+            add_terms(terms, found.terms, share=counts.groups / exp.batch_groups)
+        mask, whole_batch = rollout.sampled_mask, self._counts(exp, exp.batch_groups)
+        kl = cfg.kl_coef * kl_loss(old, exp.reference_logprobs, mask, rollout.samples_per_group, whole_batch)
+        update.terms = {name: float(value) for name, value in (terms | {"kl": kl}).items()}
+
+        weights = torch.ones_like(old)
         if o.epochs_per_rollout * o.minibatches > 1:
-            drift = (update.logprobs - exp.rollout.logprobs)[:, :n].exp()
-            weights[:, :n] = drift.clamp_max(cfg.max_mismatch_weight)
+            drift = (old - rollout.logprobs).exp().clamp_max(cfg.max_mismatch_weight)
+            weights = torch.where(rollout.sampled[..., None], drift, weights)
+        targets = FrozenTargets(old, coefs, weights, exp.reference_logprobs, mask)
+        for _ in range(o.epochs_per_rollout):
+            for members, counts in minibatches:
+                self._frozen_step(exp, members, counts, targets, update)
+        return update
 
-        def part(rows: list[Row], packed: PackedBatch) -> Tensor:
-            g, i = (list(x) for x in zip(*rows, strict=True))
-            fixed = (update.logprobs, coefs, weights, *self._kl_of(exp, slice(None)))
-            fixed = [x[g, i, : packed.mask.shape[1]][packed.mask] for x in fixed]
+    def _frozen_step(
+        self, exp: Experience, members: list[int], counts: Counts, targets: FrozenTargets, update: Update
+    ) -> None:
+        """Take the optimizer step of one mini-batch, of which this rank has the groups `members`."""
+        cfg, samples = self.cfg.objective, exp.rollout.samples_per_group
+
+        def loss_of(rows: list[Row], packed: PackedBatch) -> Tensor:
+            fixed = targets.of_pack(rows, packed.mask)
 
             def slope(logprob: Tensor, tokens: slice | Tensor) -> Tensor:
                 old, coef, weight, reference, sampled = (x[tokens] for x in fixed)
                 with torch.enable_grad():
                     leaf = logprob.detach().requires_grad_()
                     loss = frozen_loss(leaf, old, coef, weight, cfg)
-                    loss = loss + cfg.kl_coef * kl_loss(leaf, reference, sampled, n, counts)
+                    loss = loss + cfg.kl_coef * kl_loss(leaf, reference, sampled, samples, counts)
                 return torch.autograd.grad(loss, leaf)[0] * self.world.size
 
             return surrogate(self.policy, self.head, packed, self.cfg.rollout.temperature, slope)
 
-        self._descend(exp, self.cut(exp, members, whole_groups=False), part)
-        self._step(exp, update, coefs[members])
+        self._accumulate_gradient(exp, self._micro_batches(exp, members, whole_groups=False), loss_of)
+        self._step(exp, update, targets.coefficients[members])
 
-    def _kl_of(self, exp: Experience, groups: list[int] | slice) -> tuple[Tensor, Tensor]:
-        """The reference's log-probs, and which tokens the KL term is about: the sampled ones. [G, N, L]"""
-        sampled = exp.rollout.mask.clone()
-        sampled[:, sampled.shape[1] - exp.given :] = False
-        return exp.reference_logprobs[groups], sampled[groups]
+    def _minibatches(self, exp: Experience) -> list[tuple[list[int], Counts]]:
+        """Return this rank's groups of each mini-batch, and the mini-batch's counts over all ranks.
 
-    def _terms(self, exp: Experience, logprobs: Tensor) -> dict[str, float]:
-        """This rank's share of each loss term at the log-probs [G, N, L] before the update."""
-        every, n = list(range(len(exp.positions))), logprobs.shape[1] - exp.given
-        counts, groups = self._counts(exp, exp.batch_groups), self.groups_of(exp, every, logprobs)
-        terms = ALGORITHMS[self.cfg.objective.algorithm](logprobs.double(), groups, self.cfg.objective, counts)
-        kl = kl_loss(logprobs[:, :n], exp.reference_logprobs[:, :n], exp.rollout.mask[:, :n], n, counts)
-        return {name: float(value) for name, value in (terms | {"kl": self.cfg.objective.kl_coef * kl}).items()}
+        Where there are fewer groups than mini-batches, the empty ones are left out.
+        """
+        k = self.cfg.optim.minibatches
+        owner = [minibatch_of(place, exp.batch_groups, k) for place in range(exp.batch_groups)]
+        return [
+            ([g for g, place in enumerate(exp.places) if owner[place] == m], self._counts(exp, owner.count(m)))
+            for m in range(k)
+            if m in owner
+        ]
 
-    def _descend(self, exp: Experience, parts: list[list[Row]], loss_of: LossOf) -> None:
-        """Accumulate the gradient over micro-batches. FSDP averages over ranks, and our parts are meant to be summed:
-        losses come times the number of ranks."""
+    def _counts(self, exp: Experience, groups: int) -> Counts:
+        return Counts(groups, exp.batch_pairs / max(1, exp.batch_groups))
+
+    def _evaluate(self, exp: Experience, members: list[int], logprobs: Tensor, counts: Counts) -> Evaluation:
+        """Evaluate the objective for some groups at log-probs [G, N, L]; the anchor `old` is these."""
+        groups = exp.groups.select(members, width=logprobs.shape[-1])
+        if self.cfg.objective.anchor == "old":
+            groups = replace(groups, anchors=logprobs)
+        return evaluate(logprobs, groups, self.cfg.objective, counts)
+
+    def _micro_batches(self, exp: Experience, groups: list[int], whole_groups: bool) -> list[list[Row]] | None:
+        o = self.cfg.optim
+        limits = {"budget": o.micro_batch_tokens, "max_rows": o.micro_batch_responses}
+        return micro_batches(exp.rollout, groups, **limits, whole_groups=whole_groups)
+
+    def _accumulate_gradient(self, exp: Experience, parts: list[list[Row]], loss_of: LossOf) -> None:
+        """Sum the gradient over micro-batches and ranks. FSDP averages over ranks, where a sum is needed: so the losses
+        come times the number of ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         count, cfg = self.world.max(len(parts)), self.cfg
         keep_weights, reduce_once = not cfg.model.reshard_after_forward, cfg.optim.gradient_reduction == "step"
@@ -192,23 +212,12 @@ class Updater:
             loss.backward()
         after_backward(self.policy)
 
-    def _first_not_finite(self, exp: Experience, logprobs: Tensor, coefs: Tensor) -> str:
-        """Name what was not finite first in a step, in the order of computation. Every rank must call this."""
-        computed = {
-            "the reference's log-probs": exp.reference_logprobs,
-            "the anchor's log-probs": exp.anchors,
-            "the policy's log-probs": logprobs,
-            "the loss's slope at finite log-probs": coefs,
-        }
-        # A backward comes to the last layers first, and what is not finite there spreads to those before.
-        for name, p in reversed(list(self.policy.named_parameters())):
-            if p.grad is not None:
-                computed[f"the gradient of {name}, at a finite loss"] = local_shard(p.grad)
-        bad = ((place, name) for place, (name, x) in enumerate(computed.items()) if not x.isfinite().all())
-        return min(self.world.gather(next(bad, (len(computed), "the gradient's norm alone"))))[1]
-
     def _step(self, exp: Experience, update: Update, coefs: Tensor) -> None:
-        """Clip the gradient and take one optimizer step; coefs [G, N, L] are what it was made of on this rank."""
+        """Clip the gradient and take one optimizer step; coefs [G, N, L] are what it was made of on this rank.
+
+        No step is taken where the gradient is not finite, nor where there is nothing to learn: AdamW would make a full
+        step of the KL term alone.
+        """
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         norm = float(full_tensor(total))
@@ -216,9 +225,30 @@ class Updater:
         if not math.isfinite(norm):
             update.skipped += 1
             update.not_finite = update.not_finite or self._first_not_finite(exp, update.logprobs, coefs)
-        elif self.world.max(int(coefs.any())) == 0:
+        elif self.world.max(int(anything_to_learn(coefs))) == 0:
             update.empty += 1
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.optim.grad_clip, total)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _first_not_finite(self, exp: Experience, logprobs: Tensor, coefs: Tensor) -> str:
+        """Name what was not finite first in a step, in the order of computation. Every rank must call this."""
+        computed = {
+            "the reference's log-probs": exp.reference_logprobs,
+            "the anchor's log-probs": exp.groups.anchors,
+            "the policy's log-probs": logprobs,
+            "the loss's slope at finite log-probs": coefs,
+        }
+        # A backward reaches the last layers first, and what is not finite there spreads to those before.
+        for name, p in reversed(list(self.policy.named_parameters())):
+            if p.grad is not None:
+                computed[f"the gradient of {name}, at a finite loss"] = local_shard(p.grad)
+        bad = ((place, name) for place, (name, x) in enumerate(computed.items()) if not x.isfinite().all())
+        return min(self.world.gather(next(bad, (len(computed), "the gradient's norm alone"))))[1]
+
+
+def add_terms(total: dict[str, Tensor], terms: dict[str, Tensor], share: float = 1.0) -> None:
+    """Add `share` of each term to `total`, in place."""
+    for name, value in terms.items():
+        total[name] = total.get(name, 0.0) + share * value

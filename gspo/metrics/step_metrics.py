@@ -7,12 +7,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from gspo import config
-from gspo.algorithm.objective import Counts, Groups, gaps, kl_k3, pair_accuracy, ranking_loss
-from gspo.types import Experience, Scores, Update
+from gspo.algorithm.objective import Counts, gaps, kl_k3, pair_accuracy, ranking_loss
+from gspo.types import Experience, Rollout, Scores, Update
 
 
 class Meter:
@@ -86,9 +87,18 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objective) -> Meter:
-    """This rank's part of every metric that follows from one step's data."""
-    meter, rollout = Meter(), exp.rollout
-    g, n = exp.rewards.shape
+    """Return this rank's part of every metric that follows from one step's data. Gold solutions (`Rollout.sampled`) are
+    left out."""
+    meter = Meter()
+    _observe_rewards(meter, scores)
+    _observe_responses(meter, exp.rollout)
+    _observe_pairs(meter, exp, update, cfg)
+    _observe_update(meter, exp, update)
+    return meter
+
+
+def _observe_rewards(meter: Meter, scores: Scores) -> None:
+    g, n = scores.rewards.shape
     kept = [i for i in range(g) if i not in scores.skipped]
     meter.mean("reward_mean", float(scores.rewards[kept].sum()), len(kept) * n)
     meter.mean("reward_max", float(scores.rewards[kept].amax(1).sum()) if kept else 0.0, len(kept))
@@ -99,34 +109,47 @@ def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objecti
         known = values[~values.isnan()]
         meter.mean(f"reward/{name}", float(known.sum()), known.numel())
 
-    pairs = exp.beats.sum((1, 2))
-    meter.mean("pairs/per_group", float(pairs.sum()), g)
-    meter.mean("pairs/groups_without", float((pairs == 0).sum()), g)
-    winners = exp.beats.any(-1)
-    per_token = update.logprobs.double().sum(-1) / rollout.lengths.clamp_min(1)
-    meter.mean("winner_logprob", float(per_token[winners].sum()), int(winners.sum()))
-    tokens = int(rollout.lengths.sum())
-    meter.mean("response/length_mean", tokens, g * n)
-    meter.max("response/length_max", float(rollout.lengths.max()) if g else 0.0)
-    meter.mean("response/cutoff", float((~rollout.finished).sum()), g * n)
+
+def _observe_responses(meter: Meter, rollout: Rollout) -> None:
+    sampled = rollout.sampled
+    lengths = rollout.lengths[sampled]
+    tokens, count = int(lengths.sum()), lengths.numel()
+    meter.mean("response/length_mean", tokens, count)
+    meter.max("response/length_max", float(lengths.max()) if count else 0.0)
+    meter.mean("response/cutoff", float((~rollout.finished[sampled]).sum()), count)
     meter.mean("entropy", float(rollout.entropy.sum()), tokens)
     meter.sum("tokens", tokens)
 
-    groups = Groups(exp.anchors, exp.rewards, exp.beats, exp.forks, rollout.lengths)
+
+def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Objective) -> None:
+    """Pairs of sampled responses, and how far apart the implicit rewards of each are before the update."""
+    sampled = exp.rollout.sampled
+    beats = exp.groups.beats & sampled[:, :, None] & sampled[:, None, :]
+    pairs = beats.sum((1, 2))
+    meter.mean("pairs/per_group", float(pairs.sum()), len(beats))
+    meter.mean("pairs/groups_without", float((pairs == 0).sum()), len(beats))
+    winners = beats.any(-1)
+    per_token = update.logprobs.double().sum(-1) / exp.rollout.lengths.clamp_min(1)
+    meter.mean("winner_logprob", float(per_token[winners].sum()), int(winners.sum()))
+
+    groups = replace(exp.groups, beats=beats)
     gap = gaps(update.logprobs.double(), groups, cfg)
     if cfg.anchor != "old":  # there every implicit reward is zero
-        meter.mean("preference_accuracy", pair_accuracy(gap, exp.beats), float(pairs.sum()))
-    of_pairs = gap[exp.beats]
+        meter.mean("preference_accuracy", pair_accuracy(gap, beats), float(pairs.sum()))
+    of_pairs = gap[beats]
     meter.mean("gap_squares", float(of_pairs.square().sum()), of_pairs.numel())
     meter.mean("gap_sum", float(of_pairs.sum()), of_pairs.numel())
     meter.sum("ranking_loss", float(ranking_loss(gap, groups, Counts(exp.batch_groups, 0.0))))
-    mask = rollout.mask
+
+
+def _observe_update(meter: Meter, exp: Experience, update: Update) -> None:
+    mask = exp.rollout.sampled_mask
+    tokens = int(mask.sum())
     meter.mean("kl_divergence", float(kl_k3(update.logprobs, exp.reference_logprobs)[mask].sum()), tokens)
-    meter.mean("mismatch", float((update.logprobs - rollout.logprobs)[mask].abs().sum()), tokens)
+    meter.mean("mismatch", float((update.logprobs - exp.rollout.logprobs)[mask].abs().sum()), tokens)
     for name, value in update.terms.items():
         meter.sum(f"loss/{name}", value)
     meter.sum("loss/total", sum(update.terms.values()))
     meter.mean("grad_norm", sum(x for x in update.grad_norms if math.isfinite(x)), len(update.grad_norms))
     meter.max("skipped_updates", update.skipped)
     meter.max("empty_updates", update.empty)
-    return meter

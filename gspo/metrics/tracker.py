@@ -165,16 +165,18 @@ class Tracker:
 def sample_rows(exp: Experience, count: int) -> dict[int, dict[str, Any]]:
     """{place: prompt, responses, rewards, who was chosen over whom} of this rank's groups among the first `count`."""
     rows = {}
-    for g, place in enumerate(exp.positions):
+    for g, place in enumerate(exp.places):
         if place >= count:
             continue
-        prompt, texts = exp.rollout.prompts[g], exp.rollout.texts[g]
-        pairs = chosen_rejected(exp.beats[g], exp.rewards[g])
+        prompt, sampled = exp.rollout.prompts[g], exp.rollout.sampled[g]
+        texts = [text for text, kept in zip(exp.rollout.texts[g], sampled.tolist(), strict=True) if kept]
+        beats, rewards = exp.groups.beats[g][sampled][:, sampled], exp.groups.rewards[g][sampled]
+        pairs = chosen_rejected(beats, rewards)
         rows[place] = {
             "prompt": prompt.text,
             "ground_truth": prompt.ground_truth,
             "responses": texts,
-            "rewards": [round(r, 6) for r in exp.rewards[g].tolist()],
+            "rewards": [round(r, 6) for r in rewards.tolist()],
             "chosen": texts[pairs[0][0]] if pairs else None,
             "rejected": texts[pairs[0][1]] if pairs else None,
         }

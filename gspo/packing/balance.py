@@ -46,7 +46,7 @@ def balance(
 
 
 def _on_cpu(r: Rollout) -> Rollout:
-    names = ("tokens", "lengths", "logprobs", "entropy", "finished")
+    names = ("tokens", "lengths", "logprobs", "entropy", "finished", "sampled")
     return replace(r, **{name: getattr(r, name).cpu() for name in names})
 
 
@@ -77,6 +77,7 @@ def _join_rollouts(parts: list[Rollout], order: list[int], device: torch.device)
         rows("entropy"),
         rows("finished"),
         [texts[g] for g in order],
+        rows("sampled"),
     )
 
 

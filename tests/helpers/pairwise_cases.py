@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gspo.algorithm.objective import Counts, Groups, by_pairs, gaps, gspo, pair_accuracy
+from gspo.algorithm.objective import Counts, Groups, gaps, gspo, gspo_in_closed_form, pair_accuracy
 from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
 from gspo.kernels.pair_settings import PARTS
@@ -93,7 +93,7 @@ def by_objective(logprobs: Tensor, groups: Groups, cfg: Objective, counts: Count
 
 def by_closed_form(logprobs: Tensor, groups: Groups, cfg: Objective, counts: Counts = COUNTS) -> dict[str, Tensor]:
     """The same of `gspo.kernels.ops.pairwise_loss`."""
-    found = by_pairs(logprobs, groups, cfg, counts)
+    found = gspo_in_closed_form(logprobs, groups, cfg, counts)
     assert found.coefficients.dtype == found.parts.dtype == logprobs.dtype
     return {"coefficients": found.coefficients} | dict(zip(PARTS, found.parts.double().cpu().T, strict=True))
 

@@ -49,7 +49,7 @@ def main() -> None:
         Updater(selves.policy, selves.head, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
         answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
         tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]
-        texts = world.gather(list(zip(places, rollout.texts, experience.rewards.tolist(), tokens, strict=True)))
+        texts = world.gather(list(zip(places, rollout.texts, experience.groups.rewards.tolist(), tokens, strict=True)))
         if world.is_main:
             save_file(gradient, out)
             rows = sorted(row for part in texts for row in part)

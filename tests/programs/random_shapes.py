@@ -75,10 +75,13 @@ def step(selves, cfg, seed):
     share = rollout.select(places), Scores(scores.rewards[places], predictions=[[None]] * len(places))
     places, mine, scored, _ = balance(places, *share, cfg.optim.minibatches, world)
     experience = gather_experience(mine, places, scored, selves, groups, cfg, world)
-    updater = Keeping(selves.policy, make_optimizer(selves.policy, cfg), cfg, world, selves.autocast)
+    updater = Keeping(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, world, selves.autocast)
     updater.kept = []
     update = updater.run(experience, lr=0.0)
-    return updater.kept, {name: world.sum(value) for name, value in update.terms.items()}
+    terms = world.gather(update.terms)  # a rank without groups has none
+    return updater.kept, {
+        name: sum(part.get(name, 0.0) for part in terms) for name in sorted({k for part in terms for k in part})
+    }
 
 
 def opened(cfg, world, models={}):  # noqa: B006

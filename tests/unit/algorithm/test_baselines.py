@@ -7,7 +7,7 @@ import pytest
 import torch
 from reward_groups import COUNTS, LEVELS, G, N, a_batch, at_once
 
-from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, coefficients
+from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, evaluate
 from gspo.algorithm.pairs import preferences
 from gspo.config import Objective
 
@@ -41,7 +41,7 @@ def test_policy_gradients_by_hand(name):
         for g in range(G)
     ]
     expected = torch.tensor(expected, dtype=torch.float64)
-    c = coefficients(logprobs, groups, cfg(name), COUNTS)[..., 0]
+    c = evaluate(logprobs, groups, cfg(name), COUNTS).coefficients[..., 0]
     torch.testing.assert_close(c, expected, rtol=0, atol=1e-14)
 
 
@@ -52,7 +52,7 @@ def sigmoid(x):
 def test_online_dpo_by_hand():
     """The best pushes the worst away; who stands between them is left alone, and so is a group of equals."""
     logprobs, groups = a_batch()
-    c = coefficients(logprobs, groups, cfg("online_dpo"), COUNTS)[..., 0]
+    c = evaluate(logprobs, groups, cfg("online_dpo"), COUNTS).coefficients[..., 0]
     expected = torch.zeros(G, N, dtype=torch.float64)
     for g in range(1, G):
         r = groups.rewards[g].tolist()
@@ -70,20 +70,20 @@ def test_online_dpo_of_two_is_gspo_of_two():
     logprobs = -10 * torch.rand(4, 2, 1, dtype=torch.float64)
     rewards = LEVELS[torch.tensor([[0, 3], [3, 2], [1, 1], [2, 3]])]
     groups = Groups(torch.zeros(4, 2, 1), rewards, preferences(rewards, 0.1), at_once(4, 2), torch.ones(4, 2))
-    one, other = (coefficients(logprobs, groups, cfg(name), Counts(4, 1.0)) for name in ("online_dpo", "gspo"))
+    one, other = (evaluate(logprobs, groups, cfg(name), Counts(4, 1.0)).coefficients for name in ("online_dpo", "gspo"))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-15)
 
 
 def test_online_dpo_within_the_margin_is_no_pair():
     logprobs, rewards = torch.zeros(1, 3, 1, dtype=torch.float64), torch.tensor([[0.5, 0.55, 0.6]])
     groups = Groups(logprobs, rewards, preferences(rewards, 0.1), at_once(1, 3), torch.ones(1, 3))
-    assert coefficients(logprobs, groups, cfg("online_dpo"), Counts(1, 0.0)).abs().max() == 0
+    assert evaluate(logprobs, groups, cfg("online_dpo"), Counts(1, 0.0)).coefficients.abs().max() == 0
 
 
 def test_spin_by_hand():
     """The last, the gold text, against every sample; rewards play no part."""
     logprobs, groups = a_batch()
-    c = coefficients(logprobs, groups, cfg("spin"), COUNTS)[..., 0]
+    c = evaluate(logprobs, groups, cfg("spin"), COUNTS).coefficients[..., 0]
     expected = torch.zeros(G, N, dtype=torch.float64)
     for g in range(G):
         s = [BETA * float(logprobs[g, i] - groups.anchors[g, i]) for i in range(N)]
@@ -92,19 +92,19 @@ def test_spin_by_hand():
         expected[g, -1] = -expected[g, :-1].sum()
     torch.testing.assert_close(c, expected, rtol=0, atol=1e-14)
     other = replace(groups, rewards=1 - groups.rewards)
-    torch.testing.assert_close(coefficients(logprobs, other, cfg("spin"), COUNTS)[..., 0], c, rtol=0, atol=0)
+    torch.testing.assert_close(evaluate(logprobs, other, cfg("spin"), COUNTS).coefficients[..., 0], c, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_coefficients_equal_finite_differences(name):
     logprobs, groups = a_batch()
-    eps, total = 1e-5, lambda x: float(sum(ALGORITHMS[name](x, groups, cfg(name), COUNTS).values()))
+    eps, total = 1e-5, lambda x: float(sum(ALGORITHMS[name].loss(x, groups, cfg(name), COUNTS).values()))
     numeric = torch.zeros_like(logprobs)
     for g, i in product(range(G), range(N)):
         step = torch.zeros_like(logprobs)
         step[g, i] = eps
         numeric[g, i] = (total(logprobs + step) - total(logprobs - step)) / (2 * eps)
-    torch.testing.assert_close(coefficients(logprobs, groups, cfg(name), COUNTS), numeric, rtol=0, atol=1e-8)
+    torch.testing.assert_close(evaluate(logprobs, groups, cfg(name), COUNTS).coefficients, numeric, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", [a for a in ALGORITHMS if a != "spin"])
@@ -115,8 +115,8 @@ def test_permuting_responses_permutes_coefficients(name):
     fields = {k: v[:, order] for k, v in vars(groups).items()}
     moved = Groups(**{**fields, **{name: fields[name][:, :, order] for name in ("beats", "forks")}})
     torch.testing.assert_close(
-        coefficients(logprobs[:, order], moved, cfg(name), COUNTS),
-        coefficients(logprobs, groups, cfg(name), COUNTS)[:, order],
+        evaluate(logprobs[:, order], moved, cfg(name), COUNTS).coefficients,
+        evaluate(logprobs, groups, cfg(name), COUNTS).coefficients[:, order],
     )
 
 
@@ -126,8 +126,8 @@ def test_a_constant_added_to_all_rewards_changes_nothing(name):
     moved = replace(groups, rewards=groups.rewards * 0.5 + 0.3)
     base = replace(groups, rewards=groups.rewards * 0.5)
     torch.testing.assert_close(
-        coefficients(logprobs, moved, cfg(name), COUNTS),
-        coefficients(logprobs, base, cfg(name), COUNTS),
+        evaluate(logprobs, moved, cfg(name), COUNTS).coefficients,
+        evaluate(logprobs, base, cfg(name), COUNTS).coefficients,
         atol=1e-12,
         rtol=0,
     )
@@ -136,20 +136,20 @@ def test_a_constant_added_to_all_rewards_changes_nothing(name):
 @pytest.mark.parametrize("name", [a for a in ALGORITHMS if a not in ("grpo", "spin")])
 def test_a_group_without_contrast_teaches_nothing(name):
     logprobs, groups = a_batch()  # group 0: five equal rewards
-    assert coefficients(logprobs, groups, cfg(name), COUNTS)[0].abs().max() < 1e-15
+    assert evaluate(logprobs, groups, cfg(name), COUNTS).coefficients[0].abs().max() < 1e-15
 
 
 def test_grpo_ignores_the_size_of_a_gap_and_rloo_does_not():
     logprobs, lengths = torch.zeros(2, 4, 1, dtype=torch.float64), torch.ones(2, 4)
     rewards = torch.tensor([[1.0, 0, 0, 0], [0.5, 0, 0, 0]], dtype=torch.float64)
     groups = Groups(logprobs, rewards, preferences(rewards, 0.1), at_once(2, 4), lengths)
-    grpo = coefficients(logprobs, groups, cfg("grpo"), Counts(2, 3.0))
-    rloo = coefficients(logprobs, groups, cfg("rloo"), Counts(2, 3.0))
+    grpo = evaluate(logprobs, groups, cfg("grpo"), Counts(2, 3.0)).coefficients
+    rloo = evaluate(logprobs, groups, cfg("rloo"), Counts(2, 3.0)).coefficients
     torch.testing.assert_close(grpo[0], grpo[1], rtol=1e-3, atol=0)
     torch.testing.assert_close(rloo[0], 2 * rloo[1])
 
 
 def test_rloo_is_dr_grpo_but_for_a_constant():
     logprobs, groups = a_batch()
-    rloo, dr = (coefficients(logprobs, groups, cfg(name), COUNTS) for name in ("rloo", "dr_grpo"))
+    rloo, dr = (evaluate(logprobs, groups, cfg(name), COUNTS).coefficients for name in ("rloo", "dr_grpo"))
     torch.testing.assert_close(rloo, dr * N / (N - 1), rtol=1e-12, atol=1e-16)

@@ -4,7 +4,7 @@ from itertools import product
 
 import torch
 
-from gspo.algorithm.objective import Counts, Groups, coefficients, from_fork, gaps
+from gspo.algorithm.objective import Counts, Groups, evaluate, from_fork, gaps
 from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
 
@@ -48,11 +48,11 @@ def test_whole_answers_are_dpos_difference_of_sums():
 
 def test_at_zero_only_the_tokens_at_a_fork_learn():
     logprobs, groups = a_group()
-    c = coefficients(logprobs, groups, Objective(after_fork=0.0), Counts(1, 5.0))[0]
+    c = evaluate(logprobs, groups, Objective(after_fork=0.0), Counts(1, 5.0)).coefficients[0]
     real = torch.arange(4) < LENGTHS[0, :, None]  # one that was cut off parts in its padding, which reaches nothing
     assert ((c != 0) & real).nonzero().tolist() == [[0, 2], [1, 2], [3, 2]]
     assert c[0, 2] < 0 < c[1, 2], "up for who wins there, down for who loses to both"
-    more = coefficients(logprobs, groups, Objective(after_fork=0.3), Counts(1, 5.0))[0]
+    more = evaluate(logprobs, groups, Objective(after_fork=0.3), Counts(1, 5.0)).coefficients[0]
     assert more[1, 3] > 0 and more[:, :2].abs().max() == 0, "what is shared learns nothing at any setting"
 
 
@@ -88,7 +88,7 @@ def test_the_expected_gradient_at_a_state_is_the_policys_own():
             apart = forks(tokens[pair][None], torch.tensor([[2, 2]]))
             lp = token_logp[pair][None]
             groups = Groups(lp, rewards, preferences(rewards, 0.0), apart, torch.tensor([[2, 2]]))
-            c = coefficients(lp, groups, cfg, Counts(1, 1.0))[0]
+            c = evaluate(lp, groups, cfg, Counts(1, 1.0)).coefficients[0]
             for k, answer in enumerate(pair):
                 a, b = answers[answer]
                 for state, token, coef in ((0, a, c[k, 0]), (1 + a, b, c[k, 1])):

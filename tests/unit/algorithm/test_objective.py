@@ -12,7 +12,7 @@ from gspo.algorithm.objective import (
     ALGORITHMS,
     Counts,
     Groups,
-    coefficients,
+    evaluate,
     frozen_loss,
     gaps,
     gspo,
@@ -66,7 +66,7 @@ SETTINGS = [
 def test_coefficients_equal_the_closed_form(cfg):
     logprobs, groups = a_batch()
     torch.testing.assert_close(
-        coefficients(logprobs, groups, cfg, COUNTS), by_hand(logprobs, groups, cfg, COUNTS), rtol=0, atol=1e-12
+        evaluate(logprobs, groups, cfg, COUNTS).coefficients, by_hand(logprobs, groups, cfg, COUNTS), rtol=0, atol=1e-12
     )
 
 
@@ -81,7 +81,7 @@ def test_coefficients_equal_finite_differences(nll):
         up[g, i] += eps
         down[g, i] -= eps
         numeric[g, i] = (total(up) - total(down)) / (2 * eps)
-    torch.testing.assert_close(coefficients(logprobs, groups, cfg, COUNTS), numeric, rtol=0, atol=1e-9)
+    torch.testing.assert_close(evaluate(logprobs, groups, cfg, COUNTS).coefficients, numeric, rtol=0, atol=1e-9)
 
 
 def test_two_responses_are_the_seeds_formula():
@@ -110,7 +110,7 @@ def test_on_policy_gap_weights_give_rloo():
     logprobs, groups = a_batch(margin=0.0)
     groups = replace(groups, anchors=logprobs)
     cfg = Objective(pair_weight="gap", margin=0.0, use_ranking_loss=False)
-    c = coefficients(logprobs, groups, cfg, COUNTS)
+    c = evaluate(logprobs, groups, cfg, COUNTS).coefficients
     others = (groups.rewards.sum(1, keepdim=True) - groups.rewards) / (N - 1)
     advantage = groups.rewards - others
     scale = -cfg.preference_beta / (G * N)  # beta / (B Z) * (1/2) * (N - 1), Z = N (N - 1) / 2
@@ -122,7 +122,7 @@ def test_binary_rewards_with_sqrt_give_grpo_up_to_a_constant():
     rewards = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.float64)
     logprobs = -torch.rand(G, N, 1, dtype=torch.float64)
     groups = Groups(logprobs, rewards, preferences(rewards, 0.1), at_once(G, N), torch.ones(G, N))
-    c = coefficients(logprobs, groups, Objective(normalizer="sqrt", use_ranking_loss=False), COUNTS)
+    c = evaluate(logprobs, groups, Objective(normalizer="sqrt", use_ranking_loss=False), COUNTS).coefficients
     standard = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True, correction=0)
     ratio = c[..., 0] / standard
     torch.testing.assert_close(ratio, ratio[0, 0].expand(G, N), rtol=1e-12, atol=0)
@@ -132,7 +132,7 @@ def test_binary_rewards_with_sqrt_give_grpo_up_to_a_constant():
 @pytest.mark.parametrize("cfg", SETTINGS[:4], ids=str)
 def test_coefficients_sum_to_zero_in_a_group_and_vanish_without_pairs(cfg):
     logprobs, groups = a_batch()
-    c = coefficients(logprobs, groups, replace(cfg, length_norm="sum"), COUNTS)
+    c = evaluate(logprobs, groups, replace(cfg, length_norm="sum"), COUNTS).coefficients
     torch.testing.assert_close(c.sum((1, 2)), torch.zeros(G, dtype=torch.float64), rtol=0, atol=1e-15)
     assert c[0].abs().max() == 0 and c[1:].abs().max() > 0
 
@@ -149,7 +149,8 @@ def test_permuting_responses_permutes_coefficients():
     )
     cfg = Objective()
     torch.testing.assert_close(
-        coefficients(logprobs[:, order], moved, cfg, COUNTS), coefficients(logprobs, groups, cfg, COUNTS)[:, order]
+        evaluate(logprobs[:, order], moved, cfg, COUNTS).coefficients,
+        evaluate(logprobs, groups, cfg, COUNTS).coefficients[:, order],
     )
 
 
@@ -160,7 +161,10 @@ def test_a_constant_added_to_all_rewards_changes_nothing():
     more = replace(groups, rewards=shifted, beats=preferences(shifted, 0.04))
     cfg = Objective(pair_weight="gap")
     torch.testing.assert_close(
-        coefficients(logprobs, same, cfg, COUNTS), coefficients(logprobs, more, cfg, COUNTS), rtol=1e-12, atol=0
+        evaluate(logprobs, same, cfg, COUNTS).coefficients,
+        evaluate(logprobs, more, cfg, COUNTS).coefficients,
+        rtol=1e-12,
+        atol=0,
     )
 
 
@@ -238,4 +242,4 @@ def test_a_rank_without_groups_has_its_share_of_nothing():
     square = torch.zeros(0, 4, 4, dtype=torch.long)
     groups = Groups(empty, torch.zeros(0, 4), square.bool(), square, torch.zeros(0, 4))
     for name in ALGORITHMS:
-        assert coefficients(empty, groups, Objective(algorithm=name), COUNTS).shape == (0, 4, 0)
+        assert evaluate(empty, groups, Objective(algorithm=name), COUNTS).coefficients.shape == (0, 4, 0)

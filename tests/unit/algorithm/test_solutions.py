@@ -1,24 +1,27 @@
 """Gold solutions beside the samples: what SPIN learns from, and what they must not touch."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.selves import Selves
-from gspo.algorithm.solutions import solution_ids, with_solutions
+from gspo.algorithm.solutions import add_solutions, solution_ids
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.distributed.world import World
 from gspo.errors import UserError
+from gspo.metrics.step_metrics import Meter, observe
+from gspo.metrics.tracker import sample_rows
 from gspo.models.loading import load_tokenizer
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack, pack_rows
 from gspo.read_config import load_config
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling
-from gspo.types import Experience, Prompt
+from gspo.types import Prompt, Scores
+from train import gather_experience
 
 WORLD = World(0, 1, torch.device("cpu"), None)
 
@@ -39,32 +42,53 @@ def setting():
         selves = Selves(cfg, WORLD)
         sampler = Sampler(selves.sampler, tokenizer, WORLD.device)
         rollout = sampler.generate(prompts(tokenizer), 3, Sampling(0.9, max_new_tokens=16))
-        reference, anchors = selves.reference(rollout)
-        rewards = torch.tensor([[1.0, 0.0, 0.1], [0.0, 0.0, 0.0]])
-        apart = forks(rollout.tokens, rollout.lengths)
-        exp = Experience(rollout, rewards, preferences(rewards, 0.1), apart, reference, anchors, [0, 1], 2, 2)
-        return cfg, selves, sampler, exp, with_solutions(exp, tokenizer, sampler.end_id, selves)
+        scores = Scores(torch.tensor([[1.0, 0.0, 0.1], [0.0, 0.0, 0.0]]))
+        joined = add_solutions(rollout, tokenizer, sampler.end_id, selves.policy.config, WORLD)
+        exp = gather_experience(joined, [0, 1], scores, selves, 2, cfg, WORLD)
+        return cfg, selves, sampler, rollout, scores, exp
 
     return make
 
 
 def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
-    _, selves, sampler, exp, material = setting()
+    _, selves, sampler, rollout, scores, exp = setting()
     tokenizer = load_tokenizer(None)
-    for g, prompt in enumerate(exp.rollout.prompts):
-        n = int(material.rollout.lengths[g, 3])
-        ids = material.rollout.tokens[g, 3, :n].tolist()
+    for g, prompt in enumerate(rollout.prompts):
+        n = int(exp.rollout.lengths[g, 3])
+        ids = exp.rollout.tokens[g, 3, :n].tolist()
         assert ids[-1] == sampler.end_id and tokenizer.decode(ids[:-1]) == prompt.extra_info["solution"]
         mine = response_logprobs(
             selves.policy, selves.head, pack([prompt], [0], torch.tensor([ids]), torch.tensor([n])), 0.9
         )
         mine = mine.detach()
-        torch.testing.assert_close(material.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(material.anchors[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
-    assert material.beats[:, 3, :3].all() and material.beats.sum() == 6 and material.given == 1
-    width = exp.rollout.tokens.shape[2]
-    assert material.rollout.tokens[:, :3, :width].equal(exp.rollout.tokens)
-    assert material.reference_logprobs[:, :3, :width].equal(exp.reference_logprobs)
+        torch.testing.assert_close(exp.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(exp.groups.anchors[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
+    assert exp.rollout.sampled.tolist() == [[True, True, True, False]] * 2 and exp.rollout.finished[:, 3].all()
+    assert exp.groups.rewards.tolist() == [[*rewards, 1.0] for rewards in scores.rewards.tolist()]
+    assert exp.groups.beats[:, 3, :3].all() and exp.batch_pairs == 6 + 2, "1.0 beats 0.1 and 0.0"
+    assert not exp.groups.beats[:, :, 3].any()
+    width = rollout.tokens.shape[2]
+    assert exp.rollout.tokens[:, :3, :width].equal(rollout.tokens)
+    assert (
+        exp.rollout.sampled_mask[:, :3, :width].equal(rollout.mask)
+        and exp.rollout.sampled_mask.sum() == rollout.mask.sum()
+    )
+
+
+def test_metrics_and_samples_show_the_sampled_responses_only(setting):
+    """What a step shows is what it would show without the solutions."""
+    cfg, selves, _, rollout, scores, exp = setting()
+    updater = Updater(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, WORLD)
+    update = updater.run(exp, 0.0)
+    assert update.logprobs.shape[:2] == (2, 4)
+    width = rollout.tokens.shape[2]
+    alone = gather_experience(rollout, [0, 1], scores, selves, 2, cfg, WORLD)
+    short = replace(update, logprobs=update.logprobs[:, :3, :width])
+    shown, wanted = (
+        Meter.merge([observe(e, scores, u, cfg.objective).state()]) for e, u in ((exp, update), (alone, short))
+    )
+    assert shown == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert sample_rows(exp, 2) == sample_rows(alone, 2)
 
 
 @pytest.mark.parametrize(
@@ -72,44 +96,35 @@ def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
 )
 def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps):
     """... against autograd on the formula, whichever way the update takes."""
-    cfg, selves, _, exp, material = setting("objective.kl_coef=0.5", "optim.grad_clip=1e9", *steps)
+    cfg, selves, _, _, _, exp = setting("objective.kl_coef=0.5", "optim.grad_clip=1e9", *steps)
     for p in selves.policy.parameters():  # away from the reference, or the KL has no gradient
         p.data.add_(0.01 * torch.randn_like(p))
-    exp.rollout.logprobs.zero_()  # the weight p_train / p_sampler is at its bound or below where it is applied
-    packed = pack_rows(material.rollout, [(g, i) for g in range(2) for i in range(4)])
+    packed = pack_rows(exp.rollout, [(g, i) for g in range(2) for i in range(4)])
     logprobs = response_logprobs(selves.policy, selves.head, packed, 0.9).view(2, 4, -1)
-    s = 0.5 * (logprobs - material.anchors).sum(-1)
+    s = 0.5 * (logprobs - exp.groups.anchors).sum(-1)
     loss = F.softplus(s[:, :3] - s[:, 3:]).mean()
-    d = (logprobs - material.reference_logprobs)[:, :3]
+    d = (logprobs - exp.reference_logprobs)[:, :3]
     loss = loss + 0.5 * (0.5 * d.square().sum() / 6)
     expected = torch.autograd.grad(loss, list(selves.policy.parameters()))
 
     seen = []
     updater = Updater(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, WORLD)
     updater._step = lambda exp, update, coefs: seen.append([p.grad.clone() for p in selves.policy.parameters()])
-    material.rollout.logprobs[:, :3] = logprobs[:, :3].detach()
-    updater.run(material, 0.0)
+    exp.rollout.logprobs[:, :3] = logprobs[:, :3].detach()
+    updater.run(exp, 0.0)
     for got, wanted in zip(seen[0], expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=2e-5)
 
 
-def test_an_update_is_told_of_for_the_samples_only(setting):
-    cfg, selves, _, exp, material = setting()
-    updater = Updater(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, WORLD)
-    update = updater.run(material, 0.0)
-    assert update.logprobs.shape[1] == 4 and update.of(exp).logprobs.shape == exp.rollout.tokens.shape
-    assert update.of(exp).logprobs.equal(update.logprobs[:, :3, : exp.rollout.tokens.shape[2]])
-
-
 def test_a_solution_longer_than_the_models_frequencies_allow_is_refused(setting):
-    _, selves, sampler, exp, material = setting()
-    sizes, config = [len(p.ids) for p in exp.rollout.prompts], selves.policy.config
+    _, selves, sampler, rollout, _, exp = setting()
+    sizes, config = [len(p.ids) for p in rollout.prompts], selves.policy.config
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    config.max_position_embeddings = int((torch.tensor(sizes) + material.rollout.lengths[:, 3]).max())
-    with_solutions(exp, load_tokenizer(None), sampler.end_id, selves)
+    config.max_position_embeddings = int((torch.tensor(sizes) + exp.rollout.lengths[:, 3]).max())
+    add_solutions(rollout, load_tokenizer(None), sampler.end_id, config, WORLD)
     config.max_position_embeddings -= 1
     with pytest.raises(UserError, match="with spin, the rows' solutions"):
-        with_solutions(exp, load_tokenizer(None), sampler.end_id, selves)
+        add_solutions(rollout, load_tokenizer(None), sampler.end_id, config, WORLD)
 
 
 def test_a_row_without_a_solution_is_a_users_mistake():

@@ -7,13 +7,13 @@ import pytest
 import torch
 from architectures import tiny_model
 
-from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, kl_loss
+from gspo.algorithm.objective import Counts, gspo, kl_loss
 from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.update import Updater, learning_rate, make_optimizer
 from gspo.distributed.world import World
 from gspo.packing.head import measure_head
 from gspo.read_config import load_config
-from gspo.types import Experience, Prompt, Rollout
+from gspo.types import Experience, Groups, Prompt, Rollout
 
 G, N, L = 3, 4, 7
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -35,7 +35,15 @@ def experience(model, seed=0):
     anchors = exact + torch.randn(G, N, L, generator=g) * (torch.arange(L) < lengths[..., None])
     apart = forks(tokens, lengths)
     rollout = Rollout(prompts, tokens, lengths, exact, torch.zeros_like(exact), lengths < L, [[""] * N] * G)
-    return Experience(rollout, rewards, beats, apart, exact + 0.3 * noise, anchors, [0, 1, 2], G, int(beats.sum()))
+    groups = Groups(anchors, rewards, beats, apart, lengths)
+    return Experience(rollout, groups, exact + 0.3 * noise, [0, 1, 2], G, int(beats.sum()))
+
+
+def with_rewards(exp, rewards):
+    """The same experience, the responses scored anew."""
+    beats = preferences(rewards, 0.1)
+    groups = replace(exp.groups, rewards=rewards, beats=beats)
+    return replace(exp, groups=groups, batch_pairs=int(beats.sum()))
 
 
 def single(model, prompt, tokens, temperature=0.9):
@@ -53,9 +61,8 @@ def plain_gradient(model, exp, cfg):
     logp = torch.stack([torch.stack([single(model, p, t[:n]) for t, n in zip(ts, ns, strict=True)])
                         for p, ts, ns in zip(r.prompts, r.tokens, r.lengths, strict=True)])  # fmt: skip
     counts, o = Counts(G, exp.batch_pairs / G), cfg.objective
-    anchors = logp.detach() if o.anchor == "old" else exp.anchors
-    groups = Groups(anchors, exp.rewards, exp.beats, exp.forks, r.lengths)
-    terms = ALGORITHMS["gspo"](logp.double(), groups, o, counts)
+    groups = replace(exp.groups, anchors=logp.detach()) if o.anchor == "old" else exp.groups
+    terms = gspo(logp.double(), groups, o, counts)
     loss = sum(terms.values()) + o.kl_coef * kl_loss(logp, exp.reference_logprobs, r.mask, N, counts)
     loss.backward()
     gradient = [p.grad.clone() for p in model.parameters()]
@@ -127,10 +134,9 @@ def test_mini_batches_partition_the_gradient():
     """With weights that stand still, each mini-batch's gradient is its groups' own, normalised by their number."""
     model = tiny_model("llama")
     exp = experience(model)
-    rewards = exp.rewards.clone()
+    rewards = exp.groups.rewards.clone()
     rewards[1, 0] = 1.0  # every group has a pair
-    beats = preferences(rewards, 0.1)
-    exp = replace(exp, rewards=rewards, beats=beats, batch_pairs=int(beats.sum()))
+    exp = with_rewards(exp, rewards)
     whole = run(model, exp)[0][0]
     parts = run(model, exp, "optim.minibatches=3")[0]
     assert len(parts) == 3
@@ -169,7 +175,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     model = tiny_model("llama")
     exp = experience(model)
     cfg = load_config(None)
-    exp.anchors[0, 0] = float("nan")
+    exp.groups.anchors[0, 0] = float("nan")
     before = [p.clone() for p in model.parameters()]
     update = Updater(model, measure_head(model), make_optimizer(model, cfg), cfg, ALONE).run(exp, lr=1e-2)
     assert update.skipped == 1 and update.not_finite == "the anchor's log-probs"
@@ -189,7 +195,7 @@ def test_what_was_not_finite_first_is_named(path):
     assert named(model, exp) == ""
     bad = replace(exp, reference_logprobs=exp.reference_logprobs.clone().fill_(-torch.inf))
     assert named(model, bad) == "the reference's log-probs"
-    bad = replace(exp, rewards=exp.rewards * torch.nan)
+    bad = replace(exp, groups=replace(exp.groups, rewards=exp.groups.rewards * torch.nan))
     if path == "live":
         cfg = load_config(None, ["objective.pair_weight=gap"])
         update = Updater(model, measure_head(model), make_optimizer(model, cfg), cfg, ALONE).run(bad, lr=1e-2)
@@ -210,13 +216,13 @@ def test_where_all_answers_are_equal_no_step_is_taken(path, algorithm):
     model = tiny_model("llama")
     exp = experience(model)
     alike = torch.full((G, N), 0.5)
-    exp = replace(exp, rewards=alike, beats=preferences(alike, 0.1), batch_pairs=0)
+    exp = with_rewards(exp, alike)
     cut = ["optim.micro_batch_responses=3"] if path == "frozen" else []
     seen, update, _ = run(model, exp, f"objective.algorithm={algorithm}", *cut)
     assert seen == [] and (update.empty, update.skipped) == (1, 0) and update.grad_norms[0] > 0
     one_pair = alike.clone()
     one_pair[2, 1] = 1.0
-    exp = replace(exp, rewards=one_pair, beats=preferences(one_pair, 0.1), batch_pairs=3)
+    exp = with_rewards(exp, one_pair)
     seen, update, _ = run(model, exp, f"objective.algorithm={algorithm}", *cut)
     assert len(seen) == 1 and update.empty == 0
 

@@ -8,7 +8,7 @@ import torch
 from pairwise_cases import COUNTS, EVERYTHING, Case, by_closed_form, by_objective, cases, distance, draw, too_far
 from triton_programs import results
 
-from gspo.algorithm.objective import by_pairs, coefficients
+from gspo.algorithm.objective import evaluate, gspo_in_closed_form
 from gspo.config import Objective
 from gspo.kernels import pairwise
 from gspo.kernels.dispatch import choose
@@ -52,7 +52,7 @@ def test_a_group_without_pairs_and_one_of_ties():
 def test_no_groups():
     logprobs, groups = draw(Case(3, 4, Objective()))
     none = type(groups)(**{k: v[:0] for k, v in vars(groups).items()})
-    coefs, parts = by_pairs(logprobs[:0], none, Objective(), COUNTS)
+    coefs, parts = gspo_in_closed_form(logprobs[:0], none, Objective(), COUNTS)
     assert coefs.shape == (0, 3, 4) and parts.shape == (0, 7)
 
 
@@ -101,11 +101,11 @@ def test_on_cuda_groups_beyond_the_kernel_and_float64(poisoned):
 @on_cuda
 def test_on_cuda_it_is_one_launch_and_the_same_bits_every_time():
     logprobs, groups = draw(Case(12, 700, EVERYTHING), "cuda")
-    first = by_pairs(logprobs, groups, EVERYTHING, COUNTS)  # compiles
+    first = gspo_in_closed_form(logprobs, groups, EVERYTHING, COUNTS)  # compiles
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        again = by_pairs(logprobs, groups, EVERYTHING, COUNTS)
+        again = gspo_in_closed_form(logprobs, groups, EVERYTHING, COUNTS)
         torch.cuda.synchronize()
     on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert [name for name in on_device if "kernel" in name] == ["pairwise_kernel"], on_device
@@ -116,7 +116,7 @@ def test_on_cuda_it_is_one_launch_and_the_same_bits_every_time():
 @on_cuda
 def test_on_cuda_the_objective_takes_its_coefficients_from_the_kernel():
     logprobs, groups = draw(Case(8, 40, EVERYTHING), "cuda")
-    found = coefficients(logprobs, groups, EVERYTHING, COUNTS)
-    assert torch.equal(found, by_pairs(logprobs, groups, EVERYTHING, COUNTS).coefficients)
+    found = evaluate(logprobs, groups, EVERYTHING, COUNTS).coefficients
+    assert torch.equal(found, gspo_in_closed_form(logprobs, groups, EVERYTHING, COUNTS).coefficients)
     exact = by_objective(logprobs.double(), groups, EVERYTHING)["coefficients"]
     assert found.dtype == torch.float32 and distance(found, exact) < 1e-5

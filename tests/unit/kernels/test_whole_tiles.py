@@ -15,7 +15,7 @@ from gspo.kernels.whole_tiles import whole_tiles
 from gspo.packing.head import measure_head
 from gspo.read_config import load_config
 from gspo.rollout.sampling import Sampling
-from gspo.types import Experience
+from gspo.types import Experience, Groups
 
 ODD = {
     "llama": {"vocab_size": 333, "hidden_size": 44, "intermediate_size": 50, "head_dim": 10},
@@ -126,10 +126,9 @@ def test_a_rollout_and_a_step_with_all_fresh_memory_nan(family, whole):
         assert rollout.logprobs.isfinite().all() and rollout.entropy.isfinite().all()
         rewards = torch.tensor([[1.0, 0.0, 0.5, 0.0]] * 3)
         beats = preferences(rewards, 0.1)
-        exp = Experience(
-            rollout, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.logprobs, rollout.logprobs,
-            [0, 1, 2], 3, int(beats.sum()),
-        )  # fmt: skip
+        apart = forks(rollout.tokens, rollout.lengths)
+        groups = Groups(rollout.logprobs, rewards, beats, apart, rollout.lengths)
+        exp = Experience(rollout, groups, rollout.logprobs, [0, 1, 2], 3, int(beats.sum()))
         optimizer = make_optimizer(model, cfg)
         update = Updater(model, head, optimizer, cfg, world, autocast).run(exp, lr=1e-3)
     assert mode.products > 50 and not mode.unsafe, mode.unsafe

@@ -9,7 +9,7 @@ import torch
 from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
 from gspo.metrics.step_metrics import Clock, Meter, observe
-from gspo.types import Experience, Prompt, Rollout, Scores, Update
+from gspo.types import Experience, Groups, Prompt, Rollout, Scores, Update
 
 REWARDS = torch.tensor([[1.0, 0.0], [0.1, 0.1]])
 LENGTHS = torch.tensor([[2, 1], [3, 3]])
@@ -25,7 +25,8 @@ def an_experience(g):
     tokens = torch.arange(7, 13).view(1, 2, 3).repeat(len(g), 1, 1)
     rollout = Rollout(prompts, tokens, LENGTHS[g], sampled, entropy, finished, [["", ""]] * len(g))
     apart = forks(tokens, LENGTHS[g])
-    exp = Experience(rollout, REWARDS[g], preferences(REWARDS[g], 0.1), apart, REFERENCE[g], REFERENCE[g], g, 2, 1)
+    groups = Groups(REFERENCE[g], REWARDS[g], preferences(REWARDS[g], 0.1), apart, LENGTHS[g])
+    exp = Experience(rollout, groups, REFERENCE[g], g, 2, 1)
     return exp, Update(LOGPROBS[g], {"preference": 0.25 * len(g)}, [1.0, 3.0])
 
 
@@ -79,11 +80,12 @@ def test_winners_count_once_however_many_they_beat():
         return torch.cat([x, x], 1)
 
     r = exp.rollout
-    fields = {k: twice(getattr(r, k)) for k in ("tokens", "lengths", "logprobs", "entropy", "finished")}
+    fields = {k: twice(getattr(r, k)) for k in ("tokens", "lengths", "logprobs", "entropy", "finished", "sampled")}
     wide = replace(r, **fields)
     apart = forks(wide.tokens, wide.lengths)
     reference, pairs = twice(REFERENCE), int(beats.sum())
-    wide = Experience(wide, twice(REWARDS), beats, apart, reference, reference, [0, 1], 2, pairs)
+    groups = Groups(reference, twice(REWARDS), beats, apart, wide.lengths)
+    wide = Experience(wide, groups, reference, [0, 1], 2, pairs)
     m = observe(wide, Scores(twice(REWARDS)), replace(update, logprobs=twice(LOGPROBS)), Objective())
     assert Meter.merge([m.state()])["winner_logprob"] == pytest.approx((-1.5 - 2.0) / 2)
 

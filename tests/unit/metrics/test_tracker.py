@@ -11,7 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config, Health
 from gspo.metrics.tracker import GLOSSARY, SEED_FIVE, Tracker, _cut_after, sample_rows
-from gspo.types import Experience, Prompt, Rollout
+from gspo.types import Experience, Groups, Prompt, Rollout
 
 DERIVED = {"response/length_ratio", "entropy_ratio", "winner_logprob_drop", "heldout/diverging"}  # by health.py
 REWARDS = [[0.1, 1.0, 0.0, 0.5], [0.1, 0.0, 0.1, 0.0]]
@@ -30,9 +30,8 @@ def an_experience(rewards=REWARDS, texts=TEXTS, margin=0.1):
     prompts = [Prompt(g, (1,), f"问题 {g}?", "7", "math") for g in range(len(rewards))]
     rollout = Rollout(prompts, zeros.long(), rewards.long() + 1, zeros, zeros, rewards >= 0, texts)
     beats = preferences(rewards, margin)
-    return Experience(
-        rollout, rewards, beats, beats.long(), zeros, zeros, [*range(len(rewards))], len(rewards), int(beats.sum())
-    )
+    groups = Groups(zeros, rewards, beats, beats.long(), rollout.lengths)
+    return Experience(rollout, groups, zeros, [*range(len(rewards))], len(rewards), int(beats.sum()))
 
 
 def track(folder, steps, start=0, **changed):
