@@ -20,7 +20,7 @@ from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
-from gspo.models.precision import DTYPES, settle
+from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_config import load_config, set_value
 from gspo.reward.scorer import Scorer
 from gspo.rollout.sampler import Sampler
@@ -80,7 +80,9 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score the test prompts with one model."""
     tokenizer = load_tokenizer(name)
-    precision, _ = world.broadcast_from_main(lambda: settle(cfg.model.precision, world.device, load_model_config(name)))
+    precision, _ = world.broadcast_from_main(
+        lambda: choose_precision(cfg.model.precision, world.device, load_model_config(name))
+    )
     model = load_model(name, DTYPES[precision]).to(world.device)
     prompts = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
     sampler = Sampler(

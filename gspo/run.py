@@ -17,7 +17,7 @@ from gspo.distributed.world import World
 from gspo.memory.footprint import memory_report_line
 from gspo.metrics.evaluation import answer, correct_of, report
 from gspo.metrics.tracker import Tracker
-from gspo.models.precision import DTYPES, settle
+from gspo.models.precision import DTYPES, choose_precision
 from gspo.reward.scorer import Scorer
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.rollout.sampling import Sampling
@@ -56,7 +56,7 @@ def start(
         save_reward_function(folder, scorer.pool.source, state.step)
     if not state.precision:
         state.precision, measured = world.broadcast_from_main(
-            lambda: settle(cfg.model.precision, world.device, model_config)
+            lambda: choose_precision(cfg.model.precision, world.device, model_config)
         )
         if measured:
             say(f"model.precision=auto: {state.precision} ({measured})")

@@ -24,7 +24,7 @@ from gspo.data.schemas import Messages
 from gspo.data.sources import open_source
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
-from gspo.models.precision import DTYPES, settle
+from gspo.models.precision import DTYPES, choose_precision
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.rollout.sampling import Sampling
 from gspo.system.console import say
@@ -85,7 +85,7 @@ def _open(
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(model)
-        chosen, _ = settle(precision, on, load_model_config(model))
+        chosen, _ = choose_precision(precision, on, load_model_config(model))
         model = load_model(model, DTYPES[chosen]).to(on)
     elif tokenizer is None:
         raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")

@@ -14,7 +14,7 @@ from gspo.distributed.sharding import local_bytes, materialize, needs_sharding, 
 from gspo.distributed.transfer import copy_weights
 from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model
-from gspo.models.precision import rounded
+from gspo.models.precision import cast_linear_layers
 from gspo.packing.head import measure_head
 from gspo.packing.logprobs import check_packing, rollout_logprobs
 from gspo.packing.micro_batches import micro_batches
@@ -71,7 +71,7 @@ class Selves:
         if frozen:
             model.requires_grad_(False)
             if world.size == 1:
-                rounded(model, self.dtype)
+                cast_linear_layers(model, self.dtype)
         elif cfg.model.gradient_checkpointing:
             checkpoint_activations(model)
         if not bare:

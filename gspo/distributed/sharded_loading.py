@@ -19,8 +19,9 @@ from transformers.core_model_loading import WeightConverter, WeightTransform, re
 
 from gspo.distributed.transfer import fill_weights
 from gspo.errors import UserError
-from gspo.models.compiled_layers import fuse
-from gspo.models.loading import in_dtype, load_model_config, refuse, resolve_path
+from gspo.models.compiled_layers import install_compiled_layers
+from gspo.models.loading import cannot_open, cast_parameters, load_model_config, resolve_path
+from gspo.models.replaced import replaced
 from gspo.models.safetensors_files import Weights, open_weights
 
 Part = Callable[[tuple[slice, ...]], Tensor]  # slices of a tensor, one a dimension -> that part of it, on the CPU
@@ -34,29 +35,22 @@ def meta_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     read. UserError when it cannot be had.
     """
     config = load_model_config(path)
-    with _parameters_on_meta():
+    with replaced([(nn.Module, "register_parameter", _register_on_meta)]):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(resolve_path(path))
     model.config.use_cache = False
-    return in_dtype(fuse(model.eval()), dtype)
+    return cast_parameters(install_compiled_layers(model.eval()), dtype)
 
 
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their storage as they are registered, before anything is written to it; buffers keep theirs."""
-    register = nn.Module.register_parameter
+_register_parameter = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
-        register(module, name, param)
 
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+def _register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """Register a parameter on the meta device: its storage is freed before anything is written to it."""
+    if param is not None and not param.is_meta:
+        param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+    _register_parameter(module, name, param)
 
 
 def local_folder(path: str | None) -> Path:
@@ -67,7 +61,7 @@ def local_folder(path: str | None) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as e:  # the hub raises a dozen kinds
-        raise refuse(name, e) from e
+        raise cannot_open(name, e) from e
 
 
 def named_weights(model: nn.Module, path: str | None) -> Iterator[tuple[str, Part]]:

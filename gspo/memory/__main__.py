@@ -14,7 +14,7 @@ import torch
 from gspo.errors import UserError
 from gspo.memory.footprint import GIB, Footprint, footprint
 from gspo.models.loading import load_model_config, resolve_path
-from gspo.models.precision import settle
+from gspo.models.precision import choose_precision
 from gspo.read_config import load_config
 from gspo.rollout.kv_budget import free_bytes
 from gspo.system.console import say
@@ -62,7 +62,7 @@ def main() -> None:
     else:
         free = free_bytes(torch.device(on)) // (ranks if on == "cpu" else 1) if on == here else None
     if on == here:
-        precision, _ = settle(cfg.model.precision, torch.device(on), load_model_config(cfg.model.path))
+        precision, _ = choose_precision(cfg.model.precision, torch.device(on), load_model_config(cfg.model.path))
     else:
         precision = "bf16" if cfg.model.precision == "auto" else cfg.model.precision
     try:

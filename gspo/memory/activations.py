@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from gspo.models.compiled_layers import fuse
+from gspo.models.compiled_layers import install_compiled_layers
 from gspo.models.loading import checkpoint_activations
 from gspo.packing.head import Head
 from gspo.packing.logprobs import response_logprobs, surrogate
@@ -71,7 +71,7 @@ class FakeModel:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        fuse(self.model).config.use_cache = False
+        install_compiled_layers(self.model).config.use_cache = False
         if checkpointing:
             checkpoint_activations(self.model)
         layer, cap = self.model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)

@@ -18,7 +18,7 @@ from gspo.packing.micro_batches import Row, micro_batches
 from gspo.packing.pack import PackedBatch, pack_rows
 from gspo.rollout.kv_budget import MOST, SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.rollout.sampler import shares_weights
-from gspo.rollout.weight_layout import prepared_bytes
+from gspo.rollout.weight_layout import laid_out_bytes
 from gspo.types import Prompt, Rollout
 
 GIB = 2**30
@@ -223,5 +223,5 @@ def _sampling(
     return {
         "keys and values": pages,
         "logits": logits,
-        "weights laid out": prepared_bytes(sampler.model) if on == "cpu" else 0,
+        "weights laid out": laid_out_bytes(sampler.model) if on == "cpu" else 0,
     }

@@ -1,4 +1,4 @@
-"""Whether a model's attention is one that ours serves exactly, and ours in its place for some forwards."""
+"""Check that our attention computes what a model's own attention does, and use it for some forwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,25 +8,27 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from gspo.errors import UserError
-from gspo.models.compiled_layers import fused_layers
+from gspo.models.compiled_layers import compiled_layers_enabled
+from gspo.models.replaced import replaced
 
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def refuse_unknown(module: nn.Module, state: object | None, options: dict[str, Any]) -> None:
-    """UserError where a module asks for more than causal attention, or does not pass our `state` on."""
+def check_attention_arguments(module: nn.Module, state: object | None, options: dict[str, Any]) -> None:
+    """Raise UserError where an attention module wants more than causal attention, or drops `state`, our argument."""
     config = module.config
     if state is None:
-        raise refusal(config, "hands no extra arguments to its attention")
+        raise unsupported_model(config, "hands no extra arguments to its attention")
     if any(options.get(name) is not None for name in ("s_aux", "position_bias", "cache")):
-        raise refusal(config, "adds attention sinks or biases of its own")
+        raise unsupported_model(config, "adds attention sinks or biases of its own")
     if not getattr(module, "is_causal", True):
-        raise refusal(config, "attends in both directions")
+        raise unsupported_model(config, "attends in both directions")
     if "sliding_window" not in options and getattr(config, "sliding_window", None) is not None:
-        raise refusal(config, "keeps its sliding window from its attention function")
+        raise unsupported_model(config, "keeps its sliding window from its attention function")
 
 
-def refusal(config: PreTrainedConfig, why: str) -> UserError:
+def unsupported_model(config: PreTrainedConfig, why: str) -> UserError:
+    """Return the error that says why a model cannot be trained or sampled here."""
     return UserError(
         f"model.path: this model's architecture, {config.model_type}, {why}, and our attention would give it other "
         "log-probs than its own; choose a decoder with causal attention, full or by sliding windows."
@@ -34,25 +36,27 @@ def refusal(config: PreTrainedConfig, why: str) -> UserError:
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
-    """UserError where the configuration already says that a model's layers are not such attention."""
+    """Raise UserError where the configuration names layers that are neither full nor sliding-window attention."""
     others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - EXACT_LAYERS
     if others:
-        raise refusal(config, f"has layers of the kind {', '.join(sorted(others))}")
+        raise unsupported_model(config, f"has layers of the kind {', '.join(sorted(others))}")
 
 
 def ordinary_token(config: PreTrainedConfig) -> int:
-    """The first of ten tokens to try a model with. Behind special tokens half precision can be chaos: SmolLM2's logits
-    in bf16 are off by a quarter there, and by a twentieth behind these."""
+    """Return the first of ten ordinary tokens to try a model with.
+
+    After special tokens half precision can be chaos: SmolLM2's logits in bf16 are off by a quarter there, and by a
+    twentieth after these.
+    """
     return (config.get_text_config().vocab_size - 10) // 3
 
 
 def check_length(config: PreTrainedConfig, tokens: int) -> None:
-    """UserError where a prompt and its answer, `tokens` together, reach positions at which a model's rotary frequencies
-    depend on the forward that they are in.
+    """Raise UserError where sequences of `tokens`, prompt and response, have positions that depend on their batch.
 
-    Beyond a length, transformers chooses those of dynamic NTK and LongRoPE for all rows by the largest position
-    (modeling_rope_utils.py, `dynamic_rope_update`): log-probs would change with batch mates and with how a batch is
-    cut, and the keys that a sampler keeps would not be those of a later forward.
+    Beyond a length, transformers chooses the rotary frequencies of dynamic NTK and LongRoPE for all rows by the largest
+    position of the forward (modeling_rope_utils.py, `dynamic_rope_update`): log-probs would change with batch mates
+    and with how a batch is cut, and the sampler's cached keys would not be those of a later forward.
     """
     c = config.get_text_config()
     ropes = getattr(c, "rope_parameters", None) or {}
@@ -63,20 +67,15 @@ def check_length(config: PreTrainedConfig, tokens: int) -> None:
         limit = rope["original_max_position_embeddings"] if kind == "longrope" else c.max_position_embeddings
         if tokens > limit:
             raise UserError(
-                f"a prompt and its answer may have {tokens:,} tokens together. Beyond {limit:,} this model's positions "
-                f"({c.model_type}, rope_type {kind!r}) are scaled by the longest sequence of a batch, and an answer "
-                f"would depend on its batch mates. Keep the two within {limit:,} (data.max_prompt_length and "
+                f"a prompt and its response may have {tokens:,} tokens together. Beyond {limit:,} this model's "
+                f"positions ({c.model_type}, rope_type {kind!r}) are scaled by the longest sequence of a batch, and a "
+                f"response would depend on its batch mates. Keep the two within {limit:,} (data.max_prompt_length and "
                 "rollout.max_new_tokens; with spin, the rows' solutions), or choose a model of another rope_type."
             )
 
 
 @contextmanager
-def attention_of(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Attention by the function registered as `name`, and compiled layers (compiled_layers.py), for the forwards
-    inside."""
-    before, config._attn_implementation = config._attn_implementation, name
-    try:
-        with fused_layers():
-            yield
-    finally:
-        config._attn_implementation = before
+def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Use the attention function registered as `name`, and compiled layers, for the forwards inside."""
+    with replaced([(config, "_attn_implementation", name)]), compiled_layers_enabled():
+        yield

@@ -1,7 +1,8 @@
-"""A model's norms, gated activations and rotary positions as compiled kernels, where its class computes just that.
+"""Compute a model's RMSNorms, gated MLPs and rotary embeddings by compiled CPU kernels.
 
-Which modules these are is measured, not looked up: each is tried on random numbers beside the kernel's formula. Only
-forwards of ours (`attention_of`) use them; the model by itself stays transformers'.
+Which modules these kernels serve is found by trial, not by name: each module is run on random numbers and compared
+with the kernel's formula. Only forwards of ours use the kernels (`compiled_layers_enabled`, entered by
+architecture.attention_implementation); called by anyone else, the model runs transformers' code.
 """
 
 import copy
@@ -18,44 +19,49 @@ from torch import Tensor, nn
 
 from gspo.kernels.layers import rms_norm, rotate, silu_product
 from gspo.kernels.native import library, takes
+from gspo.models.replaced import replace
 
 ROTARY = "apply_rotary_pos_emb"
-_inside = 0  # forwards of ours that are under way
+_forwards_of_ours = 0  # under way now
 
 
 @contextmanager
-def fused_layers() -> Iterator[None]:
-    """Kernels for the forwards inside, of models that went through `fuse`."""
-    global _inside
-    _inside += 1
+def compiled_layers_enabled() -> Iterator[None]:
+    """Use the kernels in the forwards inside, for models that went through `install_compiled_layers`."""
+    global _forwards_of_ours
+    _forwards_of_ours += 1
     try:
         yield
     finally:
-        _inside -= 1
+        _forwards_of_ours -= 1
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """The same model, whose layers use compiled kernels in forwards of ours wherever there are any for its tensors."""
+def install_compiled_layers(model: nn.Module) -> nn.Module:
+    """Give a model's layers a second way to run, by compiled kernels, and return the model.
+
+    They take it while `compiled_layers_enabled`, for tensors that the kernels serve. Without a compiled library
+    nothing changes.
+    """
     if library() is None:
         return model
     for m in model.modules():
         if (offset := norm_offset(m)) is not None:
-            m.forward = partial(_norm, m, norm_eps(m), offset)
-        elif is_gated(m):
-            m.forward = partial(_gated, m)
+            replace(m, "forward", partial(_norm, m, norm_eps(m), offset))
+        elif is_gated_mlp(m):
+            replace(m, "forward", partial(_gated_mlp, m))
     for name in {type(m).__module__ for m in model.modules()}:
-        _fuse_rotary(sys.modules[name])
+        _install_rotary(sys.modules[name])
     return model
 
 
 def _norm(m: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
-    if not _inside or x.dtype != m.weight.dtype or not takes(x, m.weight):
+    if not _forwards_of_ours or x.dtype != m.weight.dtype or not takes(x, m.weight):
         return type(m).forward(m, x)
     return rms_norm(x, m.weight, eps, offset)
 
 
-def _gated(m: nn.Module, x: Tensor) -> Tensor:
-    if not _inside or x.device.type != "cpu":
+def _gated_mlp(m: nn.Module, x: Tensor) -> Tensor:
+    if not _forwards_of_ours or x.device.type != "cpu":
         return type(m).forward(m, x)
     gate, up = m.gate_proj(x), m.up_proj(x)
     return m.down_proj(silu_product(gate, up) if takes(gate, up) else m.act_fn(gate) * up)
@@ -63,7 +69,7 @@ def _gated(m: nn.Module, x: Tensor) -> Tensor:
 
 def _rotary(plain: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
     fits = not args and not kwargs and q.ndim == 4 and cos.ndim == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]
-    if not _inside or not fits or cos.requires_grad or not takes(q, k, cos, sin):
+    if not _forwards_of_ours or not fits or cos.requires_grad or not takes(q, k, cos, sin):
         return plain(q, k, cos, sin, *args, **kwargs)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
@@ -72,12 +78,13 @@ def _rotary(plain: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *ar
 
 
 def norm_eps(m: nn.Module) -> float | None:
+    """Return a norm's epsilon, by either of the names that transformers has for it."""
     return getattr(m, "variance_epsilon", getattr(m, "eps", None))
 
 
 @torch.no_grad()
 def norm_offset(m: nn.Module) -> float | None:
-    """What is added to the module's weight if it is an RMSNorm, 0 or 1; None if it is something else."""
+    """Return what an RMSNorm adds to its weight, 0 or 1; None if the module is no RMSNorm."""
     eps = norm_eps(m)
     if not isinstance(eps, float) or set(m._parameters) != {"weight"} or m._modules:
         return None
@@ -94,8 +101,8 @@ def norm_offset(m: nn.Module) -> float | None:
 
 
 @torch.no_grad()
-def is_gated(m: nn.Module) -> bool:
-    """Whether the module is down(silu(gate(x)) * up(x)), found out with small layers in place of its own."""
+def is_gated_mlp(m: nn.Module) -> bool:
+    """Tell whether the module is down(silu(gate(x)) * up(x)), by a trial with small layers in place of its own."""
     if not {"gate_proj", "up_proj", "down_proj"} <= set(m._modules):
         return False
     trial = copy.copy(m)
@@ -108,8 +115,8 @@ def is_gated(m: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _fuse_rotary(module: ModuleType) -> None:
-    """Stand in for the function of a transformers module that turns queries and keys, if it turns halves."""
+def _install_rotary(module: ModuleType) -> None:
+    """Replace a modelling file's function that rotates queries and keys, if it rotates halves as the kernel does."""
     plain = getattr(module, ROTARY, None)
     if plain is None or isinstance(plain, partial):
         return
@@ -119,13 +126,13 @@ def _fuse_rotary(module: ModuleType) -> None:
     found = _try(plain, q, k, cos, sin)
     wanted = [x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, None] for x in (q, k)]
     if isinstance(found, tuple) and len(found) == 2 and all(map(_same, found, wanted)):
-        setattr(module, ROTARY, partial(_rotary, plain))
+        replace(module, ROTARY, partial(_rotary, plain))
 
 
 def _try(function: Callable, *args: Any) -> Any:
     try:
         return function(*args)
-    except Exception:  # another signature, another shape: not what we look for
+    except Exception:  # another signature or shape: not a module that the kernels serve
         return None
 
 

@@ -1,4 +1,4 @@
-"""fp32 or bf16 for the matrix products (`model.precision`); weights and optimizer are fp32 either way."""
+"""Choose fp32 or bf16 for the matrix products (`model.precision`); weights and optimizer are fp32 either way."""
 
 import statistics
 import time
@@ -9,29 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NARROW = 512  # hidden sizes below: a step is not made of products there, and bf16's rounding shows most
-WORTH = 1.5  # times as fast
+MIN_HIDDEN_SIZE = 512  # narrower models stay in fp32: products are little of their step, and rounding shows most
+MIN_SPEEDUP = 1.5  # of bf16 over fp32, from which `auto` chooses it
 
 
-def settle(precision: str, device: torch.device, model_config: Any) -> tuple[str, str]:
-    """-> `fp32` or `bf16`, and what was measured, in a few words, if something was.
+def choose_precision(precision: str, device: torch.device, model_config: Any) -> tuple[str, str]:
+    """Return (`fp32` or `bf16`, what was measured, in a few words, or "").
 
-    `auto` is bf16 on a GPU that has it. On a CPU it is measured, in a second: products of the model's width, forward
-    and backward. The answer may differ from day to day on a busy machine, so a run keeps its first.
+    `auto` is bf16 on a GPU that has it. On a CPU it is measured in a second, by products of the model's width, forward
+    and backward. A busy machine may give another result the next day, so a run keeps its first.
     """
     if precision != "auto":
         return precision, ""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32", ""
     width = model_config.get_text_config().hidden_size
-    if width < NARROW:
+    if width < MIN_HIDDEN_SIZE:
         return "fp32", ""
-    times = how_much_faster(min(width, 1024))
-    return "bf16" if times >= WORTH else "fp32", f"bf16 products are {times:.1f} times as fast on this CPU"
+    times = bf16_speedup(min(width, 1024))
+    return "bf16" if times >= MIN_SPEEDUP else "fp32", f"bf16 products are {times:.1f} times as fast on this CPU"
 
 
-def how_much_faster(width: int) -> float:
-    """Seconds of a linear layer [256, width] -> [256, 4 width], forward and backward, in fp32 / in bf16."""
+def bf16_speedup(width: int) -> float:
+    """Time a linear layer [256, width] -> [256, 4 width], forward and backward -> seconds in fp32 / in bf16."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(256, width, generator=g), torch.randn(4 * width, width, generator=g)
     x.requires_grad_()
@@ -48,9 +48,11 @@ def _seconds(x: Tensor, w: Tensor, dtype: torch.dtype) -> float:
     return time.perf_counter() - began
 
 
-def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Linear layers in `dtype`: what autocast would make of them at every forward. Not those that share an embedding's
-    weight, which it leaves alone."""
+def cast_linear_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast linear layers to `dtype` once, as autocast would at every forward.
+
+    Not those tied to an embedding: autocast leaves embeddings alone.
+    """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for m in model.modules():
         if isinstance(m, nn.Linear) and m.weight not in embeddings:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from gspo.kernels.native import stored
 from gspo.kernels.rows import NO_ROWS, attends, rows_attention
 from gspo.kernels.varlen import backend_for
-from gspo.models.architecture import refuse_unknown
+from gspo.models.architecture import check_attention_arguments
 from gspo.packing.pack import PackedBatch
 from gspo.packing.shared_prefix import shared_prefix_attention
 
@@ -104,7 +104,7 @@ def packed_attention(
     Raises UserError where the model asks for an attention that this is not.
     """
     assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a policy stays in eval mode"
-    refuse_unknown(module, pack, options)
+    check_attention_arguments(module, pack, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
     given = value.dtype  # what the projection behind it expects where there is no autocast

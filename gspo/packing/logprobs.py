@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gspo.distributed.sharding import run_as_forward
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad
-from gspo.models.architecture import attention_of, check_architecture, ordinary_token, refusal
+from gspo.models.architecture import attention_implementation, check_architecture, ordinary_token, unsupported_model
 from gspo.packing.attention import PACKED
 from gspo.packing.head import Head
 from gspo.packing.micro_batches import Row
@@ -71,7 +71,7 @@ def _from_hidden(
     model: nn.Module, head: Head, packed: PackedBatch, temperature: float, slope: Slope | None = None
 ) -> Tensor:
     """[D] log-probs, or with a slope the surrogate; of the [D, V] logits no more than a chunk is held."""
-    with attention_of(model.config.get_text_config(), PACKED):
+    with attention_implementation(model.config.get_text_config(), PACKED):
         hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
     scored = hidden.index_select(0, packed.scored_by)
     return run_as_forward(model.get_output_embeddings(), _by_head, scored, packed.targets, head, temperature, slope)
@@ -87,7 +87,7 @@ def _by_head(
 
 def _from_logits(model: nn.Module, packed: PackedBatch, temperature: float) -> Tensor:
     """[D] log-probs, by the model's own head."""
-    with attention_of(model.config.get_text_config(), PACKED):
+    with attention_implementation(model.config.get_text_config(), PACKED):
         logits = model(**_inputs(packed), logits_to_keep=packed.scored_by).logits[0]
     if len(logits) != len(packed.targets):  # not every class takes indices
         logits = logits[packed.scored_by]
@@ -147,7 +147,7 @@ def check_packing(model: nn.Module, head: Head | None, device: torch.device | No
     try:
         mine = response_logprobs(model, head, pack(prompts, owners, tokens, lengths), 1.0)
     except (TypeError, KeyError) as e:
-        raise refusal(model.config, f"cannot run packed rows ({type(e).__name__}: {e})") from e
+        raise unsupported_model(model.config, f"cannot run packed rows ({type(e).__name__}: {e})") from e
     error, spread, rough = 0.0, 0.0, False
     for r, (owner, n) in enumerate(zip(owners, lengths.tolist(), strict=True)):
         response = tokens[r, :n]
@@ -158,4 +158,4 @@ def check_packing(model: nn.Module, head: Head | None, device: torch.device | No
         error = max(error, float((mine[r, :n] - plain).abs().max()))
         spread = max(spread, float((logits - logits.mean(-1, keepdim=True)).abs().max()))
     if error > (ROUGH if rough else FINE) * spread:
-        raise refusal(model.config, "does not keep the tokens of a pack apart")
+        raise unsupported_model(model.config, "does not keep the tokens of a pack apart")

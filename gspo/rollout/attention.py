@@ -20,7 +20,13 @@ from gspo.kernels.native import stored, takes
 from gspo.kernels.rows import NO_ROWS, attends, rows_attention
 from gspo.kernels.varlen import Rule, backend_for
 from gspo.kernels.whole_tiles import whole_tiles
-from gspo.models.architecture import attention_of, check_architecture, ordinary_token, refusal, refuse_unknown
+from gspo.models.architecture import (
+    attention_implementation,
+    check_architecture,
+    check_attention_arguments,
+    ordinary_token,
+    unsupported_model,
+)
 from gspo.rollout.device_tables import FixedStep, Tables
 from gspo.rollout.pages import PAGE, Layer, Plan
 from gspo.rollout.slots import Slots
@@ -53,10 +59,10 @@ def slot_attention(
     attention that this is not.
     """
     assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a sampler is in eval mode"
-    refuse_unknown(module, slots, options)
+    check_attention_arguments(module, slots, options)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
-        raise refusal(module.config, "does not number its layers")
+        raise unsupported_model(module.config, "does not number its layers")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     over = {Prefill: attend_prompts, Step: attend_slots, FixedStep: attend_fixed}[type(slots)]
     return over(slots, layer, query, key, value, scale, softcap, options.get("sliding_window")), None
@@ -75,7 +81,7 @@ def attend_prompts(
     else:
         rows = (x[0].transpose(0, 1).flatten(0, 1) for x in (key, value))
         p.pool.write(layer, p.places(key.shape[1]), *rows)
-        p.pool.asked.add((scale, softcap, window))
+        p.pool.attention_kinds_seen.add((scale, softcap, window))
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
     if (backend := backend_for(*tokens, softcap)) is not None:
         return backend.forward(*(x.contiguous() for x in tokens), Rule(p.segments(window), scale, softcap))[0][None]
@@ -205,7 +211,7 @@ def weigh(
 
 def forward(model: nn.Module, slots: Prefill | Step | FixedStep, tokens: Tensor | None = None) -> Tensor:
     """The model over prompts -> logits [B, V] at their ends; over one token [S] a slot -> logits [S, V]."""
-    with attention_of(model.config.get_text_config(), SLOTS):
+    with attention_implementation(model.config.get_text_config(), SLOTS):
         if not isinstance(slots, Prefill):
             given = {"input_ids": tokens[:, None], "position_ids": slots.positions}
             return model(**given, use_cache=False, slots=slots).logits[:, -1]
@@ -236,7 +242,7 @@ def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> 
         step = partial(_fixed_step, Tables(slots, 3, 2, 3, 3)) if fixed else slots.step
         mine = [logits[owners]] + [forward(model, step(), answers[:, t]) for t in range(2)]
     except (TypeError, KeyError) as e:
-        raise refusal(model.config, f"cannot be run token by token ({type(e).__name__}: {e})") from e
+        raise unsupported_model(model.config, f"cannot be run token by token ({type(e).__name__}: {e})") from e
     plain = []
     for owner, answer in zip(owners, answers.tolist(), strict=True):
         ids = torch.tensor([[*prompts[owner], *answer]], device=device)
@@ -245,7 +251,7 @@ def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> 
     mine, plain = torch.stack(mine, 1).float(), torch.stack(plain)
     size = (plain - plain.mean(-1, keepdim=True)).abs().mean()
     if (mine - plain).abs().mean(-1).median() > tolerance * size:
-        raise refusal(model.config, "does not compute one token at a time what it computes at once")
+        raise unsupported_model(model.config, "does not compute one token at a time what it computes at once")
     return probe.layout
 
 

@@ -1,8 +1,8 @@
-"""Decoder layers of the usual kind, run by one call a token while a sampler generates (kernels/stack.py).
+"""Run all decoder layers of a model by one kernel call per decoding step (kernels/stack.py), on CPUs.
 
-The model's class still embeds, chooses rotary angles, and makes logits; its layers hand their input through. Whether
-they are of that kind is found out with a small layer of the same class and random weights, and by what they ask of the
-attention to prompts.
+The model's class still embeds tokens, chooses rotary angles, and makes logits; the first layer's forward computes all
+layers, and the others return their input. Whether the kernel computes what a model's layers do is found by trial: with
+a small layer of the same class and random weights, and by the kinds of attention that were seen while prefilling.
 """
 
 import copy
@@ -17,50 +17,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspo.kernels.stack import LayerPages, LayerWeights, Sizes, Stack
-from gspo.models.compiled_layers import is_gated, norm_eps, norm_offset
+from gspo.models.compiled_layers import is_gated_mlp, norm_eps, norm_offset
+from gspo.models.replaced import replaced
 from gspo.rollout.slots import Slots
 from gspo.rollout.steps import Step
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
-_USUAL: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+MLP = {"gate_proj", "up_proj", "down_proj"}
+_SERVED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # what `stack_serves` found
 HIDDEN, HEADS, KV_HEADS, WIDTH, BETWEEN = 32, 4, 2, 8, 48  # of the small layer
 
 
 @contextmanager
-def stacked(model: nn.Module, laid_out: dict[nn.Module, Tensor], slots: Slots) -> Iterator[bool]:
-    """The model's layers as one call in steps of `slots` inside; `laid_out` are its linear layers' weights. -> whether
-    they are of the usual kind; if not, nothing changes."""
-    layers = _layers(model) if laid_out and is_usual(model) else []
+def fused_decoder_stack(model: nn.Module, laid_out: dict[nn.Module, Tensor], slots: Slots) -> Iterator[bool]:
+    """Run the model's layers as one kernel call in steps of `slots`; `laid_out` holds its linear layers' weights.
+
+    -> whether the kernel serves them; if not, nothing changes.
+    """
+    layers = _layers(model) if laid_out and stack_serves(model) else []
     stack = _stack(layers, laid_out, slots) if layers else None
-    before = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for i, layer in enumerate(layers if stack is not None else []):
-            layer.forward = partial(_through, layer.forward, stack, i == 0)
-        yield stack is not None
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.forward = own
+    if stack is None:
+        yield False
+        return
+    forwards = [
+        (layer, "forward", partial(_stack_forward, layer.forward, stack, i == 0)) for i, layer in enumerate(layers)
+    ]
+    with replaced(forwards):
+        yield True
 
 
-def _through(plain: Any, stack: Stack, first: bool, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer's forward: in a step the first one is all of them."""
+def _stack_forward(plain: Any, stack: Stack, first: bool, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's forward: in a decoding step the first layer computes all of them."""
     step, angles = kwargs.get("slots"), kwargs.get("position_embeddings")
-    if not isinstance(step, Step) or not _fits(stack, step, hidden, angles):
+    if not isinstance(step, Step) or not _can_run(stack, step, hidden, angles):
         return plain(hidden, *args, **kwargs)
     return stack(hidden, *angles, step.sequences(None), step.page, step.offset) if first else hidden
 
 
-def _fits(stack: Stack, step: Step, hidden: Tensor, angles: Any) -> bool:
-    """Whether this step is one that the stack computes: angles for whole heads, and no window, cap or other scale."""
-    turned = (len(hidden), 1, stack.sizes.width)
-    known = isinstance(angles, tuple) and len(angles) == 2 and all(x.shape == turned for x in angles)
-    return known and step.prompts.asked == {(stack.scale, None, None)}
+def _can_run(stack: Stack, step: Step, hidden: Tensor, angles: Any) -> bool:
+    """Tell whether the kernel computes this step: angles for whole heads, and no window, soft cap or other scale."""
+    shape = (len(hidden), 1, stack.sizes.width)
+    whole_heads = isinstance(angles, tuple) and len(angles) == 2 and all(x.shape == shape for x in angles)
+    return whole_heads and step.prompts.attention_kinds_seen == {(stack.scale, None, None)}
 
 
 def _stack(layers: list[nn.Module], laid_out: dict[nn.Module, Tensor], slots: Slots) -> Stack | None:
+    """Return the kernel with the layers' weights and pages; None where some weights are not laid out."""
     linear = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     if not all(m in laid_out for m in linear):
         return None
@@ -104,12 +107,12 @@ def _scale(norm: nn.Module) -> Tensor:
 # ---- the trial ----
 
 
-def is_usual(model: nn.Module) -> bool:
-    """Whether all layers of a model are what kernels/stack.py computes: found out once."""
-    if model not in _USUAL:
+def stack_serves(model: nn.Module) -> bool:
+    """Tell whether kernels/stack.py computes what all layers of a model do; found once a model."""
+    if model not in _SERVED:
         layers = _layers(model)
-        _USUAL[model] = bool(layers) and all(_is_usual(model, layer) for layer in layers)
-    return _USUAL[model]
+        _SERVED[model] = bool(layers) and all(_serves_layer(model, layer) for layer in layers)
+    return _SERVED[model]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -117,27 +120,26 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return next((list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), [])
 
 
-def _is_usual(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether a layer is what kernels/stack.py computes: by its parts, and by what its class makes of small ones."""
+def _serves_layer(model: nn.Module, layer: nn.Module) -> bool:
+    """Tell whether kernels/stack.py computes what a layer does: by its parts, and by a trial of its class."""
     parts, attention = layer._modules, getattr(layer, "self_attn", None)
     if set(parts) != PARTS or set(attention._modules) not in (PROJECTIONS, PROJECTIONS | NORMS):
         return False
     norms = [parts["input_layernorm"], parts["post_attention_layernorm"], *(attention._modules.get(x) for x in NORMS)]
     norms = [m for m in norms if m is not None]
-    if any(norm_offset(m) is None or norm_eps(m) != norm_eps(norms[0]) for m in norms) or not is_gated(layer.mlp):
+    if any(norm_offset(m) is None or norm_eps(m) != norm_eps(norms[0]) for m in norms):
         return False
-    if (
-        set(layer.mlp._modules) - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"}
-        or layer.mlp.down_proj.bias is not None
-    ):
+    mlp_parts = set(layer.mlp._modules) - {"act_fn"}
+    if not is_gated_mlp(layer.mlp) or mlp_parts != MLP or layer.mlp.down_proj.bias is not None:
         return False
     if getattr(attention, "sliding_window", None) is not None or any(True for _ in layer.parameters(recurse=False)):
         return False
-    return _try(model, layer)
+    return _small_layer_agrees(model, layer)
 
 
 @torch.no_grad()
-def _try(model: nn.Module, layer: nn.Module) -> bool:
+def _small_layer_agrees(model: nn.Module, layer: nn.Module) -> bool:
+    """Compare a small layer of the same class, with random weights, with the kernel's formula."""
     config = copy.deepcopy(model.config.get_text_config())
     for name, value in {
         "hidden_size": HIDDEN,
@@ -159,12 +161,12 @@ def _try(model: nn.Module, layer: nn.Module) -> bool:
         return isinstance(found, Tensor) and torch.allclose(
             found, _formula(small, x, cos, sin, hidden), rtol=1e-4, atol=1e-4
         )
-    except Exception:  # built or called in another way: not what we look for
+    except Exception:  # built or called in another way: not a layer that the kernel serves
         return False
 
 
 def _formula(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
-    """What kernels/stack.py says, of a whole sequence."""
+    """Compute what kernels/stack.py does, for a whole sequence x [1, T, K]."""
     attention, mlp = layer.self_attn, layer.mlp
 
     def norm(m: nn.Module | None, y: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from gspo.rollout.attention import check_slots, forward
 from gspo.rollout.cuda_graphs import Replay
-from gspo.rollout.decoder_stack import stacked
+from gspo.rollout.decoder_stack import fused_decoder_stack
 from gspo.rollout.device_tables import FixedStep, Tables
 from gspo.rollout.kv_budget import SHARE, answer_page_size, free_bytes, plan_slots
 from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.sampling import draw
 from gspo.rollout.slots import Slots
-from gspo.rollout.weight_layout import prepared
+from gspo.rollout.weight_layout import laid_out_weights
 
 PREFILL_AHEAD = 256  # prompt tokens computed at once, if there is room: fewer make poor matrix products
 PREFILL_MOST = 2048  # ... and at most, unless one prompt is longer: more fall out of a CPU's caches
@@ -92,8 +92,8 @@ class PagedGeneration:
     def run(self, tick: Callable[[], None] = lambda: None) -> Iterator[int]:
         """Sample everything; yield each prompt's number as soon as its last response has ended."""
         with (
-            prepared(self.model, self.max_slots) as weights,
-            stacked(self.model, weights, self.slots),
+            laid_out_weights(self.model, self.max_slots) as weights,
+            fused_decoder_stack(self.model, weights, self.slots),
         ):
             while self.queue or self.waiting_rows or len(self.slots):
                 yield from self._fill_slots()

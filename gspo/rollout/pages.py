@@ -53,7 +53,7 @@ class Pages:
         self.owner = np.full(count, -1)
         self.start = np.zeros(count, dtype=np.int64)  # position of a page's first token in its sequence
         self._free = list(range(count))
-        self.asked: set[tuple[float, float | None, int | None]] = set()  # scale, cap and window of its layers
+        self.attention_kinds_seen: set[tuple[float, float | None, int | None]] = set()  # (scale, soft cap, window)
 
     @property
     def bytes(self) -> int:

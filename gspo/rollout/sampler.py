@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.architecture import check_length
-from gspo.models.loading import generation_ids
+from gspo.models.loading import end_and_pad_ids
 from gspo.rollout.engines import engine_class
 from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.sampling import Sampling, sample_keys
@@ -49,7 +49,7 @@ class Sampler:
     ):
         self.model, self.tokenizer, self.device = model, tokenizer, device
         self.seed, self.tp = seed, tp
-        self.end_ids, self.pad_id = generation_ids(model, tokenizer)
+        self.end_ids, self.pad_id = end_and_pad_ids(model, tokenizer)
         own = tokenizer.eos_token_id
         self.end_id = own if own in self.end_ids else min(self.end_ids)  # ends a text that was not sampled
         self.engine = engine_class(engine)(model, device, EngineOptions(max_slots, kv_memory_gib, page, agree))

@@ -1,7 +1,7 @@
-"""Linear layers with their weights laid out as the CPU's matrix products want them, while a sampler generates.
+"""Lay out the weights of linear layers once a rollout, as the CPU's matrix products want them.
 
-A step of decoding multiplies few rows by every weight, and oneDNN lays a weight out anew for each product: with 32 rows
-that takes as long again as the product in float32, and a third of it in bf16. Here it is done once a rollout.
+A decoding step multiplies few rows by every weight, and oneDNN lays a weight out anew for each product: with 32 rows
+that takes as long again as the product in float32, and a third of it in bf16.
 """
 
 import functools
@@ -15,64 +15,66 @@ from torch import Tensor, nn
 
 from gspo.kernels.linear import can_lay_out, lay_out, product
 from gspo.kernels.whole_tiles import whole_tiles
+from gspo.models.replaced import replaced
 
-SHARE = 0.25  # of the machine's memory: models whose linear layers are larger keep one copy of them
+SHARE = 0.25  # of the machine's memory: of a model with larger linear layers no second copy is made
 
 
 @contextmanager
-def prepared(model: nn.Module, rows: int) -> Iterator[dict[nn.Module, Tensor]]:
-    """The model's linear layers prepared for products of about `rows` rows, for the forwards inside, without gradients.
-    -> those laid out by kernels/linear.py.
+def laid_out_weights(model: nn.Module, rows: int) -> Iterator[dict[nn.Module, Tensor]]:
+    """Run a model's linear layers with weights laid out for products of about `rows` rows, without gradients.
 
-    On CPUs only, and where PyTorch has what it takes. The products are the same to rounding. Weights must not change
-    inside.
+    -> layer -> its weight, for the layers that kernels/linear.py lays out; PyTorch lays out the others where it can.
+    On CPUs only. Products are the same to rounding. The weights must not change inside.
     """
-    layers, laid_out = _prepared(model), {}
-    try:
-        for m in layers:
-            if can_lay_out(m.weight):
-                laid_out[m] = lay_out(m.weight)
-                m.forward = functools.partial(product, laid_out[m], m.out_features, m.bias)
-            elif _works(m.weight.dtype):
-                m.forward = functools.partial(_product, _lay_out(m.weight, rows), m.bias)
-        yield laid_out
-    finally:
-        for m in layers:
-            m.__dict__.pop("forward", None)
+    ours, forwards = {}, []
+    for m in _linear_layers(model):
+        if can_lay_out(m.weight):
+            ours[m] = lay_out(m.weight)
+            forwards.append((m, "forward", functools.partial(product, ours[m], m.out_features, m.bias)))
+        elif _onednn_works(m.weight.dtype):
+            weight = _onednn_lay_out(m.weight, rows)
+            forwards.append((m, "forward", functools.partial(_onednn_product, weight, m.bias)))
+    with replaced(forwards):
+        yield ours
 
 
-def _prepared(model: nn.Module) -> list[nn.Linear]:
-    layers = [m for m in model.modules() if type(m) is nn.Linear and _plain(m.weight)]
+def laid_out_bytes(model: nn.Module) -> int:
+    """Return the bytes that the second copies of a model's weights take."""
+    return sum(m.weight.nbytes for m in _linear_layers(model) if can_lay_out(m.weight) or _onednn_works(m.weight.dtype))
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the layers to lay out: unsharded ones on the CPU; none of a model that would not fit twice."""
+    layers = [m for m in model.modules() if type(m) is nn.Linear and _is_plain(m.weight)]
     size = sum(m.weight.nbytes for m in layers)
     return [] if size > SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") else layers
 
 
-def prepared_bytes(model: nn.Module) -> int:
-    """What the copies of a model's weights take."""
-    return sum(m.weight.nbytes for m in _prepared(model) if can_lay_out(m.weight) or _works(m.weight.dtype))
-
-
-def _plain(weight: Tensor) -> bool:
+def _is_plain(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and not hasattr(weight, "device_mesh")
 
 
+# ---- PyTorch's own operators for it, which it keeps for its compiler ----
+
+
 @torch.no_grad()
-def _lay_out(weight: Tensor, rows: int) -> Tensor:
+def _onednn_lay_out(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
-def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _onednn_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(whole_tiles(x), weight, bias, "none", [], "")
 
 
 @functools.lru_cache
 @torch.no_grad()
-def _works(dtype: torch.dtype) -> bool:
-    """Whether these operators, which PyTorch keeps for its compiler, exist here and multiply: found out by a trial."""
+def _onednn_works(dtype: torch.dtype) -> bool:
+    """Tell by a trial whether these operators exist in this PyTorch, and multiply."""
     g = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=g).to(dtype) for shape in ((2, 3, 40), (24, 40), (24,)))
     try:
-        found = _product(_lay_out(weight, 6), bias, x)
+        found = _onednn_product(_onednn_lay_out(weight, 6), bias, x)
     except (AttributeError, RuntimeError):
         return False
     return torch.allclose(found.float(), F.linear(x, weight, bias).float(), rtol=0.02, atol=0.05)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.models.compiled_layers import fuse
+from gspo.models.compiled_layers import install_compiled_layers
 
 SMALL = {
     "vocab_size": 97,
@@ -61,4 +61,4 @@ def tiny_model(family: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
                 p.mul_(8.0)
         if (bias := model.get_output_embeddings().bias) is not None:  # zero at initialisation
             bias.normal_()
-    return fuse(model.float().eval())
+    return install_compiled_layers(model.float().eval())

@@ -9,8 +9,8 @@ from tiny_sampler import prompts_of, sampler_for
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from gspo.errors import UserError
-from gspo.models.architecture import attention_of, check_length
-from gspo.models.loading import in_dtype
+from gspo.models.architecture import attention_implementation, check_length
+from gspo.models.loading import cast_parameters
 from gspo.packing.attention import PACKED
 from gspo.packing.head import measure_head
 from gspo.packing.logprobs import check_packing, response_logprobs
@@ -49,7 +49,7 @@ def test_models_wholly_in_bf16_pass_as_ranks_run_them(family):
     """Without autocast a projection wants its inputs in its own type, whatever attention computes in."""
     model = tiny_model(family)
     head = measure_head(model)
-    check_packing(in_dtype(model, torch.bfloat16), head)
+    check_packing(cast_parameters(model, torch.bfloat16), head)
 
 
 CHECKS = {
@@ -93,7 +93,7 @@ def test_slots_are_compared_with_plain_forwards(wrong, monkeypatch):
 
 def test_the_models_own_attention_returns_even_after_a_fault():
     config = tiny_model("llama").config
-    with pytest.raises(ZeroDivisionError), attention_of(config, PACKED):
+    with pytest.raises(ZeroDivisionError), attention_implementation(config, PACKED):
         assert config._attn_implementation == PACKED
         raise ZeroDivisionError
     assert config._attn_implementation == "sdpa"

@@ -8,7 +8,7 @@ from architectures import FAMILIES, tiny_model
 from plain_logprobs import RAGGED, SOME_ROWS, T, a_rollout, assert_plain, one_by_one
 
 from gspo.kernels.logprob import KEEP_BYTES
-from gspo.models.precision import rounded
+from gspo.models.precision import cast_linear_layers
 from gspo.packing.head import measure_head
 from gspo.packing.logprobs import response_logprobs, rollout_logprobs, surrogate
 from gspo.packing.pack import pack, pack_rows
@@ -89,7 +89,7 @@ def test_a_frozen_model_in_bf16_holds_what_autocast_would_make_of_it(family):
     """Bit for bit the log-probs of the float32 model under autocast, in less memory."""
     model = tiny_model(family)
     head = measure_head(model)
-    frozen = rounded(copy.deepcopy(model), torch.bfloat16)
+    frozen = cast_linear_layers(copy.deepcopy(model), torch.bfloat16)
     size = sum(p.nbytes for p in frozen.parameters()) / sum(p.nbytes for p in model.parameters())
     assert size <= (1.0 if family == "gpt2" else 0.85)  # GPT-2's layers are of another class: left alone
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -20,7 +20,7 @@ from gspo.distributed import transfer
 from gspo.distributed.sharding import shard, shard_sampler
 from gspo.distributed.transfer import copy_weights, local_slices
 from gspo.distributed.world import process_group
-from gspo.models.loading import in_dtype
+from gspo.models.loading import cast_parameters
 from gspo.system.program import leave
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 8,
@@ -37,7 +37,7 @@ def main() -> None:
     with process_group() as world:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
-        sampler, _ = shard_sampler(in_dtype(copy.deepcopy(model), torch.bfloat16), world, int(sys.argv[1]))
+        sampler, _ = shard_sampler(cast_parameters(copy.deepcopy(model), torch.bfloat16), world, int(sys.argv[1]))
         for p in model.parameters():
             p.normal_()
         expected = {name: p.bfloat16() for name, p in model.named_parameters()}

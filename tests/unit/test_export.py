@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo.errors import UserError
 from gspo.export import export, main
-from gspo.models.loading import in_dtype, load_model
+from gspo.models.loading import cast_parameters, load_model
 from gspo.models.safetensors_files import open_weights
 
 IDS = torch.arange(2, 40)[None]
@@ -47,7 +47,7 @@ def test_in_bf16_it_is_the_policy_cast_to_bf16_and_half_as_large(run, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert again.dtype == torch.bfloat16
     assert logits(again).equal(
-        logits(in_dtype(load_model(str(run.folder / "checkpoints/step_000004")), torch.bfloat16))
+        logits(cast_parameters(load_model(str(run.folder / "checkpoints/step_000004")), torch.bfloat16))
     )
     sizes = [
         p.stat().st_size

@@ -12,7 +12,7 @@ from gspo.algorithm.selves import Selves, round_of, win_rate
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_model
-from gspo.models.precision import rounded
+from gspo.models.precision import cast_linear_layers
 from gspo.read_config import load_config
 from gspo.rollout.sampler import Sampler, shares_weights
 from gspo.rollout.sampling import Sampling
@@ -137,7 +137,10 @@ def test_sharing_saves_a_models_memory(run_program):
 
 def test_a_frozen_self_in_bf16_is_the_model_rounded_and_lies_in_no_file():
     """Linear layers in bf16, the rest as in the float32 file, whose pages none of it keeps in memory."""
-    frozen, expected = selves_of("auto", torch.bfloat16).frozen["opponent"], rounded(load_model(None), torch.bfloat16)
+    frozen, expected = (
+        selves_of("auto", torch.bfloat16).frozen["opponent"],
+        cast_linear_layers(load_model(None), torch.bfloat16),
+    )
     mine, theirs = (m.state_dict() for m in (frozen, expected))
     assert mine.keys() == theirs.keys() and all(mine[k].equal(theirs[k]) for k in mine)
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16, torch.float32}

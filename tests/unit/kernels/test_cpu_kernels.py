@@ -14,9 +14,9 @@ from gspo.kernels.epilogue import Shaping
 from gspo.kernels.layers import rms_norm, rotate, silu_product
 from gspo.kernels.linear import can_lay_out, lay_out, product
 from gspo.kernels.rows import attends, rows_attention
-from gspo.models.compiled_layers import fuse, fused_layers, is_gated, norm_offset
+from gspo.models.compiled_layers import compiled_layers_enabled, install_compiled_layers, is_gated_mlp, norm_offset
 from gspo.packing.attention import _padded_attention
-from gspo.rollout.decoder_stack import is_usual
+from gspo.rollout.decoder_stack import stack_serves
 from gspo.rollout.sampling import Sampling
 
 needed = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
@@ -316,7 +316,7 @@ USUAL = ["llama", "qwen2", "qwen3", "mistral"]
 def test_only_layers_that_compute_what_the_kernel_does_are_taken(family):
     """Granite multiplies its residuals by a number of the configuration; Mistral's window is seen by its attention."""
     model = tiny_model(family, **({"residual_multiplier": 0.5} if family == "granite" else {}))
-    assert is_usual(model) == (family in USUAL)
+    assert stack_serves(model) == (family in USUAL)
 
 
 @needed
@@ -328,14 +328,14 @@ def test_norms_and_gates_are_found_by_what_they_compute(family, offset, gated):
     model = tiny_model(family)
     norms = {norm_offset(m) for name, m in model.named_modules() if name.endswith(("layernorm", "norm"))}
     assert norms == {offset}
-    assert any(is_gated(m) for m in model.modules()) == gated
+    assert any(is_gated_mlp(m) for m in model.modules()) == gated
 
 
 @needed
 def test_by_itself_a_model_stays_transformers_own():
     model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8]])
     plain = model(input_ids=ids).logits
-    fuse(model)
+    install_compiled_layers(model)
     assert model(input_ids=ids).logits.equal(plain)
-    with fused_layers():
+    with compiled_layers_enabled():
         torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-4)

@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 from gspo.errors import UserError
 from gspo.models.loading import (
     architecture,
+    cast_parameters,
     decoder_layers,
-    generation_ids,
-    in_dtype,
+    end_and_pad_ids,
     load_model,
     load_tokenizer,
 )
@@ -19,7 +19,7 @@ from gspo.models.loading import (
 def test_every_end_of_sequence_id_is_known(tokenizer):
     model = tiny_model("llama")
     model.generation_config = GenerationConfig(eos_token_id=[7, 9])
-    ends, pad = generation_ids(model, tokenizer)
+    ends, pad = end_and_pad_ids(model, tokenizer)
     assert ends == {7, 9, 1} and pad == 0
 
 
@@ -41,7 +41,7 @@ def test_what_is_no_model_is_refused_by_name(tmp_path):
 def test_a_cast_model_is_the_one_that_transformers_opens_in_that_dtype(tmp_path):
     """Rotary frequencies stay in float32, as `from_pretrained(dtype=...)` leaves them: the same logits, bit for bit."""
     opened = load_model(None, torch.bfloat16)
-    cast = in_dtype(load_model(None), torch.bfloat16)
+    cast = cast_parameters(load_model(None), torch.bfloat16)
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():
         assert cast(input_ids=ids).logits.equal(opened(input_ids=ids).logits)

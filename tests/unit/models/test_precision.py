@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gspo.models import precision
-from gspo.models.precision import how_much_faster, settle
+from gspo.models.precision import bf16_speedup, choose_precision
 
 CPU = torch.device("cpu")
 
@@ -20,19 +20,19 @@ def a_config(width):
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16"])
 def test_what_is_asked_for_is_not_measured(asked):
-    assert settle(asked, CPU, None) == (asked, "")
+    assert choose_precision(asked, CPU, None) == (asked, "")
 
 
 @pytest.mark.parametrize(("width", "times", "expected"), [(896, 2.0, "bf16"), (896, 1.2, "fp32"), (128, 9.0, "fp32")])
 def test_auto_on_a_cpu(monkeypatch, width, times, expected):
-    monkeypatch.setattr(precision, "how_much_faster", lambda _: times)
-    chosen, why = settle("auto", CPU, a_config(width))
+    monkeypatch.setattr(precision, "bf16_speedup", lambda _: times)
+    chosen, why = choose_precision("auto", CPU, a_config(width))
     assert chosen == expected and (f"{times:.1f} times" in why) == (width >= 512)
 
 
 def test_both_precisions_are_timed():
     """bf16 by itself: the same products, so neither can be a thousand times the other's."""
-    assert 1e-3 < how_much_faster(64) < 1e3
+    assert 1e-3 < bf16_speedup(64) < 1e3
 
 
 @pytest.mark.slow

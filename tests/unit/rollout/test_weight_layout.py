@@ -6,7 +6,7 @@ from architectures import tiny_model
 from torch import nn
 
 from gspo.rollout import weight_layout as module
-from gspo.rollout.weight_layout import prepared
+from gspo.rollout.weight_layout import laid_out_weights
 
 THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 pytestmark = pytest.mark.bf16
@@ -32,7 +32,7 @@ def test_products_are_the_same_to_rounding(dtype, shape):
         plain, exact = model(x).double(), Two(torch.float64)
         exact.load_state_dict(model.state_dict())
         exact = exact(x.double())
-        with prepared(model, 7):
+        with laid_out_weights(model, 7):
             mine = model(x).double()
     assert (mine - exact).abs().max() <= 4 * (plain - exact).abs().max() + 1e-7
     assert "forward" not in vars(model.first)
@@ -42,7 +42,7 @@ def test_products_are_the_same_to_rounding(dtype, shape):
 def test_layers_are_themselves_again_after_a_fault():
     model = tiny_model("llama")
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    with pytest.raises(KeyboardInterrupt), prepared(model, 4):
+    with pytest.raises(KeyboardInterrupt), laid_out_weights(model, 4):
         assert sum("forward" in vars(m) for m in linear) == 15  # 2 layers of 7, and the head
         raise KeyboardInterrupt
     assert not [m for m in linear if "forward" in vars(m)]
@@ -54,15 +54,15 @@ def test_layers_are_themselves_again_after_a_fault():
 def test_new_weights_are_seen_by_the_next_rollout():
     model, x = Two(torch.float32), torch.randn(3, 40)
     with torch.no_grad():
-        with prepared(model, 3):
+        with laid_out_weights(model, 3):
             before = model(x)
         model.second.weight.mul_(2.0)
-        with prepared(model, 3):
+        with laid_out_weights(model, 3):
             torch.testing.assert_close(model(x), 2 * before)
 
 
 def test_a_model_that_would_not_fit_twice_is_left_alone(monkeypatch):
     monkeypatch.setattr(module, "SHARE", 0.0)
     model = Two(torch.float32)
-    with prepared(model, 3):
+    with laid_out_weights(model, 3):
         assert "forward" not in vars(model.first)

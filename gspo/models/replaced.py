@@ -1,0 +1,46 @@
+"""Replace attributes of transformers' models, modules and classes: the only file that does, and what it is used for.
+
+For the time of a `with` block, by `replaced`:
+    architecture.attention_implementation   config._attn_implementation: attention by a function of ours
+    rollout/weight_layout.laid_out_weights  nn.Linear.forward of each layer: weights laid out once for many products
+    rollout/decoder_stack.fused_stack       decoder layers' forward: all layers by one call of a kernel
+    distributed/sharded_loading             nn.Module.register_parameter: parameters on the meta device
+
+For good, by `replace`; each calls what it replaced unless it can do better:
+    compiled_layers.install_compiled_layers forward of norms and gated MLPs, and the modelling file's function
+                                            `apply_rotary_pos_emb`: kernels, in forwards of ours only
+    loading.checkpoint_activations          decoder layers' forward: activations are recomputed in the backward pass
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Replacement = tuple[Any, str, Any]  # (owner, name of its attribute, the new value)
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Set `owner.name` to `value` for good."""
+    setattr(owner, name, value)
+
+
+@contextmanager
+def replaced(replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Make these replacements for the block, and undo them, the last one first, whatever happens inside."""
+    undo: list[tuple[Any, str, bool, Any]] = []
+    try:
+        for owner, name, value in replacements:
+            undo.append((owner, name, _is_inherited(owner, name), getattr(owner, name)))
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, inherited, before in reversed(undo):
+            if inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+def _is_inherited(owner: Any, name: str) -> bool:
+    """Tell whether `owner.name` is found on the owner's class, as a method is; a property is the owner's own."""
+    return name not in vars(owner) and not isinstance(getattr(type(owner), name, None), property)
