@@ -91,7 +91,7 @@ def play(run: Run, total: int) -> tuple[str, str]:
             )
         with clock("reward"):
             scores = scorer(rollout)
-            batches.learn(world.gather_rows(places, correct_of(scores).all(1)).tolist())
+            batches.mark_solved(world.gather_rows(places, correct_of(scores).all(1)).tolist())
         with clock("reference"):
             places, rollout, scores, share = balance(places, rollout, scores, cfg.optim.minibatches, world)
             if algorithm.needs_solutions:

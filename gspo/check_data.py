@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gspo.config import Config
-from gspo.data.prompts import Survey, TooLong, check_positions, make_checker, shared, survey, wanted_splits
+from gspo.data.prompts import Survey, TooLong, check_positions, configured_splits, in_common, make_checker, survey
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.read_config import load_config
@@ -55,39 +55,41 @@ def lint(cfg: Config, rows: int | None) -> Iterator[Report]:
     """Look at every split that training would read."""
     tokenizer, model_config, scorer = load_tokenizer(cfg.model.path), load_model_config(cfg.model.path), None
     train: Survey | None = None
-    for wanted in wanted_splits(cfg):
+    for configured in configured_splits(cfg):
         found, checker, blocked = Found(), make_checker(cfg, tokenizer, model_config), []
 
-        def left_out(error: UserError, found: Found = found) -> None:
+        def on_bad_row(error: UserError, found: Found = found) -> None:
             found.add(LONG if isinstance(error, TooLong) else BAD, str(error))
 
-        seen = survey(wanted.files, checker, left_out, split=wanted.split, limit=wanted.limit)
+        seen = survey(configured.files, checker, on_bad_row, split=configured.split, limit=configured.limit)
         bad, long = found.counts.get(BAD, 0), found.counts.get(LONG, 0)
         total = len(seen.prompts) + bad + long
         if bad:
-            blocked.append(f"{wanted.name}: {bad} bad rows")
+            blocked.append(f"{configured.name}: {bad} bad rows")
         if long and cfg.data.overlong == "error":
-            blocked.append(f"{wanted.name}: {long} prompts are too long; raise data.max_prompt_length, or drop them")
+            blocked.append(
+                f"{configured.name}: {long} prompts are too long; raise data.max_prompt_length, or drop them"
+            )
         if not len(seen.prompts):
-            blocked.append(f"{wanted.name}: no prompts in {', '.join(wanted.files)}")
-            yield Report(wanted.name, [str(total), str(bad), str(long)], found, blocked)
+            blocked.append(f"{configured.name}: no prompts in {', '.join(configured.files)}")
+            yield Report(configured.name, [str(total), str(bad), str(long)], found, blocked)
             continue
         try:
             check_positions(checker, cfg)
         except UserError as e:
-            blocked.append(f"{wanted.name}: {e}")
+            blocked.append(f"{configured.name}: {e}")
         _same(seen, train, found)
-        train = seen if wanted.name == "train" else train
+        train = seen if configured.name == "train" else train
         scorer = scorer or Scorer(cfg.reward)
         gold = check_gold(scorer, seen.prompts, rows)
         for kind, examples in ((NOT_FULL, gold.not_full), (NOT_ABOVE, gold.not_above)):
             found.first |= {kind: [str(e) for e in examples]} if examples else {}
         found.counts |= {NOT_FULL: gold.rows - gold.full, NOT_ABOVE: gold.compared - gold.above}
-        if wanted.name == "train" and cfg.reward.check_rows:  # the very sample that training takes
+        if configured.name == "train" and cfg.reward.check_rows:  # the very sample that training takes
             verdict = check_gold(scorer, seen.prompts, cfg.reward.check_rows)
             blocked += [verdict.verdict()] if verdict.refused else []
-        cells = [str(total), str(bad), str(long), *_cells(seen, rows, found, wanted.name, gold)]
-        yield Report(wanted.name, cells, found, blocked)
+        cells = [str(total), str(bad), str(long), *_cells(seen, rows, found, configured.name, gold)]
+        yield Report(configured.name, cells, found, blocked)
 
 
 def _same(seen: Survey, train: Survey | None, found: Found) -> None:
@@ -101,7 +103,7 @@ def _same(seen: Survey, train: Survey | None, found: Found) -> None:
     ]
     if train is None:
         return
-    common = np.flatnonzero(shared(seen.keys, train.keys))
+    common = np.flatnonzero(in_common(seen.keys, train.keys))
     found.counts[IN_TRAIN] = len(common)
     found.first[IN_TRAIN] = [
         f"{seen.prompts.place(i)} is {train.prompts.place(int((train.keys == seen.keys[i]).argmax()))}"

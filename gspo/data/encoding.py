@@ -1,4 +1,4 @@
-"""Messages -> token ids, and how many there can be at most, told without tokenizing."""
+"""Turn messages into token ids, and bound their number without tokenizing."""
 
 import contextlib
 import json
@@ -8,16 +8,25 @@ from typing import Any
 from gspo.data.schemas import Messages
 from gspo.errors import UserError
 
-SLACK = 8  # tokens a message: BPE may cut the template's words next to the content in more pieces than without it
-PROBE = "q{0}<\"&'é中>\n{0}q"  # what a template that quotes, escapes or repeats contents would not keep
+SLACK = 8  # tokens per message: next to a content, BPE may cut the template's words into more pieces than alone
+PROBE = "q{0}<\"&'é中>\n{0}q"  # a content that a template changes if it quotes, escapes or repeats contents
 
-# Normalizers and pre-tokenizers that cut text, or take from it, but never add.
-CUTTERS = {"ByteLevel", "Strip", "StripAccents", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
-CUTTERS |= {"BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength"}
+# Normalizers and pre-tokenizers that cut or shorten text, but never lengthen it.
+NEVER_LENGTHEN = {
+    "ByteLevel",
+    "Strip",
+    "StripAccents",
+    "Split",
+    "Digits",
+    "Punctuation",
+    "Whitespace",
+    "WhitespaceSplit",
+}
+NEVER_LENGTHEN |= {"BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength"}
 
 
 def encode(messages: Messages, tokenizer: Any, system: str | None, template_kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """Messages -> token ids up to where the answer begins; without a chat template, the plain text."""
+    """Return the token ids of messages up to where the response begins. Without a chat template: of the plain text."""
     messages = _with_system(messages, system)
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
@@ -26,13 +35,17 @@ def encode(messages: Messages, tokenizer: Any, system: str | None, template_kwar
 
 
 def _with_system(messages: Messages, system: str | None) -> Messages:
+    """Return the messages, begun by the system prompt where they have none."""
     if system is not None and messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     return messages
 
 
 class Encoder:
-    """One tokenizer, chat template and system prompt: the ids of messages, and a bound on how many there are."""
+    """Encode messages with one tokenizer, chat template and system prompt; bound the number of their token ids.
+
+    With the model's `vocab_size`, ids that the model does not know are refused.
+    """
 
     def __init__(
         self,
@@ -43,26 +56,29 @@ class Encoder:
     ):
         self.tokenizer, self.system, self.template_kwargs = tokenizer, system, template_kwargs or {}
         self.vocab_size = vocab_size
-        self._growth = growth(tokenizer)
+        self._growth = ids_per_byte(tokenizer)
         if vocab_size is not None and max(tokenizer.get_vocab().values()) >= vocab_size:
-            self._growth = None  # only the ids themselves tell whether the model knows them
+            self._growth = None  # no bound: every prompt must be encoded to see whether the model knows its ids
         self._overheads: dict[tuple[str, ...], int | None] = {}
 
     def ids(self, messages: Messages, place: str) -> tuple[int, ...]:
-        """Token ids of the messages; UserError names the place."""
+        """Return the token ids of the messages. Raise UserError, which names the place, where there are none."""
         try:
             ids = encode(messages, self.tokenizer, self.system, self.template_kwargs)
-        except Exception as e:  # templates refuse roles, tokenizers refuse half characters; both raise many kinds
+        except Exception as e:  # templates refuse roles, tokenizers refuse half characters; the types are many
             raise UserError(f"{place}: the tokenizer refuses this prompt: {' '.join(str(e).split()):.200}.") from e
         if not ids or (self.vocab_size is not None and max(ids) >= self.vocab_size):
             raise UserError(
-                f"{place}: the tokenizer gives no ids, or ids outside the model's {self.vocab_size}; wrong tokenizer?"
+                f"{place}: the tokenizer gives no token ids, or ids outside the model's {self.vocab_size}. Use the "
+                "tokenizer that belongs to the model."
             )
         return ids
 
     def bound(self, messages: Messages, place: str) -> int | None:
-        """At most so many ids; None where only tokenizing tells. The first messages of each tuple of roles are
-        encoded really, for templates refuse roles; UserError names the place."""
+        """Return an upper bound on the number of token ids; None where only tokenizing can tell.
+
+        The first messages of each tuple of roles are encoded, as a template may refuse the roles: UserError.
+        """
         if self._growth is None:
             return None
         roles = tuple([m["role"] for m in messages])
@@ -81,14 +97,14 @@ class Encoder:
                 continue
             try:
                 size += len((unicodedata.normalize(form, content) if form else content).encode())
-            except UnicodeEncodeError:  # half a character: the tokenizer is to say so
+            except UnicodeEncodeError:  # half a character: leave the error to the tokenizer
                 return None
         if not size:
-            return None  # perhaps no ids at all
+            return None  # there may be no ids at all
         return overhead + factor * size
 
     def _overhead(self, roles: tuple[str, ...]) -> int | None:
-        """Ids of everything but the contents; None for a template that does not simply put each content in once."""
+        """Return the number of ids beside the contents; None where the template changes or repeats a content."""
         with contextlib.suppress(Exception):
             if self.tokenizer.chat_template:
                 probes = [PROBE.format(i) for i in range(len(roles))]
@@ -107,11 +123,11 @@ class Encoder:
         return None
 
 
-def growth(tokenizer: Any) -> tuple[int, str | None] | None:
-    """(most ids a byte, Unicode normal form that is taken first) of a tokenizer; None where that cannot be told.
+def ids_per_byte(tokenizer: Any) -> tuple[int, str | None] | None:
+    """Return (most ids per byte of text, Unicode normal form that is applied first); None where it is not known.
 
-    No model of the tokenizers library gives more than one id a byte of what its normalizer leaves; what is put before
-    words or special tokens can at most double it.
+    No model of the tokenizers library gives more than one id per byte of normalized text; a prefix that is put before
+    words or special tokens can at most double that.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -128,13 +144,13 @@ def growth(tokenizer: Any) -> tuple[int, str | None] | None:
         elif kind == "Replace" and step["pattern"].get("String") == " " and step["content"] == "▁":
             if backend.token_to_id("▁") is None:
                 return None
-        elif kind not in CUTTERS:
+        elif kind not in NEVER_LENGTHEN:
             return None
     return factor, form
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as its steps' JSON, nested sequences laid flat."""
+    """Return the steps of a normalizer or pre-tokenizer as JSON, nested sequences flattened."""
     found, waiting = [], [json.loads(component.__getstate__())] if component is not None else []
     while waiting:
         step = waiting.pop(0)

@@ -1,6 +1,6 @@
-"""Prompts in token ids, made from rows when they are asked for.
+"""Read prompts from files and encode each when it is needed.
 
-Before training every row is read, checked and forgotten (`survey`); what stays in memory is where rows begin.
+Before training, every row is read and checked once (`survey`) and then dropped: memory only holds where rows begin.
 """
 
 from array import array
@@ -13,7 +13,7 @@ from typing import Any, overload
 import numpy as np
 
 from gspo.config import Config
-from gspo.data.encoding import Encoder, encode
+from gspo.data.encoding import Encoder
 from gspo.data.schemas import Messages, parse_row
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
@@ -21,16 +21,14 @@ from gspo.errors import UserError
 from gspo.system.console import say, track
 from gspo.types import Prompt
 
-__all__ = ["Checker", "Prompts", "Splits", "Survey", "TooLong", "encode", "load_prompts", "load_splits"]
-
 EMBEDDED = {"train": "train.json", "val": "dev.json", "test": "test.json"}
-HUB_SPLIT = {"train": "train", "val": "validation", "test": "test"}  # of a data set that names none
+HUB_SPLIT = {"train": "train", "val": "validation", "test": "test"}  # split of a data set whose name gives none
 NO_LIMIT = 1 << 62
 SPACES = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)
 
 
 class TooLong(UserError):
-    """A prompt with more tokens than data.max_prompt_length."""
+    """A prompt that has more tokens than data.max_prompt_length."""
 
     def __init__(self, place: str, length: int, most: int):
         super().__init__(
@@ -40,7 +38,7 @@ class TooLong(UserError):
 
 
 class Prompts(Sequence[Prompt]):
-    """The prompts of some sources, read and encoded on access. `kept`: which rows, counted over all sources."""
+    """The prompts of some sources, read and encoded on access. `kept`: the row numbers, counted over all sources."""
 
     def __init__(self, sources: list[Source], encoder: Encoder, max_length: int, kept: Sequence[int] | None = None):
         self._sources, self._encoder, self._max_length = sources, encoder, max_length
@@ -51,12 +49,13 @@ class Prompts(Sequence[Prompt]):
         return len(self._kept)
 
     def _find(self, i: int) -> tuple[int, Source, int]:
+        """Return of prompt `i`: its row number over all sources, its source, its row in there."""
         number = int(self._kept[i])
         k = bisect_right(self._firsts, number) - 1
         return number, self._sources[k], number - self._firsts[k]
 
     def place(self, i: int) -> str:
-        """Where prompt `i` stands, for messages."""
+        """Return where prompt `i` is, for messages: file and row or line."""
         _, source, row = self._find(i)
         return source.place(row)
 
@@ -71,40 +70,40 @@ class Prompts(Sequence[Prompt]):
         place = source.place(row)
         messages, truth, data_source, extra = parse_row(source[row], place)
         ids = self._encoder.ids(messages, place)
-        if len(ids) > self._max_length:  # the survey's bound let it pass, or the file has changed
+        if len(ids) > self._max_length:  # longer than the survey's bound, or the file has changed since
             raise TooLong(place, len(ids), self._max_length)
         return Prompt(number, ids, messages[-1]["content"], truth, data_source, extra)
 
 
-class Checker:
-    """What a row must pass before training; tokenizes only where the bound leaves a doubt.
+class RowChecker:
+    """Check rows before training; tokenize a prompt only where the bound on its length is not enough.
 
-    `positions`: tokens that the model has room for, which the longest prompt must not exceed.
+    `positions`: most tokens of a prompt that leave the model room for a response.
     """
 
     def __init__(self, encoder: Encoder, max_length: int, positions: int = NO_LIMIT):
         self.encoder, self.max_length, self.positions = encoder, max_length, positions
-        self.longest = 0  # of those tokenized, which include all that are longer than `positions`
-        self._settled = min(max_length, positions)  # a bound up to here needs no look
+        self.longest = 0  # of the prompts tokenized, which include all that are longer than `positions`
+        self._surely_short = min(max_length, positions)  # a prompt with a bound up to this is not tokenized
 
     def __call__(self, row: Any, place: str) -> int:
-        """The key of a good row's prompt. Raises UserError, TooLong if its length is what is wrong."""
+        """Return the key of a good row's prompt. Raise UserError: TooLong where its length is what is wrong."""
         if isinstance(row, UserError):
             raise row
         messages = parse_row(row, place)[0]
         bound = self.encoder.bound(messages, place)
-        if bound is None or bound > self._settled:
+        if bound is None or bound > self._surely_short:
             length = len(self.encoder.ids(messages, place))
             if length > self.max_length:
                 raise TooLong(place, length, self.max_length)
             if length > self.longest:
                 self.longest = length
-                self._settled = min(self.max_length, max(self.positions, length))
-        return key(messages)
+                self._surely_short = min(self.max_length, max(self.positions, length))
+        return prompt_key(messages)
 
 
-def key(messages: Messages) -> int:
-    """64 bits of the messages' text, ASCII whitespace levelled: what makes two prompts the same in this process."""
+def prompt_key(messages: Messages) -> int:
+    """Return 64 bits, in this process the same for prompts of the same text, whatever their ASCII whitespace."""
     text = messages[0]["content"] if len(messages) == 1 else "\n".join([m["content"] for m in messages])
     data = text.encode("utf-8", "surrogatepass").translate(SPACES).strip()
     while b"  " in data:
@@ -114,21 +113,21 @@ def key(messages: Messages) -> int:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the rows has found: the good ones, and their keys in the same order."""
+    """The good rows that one pass over the files has found."""
 
     prompts: Prompts
-    keys: np.ndarray
+    keys: np.ndarray  # [len(prompts)] int64, `prompt_key` of each
 
 
 def survey(
     files: list[str],
-    checker: Checker,
-    left_out: Callable[[UserError], None],
+    checker: RowChecker,
+    on_bad_row: Callable[[UserError], None],
     *,
     split: str = "train",
     limit: int | None = None,
 ) -> Survey:
-    """Check every row, up to `limit` good ones. `left_out` is told of each bad row and raises, or it is passed over."""
+    """Check every row, up to `limit` good ones. `on_bad_row` is given each bad row's error and may raise it."""
     sources: list[Source] = []
     keys, bad, number = array("q"), array("q"), 0
     for name in files:
@@ -140,7 +139,7 @@ def survey(
             try:
                 keys.append(checker(row, source.place(i)))
             except UserError as e:
-                left_out(e)
+                on_bad_row(e)
                 bad.append(number)
             number += 1
             if len(keys) == limit:
@@ -152,21 +151,21 @@ def survey(
 
 def load_survey(
     files: list[str],
-    checker: Checker,
+    checker: RowChecker,
     overlong: str = "error",
     split: str = "train",
     limit: int | None = None,
 ) -> Survey:
-    """The survey that training wants: the first mistake is raised, prompts too long are dropped where that is asked."""
+    """Check every row for training. Raise the first mistake; overlong="drop" leaves out prompts that are too long."""
     dropped = 0
 
-    def left_out(error: UserError) -> None:
+    def on_bad_row(error: UserError) -> None:
         nonlocal dropped
         if overlong != "drop" or not isinstance(error, TooLong):
             raise error
         dropped += 1
 
-    found = survey(files, checker, left_out, split=split, limit=limit)
+    found = survey(files, checker, on_bad_row, split=split, limit=limit)
     if dropped:
         say(f"dropped {dropped} prompts longer than {checker.max_length} tokens")
     if not len(found.prompts):
@@ -176,26 +175,9 @@ def load_survey(
     return found
 
 
-def load_prompts(
-    files: list[str],
-    tokenizer: Any,
-    *,
-    max_prompt_length: int,
-    overlong: str = "error",
-    system_prompt: str | None = None,
-    chat_template_kwargs: dict | None = None,
-    limit: int | None = None,
-    vocab_size: int | None = None,
-    split: str = "train",
-) -> Prompts:
-    """Read and check every row; UserError names the file, row and field that is wrong."""
-    encoder = Encoder(tokenizer, system_prompt, chat_template_kwargs, vocab_size)
-    return load_survey(files, Checker(encoder, max_prompt_length), overlong, split, limit).prompts
-
-
 @dataclass(frozen=True)
 class Splits:
-    """Prompts to train on, and held-out ones: `val` for the rounds, `test` for the table. These two may be empty."""
+    """Prompts to train on, and held-out ones: `val` for the win rate of rounds, `test` for the table; may be empty."""
 
     train: Sequence[Prompt]
     val: Sequence[Prompt]
@@ -203,17 +185,17 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One split as the configuration wants it."""
+class SplitFiles:
+    """The files of one split, as configured."""
 
     name: str
     files: list[str]
-    split: str  # of a data set that names none
-    limit: int | None
+    split: str  # split of a data set whose name gives none
+    limit: int | None  # most prompts
 
 
-def wanted_splits(cfg: Config, only_test: bool = False) -> Iterator[Wanted]:
-    """The splits that are not empty; the embedded equations, written if need be, where no training files are named."""
+def configured_splits(cfg: Config, only_test: bool = False) -> Iterator[SplitFiles]:
+    """Yield the splits that have files; without training files, those of the embedded equations, written if missing."""
     files = {"train": cfg.data.train_files, "val": cfg.data.val_files, "test": cfg.data.test_files}
     if not files["train"]:
         files = {name: given or [str(DATA_DIR / EMBEDDED[name])] for name, given in files.items()}
@@ -228,22 +210,22 @@ def wanted_splits(cfg: Config, only_test: bool = False) -> Iterator[Wanted]:
     limits = {"val": cfg.eval.round_prompts, "test": cfg.eval.prompts, "train": None}
     for name, given in files.items():
         if given and limits[name] != 0 and (name == "test" or not only_test):
-            yield Wanted(name, given, hub_split[name], limits[name])
+            yield SplitFiles(name, given, hub_split[name], limits[name])
 
 
-def make_checker(cfg: Config, tokenizer: Any, model_config: Any) -> Checker:
-    """The checker that the configuration asks for."""
+def make_checker(cfg: Config, tokenizer: Any, model_config: Any) -> RowChecker:
+    """Return the checker for this configuration and model."""
     text = model_config.get_text_config()
     room = getattr(text, "max_position_embeddings", None)
-    return Checker(
+    return RowChecker(
         Encoder(tokenizer, cfg.data.system_prompt, cfg.data.chat_template_kwargs, text.vocab_size),
         cfg.data.max_prompt_length,
         NO_LIMIT if room is None else room - cfg.rollout.max_new_tokens,
     )
 
 
-def check_positions(checker: Checker, cfg: Config) -> None:
-    """UserError when the longest prompt and its answer have more tokens than the model has positions."""
+def check_positions(checker: RowChecker, cfg: Config) -> None:
+    """Raise UserError where the longest prompt and its response have more tokens than the model has positions."""
     if checker.longest > checker.positions:
         raise UserError(
             f"a prompt of {checker.longest} tokens and rollout.max_new_tokens = {cfg.rollout.max_new_tokens} need more "
@@ -253,14 +235,16 @@ def check_positions(checker: Checker, cfg: Config) -> None:
 
 
 def load_splits(cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bool = False) -> Splits:
-    """The prompts that the configuration names; the embedded equations where it names none."""
+    """Read the prompts of the configured files; without training files, of the embedded equations."""
     found: dict[str, Survey] = {}
-    for wanted in wanted_splits(cfg, only_test):
+    for configured in configured_splits(cfg, only_test):
         checker = make_checker(cfg, tokenizer, model_config)
-        found[wanted.name] = load_survey(wanted.files, checker, cfg.data.overlong, wanted.split, wanted.limit)
+        found[configured.name] = load_survey(
+            configured.files, checker, cfg.data.overlong, configured.split, configured.limit
+        )
         check_positions(checker, cfg)
     held_out = [found[name].keys for name in ("val", "test") if name in found]
-    if "train" in found and held_out and (count := int(shared(found["train"].keys, np.concatenate(held_out)).sum())):
+    if "train" in found and held_out and (count := int(in_common(found["train"].keys, np.concatenate(held_out)).sum())):
         say(
             f"warning: {count} of {len(found['train'].prompts)} training prompts are also among the held-out ones "
             "(data.val_files, data.test_files): results on those say little. python -m gspo.check_data names them."
@@ -268,8 +252,8 @@ def load_splits(cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bo
     return Splits(*(found[name].prompts if name in found else [] for name in ("train", "val", "test")))
 
 
-def shared(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[len(keys)] bool: which of the keys are among the others."""
+def in_common(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return which of the keys are among the others, [len(keys)] bool."""
     if not len(others):
         return np.zeros(len(keys), bool)
     others = np.sort(others)

@@ -1,4 +1,7 @@
-"""Where rows lie: JSONL, JSON lists, parquet and Hugging Face data sets, read one by one where the format allows."""
+"""Read rows from JSONL, JSON lists, parquet and Hugging Face data sets, one by one where the format allows.
+
+To add a file format, write a `Source`, or a function from a path to one, and name it in one line of `READERS`.
+"""
 
 import importlib
 import json
@@ -7,34 +10,36 @@ import re
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
-SUFFIXES = (".json", ".jsonl", ".parquet")
-NOT_READ = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xlsx")
-BATCH = 1024  # Arrow rows converted at a time when all are read
-# folder or owner/name, then :config, then @split
+NOT_READ = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xlsx")  # refused, where READERS has no line for it
+BATCH = 1024  # Arrow rows converted at a time when all rows are read
+# a folder or owner/name, then :config, then @split
 DATASET = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
-decode = json.JSONDecoder().raw_decode  # json.loads without its preparations
+decode_json = json.JSONDecoder().raw_decode  # json.loads without its preparations
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Source(Sequence):
-    """Rows by number. A row that cannot be read raises UserError."""
+    """Rows of one file or data set, by number: `len(source)` and `source[i]` are what a new one must define.
 
-    name: str
+    `source[i]` is a dict as gspo/data/schemas.py reads it; a row that cannot be read raises UserError.
+    """
+
+    name: str  # for messages: the path, or the name of the data set
     unit = "row"
 
     def place(self, i: int) -> str:
-        """Where row `i` stands, for messages."""
+        """Return where row `i` is, for messages."""
         return f"{self.name}, {self.unit} {i + 1}"
 
     def rows(self) -> Iterator[Any]:
-        """Every row in order; one that cannot be read comes as its UserError, so that the reader may go on."""
+        """Yield every row in order. A row that cannot be read is yielded as its UserError: reading may go on."""
         for i in range(len(self)):
             try:
                 yield self[i]
@@ -43,15 +48,15 @@ class Source(Sequence):
 
 
 class JsonLines(Source):
-    """One object a line. Only the rows' byte offsets are kept; lines are read and parsed when asked for."""
+    """One JSON object per line. Only byte offsets are kept; a line is read and parsed when its row is."""
 
     unit = "line"
 
     def __init__(self, path: Path):
         self.name = str(path)
         self._fd: int | None = None
-        self._starts = array("q")  # of every row, and the end of the file
-        self._blanks = array("q")  # for every blank line, the rows before it
+        self._starts = array("q")  # byte offset of every row, then the end of the file
+        self._blanks = array("q")  # of every blank line, the number of rows before it
         with path.open("rb") as file:
             offset = len(BOM) if file.read(len(BOM)) == BOM else 0
             file.seek(offset)
@@ -70,6 +75,7 @@ class JsonLines(Source):
         return f"{self.name}, line {self._line(i)}"
 
     def _line(self, i: int) -> int:
+        """Return the line number of row `i`, blank lines counted."""
         return i + 1 + (bisect_right(self._blanks, i) if self._blanks else 0)
 
     def __getitem__(self, i: int) -> Any:
@@ -84,8 +90,8 @@ class JsonLines(Source):
             raise UserError(f"data file {self.name}: {e.strerror or e}.") from e
         try:
             text = data.strip().decode()  # blank lines may follow
-            row, end = decode(text)
-            return row if end == len(text) else json.loads(text)  # which says what is wrong
+            row, end = decode_json(text)
+            return row if end == len(text) else json.loads(text)  # whose error says what is wrong
         except UnicodeDecodeError as e:
             raise UserError(f"{self.name} is not UTF-8 text (line {self._line(i)}, byte {start + e.start}).") from e
         except (ValueError, RecursionError) as e:
@@ -100,7 +106,7 @@ class JsonLines(Source):
 
 
 class JsonList(Source):
-    """A JSON list, held whole."""
+    """A JSON list of objects, kept in memory."""
 
     def __init__(self, path: Path):
         self.name = str(path)
@@ -109,10 +115,10 @@ class JsonList(Source):
         except UnicodeDecodeError as e:
             raise UserError(f"{path} is not UTF-8 text (byte {e.start}).") from e
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{path} is not valid JSON: {e}. One object a line? Then name it .jsonl.") from e
+            raise UserError(f"{path} is not valid JSON: {e}. If it has one object per line, name it .jsonl.") from e
         if not isinstance(self._rows, list):
             kind = type(self._rows).__name__
-            raise UserError(f"{path} holds a JSON {kind}; a list of rows is needed: [{{...}}, ...].")
+            raise UserError(f"{path} holds a JSON {kind}; it must hold a list of rows: [{{...}}, ...].")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -122,7 +128,7 @@ class JsonList(Source):
 
 
 class ArrowRows(Source):
-    """A table of Arrow's, kept as it is: `table` is pyarrow's, or a data set in the format "arrow"."""
+    """Rows of an Arrow table, kept as it is: `table` is a pyarrow.Table, or a data set in the format "arrow"."""
 
     def __init__(self, name: str, table: Any):
         self.name, self._table = name, table
@@ -131,6 +137,7 @@ class ArrowRows(Source):
         return len(self._table)
 
     def _slice(self, start: int, count: int) -> list[Any]:
+        """Return `count` rows as dicts."""
         if hasattr(self._table, "slice"):
             return self._table.slice(start, count).to_pylist()
         return self._table[start : start + count].to_pylist()
@@ -140,7 +147,7 @@ class ArrowRows(Source):
             raise IndexError(i)
         try:
             return self._slice(i, 1)[0]
-        except (ValueError, OSError) as e:  # text that is no UTF-8, a broken cache file
+        except (ValueError, OSError) as e:  # text that is not UTF-8, a broken cache file
             raise UserError(f"{self.place(i)} cannot be read: {' '.join(str(e).split()):.200}.") from e
 
     def rows(self) -> Iterator[Any]:
@@ -158,24 +165,8 @@ class ArrowRows(Source):
             return e
 
 
-def open_source(name: str | Path, split: str = "train") -> Source:
-    """The rows of a file, a folder or a data set `owner/name[:config][@split]`. Raises UserError."""
-    path = Path(name)
-    suffix = path.suffix.lower()
-    if not path.is_file() and (path.is_dir() or suffix not in SUFFIXES):
-        return _open_dataset(str(name), split)
-    if suffix in NOT_READ:
-        raise UserError(f"data file {path}: {suffix} is not read; JSON (a list of rows), JSONL and parquet are.")
-    try:
-        path.stat()  # what pyarrow says of a missing file is its name
-        if suffix == ".parquet":
-            return _open_parquet(path)
-        return JsonLines(path) if suffix == ".jsonl" else JsonList(path)
-    except OSError as e:
-        raise UserError(f"data file {path}: {e.strerror or e}.") from e
-
-
-def _open_parquet(path: Path) -> Source:
+def read_parquet(path: Path) -> Source:
+    """Read a parquet file. Raise UserError where it is none, or pyarrow is missing."""
     try:
         import pyarrow.parquet
     except ImportError as e:
@@ -186,8 +177,31 @@ def _open_parquet(path: Path) -> Source:
         raise UserError(f"{path} is not a parquet file: {e}.") from e
 
 
+# File name ending -> what reads such a file; a file with any other ending is read as a JSON list.
+READERS: dict[str, Callable[[Path], Source]] = {
+    ".json": JsonList,
+    ".jsonl": JsonLines,
+    ".parquet": read_parquet,
+}
+
+
+def open_source(name: str | Path, split: str = "train") -> Source:
+    """Open a file, a folder or a data set `owner/name[:config][@split]`. Raise UserError where it cannot be read."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if not path.is_file() and (path.is_dir() or suffix not in READERS):
+        return _open_dataset(str(name), split)
+    if suffix in NOT_READ and suffix not in READERS:
+        raise UserError(f"data file {path}: {suffix} is not read; JSON (a list of rows), JSONL and parquet are.")
+    try:
+        path.stat()  # so that a missing file is named as such: pyarrow's error is only its name
+        return READERS.get(suffix, JsonList)(path)
+    except OSError as e:
+        raise UserError(f"data file {path}: {e.strerror or e}.") from e
+
+
 def _open_dataset(name: str, split: str) -> Source:
-    """A folder or a name on the Hugging Face hub, through `datasets`; code that comes with a data set never runs."""
+    """Open a folder or a name of the Hugging Face hub with `datasets`; code that comes with a data set never runs."""
     given = {"path": name} if Path(name).is_dir() else (m.groupdict() if (m := DATASET.fullmatch(name)) else {})
     path = given.get("path", name)
     is_folder = Path(path).is_dir()
@@ -200,8 +214,8 @@ def _open_dataset(name: str, split: str) -> Source:
         datasets = importlib.import_module("datasets")
     except ImportError as e:
         raise UserError(
-            f"data file {name}: {kind}, and without `pip install datasets` no data set either. Give a .json, .jsonl "
-            "or .parquet file, or install it."
+            f"data file {name}: {kind}, and reading it as a data set needs `pip install datasets`. Give a "
+            ".json, .jsonl or .parquet file, or install it."
         ) from e
     if not sys.stdout.isatty():
         datasets.disable_progress_bars()

@@ -17,7 +17,7 @@ def order(batches, steps, solved=lambda i: False):
     found = []
     for _ in range(steps):
         found.append([p.id for p in batches.take()])
-        batches.learn([solved(i) for i in found[-1]])
+        batches.mark_solved([solved(i) for i in found[-1]])
     return found
 
 
@@ -69,7 +69,7 @@ def test_a_solved_prompt_is_put_off_for_1_3_7_epochs():
     while batches.epoch < 80:
         (prompt,) = batches.take()
         came[prompt.id].append(batches.epoch)
-        batches.learn([prompt.id == 0 or (prompt.id == 1 and len(came[1]) != 3)])
+        batches.mark_solved([prompt.id == 0 or (prompt.id == 1 and len(came[1]) != 3)])
     assert came[0] == [0, 2, 6, 14, 30, 62], "1, 3, 7, 15 and 31 epochs between"
     assert came[1][:6] == [0, 2, 6, 7, 9, 13], "one wrong answer and it begins anew"
     assert all(came[i][:80] == list(range(80)) for i in range(2, 8)), "the others come by every epoch"
@@ -81,7 +81,7 @@ def test_the_longest_time_between_is_bounded():
     while len(came) < 9:
         (prompt,) = batches.take()
         came += [batches.epoch] * (prompt.id == 0)
-        batches.learn([prompt.id == 0])
+        batches.mark_solved([prompt.id == 0])
     assert np.diff(came)[-2:].tolist() == [2**LONGEST_STREAK] * 2
 
 
@@ -112,5 +112,5 @@ def test_a_resumed_order_goes_on_as_if_nothing_had_happened():
 def test_the_state_of_other_rows_is_refused():
     saved = Batches(some(8), 4, seed=0).state()
     for count in (7, 9):
-        with pytest.raises(UserError, match=rf"data.train_files: there are {count} rows.*8.*model.path=CHECKPOINT"):
+        with pytest.raises(UserError, match=rf"data.train_files: they have {count} rows.*8.*model.path=CHECKPOINT"):
             Batches(some(count), 4, seed=0).load_state(saved)

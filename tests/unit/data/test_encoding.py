@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gspo.data.encoding import SLACK, Encoder, encode, growth
+from gspo.data.encoding import SLACK, Encoder, encode, ids_per_byte
 from gspo.errors import UserError
 
 NASTY = [
@@ -70,7 +70,7 @@ def test_the_bound_holds_for_sentencepiece_like_tokenizers():
     backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert growth(tokenizer) == (2, None)
+    assert ids_per_byte(tokenizer) == (2, None)
     for text in NASTY:
         assert len(encode(user(text), tokenizer, None, {})) <= Encoder(tokenizer).bound(user(text), "here")
 
@@ -85,7 +85,7 @@ def test_the_bound_holds_for_sentencepiece_like_tokenizers():
     ],
 )
 def test_an_unknown_step_leaves_it_to_tokenizing(odd):
-    assert growth(odd) is None and Encoder(odd).bound(user("x"), "here") is None
+    assert ids_per_byte(odd) is None and Encoder(odd).bound(user("x"), "here") is None
 
 
 @pytest.mark.parametrize(
@@ -129,5 +129,5 @@ def test_every_tuple_of_roles_is_encoded_once(tokenizer, monkeypatch):
 
 
 def test_the_template_of_the_embedded_model_is_simple(tokenizer):
-    assert growth(tokenizer) == (1, None)
+    assert ids_per_byte(tokenizer) == (1, None)
     assert json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"] is None

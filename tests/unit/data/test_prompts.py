@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gspo.data import prompts as data
-from gspo.data.encoding import Encoder
-from gspo.data.prompts import Checker, Prompts, encode, key, load_prompts, load_splits, shared
+from gspo.data.encoding import Encoder, encode
+from gspo.data.prompts import Prompts, RowChecker, in_common, load_splits, load_survey, prompt_key
 from gspo.data.schemas import parse_row
 from gspo.data.sources import open_source
 from gspo.embedded.equations import SEED_ROW
@@ -41,6 +41,11 @@ def write(tmp_path):
         return str(path)
 
     return write
+
+
+def load_prompts(files, tokenizer, *, max_prompt_length, overlong="error", limit=None, vocab_size=None):
+    checker = RowChecker(Encoder(tokenizer, vocab_size=vocab_size), max_prompt_length)
+    return load_survey(files, checker, overlong, limit=limit).prompts
 
 
 @pytest.fixture()
@@ -164,7 +169,7 @@ def test_a_malformed_row_names_file_row_and_field(write, load, row, field, got):
         ("", "rows.json", "rows.json is not valid JSON"),
         ('[{"prompt": "a"', "rows.json", "rows.json is not valid JSON"),
         (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "rows.json", "name it .jsonl"),
-        (json.dumps(GOOD), "rows.json", "rows.json holds a JSON dict; a list of rows is needed"),
+        (json.dumps(GOOD), "rows.json", "rows.json holds a JSON dict; it must hold a list of rows"),
         (f"{json.dumps(GOOD)}\n{{", "rows.jsonl", "rows.jsonl, line 2 is not valid JSON"),
         ('[{"prompt": "größer"}]'.encode("latin-1"), "rows.json", "rows.json is not UTF-8 text (byte 15)"),
         ('{"prompt": "größer"}'.encode("latin-1"), "rows.jsonl", "rows.jsonl is not UTF-8 text"),
@@ -281,7 +286,7 @@ def test_a_prompt_that_the_check_let_pass_wrongly_is_named_when_it_comes(write, 
 
 def test_the_positions_need_the_longest_prompt_and_no_other(write, tokenizer, monkeypatch):
     texts = ["a" * n for n in (3, 40, 80, 60, 79, 50, 3)]
-    checker = Checker(Encoder(tokenizer), max_length=1000, positions=45)
+    checker = RowChecker(Encoder(tokenizer), max_length=1000, positions=45)
     asked = []
     monkeypatch.setattr("gspo.data.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
     for text in texts:
@@ -403,13 +408,13 @@ def test_training_prompts_among_the_held_out_ones_are_counted(splits, write, cap
 
 def test_what_makes_two_prompts_the_same():
     def of(*contents):
-        return key([{"role": "user", "content": c} for c in contents])
+        return prompt_key([{"role": "user", "content": c} for c in contents])
 
     assert of("a b") == of(" a\r\n\t\v b\f") == of("a   b")
     assert len({of("a b"), of("ab"), of("a c"), of("ä b"), of("\ud800"), of("a", "b", "c")}) == 6
     keys = np.array([5, -3, 5, 9, 2**62])
-    assert shared(keys, np.array([9, -3, 7])).tolist() == [False, True, False, True, False]
-    assert shared(keys, np.zeros(0, np.int64)).tolist() == [False] * 5
+    assert in_common(keys, np.array([9, -3, 7])).tolist() == [False, True, False, True, False]
+    assert in_common(keys, np.zeros(0, np.int64)).tolist() == [False] * 5
 
 
 def test_which_split_of_a_data_set_each_list_of_files_means(splits, monkeypatch):

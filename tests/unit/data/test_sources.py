@@ -1,4 +1,4 @@
-"""Rows by number: JSONL through byte offsets, JSON, parquet, folders through `datasets`."""
+"""Rows of files and data sets by number: JSONL by byte offsets, JSON, parquet, folders through `datasets`."""
 
 import json
 import pickle
@@ -8,7 +8,8 @@ import tracemalloc
 
 import pytest
 
-from gspo.data.sources import ArrowRows, JsonLines, JsonList, open_source
+from gspo.data import sources
+from gspo.data.sources import ArrowRows, JsonLines, JsonList, Source, open_source
 from gspo.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -111,7 +112,24 @@ def test_a_file_that_goes_away_before_it_is_opened_again(lines, tmp_path):
         source[0]
 
 
-def test_files_are_told_by_their_suffix(tmp_path):
+def test_a_new_format_is_one_class_and_one_line(tmp_path, monkeypatch):
+    class Lines(Source):
+        def __init__(self, path):
+            self.name, self._lines = str(path), path.read_text().splitlines()
+
+        def __len__(self):
+            return len(self._lines)
+
+        def __getitem__(self, i):
+            return {"prompt": self._lines[i], "ground_truth": "1"}
+
+    monkeypatch.setitem(sources.READERS, ".txt", Lines)
+    (tmp_path / "rows.txt").write_text("a\nb\n")
+    found = open_source(tmp_path / "rows.txt")
+    assert [row["prompt"] for row in found.rows()] == ["a", "b"] and found.place(1) == f"{found.name}, row 2"
+
+
+def test_the_suffix_decides_the_format(tmp_path):
     for name, kind in (("a.json", JsonList), ("a.JSONL", JsonLines), ("none", JsonList)):
         (tmp_path / name).write_text("[]")
         assert type(open_source(tmp_path / name)) is kind
@@ -190,7 +208,9 @@ def test_names_of_data_sets(monkeypatch):
 
 def test_without_datasets_a_name_is_neither_file_nor_data_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"openai/gsm8k: is no file here, and without `pip install datasets` no data"):
+    with pytest.raises(
+        UserError, match=r"openai/gsm8k: is no file here, and reading it as a data set needs `pip install datasets`"
+    ):
         open_source("openai/gsm8k")
 
 
