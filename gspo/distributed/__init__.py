@@ -1,1 +1,1 @@
-"""Ranks, meshes, shards, transfers: the only room that may use torch.distributed; no stage of training comes in."""
+"""Ranks, device meshes, shards, transfers: the only room that may use torch.distributed. It knows no training stage."""

@@ -1,8 +1,8 @@
-"""Models in shards over meshes of ranks. Everything works, unchanged, on one process.
+"""Shard models over meshes of ranks: FSDP2 or HSDP for training, tensor parallelism for sampling.
 
-Layout: every rank trains its share of the groups on FSDP2 shards over all ranks. Sampling never runs through the
-shards (that would gather the weights once a token): each rank has a whole copy, or, with tensor parallelism, each
-group of `tp` neighbouring ranks shares one.
+Every rank trains its share of the groups on FSDP2 shards over all ranks. Sampling never runs through the shards (that
+would gather the weights for every token): each rank has a whole copy, or, with tensor parallelism, `tp` neighbouring
+ranks share one. On one process everything works the same.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from gspo.models.loading import decoder_layers
 
 
 def check_shard_size(shard_size: int | None, world_size: int) -> None:
-    """UserError where the ranks make no whole rows of `shard_size`."""
+    """Raise UserError unless `shard_size` divides the number of ranks."""
     if shard_size and world_size % shard_size:
         raise UserError(
             f"model.shard_size = {shard_size} does not divide the {world_size} processes of this run; give the number "
@@ -40,8 +40,10 @@ def check_shard_size(shard_size: int | None, world_size: int) -> None:
 
 
 def with_hybrid_mesh(world: World, shard_size: int | None) -> World:
-    """The world with its ranks in rows of `shard_size` neighbours that hold one copy of the weights together, a copy a
-    row. UserError where they make no whole rows."""
+    """Return the world with a mesh [replicate, shard] for HSDP: each `shard_size` neighbouring ranks shard one copy.
+
+    UserError unless `shard_size` divides the number of ranks.
+    """
     if world.mesh is None or shard_size in (None, world.size):
         return world
     check_shard_size(shard_size, world.size)
@@ -50,39 +52,40 @@ def with_hybrid_mesh(world: World, shard_size: int | None) -> World:
 
 
 def needs_sharding(world: World, offload: bool) -> bool:
-    """Whether a model becomes shards: always on several ranks; on one only to be kept off a GPU."""
+    """Return whether a model is sharded: on several ranks always; on one only to offload it from the GPU."""
     return world.mesh is not None and (world.size > 1 or offload)
 
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
-    """A model -> shards of it, to be filled where it is on the meta device; with `offload` they live on the CPU between
-    uses.
+    """Shard a model with FSDP2. With `offload` the shards live on the CPU between uses.
 
-    Units that are gathered and given back one by one: every decoder layer, embedding, head, and what is left; an
-    embedding and a head that are tied are of what is left. Several ranks compute in `dtype`; one process as if the
-    model were whole, under autocast.
+    Gathered and freed one by one are every decoder layer, the embedding, the head, and the rest of the model, to which
+    a tied embedding and head belong. Several ranks compute in `dtype`; one process computes as with an unsharded model,
+    under autocast. The shards of a model on the meta device get storage, but no values.
     """
-    alone, empty = world.size == 1, next(model.parameters()).is_meta
+    alone, on_meta = world.size == 1, next(model.parameters()).is_meta
     options = {
         "mesh": world.mesh,
         "mp_policy": MixedPrecisionPolicy() if alone else MixedPrecisionPolicy(dtype, torch.float32),
-        "reshard_after_forward": True,  # the root too: parameters are shards whenever we look at them
+        "reshard_after_forward": True,  # the root too, so that parameters are shards between two forwards
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    apart = [] if head is None or head.weight is embedding.weight else [embedding, head]
-    for unit in [*decoder_layers(model), *apart]:
+    untied = [] if head is None or head.weight is embedding.weight else [embedding, head]
+    for unit in [*decoder_layers(model), *untied]:
         fully_shard(unit, **options)
     fully_shard(model, **options)
     for unit in {model, head} - {None}:
         if is_sharded(unit):
-            unit.run_as_forward = MethodType(_apply, unit)
+            unit.run_as_forward = MethodType(_call, unit)
             register_fsdp_forward_method(unit, "run_as_forward")
-    return _allocate(model, torch.device("cpu") if offload else world.device, world.device) if empty else model
+    if not on_meta:
+        return model
+    return _allocate(model, torch.device("cpu") if offload else world.device, buffers_on=world.device)
 
 
 def _allocate(model: nn.Module, device: torch.device, buffers_on: torch.device) -> nn.Module:
-    """Storage for parameters that have none; buffers, which have, keep their values."""
+    """Give the parameters storage on `device`, without values; move the buffers, with theirs, to `buffers_on`."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     model.to_empty(device=device)
     for name, buffer in buffers.items():
@@ -92,20 +95,22 @@ def _allocate(model: nn.Module, device: torch.device, buffers_on: torch.device) 
 
 
 def materialize(model: nn.Module, world: World) -> nn.Module:
-    """A model on the meta device -> a whole one on this rank's, not yet filled."""
-    _allocate(model, world.device, world.device).tie_weights()  # which have come apart
+    """Give a whole model on the meta device storage on this rank's device, without values."""
+    _allocate(model, world.device, world.device).tie_weights()  # to_empty unties them
     return model
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard` has been called on the model (or on this part of it)."""
     return isinstance(model, FSDPModule)
 
 
 def before_backward(model: nn.Module, last: bool, keep_weights: bool, reduce_once: bool) -> None:
-    """What ranks exchange in the next forward and backward, one of several that add up a gradient.
+    """Choose what the ranks exchange in the next forward and backward, one of several that accumulate a gradient.
 
-    Copies of the weights (`hybrid`) meet only in the last. With `keep_weights` each unit is gathered once for all of
-    them, with `reduce_once` gradients stay whole until the last. Ordinary forwards follow the last.
+    last: it is the last of them; only then HSDP sums the gradients of its copies. keep_weights: gather each layer once
+    for all of them (model.reshard_after_forward=false). reduce_once: keep unsharded gradients until the last
+    (optim.gradient_reduction=step). Call `after_backward` after the last.
     """
     if not is_sharded(model):
         return
@@ -116,25 +121,27 @@ def before_backward(model: nn.Module, last: bool, keep_weights: bool, reduce_onc
 
 
 def after_backward(model: nn.Module) -> None:
-    """Weights are given back after every forward again: what is only scored is not differentiated."""
+    """Free gathered weights after every forward again: the forwards that follow only score and have no backward."""
     if is_sharded(model):
         model.set_reshard_after_forward(True)
 
 
-def _apply(model: nn.Module, function: Callable, *args: Any) -> Any:
+def _call(model: nn.Module, function: Callable, *args: Any) -> Any:
     return function(model, *args)
 
 
 def run_as_forward(model: nn.Module, function: Callable, *args: Any) -> Any:
-    """function(model, *args) as a forward of the model's (or of a head's): what a sharded one keeps outside its layers
-    is whole meanwhile."""
+    """Call through FSDP's forward hooks, so that the root's own parameters (embedding, norm, head) are gathered.
+
+    Return function(model, *args). `model` may be a whole model or its head; one that is not sharded is simply passed.
+    """
     return model.run_as_forward(function, *args) if is_sharded(model) else function(model, *args)
 
 
 def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
-    """A whole copy on the device, or one spread over `tp` ranks by the plan transformers publishes for it.
+    """Move a sampler to the device, or, with tp > 1, shard it over `tp` ranks by transformers' tensor-parallel plan.
 
-    Returns the model and, with tp > 1, the function by which a group's ranks agree on the tokens drawn.
+    Return the model and, with tp > 1, a function that gives all `tp` ranks the tokens that the first of them sampled.
     """
     model.requires_grad_(False)
     if tp == 1:
@@ -154,7 +161,7 @@ def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, C
 
 
 def check_tensor_parallel(model_config: Any, world_size: int, tp: int) -> None:
-    """UserError when `tp` fits neither the ranks nor the model."""
+    """Raise UserError unless `tp` divides the number of ranks and the model's heads and layers."""
     if tp == 1:
         return
     c, key = model_config.get_text_config(), f"rollout.tensor_model_parallel_size = {tp}"
@@ -167,10 +174,11 @@ def check_tensor_parallel(model_config: Any, world_size: int, tp: int) -> None:
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     if c.num_attention_heads % tp or heads % tp or c.intermediate_size % tp:
         raise UserError(
-            f"{key} does not divide this model's {c.num_attention_heads} / {heads} heads; use a smaller one."
+            f"{key} does not divide this model's {c.num_attention_heads} attention heads, {heads} key-value heads and "
+            f"MLP width of {c.intermediate_size}; use a number that divides all three."
         )
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters on this rank."""
+    """Return how many bytes of a model's parameters this rank holds."""
     return sum(local_shard(p).nbytes for p in model.parameters())

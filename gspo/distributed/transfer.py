@@ -1,4 +1,4 @@
-"""What flows into and out of shards: weights from files, from model to model, and whole tensors."""
+"""Move weights into and out of shards: from files, from one model to another, and gathered into full tensors."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -8,14 +8,15 @@ from torch.distributed.tensor import DTensor
 
 from gspo.errors import UserError
 
-PIECE_NUMEL = 2**26  # numbers of a parameter that is between two shardings
+PIECE_NUMEL = 2**26  # elements of a parameter that are gathered at a time on their way from one sharding to another
+ReadSlices = Callable[[tuple[slice, ...]], Tensor]  # slices of a tensor, one a dimension -> that part of it, on the CPU
 
 
 @torch.no_grad()
-def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[slice, ...]], Tensor]]]) -> set[str]:
-    """Put weights, named as in `state_dict()`, into a model of any sharding; of each, what this rank holds is read.
+def fill_weights(model: nn.Module, weights: Iterable[tuple[str, ReadSlices]]) -> set[str]:
+    """Read weights, named as in `state_dict()`, into a model of any sharding: each rank reads only its own part.
 
-    Returns the names. UserError where a weight is of another size than the model's.
+    Return the names. UserError where a weight's shape is not the model's.
     """
     tensors, filled = model.state_dict(keep_vars=True), set()
     for name, read in weights:
@@ -23,8 +24,8 @@ def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[
         local, part = local_shard(x), read(local_slices(x))
         if part.shape != local.shape:
             raise UserError(
-                f"model.path: {name} is {list(x.shape)} by the model's config.json, and its files have another size "
-                f"({list(part.shape)} where {list(local.shape)} are expected). Give files that fit it."
+                f"model.path: {name} has the shape {list(x.shape)} by the model's config.json, but its safetensors "
+                f"files have {list(part.shape)} where {list(local.shape)} is expected. Give weights that match it."
             )
         local.copy_(part)
         filled.add(name)
@@ -32,12 +33,12 @@ def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Callable[[tuple[
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: its shard, or a plain tensor itself."""
+    """Return the part of a tensor that this rank holds: its shard; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor behind a shard (all ranks must call this together); a plain tensor is returned as it is."""
+    """Gather a sharded tensor. All ranks must call this together. A plain tensor is returned as it is."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     if tensor.device.type == "cpu" and tensor.device_mesh.device_type == "cuda":  # offloaded: gather on the device
@@ -61,16 +62,22 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         if all(sharded) and p.device_mesh == q.device_mesh:
             q.to_local().copy_(p.to_local())
             continue
-        *rows, own = local_slices(q)
-        mine = local_shard(q)
-        for columns in _columns(p):
-            piece = full_tensor(p[..., columns].to(q.dtype))
-            start, stop = max(own.start, columns.start), max(own.start, min(own.stop, columns.stop))
-            wanted = piece[(*rows, slice(start - columns.start, stop - columns.start))]
-            mine[..., start - own.start : stop - own.start].copy_(wanted)
+        _copy_by_columns(p, q)
 
 
-def _columns(p: Tensor) -> Iterator[slice]:
+def _copy_by_columns(p: Tensor, q: Tensor) -> None:
+    """Copy p into q, whose sharding differs: gather columns of p, keep those that this rank's part of q has."""
+    *rows, own_columns = local_slices(q)
+    own = local_shard(q)
+    for columns in _column_pieces(p):
+        piece = full_tensor(p[..., columns].to(q.dtype))
+        start = max(own_columns.start, columns.start)
+        stop = max(own_columns.start, min(own_columns.stop, columns.stop))
+        wanted = piece[(*rows, slice(start - columns.start, stop - columns.start))]
+        own[..., start - own_columns.start : stop - own_columns.start].copy_(wanted)
+
+
+def _column_pieces(p: Tensor) -> Iterator[slice]:
     """Cut a tensor's last dimension, which is sharded in vectors only, into PIECE_NUMEL elements or single columns."""
     width = p.shape[-1]
     step = width if p.ndim == 1 else max(1, PIECE_NUMEL * width // p.numel())
@@ -78,31 +85,31 @@ def _columns(p: Tensor) -> Iterator[slice]:
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """The slices, one a dimension, of the whole tensor that this rank holds."""
-    at = [slice(0, n) for n in tensor.shape]
+    """Return which part of the full tensor this rank holds: a slice for each dimension."""
+    slices = [slice(0, n) for n in tensor.shape]
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         for placement, size, place in zip(tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True):
             if not placement.is_replicate():
-                d, (start, stop) = placement.dim, (at[placement.dim].start, at[placement.dim].stop)
+                d, (start, stop) = placement.dim, (slices[placement.dim].start, slices[placement.dim].stop)
                 step = -(-(stop - start) // size)  # as torch.chunk cuts
-                at[d] = slice(min(start + place * step, stop), min(start + (place + 1) * step, stop))
-        assert tuple(s.stop - s.start for s in at) == tensor.to_local().shape, (at, tensor.to_local().shape)
-    return tuple(at)
+                slices[d] = slice(min(start + place * step, stop), min(start + (place + 1) * step, stop))
+        assert tuple(s.stop - s.start for s in slices) == tensor.to_local().shape, (slices, tensor.to_local().shape)
+    return tuple(slices)
 
 
-Read = Callable[[str, tuple[slice, ...]], Tensor]  # a tensor's name, slices of it -> that part, on the CPU
+Read = Callable[[str, tuple[slice, ...]], Tensor]  # a tensor's name, slices of it -> that part of it, on the CPU
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, read: Read) -> None:
-    """Fill a model of any sharding, tensor by tensor, each rank with what it holds. No communication."""
+    """Read the parameters of a model of any sharding, each rank its own part. No communication."""
     for name, p in model.named_parameters():
         local_shard(p).copy_(read(name, local_slices(p)))
 
 
 def load_like(name: str, read: Read, like: Tensor) -> Tensor:
-    """The tensor `name`, sharded and placed as `like` is. No communication."""
+    """Read the tensor `name`, sharded as `like` and on its device. No communication."""
     part = read(name, local_slices(like)).to(like.device, like.dtype, copy=True)
     if not isinstance(like, DTensor):
         return part

@@ -1,4 +1,4 @@
-"""Ranks and what they tell each other. Everything works, unchanged, on one process."""
+"""Join the process group and exchange Python objects and rows between ranks. On one process all works the same."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from gspo.system.malloc import keep_freed_memory
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `mesh` is None when there is no process group."""
+    """This process among the ranks of the run. `mesh` is None when there is no process group."""
 
     rank: int
     size: int
@@ -31,22 +31,24 @@ class World:
         return self.rank == 0
 
     def places(self, count: int, tp: int = 1) -> list[int]:
-        """The places of a list of prompts that this rank samples and scores; with tp > 1, its whole group of tp ranks.
+        """Return the places, of `count` in the global batch, that this rank samples and scores: every size-th one.
 
-        Strided; who trains on what is decided by the lengths of the answers (packing/balance.py).
+        With tp > 1, those of the `tp` ranks that share one sampler. Which rank trains on a group is decided later, by
+        the lengths of the responses (packing/balance.py).
         """
         first = self.rank - self.rank % tp
-        return [p for p in range(count) if first <= p % self.size < first + tp]
+        return [place for place in range(count) if first <= place % self.size < first + tp]
 
     def max(self, value: int) -> int:
-        """The largest of the ranks' values."""
+        """Return the largest of the ranks' values, on every rank."""
         return max(self.gather(value))
 
     def sum(self, value: float) -> float:
+        """Return the sum of the ranks' values, on every rank."""
         return sum(self.gather(value))
 
     def gather(self, value: Any) -> list[Any]:
-        """[value of rank 0, value of rank 1, ...], on every rank."""
+        """Return [value of rank 0, value of rank 1, ...], on every rank. Values are pickled."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -54,36 +56,37 @@ class World:
         return values
 
     def all_to_all(self, parcels: list[Any]) -> list[Any]:
-        """parcels[r] is for rank r -> [what rank 0 had for this rank, what rank 1 had, ...]; None costs nothing.
+        """Send parcels[r] to rank r. Return [what rank 0 sent to this one, what rank 1 sent, ...]; None sends no bytes.
 
-        Each object crosses the wire once, from its rank to the one that wants it. Tensors must be on the CPU.
+        Each object crosses the network once, from its rank to the one that gets it. Tensors must be on the CPU.
         """
         if self.size == 1:
             return parcels
-        away = [b"" if r == self.rank or x is None else pickle.dumps(x) for r, x in enumerate(parcels)]
-        sent = torch.tensor([len(x) for x in away])
-        due = torch.empty_like(sent)
-        dist.all_to_all_single(due, sent)
-        arrived = torch.empty(int(due.sum()), dtype=torch.uint8)
-        mail = torch.frombuffer(bytearray(b"".join(away)), dtype=torch.uint8) if sent.any() else arrived[:0]
-        dist.all_to_all_single(arrived, mail, due.tolist(), sent.tolist())
-        opened = [pickle.loads(memoryview(x.numpy())) if len(x) else None for x in arrived.split(due.tolist())]
-        opened[self.rank] = parcels[self.rank]
-        return opened
+        outgoing = [b"" if r == self.rank or x is None else pickle.dumps(x) for r, x in enumerate(parcels)]
+        sent_bytes = torch.tensor([len(x) for x in outgoing])
+        received_bytes = torch.empty_like(sent_bytes)
+        dist.all_to_all_single(received_bytes, sent_bytes)
+        received = torch.empty(int(received_bytes.sum()), dtype=torch.uint8)
+        sent = torch.frombuffer(bytearray(b"".join(outgoing)), dtype=torch.uint8) if sent_bytes.any() else received[:0]
+        dist.all_to_all_single(received, sent, received_bytes.tolist(), sent_bytes.tolist())
+        pieces = received.split(received_bytes.tolist())
+        unpacked = [pickle.loads(memoryview(x.numpy())) if len(x) else None for x in pieces]
+        unpacked[self.rank] = parcels[self.rank]
+        return unpacked
 
     def gather_rows(self, places: list[int], rows: Tensor) -> Tensor:
-        """Rows [G, ...] that belong at `places` of a whole -> the whole, on the CPU, on every rank."""
+        """Return every rank's rows [G, ...] in the order of their `places`, on the CPU of every rank."""
         pairs = [pair for part in self.gather((places, rows.cpu())) for pair in zip(*part, strict=True)]
         return torch.stack([row for _, row in sorted(pairs, key=lambda pair: pair[0])])
 
     def main_process_first(self, make: Callable[[], Any]) -> Any:
-        """Run `make` on every rank, on rank 0 before the others; a UserError there is raised everywhere."""
+        """Return make() of this rank; rank 0 runs it before the others do. A UserError on rank 0 is raised on all."""
         mine = []
         self.broadcast_from_main(lambda: mine.append(make()))
         return mine[0] if mine else make()
 
     def broadcast_from_main(self, make: Callable[[], Any]) -> Any:
-        """Run `make` on rank 0 only and give everyone its result; a UserError there is raised everywhere."""
+        """Run `make` on rank 0 only and return its result on every rank. A UserError there is raised on all."""
         outcome: list[Any] = [None]
         if self.is_main:
             try:
@@ -99,8 +102,11 @@ class World:
 
 
 def _store_of_this_attempt() -> dist.Store:
-    """torchrun's store, where ranks find each other. It outlives a restart, after which a rank that is faster than the
-    others would find addresses of processes that have ended: each attempt has names of its own."""
+    """Return torchrun's store, in which ranks publish their addresses, with a key prefix for each restart.
+
+    The store outlives a restart. Without the prefix, a rank that starts faster than the others would read addresses of
+    processes that have ended.
+    """
     store, _, _ = next(rendezvous("env://"))
     store.set_timeout(dist.distributed_c10d.default_pg_timeout)
     return dist.PrefixStore(f"attempt {torchrun.restart_count()}", store)
@@ -108,7 +114,7 @@ def _store_of_this_attempt() -> dist.Store:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join the process group that torchrun describes, if any; leave it at the end."""
+    """Join the process group that torchrun describes, if any, and leave it at the end. Choose device and threads."""
     rank, size = torchrun.rank(), torchrun.world_size()
     device = torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -130,11 +136,14 @@ def process_group() -> Iterator[World]:
 
 
 def split_by_size(sizes: dict[str, int], ranks: int) -> list[list[str]]:
-    """Names for each rank, the largest first to the rank that has least: the same on every rank."""
-    hands: list[list[str]] = [[] for _ in range(ranks)]
-    held = [0] * ranks
+    """Split names among ranks, the largest first, each to the rank with the least so far. Return each rank's names.
+
+    Every rank computes the same split.
+    """
+    names_of_rank: list[list[str]] = [[] for _ in range(ranks)]
+    total = [0] * ranks
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = held.index(min(held))
-        hands[least].append(name)
-        held[least] += sizes[name]
-    return hands
+        least = total.index(min(total))
+        names_of_rank[least].append(name)
+        total[least] += sizes[name]
+    return names_of_rank

@@ -53,7 +53,7 @@ def test_files_that_do_not_fit_the_model_are_refused_by_name(tmp_path):
         allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
     weights["lm_head.weight"] = torch.zeros(96, 32)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"lm_head.weight is \[97, 32\] by the model's config.json"):
+    with pytest.raises(UserError, match=r"lm_head.weight has the shape \[97, 32\] by the model's config.json"):
         allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
     shutil.move(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="has no model.safetensors"):
