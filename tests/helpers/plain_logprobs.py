@@ -25,11 +25,8 @@ def a_rollout(prompt_sizes, lengths, seed=1):
 
 
 RAGGED = a_rollout((9, 1, 14), [[3, 12, 1], [8, 1, 2], [1, 1, 5]])
-
 RAGGED.tokens[0, 1, :3] = RAGGED.tokens[0, 0, :3]  # all of one response begins another
-
 RAGGED.tokens[2, 2, 0] = EOS  # ... even an end of sequence
-
 SOME_ROWS = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 1), (2, 2)]  # of the second group one response, of the third two
 
 

@@ -1,0 +1,64 @@
+"""How programs fail: one paragraph on stderr, exit code 2, nothing left behind."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from repository import ROOT
+
+from gspo.errors import UserError
+from gspo.system.program import guarded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rollout.nn=4"], ["'rollout.nn'", "did you mean 'rollout.n'"]),
+        (["--config", "{tmp}/no.yaml"], ["{tmp}/no.yaml: No such file", "configs/quick.yaml"]),
+        (["model.path={tmp}/no_model"], ["model.path = '{tmp}/no_model'", "no folder here"]),
+        (["data.train_files={tmp}/no.json"], ["data file {tmp}/no.json: No such file"]),
+    ],
+    ids=["key", "config", "model", "data"],
+)
+def test_a_users_mistake_is_one_paragraph_and_leaves_nothing(run_program, tmp_path, arguments, said):
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    done = run_program("train.py", *arguments, f"trainer.output_dir={tmp_path}/out")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    for part in said:
+        assert part.replace("{tmp}", str(tmp_path)) in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_all_ranks_leave_with_2_and_the_first_says_why(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+
+    def main():
+        raise UserError("the value, the place, the cure")
+
+    with pytest.raises(SystemExit) as e:
+        guarded(main)
+    assert e.value.code == 2
+    assert capsys.readouterr().err == ("error: the value, the place, the cure\n" if rank == "0" else "")
+
+
+def test_guarded_lets_bugs_show_and_results_pass():
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0)
+    assert guarded(lambda: None) is None
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130():
+    program = "import time\nfrom gspo.system.program import guarded\n"
+    program += "guarded(lambda: print('ready', flush=True) or time.sleep(60))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted"
