@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.algorithm.selves import win_rate
+from gspo.algorithm.self_play import win_rate
 from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.config import Config
 from gspo.data.prompts import load_splits

@@ -11,7 +11,7 @@ import argparse
 
 from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.pairs import forks, preferences
-from gspo.algorithm.selves import Selves, round_of
+from gspo.algorithm.self_play import SelfPlayModels, round_of
 from gspo.algorithm.solutions import add_solution_rewards, add_solutions, prefer_solutions
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
@@ -78,14 +78,14 @@ def play(run: Run, total: int) -> tuple[str, str]:
     """Take steps until there are `total` -> the alarm, and the signal, that ended it earlier, or "" and ""."""
     cfg, world, batches, scorer = run.cfg, run.world, run.batches, run.scorer
     algorithm = find_algorithm(cfg.objective.algorithm)
-    selves, sampler, state, tracker = run.selves, run.sampler, run.state, run.tracker
+    models, sampler, state, tracker = run.models, run.sampler, run.state, run.tracker
     while state.step < total:
         if any(early := reasons_to_end(run)):
             return early
         step, clock = state.step, Clock(world.device)
         batch = batches.take()
         with clock("rollout"):
-            selves.refresh_sampler()
+            models.refresh_sampler()
             places, rollout = sampler.generate_share(
                 batch, cfg.rollout.n, run.sampling, world, step=step, on_group=scorer.begin
             )
@@ -95,8 +95,8 @@ def play(run: Run, total: int) -> tuple[str, str]:
         with clock("reference"):
             places, rollout, scores, share = balance(places, rollout, scores, cfg.optim.minibatches, world)
             if algorithm.needs_solutions:
-                rollout = add_solutions(rollout, sampler.tokenizer, sampler.end_id, selves.policy.config, world)
-            experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
+                rollout = add_solutions(rollout, sampler.tokenizer, sampler.end_id, models.policy.config, world)
+            experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world)
         with clock("update"):
             update = run.updater.run(experience, lr := learning_rate(step, total, cfg))
 
@@ -111,7 +111,7 @@ def play(run: Run, total: int) -> tuple[str, str]:
         if ends_round or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
             metrics |= held_out(run, step + 1, ends_round)
         if now > state.round:
-            selves.new_opponent()
+            models.new_opponent()
             state.round = now
         metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
         tracker.log(state.step, metrics, total, causes={"skipped_updates": update.not_finite})
@@ -130,10 +130,16 @@ def reasons_to_end(run: Run) -> tuple[str, str]:
 
 
 def gather_experience(
-    rollout: Rollout, places: list[int], scores: Scores, selves: Selves, batch_groups: int, cfg: Config, world: World
+    rollout: Rollout,
+    places: list[int],
+    scores: Scores,
+    models: SelfPlayModels,
+    batch_groups: int,
+    cfg: Config,
+    world: World,
 ) -> Experience:
     """Rewards -> pairs, and the log-probs that the objective measures from."""
-    reference, anchors = selves.reference(rollout)
+    reference, anchors = models.reference(rollout)
     rewards = add_solution_rewards(scores.rewards, rollout).to(world.device)
     beats = prefer_solutions(preferences(rewards, cfg.objective.margin), rollout.sampled)
     groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gspo.algorithm.selves import Selves, kl_to, win_rate
+from gspo.algorithm.self_play import SelfPlayModels, kl_divergence_to, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
@@ -35,7 +35,7 @@ class Run:
     splits: Splits
     batches: Batches
     scorer: Scorer
-    selves: Selves
+    models: SelfPlayModels
     sampler: Sampler
     sampling: Sampling
     updater: Updater
@@ -63,14 +63,14 @@ def start(
     if world.is_main:
         longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
         say(memory_report_line(cfg, world, state.precision, longest))
-    selves = Selves(cfg, world, DTYPES[state.precision], weights_from=resume)
-    optimizer = make_optimizer(selves.policy, cfg)
+    models = SelfPlayModels(cfg, world, DTYPES[state.precision], weights_from=resume)
+    optimizer = make_optimizer(models.policy, cfg)
     if resume:
-        restore(resume, selves.policy, optimizer, selves.frozen, state)
+        restore(resume, models.policy, optimizer, models.frozen, state)
         batches.load_state(load_order(resume))
-    updater = Updater(selves.policy, selves.head, optimizer, cfg, world, selves.autocast)
+    updater = Updater(models.policy, models.head, optimizer, cfg, world, models.autocast)
     sampler = Sampler(
-        selves.sampler,
+        models.sampler,
         tokenizer,
         world.device,
         engine=cfg.rollout.engine,
@@ -78,25 +78,25 @@ def start(
         kv_memory_gib=cfg.rollout.kv_memory_gib,
         seed=cfg.trainer.seed,
         tp=cfg.rollout.tensor_model_parallel_size,
-        agree=selves.agree,
+        agree=models.agree,
     )
     sampling, tracker = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step)
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
-        cfg, world, splits, batches, scorer, selves, sampler, sampling, updater, tracker, state, folder, checkpoints,
+        cfg, world, splits, batches, scorer, models, sampler, sampling, updater, tracker, state, folder, checkpoints,
         preemption,
     )  # fmt: skip
 
 
 def save(run: Run, at_once: bool = False) -> None:
     """Begin a checkpoint from which everything goes on as if it had not stopped."""
-    selves, optimizer, order = run.selves, run.updater.optimizer, run.batches.state()
-    run.checkpoints.save(run.state, selves.policy, optimizer, selves.frozen, order, at_once)
+    models, optimizer, order = run.models, run.updater.optimizer, run.batches.state()
+    run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, order, at_once)
 
 
 def test(run: Run, name: str) -> None:
     """Greedy and sampled accuracy on the test prompts, kept as a file of the run."""
-    run.selves.refresh_sampler()
+    run.models.refresh_sampler()
     answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
     if run.world.is_main:
         result = {"step": run.state.step, **report(answers)}
@@ -111,7 +111,7 @@ def held_out(run: Run, step: int, ends_round: bool) -> dict[str, float]:
     cfg, world, state = run.cfg, run.world, run.state
     if not run.splits.val:
         return {}
-    run.selves.refresh_sampler()
+    run.models.refresh_sampler()
     places, rollout = run.sampler.generate_share(
         run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=step, on_group=run.scorer.begin
     )
@@ -120,7 +120,7 @@ def held_out(run: Run, step: int, ends_round: bool) -> dict[str, float]:
     correct = world.gather_rows(places, correct_of(scores).float())
     metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
     if step > 0:
-        metrics["kl_to_initial"] = kl_to(run.selves, run.selves.initial(), rollout, world)
+        metrics["kl_to_initial"] = kl_divergence_to(run.models, run.models.initial(), rollout, world)
     if ends_round and state.round_rewards is not None:
         before = torch.tensor(state.round_rewards)
         metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from gspo.algorithm.selves import Selves
+from gspo.algorithm.self_play import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
@@ -31,22 +31,22 @@ def main() -> None:
         tokenizer = load_tokenizer(None)
         splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
         batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed).take()
-        selves = Selves(cfg, world)
-        optimizer = make_optimizer(selves.policy, cfg)
+        models = SelfPlayModels(cfg, world)
+        optimizer = make_optimizer(models.policy, cfg)
         tp = cfg.rollout.tensor_model_parallel_size
-        sampler = Sampler(selves.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=selves.agree)
+        sampler = Sampler(models.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=models.agree)
         places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world)
         scores = Scorer(cfg.reward)(rollout)
         places, rollout, scores, _ = balance(places, rollout, scores, cfg.optim.minibatches, world)
-        experience = gather_experience(rollout, places, scores, selves, len(batch), cfg, world)
+        experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world)
         gradient = {}
 
         def keep_gradient() -> None:
-            for name, p in selves.policy.named_parameters():
+            for name, p in models.policy.named_parameters():
                 gradient[name] = full_tensor(p.grad).cpu().clone().contiguous()
 
         optimizer.step = keep_gradient
-        Updater(selves.policy, selves.head, optimizer, cfg, world, selves.autocast).run(experience, lr=0.0)
+        Updater(models.policy, models.head, optimizer, cfg, world, models.autocast).run(experience, lr=0.0)
         answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
         tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]
         texts = world.gather(list(zip(places, rollout.texts, experience.groups.rewards.tolist(), tokens, strict=True)))

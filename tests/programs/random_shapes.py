@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.algorithm.selves import Selves
+from gspo.algorithm.self_play import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.distributed.transfer import full_tensor
 from gspo.distributed.world import process_group
@@ -68,14 +68,14 @@ def settings(seed, size):
     ]
 
 
-def step(selves, cfg, seed):
+def step(models, cfg, seed):
     """One update of this rank's share -> (gradients of its optimizer steps, loss terms), summed over ranks."""
-    world, (rollout, scores) = selves.world, batch(seed)
+    world, (rollout, scores) = models.world, batch(seed)
     places, groups = world.places(len(rollout.prompts)), len(rollout.prompts)
     share = rollout.select(places), Scores(scores.rewards[places], predictions=[[None]] * len(places))
     places, mine, scored, _ = balance(places, *share, cfg.optim.minibatches, world)
-    experience = gather_experience(mine, places, scored, selves, groups, cfg, world)
-    updater = Keeping(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, world, selves.autocast)
+    experience = gather_experience(mine, places, scored, models, groups, cfg, world)
+    updater = Keeping(models.policy, models.head, make_optimizer(models.policy, cfg), cfg, world, models.autocast)
     updater.kept = []
     update = updater.run(experience, lr=0.0)
     terms = world.gather(update.terms)  # a rank without groups has none
@@ -84,16 +84,16 @@ def step(selves, cfg, seed):
     }
 
 
-def opened(cfg, world, models={}):  # noqa: B006
-    """Selves whose policy is not their reference; those with the same shards are the same."""
+def opened(cfg, world, opened_before={}):  # noqa: B006
+    """SelfPlayModels whose policy is not their reference; those with the same shards are the same."""
     key = world.size, cfg.model.shard_size, cfg.optim.offload, cfg.model.gradient_checkpointing
-    if key not in models:
-        models[key] = Selves(cfg, world)
+    if key not in opened_before:
+        opened_before[key] = SelfPlayModels(cfg, world)
         with torch.no_grad():
-            for p in models[key].policy.parameters():
+            for p in opened_before[key].policy.parameters():
                 p.mul_(1.1)
-    models[key].cfg = cfg
-    return models[key]
+    opened_before[key].cfg = cfg
+    return opened_before[key]
 
 
 def difference(ours, theirs):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.algorithm.selves import Selves
+from gspo.algorithm.self_play import SelfPlayModels
 from gspo.distributed.sharding import is_sharded
 from gspo.distributed.world import process_group
 from gspo.models.loading import decoder_layers
@@ -48,8 +48,8 @@ def rollout():
 def main() -> None:
     cfg = load_config(None, [f"model.path={sys.argv[2]}", "model.precision=fp32"])
     with process_group() as world:
-        selves = Selves(cfg, world)
-        model, seen, counts = selves.frozen["opponent"], {}, []
+        models = SelfPlayModels(cfg, world)
+        model, seen, counts = models.frozen["opponent"], {}, []
         sizes = units(model)
         for m in model.modules():
             m.register_forward_pre_hook(lambda *_: counts.append(gathered(model, seen)))
@@ -58,7 +58,7 @@ def main() -> None:
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        selves.logprobs_under(model, rollout())
+        models.logprobs_under(model, rollout())
         told |= {"peak": max(counts), "after": gathered(model, seen)}
         if world.device.type == "cuda":
             told["cuda_peak"] = torch.cuda.max_memory_allocated() - before

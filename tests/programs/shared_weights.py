@@ -1,4 +1,4 @@
-"""A program for test_selves.py: prints the MiB of a model, and those by which a process grows for the selves of one
+"""A program for test_self_play.py: prints the MiB of a model, and those by which a process grows for the models of one
 that shares its weights with the sampler, and of one that does not."""
 
 import gc
@@ -8,7 +8,7 @@ import torch
 from kv_memory import resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.algorithm.selves import Selves
+from gspo.algorithm.self_play import SelfPlayModels
 from gspo.distributed.sharding import local_bytes
 from gspo.distributed.world import World
 from gspo.read_config import load_config
@@ -25,12 +25,12 @@ if __name__ == "__main__":
             cfg = load_config(None, [f"model.path={folder}", f"rollout.weights={weights}"])
             gc.collect()
             before = resident("VmRSS")
-            selves = Selves(cfg, world)
-            for model in {selves.policy, selves.sampler, *selves.frozen.values()}:
+            models = SelfPlayModels(cfg, world)
+            for model in {models.policy, models.sampler, *models.frozen.values()}:
                 for p in model.parameters():  # opened weights are the file's own pages until they are written to
                     p.data.mul_(1.0)
             gc.collect()
             grown.append(resident("VmRSS") - before)
-            size = local_bytes(selves.policy) / 2**20
-            del selves, model, p
+            size = local_bytes(models.policy) / 2**20
+            del models, model, p
     print(size, *grown[1:])

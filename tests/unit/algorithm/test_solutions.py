@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gspo.algorithm.selves import Selves
+from gspo.algorithm.self_play import SelfPlayModels
 from gspo.algorithm.solutions import add_solutions, solution_ids
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.distributed.world import World
@@ -39,26 +39,26 @@ def setting():
 
     def make(*overrides):
         cfg = load_config(None, ["objective.algorithm=spin", "objective.preference_beta=0.5", *overrides])
-        selves = Selves(cfg, WORLD)
-        sampler = Sampler(selves.sampler, tokenizer, WORLD.device)
+        models = SelfPlayModels(cfg, WORLD)
+        sampler = Sampler(models.sampler, tokenizer, WORLD.device)
         rollout = sampler.generate(prompts(tokenizer), 3, Sampling(0.9, max_new_tokens=16))
         scores = Scores(torch.tensor([[1.0, 0.0, 0.1], [0.0, 0.0, 0.0]]))
-        joined = add_solutions(rollout, tokenizer, sampler.end_id, selves.policy.config, WORLD)
-        exp = gather_experience(joined, [0, 1], scores, selves, 2, cfg, WORLD)
-        return cfg, selves, sampler, rollout, scores, exp
+        joined = add_solutions(rollout, tokenizer, sampler.end_id, models.policy.config, WORLD)
+        exp = gather_experience(joined, [0, 1], scores, models, 2, cfg, WORLD)
+        return cfg, models, sampler, rollout, scores, exp
 
     return make
 
 
 def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
-    _, selves, sampler, rollout, scores, exp = setting()
+    _, models, sampler, rollout, scores, exp = setting()
     tokenizer = load_tokenizer(None)
     for g, prompt in enumerate(rollout.prompts):
         n = int(exp.rollout.lengths[g, 3])
         ids = exp.rollout.tokens[g, 3, :n].tolist()
         assert ids[-1] == sampler.end_id and tokenizer.decode(ids[:-1]) == prompt.extra_info["solution"]
         mine = response_logprobs(
-            selves.policy, selves.head, pack([prompt], [0], torch.tensor([ids]), torch.tensor([n])), 0.9
+            models.policy, models.head, pack([prompt], [0], torch.tensor([ids]), torch.tensor([n])), 0.9
         )
         mine = mine.detach()
         torch.testing.assert_close(exp.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
@@ -77,12 +77,12 @@ def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
 
 def test_metrics_and_samples_show_the_sampled_responses_only(setting):
     """What a step shows is what it would show without the solutions."""
-    cfg, selves, _, rollout, scores, exp = setting()
-    updater = Updater(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, WORLD)
+    cfg, models, _, rollout, scores, exp = setting()
+    updater = Updater(models.policy, models.head, make_optimizer(models.policy, cfg), cfg, WORLD)
     update = updater.run(exp, 0.0)
     assert update.logprobs.shape[:2] == (2, 4)
     width = rollout.tokens.shape[2]
-    alone = gather_experience(rollout, [0, 1], scores, selves, 2, cfg, WORLD)
+    alone = gather_experience(rollout, [0, 1], scores, models, 2, cfg, WORLD)
     short = replace(update, logprobs=update.logprobs[:, :3, :width])
     shown, wanted = (
         Meter.merge([observe(e, scores, u, cfg.objective).state()]) for e, u in ((exp, update), (alone, short))
@@ -96,20 +96,20 @@ def test_metrics_and_samples_show_the_sampled_responses_only(setting):
 )
 def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps):
     """... against autograd on the formula, whichever way the update takes."""
-    cfg, selves, _, _, _, exp = setting("objective.kl_coef=0.5", "optim.grad_clip=1e9", *steps)
-    for p in selves.policy.parameters():  # away from the reference, or the KL has no gradient
+    cfg, models, _, _, _, exp = setting("objective.kl_coef=0.5", "optim.grad_clip=1e9", *steps)
+    for p in models.policy.parameters():  # away from the reference, or the KL has no gradient
         p.data.add_(0.01 * torch.randn_like(p))
     packed = pack_rows(exp.rollout, [(g, i) for g in range(2) for i in range(4)])
-    logprobs = response_logprobs(selves.policy, selves.head, packed, 0.9).view(2, 4, -1)
+    logprobs = response_logprobs(models.policy, models.head, packed, 0.9).view(2, 4, -1)
     s = 0.5 * (logprobs - exp.groups.anchors).sum(-1)
     loss = F.softplus(s[:, :3] - s[:, 3:]).mean()
     d = (logprobs - exp.reference_logprobs)[:, :3]
     loss = loss + 0.5 * (0.5 * d.square().sum() / 6)
-    expected = torch.autograd.grad(loss, list(selves.policy.parameters()))
+    expected = torch.autograd.grad(loss, list(models.policy.parameters()))
 
     seen = []
-    updater = Updater(selves.policy, selves.head, make_optimizer(selves.policy, cfg), cfg, WORLD)
-    updater._step = lambda exp, update, coefs: seen.append([p.grad.clone() for p in selves.policy.parameters()])
+    updater = Updater(models.policy, models.head, make_optimizer(models.policy, cfg), cfg, WORLD)
+    updater._step = lambda exp, update, coefs: seen.append([p.grad.clone() for p in models.policy.parameters()])
     exp.rollout.logprobs[:, :3] = logprobs[:, :3].detach()
     updater.run(exp, 0.0)
     for got, wanted in zip(seen[0], expected, strict=True):
@@ -117,8 +117,8 @@ def test_the_first_gradient_is_spins_with_the_kl_on_samples_only(setting, steps)
 
 
 def test_a_solution_longer_than_the_models_frequencies_allow_is_refused(setting):
-    _, selves, sampler, rollout, _, exp = setting()
-    sizes, config = [len(p.ids) for p in rollout.prompts], selves.policy.config
+    _, models, sampler, rollout, _, exp = setting()
+    sizes, config = [len(p.ids) for p in rollout.prompts], models.policy.config
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     config.max_position_embeddings = int((torch.tensor(sizes) + exp.rollout.lengths[:, 3]).max())
     add_solutions(rollout, load_tokenizer(None), sampler.end_id, config, WORLD)

@@ -1,4 +1,4 @@
-"""Self-play: the selves that play, when rounds begin, and how often the present self beats the previous one."""
+"""Open the models of self-play, tell when a round begins, and rate the policy against its previous round."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,21 +23,21 @@ from gspo.system.console import say
 from gspo.types import Rollout
 
 
-class Selves:
-    """The policy, the sampler, and the frozen selves that the policy is measured against.
+class SelfPlayModels:
+    """Hold the policy, the sampler, and the frozen models that the policy is measured against.
 
-    The self that plays is always the policy as it stands when a rollout begins; so the sampler is the policy itself
-    (`rollout.weights: share`), or a copy of it that `refresh_sampler` brings up to date.
+    `sampler` has the policy's weights as they are when a rollout begins: it is the policy itself
+    (`rollout.weights: share`), or a copy that `refresh_sampler` brings up to date.
 
-    `frozen` holds `opponent` (the policy as it stood when the round began) and / or `initial`, whichever the anchor and
-    the KL reference need; where they are the same model it is held once.
+    `frozen` has `opponent` (the policy as it was when the round began), `initial`, or both, as the anchor and the KL
+    reference need them; where the two are the same model it is held once.
     """
 
     def __init__(self, cfg: Config, world: World, dtype: torch.dtype = torch.float32, weights_from: Path | None = None):
         self.cfg, self.dtype = cfg, dtype
         self.world = world = with_hybrid_mesh(world, cfg.model.shard_size)
-        self.kl_to = "opponent" if cfg.reference.refresh == "round" else "initial"
-        self.anchor_to = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
+        self.kl_reference = "opponent" if cfg.reference.refresh == "round" else "initial"
+        self.anchor = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
 
         shared, why = shares_weights(cfg.rollout.weights, needs_sharding(world, cfg.optim.offload), self.dtype)
         path = cfg.model.path if weights_from is None else str(weights_from)
@@ -47,7 +47,9 @@ class Selves:
         if self.head is None:
             kind = self.policy.config.model_type
             say(f"{kind}: its head is no scaled or capped product, so all logits of a pack are held")
-        self.frozen = {name: self._open(cfg.model.path, frozen=True) for name in {self.kl_to, self.anchor_to} - {None}}
+        self.frozen = {
+            name: self._open(cfg.model.path, frozen=True) for name in {self.kl_reference, self.anchor} - {None}
+        }
         self.sampler, self.agree = self.policy, None
         if not shared:
             tp = cfg.rollout.tensor_model_parallel_size
@@ -57,10 +59,9 @@ class Selves:
             say(f"rollout.weights=auto: {'share' if shared else f'copy, {size}, as {why}'}")
 
     def _open(self, path: str | None, frozen: bool) -> nn.Module:
-        """A self from its files: shards where there are several ranks or it is to be kept off the GPU.
+        """Open a model from its files; as shards where there are several ranks or it is offloaded to the CPU.
 
-        What is frozen is kept with no more digits than it is computed with, and leaves no pages of its files in memory
-        that have more.
+        A frozen model is kept in the precision it is computed in, and no float32 pages of its files stay in memory.
         """
         cfg, world = self.cfg, self.world
         offload = cfg.reference.param_offload if frozen else cfg.optim.offload
@@ -80,28 +81,29 @@ class Selves:
         return allocate_and_load(place, model, path)
 
     def _open_whole(self, path: str | None, dtype: torch.dtype) -> nn.Module:
-        """All of a self, on this rank's device."""
+        """Open a whole model on this rank's device."""
         if self.world.size == 1:
             return load_model(path, dtype)
         return allocate_and_load(lambda m: materialize(m, self.world), meta_model(path, dtype), path)
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision for whole models; sharded ones carry their own policy."""
+        """Return the context of mixed precision for whole models; sharded ones have FSDP's own policy."""
         if self.world.size > 1 or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.world.device.type, self.dtype)
 
     def refresh_sampler(self) -> None:
+        """Copy the policy's weights to the sampler, where it has its own."""
         if self.sampler is not self.policy:
             copy_weights(self.policy, self.sampler)
 
     def new_opponent(self) -> None:
-        """A new round begins: the opponent becomes the policy as it stands now."""
+        """Begin a round: copy the policy's weights to the opponent."""
         if "opponent" in self.frozen:
             copy_weights(self.policy, self.frozen["opponent"])
 
     def logprobs_under(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        """[G, N, L] log-probs of a rollout under one of the selves; every rank must call this."""
+        """Return the log-probs [G, N, L] of a rollout under one of the models. Every rank must call this."""
         o = self.cfg.optim
         parts = micro_batches(
             rollout,
@@ -114,26 +116,26 @@ class Selves:
         return rollout_logprobs(model, self.head, rollout, parts, count, temperature, self.autocast)
 
     def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """-> log-probs under the KL reference and the anchor, [G, N, L]; zeros for the anchors `none` and `old`."""
+        """Return the log-probs [G, N, L] under the KL reference and the anchor; zeros for the anchors `none` and `old`."""
         under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
         nothing = torch.zeros_like(rollout.logprobs)
-        return under[self.kl_to], under.get(self.anchor_to, nothing)
+        return under[self.kl_reference], under.get(self.anchor, nothing)
 
     def initial(self) -> nn.Module:
-        """The model that training started from; opened again where it is not held."""
+        """Return the model that training started from; opened again where it is not held."""
         return self.frozen.get("initial") or self._open(self.cfg.model.path, frozen=True)
 
 
 def round_of(step: int, total_steps: int, rounds: int) -> int:
-    """The round that `step` belongs to: round k starts at step floor(k S / R)."""
+    """Return the round that `step` belongs to: of R rounds in S steps, round k starts at step floor(k S / R)."""
     starts = [k * total_steps // rounds for k in range(rounds)]
     return max(k for k, start in enumerate(starts) if start <= step)
 
 
 def win_rate(mine: Tensor, theirs: Tensor, margin: float) -> tuple[float, float]:
-    """(win rate, tie share) over all cross pairs on the same prompts; a gap within the margin counts one half.
+    """Return (win rate, share of ties) over all cross pairs on the same prompts; a tie counts one half.
 
-    mine [P, N], theirs [P, M] rewards.
+    mine [P, N], theirs [P, M] rewards; a tie is a gap within the margin.
     """
     n = mine.shape[1]
     both = preferences(torch.cat([mine, theirs], 1), margin)
@@ -142,8 +144,8 @@ def win_rate(mine: Tensor, theirs: Tensor, margin: float) -> tuple[float, float]
     return float((wins.double() + 0.5 * ties.double()).mean()), float(ties.double().mean())
 
 
-def kl_to(selves: Selves, other: nn.Module, rollout: Rollout, world: World) -> float:
-    """KL(policy || other) in nats per token, the k3 estimate over a rollout of the policy and all ranks."""
-    mine, theirs = selves.logprobs_under(selves.policy, rollout), selves.logprobs_under(other, rollout)
+def kl_divergence_to(models: SelfPlayModels, other: nn.Module, rollout: Rollout, world: World) -> float:
+    """Estimate KL(policy || other) in nats per token: k3 over a rollout of the policy, on all ranks."""
+    mine, theirs = models.logprobs_under(models.policy, rollout), models.logprobs_under(other, rollout)
     total = world.sum(float(kl_k3(mine, theirs)[rollout.mask].sum()))
     return total / world.sum(int(rollout.lengths.sum()))

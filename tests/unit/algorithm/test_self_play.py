@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from repository import PROGRAM_ENV
 
-from gspo.algorithm.selves import Selves, round_of, win_rate
+from gspo.algorithm.self_play import SelfPlayModels, round_of, win_rate
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import load_model
@@ -79,8 +79,8 @@ def test_the_two_sides_win_rates_sum_to_one(seed, margin, n, m):
 # ---- rollout.weights ----
 
 
-def selves_of(weights, dtype=torch.float32):
-    return Selves(load_config(None, [f"rollout.weights={weights}"]), WORLD, dtype)
+def models_with(weights, dtype=torch.float32):
+    return SelfPlayModels(load_config(None, [f"rollout.weights={weights}"]), WORLD, dtype)
 
 
 def storages(model):
@@ -92,12 +92,12 @@ def storages(model):
 def test_the_sampler_reads_the_policys_storage_where_it_is_to_and_can(weights, dtype, capsys):
     if weights == "share" and dtype != torch.float32:
         with pytest.raises(UserError, match=r"rollout.weights = 'share'.*float32.*bfloat16.*copy.*precision=fp32"):
-            selves_of(weights, dtype)
+            models_with(weights, dtype)
         return
-    selves = selves_of(weights, dtype)
+    models = models_with(weights, dtype)
     shared = weights != "copy" and dtype == torch.float32
-    assert storages(selves.sampler) & storages(selves.policy) == (storages(selves.policy) if shared else set())
-    assert not storages(selves.policy) & storages(selves.frozen["opponent"]), "the opponent stays what it was"
+    assert storages(models.sampler) & storages(models.policy) == (storages(models.policy) if shared else set())
+    assert not storages(models.policy) & storages(models.frozen["opponent"]), "the opponent stays what it was"
     said = {"share": "auto: share", "copy": "auto: copy, 0.0012 GiB on each process, as the policy is kept in float32"}
     out = capsys.readouterr().out
     assert ("rollout.weights=" in out) == (weights == "auto")
@@ -114,13 +114,13 @@ def test_both_sample_the_policy_as_it_stands_when_a_rollout_begins(tokenizer):
     prompts = [Prompt(i, tuple(tokenizer(t)["input_ids"]), t, "", "") for i, t in enumerate(("3x = 9", "x - 4 = 5"))]
     answers = {}
     for weights in ("share", "copy"):
-        selves, told = selves_of(weights), []
-        sampler = Sampler(selves.sampler, tokenizer, WORLD.device)
+        models, told = models_with(weights), []
+        sampler = Sampler(models.sampler, tokenizer, WORLD.device)
         for _ in range(2):
-            selves.refresh_sampler()
+            models.refresh_sampler()
             told.append(sampler.generate(prompts, 4, Sampling(0.9, max_new_tokens=12)).tokens.tolist())
             with torch.no_grad():
-                for p in selves.policy.parameters():
+                for p in models.policy.parameters():
                     p.mul_(1.2)
         answers[weights] = told
     assert answers["share"] == answers["copy"] and answers["copy"][0] != answers["copy"][1]
@@ -138,7 +138,7 @@ def test_sharing_saves_a_models_memory(run_program):
 def test_a_frozen_self_in_bf16_is_the_model_rounded_and_lies_in_no_file():
     """Linear layers in bf16, the rest as in the float32 file, whose pages none of it keeps in memory."""
     frozen, expected = (
-        selves_of("auto", torch.bfloat16).frozen["opponent"],
+        models_with("auto", torch.bfloat16).frozen["opponent"],
         cast_linear_layers(load_model(None), torch.bfloat16),
     )
     mine, theirs = (m.state_dict() for m in (frozen, expected))
