@@ -116,7 +116,7 @@ class SelfPlayModels:
         return rollout_logprobs(model, self.head, rollout, parts, count, temperature, self.autocast)
 
     def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Return the log-probs [G, N, L] under the KL reference and the anchor; zeros for the anchors `none` and `old`."""
+        """Return log-probs [G, N, L] under the KL reference and the anchor; zeros for the anchors `none` and `old`."""
         under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
         nothing = torch.zeros_like(rollout.logprobs)
         return under[self.kl_reference], under.get(self.anchor, nothing)
