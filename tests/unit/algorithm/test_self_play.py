@@ -106,7 +106,7 @@ def test_the_sampler_reads_the_policys_storage_where_it_is_to_and_can(weights, d
 
 def test_shards_cannot_be_shared_and_auto_copies_them():
     assert shares_weights("auto", True, torch.float32)[0] is shares_weights("copy", True, torch.float32)[0] is False
-    with pytest.raises(UserError, match="rollout.weights = 'share'.*shards.*copy, or auto, or start one process"):
+    with pytest.raises(UserError, match="rollout.weights = 'share'.*sharded.*copy, or auto, or start one process"):
         shares_weights("share", True, torch.float32)
 
 
