@@ -123,8 +123,10 @@ class Reward:
 class Objective:
     """The loss: what the policy learns from scored responses."""
 
-    algorithm: Literal["gspo", "rloo", "grpo", "dr_grpo", "online_dpo", "spin"] = opt(
-        "gspo", "entry of the table in gspo/algorithm/objective.py"
+    algorithm: str = opt(
+        "gspo",
+        "objective: gspo, a baseline (rloo, grpo, dr_grpo, online_dpo, spin), or your own line of ALGORITHMS in "
+        "gspo/algorithm/objective.py",
     )
     preference_beta: float = opt(0.1, "temperature of the preference loss", gt=0.0)
     margin: float = opt(0.1, "two responses form a pair when their rewards differ by more than this", ge=0.0, lt=1.0)

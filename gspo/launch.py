@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gspo.algorithm.objective import find_algorithm
 from gspo.config import Config
 from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
 from gspo.distributed.world import World
@@ -28,6 +29,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
     check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
     check_shard_size(cfg.model.shard_size, wanted or world.size)
+    find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # auto is measured later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)

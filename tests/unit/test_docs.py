@@ -112,6 +112,11 @@ def test_the_page_of_metrics_has_the_glossary():
     assert table in text("docs/metrics.md")
 
 
+def test_the_chinese_page_of_metrics_has_every_metric():
+    chinese = re.findall(r"^\| `([a-z_/]+)` \|", text("docs/zh/metrics.md").partition("## ")[2], re.MULTILINE)
+    assert chinese == [*GLOSSARY]
+
+
 @pytest.mark.parametrize("page", ["docs/running.md", "docs/zh/running.md"])
 def test_the_original_names_have_their_parameters_and_defaults(page):
     rows = re.findall(r"^\| `([A-Z_]+)` \| `([a-z_.]+)` \| (\S+) \|", text(page), re.MULTILINE)

@@ -38,6 +38,13 @@ def test_a_reward_is_one_file(run_program, tmp_path):
     assert 0.9 * metrics["reward/right"] <= metrics["reward_mean"] < metrics["reward/right"] < 1.0
 
 
+def test_an_objective_is_one_function_and_one_line(run_program, tmp_path):
+    code = "from gspo.algorithm.objective import *\nfrom gspo.algorithm.objective import Tensor, config\n"
+    code += example("gspo/algorithm/objective.py")
+    metrics = train_a_step(run_program, tmp_path, code, "objective.algorithm=best_only")
+    assert metrics["loss/total"] > 0.0 and metrics["grad_norm"] > 0.0 and metrics["empty_updates"] == 0.0
+
+
 def test_a_kernel_is_a_formula_a_file_and_a_line(tmp_path):
     for name in ("kl_rows.py", "kl_rows_triton.py"):
         (tmp_path / name).write_text(example(f"kernels/{name}"))
