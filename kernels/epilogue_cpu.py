@@ -1,31 +1,27 @@
 """Run the two functions of `epilogue.py` on a CPU in compiled code (cpu/epilogue.cpp), each in one pass over memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gspo.kernels.epilogue import Shaping
-from gspo.kernels.native import call, numbers
+from gspo.kernels.native import call, is_bf16, size_array
 
 
 def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping) -> None:
     """Compute `epilogue.add_statistics`, raw in float32 or bfloat16, stats in float32."""
     assert raw.stride(1) == 1 and stats.is_contiguous() and stats.dtype == torch.float32
-    call("gspo_statistics", _half(raw), raw, targets, stats, _sizes(raw, begin), *_numbers(shaping))
+    call("gspo_statistics", stats=stats, **_shared(raw, begin, targets, shaping))
 
 
 def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping: Shaping) -> None:
     """Compute `epilogue.to_gradient`, raw in float32 or bfloat16, rows in float32."""
     assert raw.stride(1) == 1 and rows.is_contiguous() and rows.dtype == torch.float32
-    call("gspo_gradient", _half(raw), raw, targets, rows, _sizes(raw, begin), *_numbers(shaping))
+    call("gspo_gradient", rows=rows, **_shared(raw, begin, targets, shaping))
 
 
-def _half(raw: Tensor) -> int:
-    return int(raw.dtype == torch.bfloat16)
-
-
-def _sizes(raw: Tensor, begin: int) -> object:
-    return numbers([*raw.shape, raw.stride(0), begin])
-
-
-def _numbers(shaping: Shaping) -> tuple[float, float, int]:
-    return shaping.inner, shaping.outer, int(shaping.capped)
+def _shared(raw: Tensor, begin: int, targets: Tensor, shaping: Shaping) -> dict[str, Any]:
+    """Return the arguments that both kernels take."""
+    sizes = size_array(*raw.shape, raw.stride(0), begin)
+    return {"bf16": is_bf16(raw), "raw": raw, "targets": targets, "sizes": sizes, **shaping._asdict()}

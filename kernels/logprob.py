@@ -22,7 +22,7 @@ from torch import Tensor
 from gspo.kernels import epilogue, epilogue_cpu
 from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
 from gspo.kernels.epilogue import Shaping
-from gspo.kernels.native import TYPES, takes
+from gspo.kernels.native import TYPES, cpu_kernels_take
 from gspo.kernels.whole_tiles import columns_of, whole_tiles
 
 MIB = 2**20
@@ -120,9 +120,13 @@ def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, kee
     return Plan(shaping, dtype, keep, choose(IMPLEMENTATIONS, hidden, dtype))
 
 
+def _compiled(hidden: Tensor, dtype: torch.dtype) -> bool:
+    return dtype in TYPES and cpu_kernels_take(hidden)
+
+
 IMPLEMENTATIONS = (  # of the epilogue, for `hidden` and products in `dtype`
     Implementation(on_cuda, triton("epilogue_triton")),
-    Implementation(lambda hidden, dtype: dtype in TYPES and takes(hidden), lambda hidden, dtype: epilogue_cpu),
+    Implementation(_compiled, lambda hidden, dtype: epilogue_cpu),
     Implementation(always, lambda hidden, dtype: epilogue),
 )
 

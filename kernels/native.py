@@ -1,9 +1,9 @@
-"""The kernels in kernels/cpu/, compiled by this machine's C++ compiler when they are first needed, in a few seconds.
+"""Compile the kernels in kernels/cpu/ with this machine's C++ compiler when they are first needed, and call them.
 
-What comes out is kept in the user's cache folder under a name that says which text, compiler and processor it is of,
-and what is in it: a damaged file is compiled again. Without a compiler, on another system than Linux or macOS, or with
-GSPO_NATIVE=0, there are no kernels, and PyTorch's own operators do the work: every kernel stands beside them, and is
-compared with them in the tests.
+Compiling takes a few seconds. The library is kept in the user's cache folder under a name made of hashes: of its
+sources, compiler and processor, and of its own bytes, so that a damaged file is compiled again. Without a compiler, on
+a system other than Linux or macOS, or with GSPO_NATIVE=0, there are no kernels, and PyTorch's operators are used: every
+kernel has such an equivalent, with which the tests compare it.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +26,59 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
+from gspo.kernels.signatures import SIGNATURES
+
 SOURCES = Path(__file__).resolve().parent / "cpu"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 TYPES = (torch.float32, torch.bfloat16)
-KERNELS = {  # what each is given, and the number of threads at the end
-    "gspo_decode": "ippffi",
-    "gspo_draw": "ippppfipppi",
-    "gspo_gradient": "ippppffii",
-    "gspo_lay_out": "ppnni",
-    "gspo_linear": "ippppnnni",
-    "gspo_norm": "iiippffppnni",
-    "gspo_norm_back": "iiipppfpppnni",
-    "gspo_rows": "ipppppffppi",
-    "gspo_rows_back": "ippppppppffppppii",
-    "gspo_stack": "ippppppppffi",
-    "gspo_statistics": "ippppffii",
-    "gspo_silu": "ipppni",
-    "gspo_silu_back": "ipppppni",
-    "gspo_rotate": "iiippppnpnnnnii",
-}
-KINDS = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 LIMIT = 120  # seconds for the compiler
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether compiled kernels exist and take these tensors: on the CPU, whole, of `TYPES`."""
+def cpu_kernels_take(*tensors: Tensor) -> bool:
+    """Return whether compiled kernels exist and take these tensors: plain ones on the CPU, of `TYPES`."""
     for x in tensors:
         if x.dtype not in TYPES or x.device.type != "cpu" or type(x) not in (Tensor, Parameter, FakeTensor):
             return False
     return library() is not None
 
 
-def stored(x: Any) -> bool:
-    """False for tensors by which only shapes are found out."""
+def has_storage(x: Any) -> bool:
+    """Return False for fake tensors, which have a shape but no memory."""
     return type(x) is not FakeTensor
 
 
-def call(name: str, *args: Any) -> None:
-    """Run a kernel, with as many threads as PyTorch has. Tensors without storage are let pass, and nothing is done."""
-    if not all(map(stored, args)):
+def is_bf16(x: Tensor) -> bool:
+    """Return the flag by which kernels know what a tensor of `TYPES` holds."""
+    return x.dtype == torch.bfloat16
+
+
+def call(kernel: str, **arguments: Any) -> None:
+    """Run a kernel of signatures.py with as many threads as PyTorch has; do nothing where a tensor has no storage."""
+    signature = SIGNATURES[kernel]
+    assert arguments.keys() == signature.keys(), (kernel, *arguments.keys() ^ signature.keys())
+    if not all(map(has_storage, arguments.values())):
         return
-    given = [x.data_ptr() if isinstance(x, Tensor) else x for x in args]
-    getattr(library(), name)(*given, torch.get_num_threads())
+    given = []
+    for name, kind in signature.items():
+        value = arguments[name]
+        assert kind.fits(value), (kernel, name, value.dtype if isinstance(value, Tensor) else value)
+        given.append(value.data_ptr() if isinstance(value, Tensor) else value)
+    getattr(library(), kernel)(*given, torch.get_num_threads())
+
+
+def tensor_array(*tensors: Tensor | None) -> ctypes.Array:
+    """Return the tensors' addresses, null for None, as C reads an array."""
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def size_array(*values: int) -> ctypes.Array:
+    """Return integers as C reads an array of int64."""
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 @functools.lru_cache
 def library() -> ctypes.CDLL | None:
-    """Compiled or fetched from the cache, once a process; None where that cannot be, with a line why if it should."""
+    """Return the compiled kernels, once a process; None without a compiler, or, with a line why, if compiling fails."""
     if os.environ.get("GSPO_NATIVE", "1") == "0" or sys.platform not in ("linux", "darwin"):
         return None
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -81,18 +86,10 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _open(shlex.split(compiler))
-    # RuntimeError: there is no home folder; ValueError: CXX cannot be split; AttributeError: another library
+    # RuntimeError: no home folder; ValueError: CXX cannot be split; AttributeError: a library without these kernels
     except (AttributeError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as e:
         _say(f"{_reason(e)}; PyTorch's own operators are used. CXX names a compiler, GSPO_NATIVE=0 does without.")
         return None
-
-
-def pointers(*tensors: Tensor | None) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
-
-
-def numbers(values: Sequence[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _say(line: str) -> None:
@@ -119,9 +116,9 @@ def _open(compiler: list[str]) -> ctypes.CDLL:
             found = [folder / f"{_named(name, compiled)}.so"]
             os.replace(compiled, found[0])
     library = ctypes.CDLL(str(found[0]))
-    for kernel, arguments in KERNELS.items():
+    for kernel, signature in SIGNATURES.items():
         function = getattr(library, kernel)
-        function.argtypes, function.restype = [KINDS[x] for x in arguments], None
+        function.argtypes, function.restype = [*(kind.c_type for kind in signature.values()), ctypes.c_int], None
     return library
 
 
@@ -130,7 +127,7 @@ def _named(name: str, path: Path) -> str:
 
 
 def _compile(compiler: list[str], files: list[Path], folder: Path) -> Path:
-    """With OpenMP, if there is one: PyTorch's own, which is in the process already and has its threads."""
+    """Compile and link, with OpenMP if there is one: PyTorch's own, whose threads this process has already."""
     objects = [folder / f"{path.stem}.o" for path in files]
     for threads in (["-fopenmp"], []):
         try:
@@ -150,13 +147,13 @@ def _compile(compiler: list[str], files: list[Path], folder: Path) -> Path:
     _run(link)
     try:
         ctypes.CDLL(str(library))
-    except OSError:  # PyTorch's OpenMP is hidden, or another one
+    except OSError:  # PyTorch's OpenMP is not visible, or is another one
         _run([*link, "-fopenmp"])
     return library
 
 
 def _run(*commands: list[str]) -> str:
-    """Run them side by side -> what the first printed. None is left behind, whatever happens."""
+    """Run commands in parallel and return what the first printed. No process outlives the call, whatever happens."""
     jobs = []
     try:
         for command in commands:
@@ -172,13 +169,13 @@ def _run(*commands: list[str]) -> str:
     finally:
         for job in jobs:
             if job.poll() is None:
-                with contextlib.suppress(OSError):  # it has just ended
+                with contextlib.suppress(OSError):  # ended just now
                     os.killpg(job.pid, signal.SIGKILL)
                 job.wait()
 
 
 def _processor() -> str:
-    """What -march=native sees."""
+    """Return what -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

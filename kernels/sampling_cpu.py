@@ -1,18 +1,18 @@
-"""The draw of a token for CPUs, in compiled code (cpu/sampling.cpp), where no token is ruled out.
+"""Draw a token a row on a CPU in compiled code (cpu/sampling.cpp), if the draw is not truncated.
 
-What kernels/sampling.py says, in one kernel: float32 sums of blocks, added up in float64, choose a block of a row, and
-float64 sums inside it the token. A row of NaN has log-probs and entropies of NaN.
+Computes what kernels/sampling.py says: float32 sums of blocks, added up in float64, choose a block of a row, and
+float64 sums inside it choose the token. A row with a NaN has a log-prob and an entropy of NaN.
 """
 
 import torch
 from torch import Tensor
 
-from gspo.kernels.native import call, numbers, takes
+from gspo.kernels.native import call, cpu_kernels_take, is_bf16, size_array
 
 
 def serves(logits: Tensor) -> bool:
-    """Whether `sample` takes such logits."""
-    return logits.shape[-1] > 0 and takes(logits)
+    """Return whether `sample` takes these logits [S, V]."""
+    return logits.shape[-1] > 0 and cpu_kernels_take(logits)
 
 
 def sample(
@@ -30,16 +30,8 @@ def sample(
     tokens = torch.empty_like(keys)
     logprobs, entropies = (torch.empty(len(logits), dtype=torch.float32) for _ in range(2))
     call(
-        "gspo_draw",
-        int(logits.dtype == torch.bfloat16),
-        logits,
-        numbers([*logits.shape, logits.stride(0)]),
-        keys,
-        positions,
-        1.0 / (temperature or 1.0),
-        int(temperature == 0),
-        tokens,
-        logprobs,
-        entropies,
-    )
+        "gspo_draw", bf16=is_bf16(logits), logits=logits, sizes=size_array(*logits.shape, logits.stride(0)), keys=keys,
+        positions=positions, inverse=1.0 / (temperature or 1.0), greedy=temperature == 0, tokens=tokens,
+        logprobs=logprobs, entropies=entropies,
+    )  # fmt: skip
     return tokens, logprobs, entropies

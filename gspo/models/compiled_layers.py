@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspo.kernels.layers import rms_norm, rotate, silu_product
-from gspo.kernels.native import library, takes
+from gspo.kernels.native import cpu_kernels_take, library
 from gspo.models.replaced import replace
 
 ROTARY = "apply_rotary_pos_emb"
@@ -55,7 +55,7 @@ def install_compiled_layers(model: nn.Module) -> nn.Module:
 
 
 def _norm(m: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
-    if not _forwards_of_ours or x.dtype != m.weight.dtype or not takes(x, m.weight):
+    if not _forwards_of_ours or x.dtype != m.weight.dtype or not cpu_kernels_take(x, m.weight):
         return type(m).forward(m, x)
     return rms_norm(x, m.weight, eps, offset)
 
@@ -64,12 +64,12 @@ def _gated_mlp(m: nn.Module, x: Tensor) -> Tensor:
     if not _forwards_of_ours or x.device.type != "cpu":
         return type(m).forward(m, x)
     gate, up = m.gate_proj(x), m.up_proj(x)
-    return m.down_proj(silu_product(gate, up) if takes(gate, up) else m.act_fn(gate) * up)
+    return m.down_proj(silu_product(gate, up) if cpu_kernels_take(gate, up) else m.act_fn(gate) * up)
 
 
 def _rotary(plain: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
     fits = not args and not kwargs and q.ndim == 4 and cos.ndim == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]
-    if not _forwards_of_ours or not fits or cos.requires_grad or not takes(q, k, cos, sin):
+    if not _forwards_of_ours or not fits or cos.requires_grad or not cpu_kernels_take(q, k, cos, sin):
         return plain(q, k, cos, sin, *args, **kwargs)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from gspo.kernels.native import stored
-from gspo.kernels.rows import NO_ROWS, attends, rows_attention
+from gspo.kernels.native import has_storage
+from gspo.kernels.rows import NO_ROWS, rows_attention, rows_kernel_takes
 from gspo.kernels.varlen import backend_for
 from gspo.models.architecture import check_attention_arguments
 from gspo.packing.pack import PackedBatch
@@ -78,7 +78,7 @@ def _settled(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     device, value = tensors[0].device.type, tensors[2]
     if device == "cpu":
-        served = attends(*tensors, dtype=value.dtype)
+        served = rows_kernel_takes(*tensors, dtype=value.dtype)
         dtype = value.dtype if served else torch.promote_types(value.dtype, torch.float32)
         return tuple(x.to(dtype) for x in tensors)
     if torch.is_autocast_enabled(device):
@@ -114,8 +114,8 @@ def packed_attention(
     if backend is not None:
         q, k, v = (x.contiguous() for x in tokens)
         return shared_prefix_attention(q, k, v, pack, backend, scale, softcap, window)[None], None
-    if attends(*tokens):
-        rows = pack.rows if stored(query) else NO_ROWS
+    if rows_kernel_takes(*tokens):
+        rows = pack.rows if has_storage(query) else NO_ROWS
         return rows_attention(*tokens, rows, scale, softcap, window)[None].to(given), None
     with torch.autocast(query.device.type, enabled=False):
         return _padded_attention(query, key, value, pack, scale, softcap, window).to(given), None

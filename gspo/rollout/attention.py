@@ -16,8 +16,8 @@ from transformers import AttentionInterface
 
 from gspo.kernels.decode import decode_attention
 from gspo.kernels.decode_cpu import Pool, decode_step
-from gspo.kernels.native import stored, takes
-from gspo.kernels.rows import NO_ROWS, attends, rows_attention
+from gspo.kernels.native import cpu_kernels_take, has_storage
+from gspo.kernels.rows import NO_ROWS, rows_attention, rows_kernel_takes
 from gspo.kernels.varlen import Rule, backend_for
 from gspo.kernels.whole_tiles import whole_tiles
 from gspo.models.architecture import (
@@ -85,8 +85,8 @@ def attend_prompts(
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
     if (backend := backend_for(*tokens, softcap)) is not None:
         return backend.forward(*(x.contiguous() for x in tokens), Rule(p.segments(window), scale, softcap))[0][None]
-    if attends(*tokens):
-        return rows_attention(*tokens, p.rows if stored(query) else NO_ROWS, scale, softcap, window)[None]
+    if rows_kernel_takes(*tokens):
+        return rows_attention(*tokens, p.rows if has_storage(query) else NO_ROWS, scale, softcap, window)[None]
     heads, kv_heads = query.shape[1], key.shape[1]
     out = query.new_empty(query.shape[2], heads, value.shape[3])
     start = 0
@@ -115,7 +115,7 @@ def attend_slots(
     window: int | None,
 ) -> Tensor:  # fmt: skip
     """One new token a slot, query [S, H, 1, D], with its prompt and what was answered so far -> [S, 1, H, Dv]."""
-    if takes(query, key, value, step.answers.keys[layer]) and query.shape[-1] % 2 == 0:  # halves go by pairs
+    if cpu_kernels_take(query, key, value, step.answers.keys[layer]) and query.shape[-1] % 2 == 0:  # halves go by pairs
         tokens = (x[:, :, 0] for x in (query, key, value))
         read = (
             Pool(x.keys[layer], x.values[layer], y) for x, y in zip(step.pools, step.sequences(window), strict=True)

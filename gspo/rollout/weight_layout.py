@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspo.kernels.linear import can_lay_out, lay_out, product
+from gspo.kernels.linear import can_lay_out, laid_out_linear, lay_out
 from gspo.kernels.whole_tiles import whole_tiles
 from gspo.models.replaced import replaced
 
@@ -31,7 +31,7 @@ def laid_out_weights(model: nn.Module, rows: int) -> Iterator[dict[nn.Module, Te
     for m in _linear_layers(model):
         if can_lay_out(m.weight):
             ours[m] = lay_out(m.weight)
-            forwards.append((m, "forward", functools.partial(product, ours[m], m.out_features, m.bias)))
+            forwards.append((m, "forward", functools.partial(laid_out_linear, ours[m], m.out_features, m.bias)))
         elif _onednn_works(m.weight.dtype):
             weight = _onednn_lay_out(m.weight, rows)
             forwards.append((m, "forward", functools.partial(_onednn_product, weight, m.bias)))

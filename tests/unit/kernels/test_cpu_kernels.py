@@ -12,8 +12,8 @@ from gspo.kernels import epilogue, epilogue_cpu, native, sampling_cpu
 from gspo.kernels.decode_cpu import Pool, Sequences, decode_step
 from gspo.kernels.epilogue import Shaping
 from gspo.kernels.layers import rms_norm, rotate, silu_product
-from gspo.kernels.linear import can_lay_out, lay_out, product
-from gspo.kernels.rows import attends, rows_attention
+from gspo.kernels.linear import can_lay_out, laid_out_linear, lay_out
+from gspo.kernels.rows import rows_attention, rows_kernel_takes
 from gspo.models.compiled_layers import compiled_layers_enabled, install_compiled_layers, is_gated_mlp, norm_offset
 from gspo.packing.attention import _padded_attention
 from gspo.rollout.decoder_stack import stack_serves
@@ -89,9 +89,10 @@ def test_rows_take_any_strides_and_the_same_gradient_comes_twice(dtype):
 @needed
 def test_what_rows_do_not_take():
     x = torch.randn(5, 2, 8)
-    assert attends(x, x, x) and attends(*[x.to(HALF)] * 3)
-    assert not attends(*[x.double()] * 3) and not attends(x, x, x.to(HALF)) and not attends(*[x.to("meta")] * 3)
-    assert not attends(*[x[..., :7].to(HALF)] * 3), "pairs need an even width"
+    assert rows_kernel_takes(x, x, x) and rows_kernel_takes(*[x.to(HALF)] * 3)
+    for refused in ([x.double()] * 3, [x, x, x.to(HALF)], [x.to("meta")] * 3):
+        assert not rows_kernel_takes(*refused)
+    assert not rows_kernel_takes(*[x[..., :7].to(HALF)] * 3), "pairs need an even width"
 
 
 # ---- a step of decoding ----
@@ -243,7 +244,7 @@ def test_laid_out_weights_multiply_as_linear_layers(dtype, m, n, k, bias):
         pytest.skip("this processor does not multiply pairs")
     b = b if bias else None
     exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-    near(product(lay_out(weight), n, b, x), exact, dtype)
+    near(laid_out_linear(lay_out(weight), n, b, x), exact, dtype)
 
 
 @needed

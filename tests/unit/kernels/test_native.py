@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from repository import ROOT
 
 from gspo.kernels import native
@@ -112,3 +113,15 @@ def test_a_folder_that_cannot_be_written_is_told_of(tmp_path):
     (tmp_path / "cache").write_text("a file")
     said, errors = probe(tmp_path)
     assert said == "no" and errors.count("\n") == 1 and "kernels/cpu" in errors
+
+
+@needed
+def test_a_call_is_checked_against_its_signature():
+    x = torch.zeros(4)
+    call = {"bf16": False, "gate": x, "up": x, "out": x, "count": 4}
+    native.call("gspo_silu", **call)
+    for argument in ({"gate": x.double()}, {"count": 4.0}, {"bf16": 0}, {"up": None}, {"more": 1}):
+        with pytest.raises(AssertionError, match=next(iter(argument))):
+            native.call("gspo_silu", **call | argument)
+    with pytest.raises(AssertionError, match="count"):
+        native.call("gspo_silu", bf16=False, gate=x, up=x, out=x)
