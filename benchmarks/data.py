@@ -1,4 +1,4 @@
-"""What a large data file costs before the first step: seconds and peak memory, against a small one.
+"""Measure seconds and peak memory before the first step with a large data file and with a small one.
 
     python benchmarks/data.py [--gb 1]
 
@@ -27,7 +27,7 @@ WORDS = re.findall(
     "a farmer sells twelve apples and seven pears at the market; how much remains after each train leaves station two "
     "hours late with velocity price Zürich café 解方程 求 苹果 🍎 between price total first second third half double",
 )
-SETTINGS = (  # steps so small that the data's share is seen
+SETTINGS = (  # steps so small that reading the data dominates
     "data.train_batch_size=4",
     "rollout.max_new_tokens=4",
     "optim.micro_batch_tokens=1024",
@@ -41,7 +41,7 @@ SETTINGS = (  # steps so small that the data's share is seen
 
 
 def write_rows(path: Path, size: int) -> int:
-    """A JSONL of about `size` bytes; returns its rows."""
+    """Write a JSONL file of about `size` bytes, and return its number of rows."""
     draw, count, written = random.Random(0), 0, 0
     with path.open("w", encoding="utf-8") as file:
         while written < size:
@@ -56,7 +56,7 @@ def write_rows(path: Path, size: int) -> int:
 
 
 def run(data: Path, out: Path) -> tuple[float, float]:
-    """Train on it: (seconds until the first step is logged, peak resident MB of the main process)."""
+    """Train on it and return (seconds until the first step is logged, peak resident MB of the main process)."""
     command = [sys.executable, "train.py", "--config", "configs/quick.yaml", *SETTINGS]
     command += [f"data.train_files=[{data}]", f"trainer.output_dir={out}"]
     log = out.with_suffix(".log")

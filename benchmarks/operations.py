@@ -1,11 +1,11 @@
-"""The linear log-prob against what else computes it: seconds, GFLOP/s beside bare matrix products, peak memory.
+"""Compare the linear log-prob with other ways to compute it: seconds, GFLOP/s, peak memory.
 
     python benchmarks/operations.py [--tokens 2048 --size 896 --vocabulary 151936 --dtype float32 --device cpu]
 
 Every contestant runs in a process of its own: log-probs of T tokens at temperature 0.9, and the gradients of their sum
-with given coefficients. The floor is measured in the same process, before and after: the three matrix products that
-nobody can avoid (6 T D V), on a part of the vocabulary. On one CPU thread (OMP_NUM_THREADS=1) seconds are the process's
-own, whatever runs beside it. Those that are not installed, or fail, say so.
+weighted with given coefficients. The floor is measured in the same process, before and after: the three matrix products
+that cannot be avoided (6 T D V), on a part of the vocabulary. With one CPU thread (OMP_NUM_THREADS=1) the process's own
+CPU time is counted, so other processes do not change it. Contestants that are not installed, or fail, are named.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.common import heading, table
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 
 TEMPERATURE = 0.9
-PIECE = 256  # tokens at a time, for those that cut tokens
+PIECE = 256  # tokens at a time, for contestants that cut the tokens
 STATUS = Path("/proc/self/status")
 
 # Each takes (hidden, weight, targets, coefficients) and returns a loss to call backward on.
@@ -113,14 +113,14 @@ def draw(args: argparse.Namespace) -> list[Tensor]:
 
 
 def now(device: str) -> float:
-    """Seconds, when all that was asked for is done: by the clock, or on one CPU thread of this process's own time."""
+    """Return the time once all queued work is done: wall-clock, or this process's CPU time with one CPU thread."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def bare_rate(hidden: Tensor, weight: Tensor) -> float:
-    """FLOP/s of the three products on a part of the vocabulary, each at its best of three."""
+    """Return the FLOP/s of the three products on a part of the vocabulary, each the best of three runs."""
     x, w = hidden.detach(), weight.detach()[: 16384 if weight.is_cuda else 4096]
     z, dx, dw = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
     products = ((x, w.t(), z), (z, w, dx), (z.t(), x, dw))
@@ -134,7 +134,7 @@ def bare_rate(hidden: Tensor, weight: Tensor) -> float:
 
 
 def run(step: Callable, inputs: list[Tensor]) -> tuple[float, float]:
-    """Seconds of one forward and of one backward."""
+    """Return the seconds of one forward and of one backward."""
     device = inputs[0].device.type
     for x in inputs[:2]:
         x.grad = None
@@ -146,13 +146,13 @@ def run(step: Callable, inputs: list[Tensor]) -> tuple[float, float]:
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes; 0 where the system does not say."""
+    """Return VmRSS or VmHWM of this process, in bytes; 0 where the system does not tell."""
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
 
 
 def begin_peak(device: str) -> int:
-    """Bytes in use; the peak is counted from here."""
+    """Return the bytes in use, and start counting the peak from here."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -163,12 +163,12 @@ def begin_peak(device: str) -> int:
 
 
 def added_product(total: tuple, a: tuple, b: tuple, *_, **__) -> int:
-    """Operations of total += a @ b by shapes; torch counts only the form that is not in place."""
+    """Return the operations of total += a @ b from shapes; torch counts only the form that is not in place."""
     return 2 * a[0] * a[1] * b[1]
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:
-    """One contestant, in this process: a first run for peak and operations, then those that are timed, if any."""
+    """Measure one contestant in this process: one run for peak memory and operations, then the timed runs."""
     step, inputs = CONTESTANTS[name][0], draw(args)
     rates = [bare_rate(*inputs[:2])]
     in_place = {torch.ops.aten.addmm_: added_product}
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--repeats", type=int, default=10 if cuda else 1, help="timed runs after the first")
     parser.add_argument("--among", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="default: all")
-    parser.add_argument("--only", choices=CONTESTANTS, help="measure one in this process, print JSON")
+    parser.add_argument("--only", choices=CONTESTANTS, help="measure one in this process and print JSON")
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args)))

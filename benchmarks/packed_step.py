@@ -1,10 +1,10 @@
-"""Forward and backward of a packed micro-batch: seconds, and the share of bare matrix products' rate it reaches.
+"""Time forward and backward of a packed micro-batch, beside the rate of matrix products alone.
 
     python benchmarks/packed_step.py [--model FOLDER] [--prompt 512 --response 512 --n 8 --groups 3] [--dtype bfloat16]
 
-The shape of a 0.5B model (Qwen2.5-0.5B's configuration, random weights) unless a folder is named. Counted are the
-matrix products of the layers for every packed token, of the head for response tokens, and of attention for every pair
-of tokens that see each other; twice that for the backward. Activation checkpointing is off.
+The model is Qwen2.5-0.5B's configuration with random weights, or a folder. Operations are those of matrix products: of
+the layers for every packed token, of the head for response tokens, and of attention for every pair of tokens of which
+one sees the other; the backward has twice as many. Activation checkpointing is off.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def a_pack(args: argparse.Namespace, vocabulary: int) -> PackedBatch:
 
 
 def work(model: nn.Module, args: argparse.Namespace) -> float:
-    """Operations of one forward and backward."""
+    """Return the floating-point operations of one forward and backward."""
     c = model.config.get_text_config()
     layers = sum(p.numel() for name, p in model.base_model.layers.named_parameters() if p.ndim == 2)
     answers, p, r = args.groups * args.n * args.response, args.prompt, args.response
@@ -104,7 +104,7 @@ def main() -> None:
     times = [seconds(step, args.device) for _ in range(args.repeats)]
     rates.append(bare_rate(packed.ids.shape[1], c.hidden_size, c.intermediate_size, dtype, args.device))
     peak = max(rates)
-    if cuda:  # the largest that the card gives, not that of these narrow matrices
+    if cuda:  # the GPU's best rate, not that of these narrow matrices
         peak = max(peak, bare_rate(8192, 8192, 8192, dtype, args.device))
     took, flops = statistics.median(times), work(model, args)
     shape = f"{args.groups} x ({args.prompt} + {args.n} x {args.response}) tokens, {args.dtype}"

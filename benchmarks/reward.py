@@ -1,4 +1,4 @@
-"""Scoring in parallel, and behind sampling: seconds against calling the function one after another.
+"""Time scoring in parallel and during sampling, beside calling the reward function one response after another.
 
 python benchmarks/reward.py        (make bench-reward)
 """
@@ -29,7 +29,7 @@ PROMPT = Prompt(0, (1,), "", "7", "benchmark")
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median of a few."""
+    """Return the median time of a few calls."""
     taken = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -39,7 +39,7 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def ten_milliseconds(path: Path) -> str:
-    """256 calls that wait ten milliseconds each."""
+    """Time 256 calls that wait ten milliseconds each."""
     rows, texts = [], [[""] * 256]
     for workers in (1, 2, 4, 8):
         scorer = Scorer(Reward(path=str(path), workers=workers))
@@ -51,7 +51,7 @@ def ten_milliseconds(path: Path) -> str:
 
 
 def default_function() -> str:
-    """2,048 calls of the default reward: in this process one after another, and through the pool."""
+    """Time 2,048 calls of the default reward: in this process one after another, and in the worker pool."""
     text = "48 / 2 = 24 clips in May, and 48 + 24 = 72 in both months.\n#### 72"
     texts = [[f"In case {i}, {text}" for i in range(2048)]]
 
@@ -71,7 +71,7 @@ def default_function() -> str:
 
 
 def behind_sampling(path: Path) -> str:
-    """Ten-millisecond calls on 256 answers, sampled 32 at a time: after sampling, and during it."""
+    """Time ten-millisecond calls on 256 responses, sampled 32 at a time: after sampling, and during it."""
     config = Config()
     tokenizer, model = load_tokenizer(None), load_model(None)
     prompts = list(load_splits(config, tokenizer, model.config).train[:64])

@@ -1,13 +1,12 @@
-"""The sampler beside transformers' own: tokens per second in one run, and the share of what the matrix products allow.
+"""Measure tokens per second of the sampler beside transformers' own, and its share of what matrix products allow.
 
     python benchmarks/rollout.py [MODEL] [--prompt_tokens 51 512] [--new_tokens 64]        (make bench)
     python benchmarks/rollout.py --device cuda                                             (make bench-gpu)
 
 8 prompts x 8 samples, all of one length, then 16 x 8 whose lengths have a long tail. Prompts are random tokens, end
-tokens are switched off and lengths forced, so that all do the same work. The floor is the time of the model's linear
-layers alone, over the same tokens, measured in this process before and after. What CUDA measures is in rollout_cuda.py.
-On one CPU thread (OMP_NUM_THREADS=1)
-seconds are the process's own, whatever runs beside it.
+tokens are switched off and lengths are fixed, so that all do the same work. The floor is the time of the model's linear
+layers alone, over the same tokens, measured in this process before and after. rollout_cuda.py measures on CUDA. With
+one CPU thread (OMP_NUM_THREADS=1) the process's own CPU time is counted, so other processes do not change it.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from gspo.types import Prompt
 
 
 def floor(model: nn.Module, rows: list[int]) -> float:
-    """Seconds of all linear layers, each on its own weights, over `rows` tokens a batch; of the head on the last 64."""
+    """Return the seconds of all linear layers over `rows` tokens a batch, and of the head over the last 64 of them."""
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     total, known = 0.0, {}
@@ -61,7 +60,7 @@ def floor(model: nn.Module, rows: list[int]) -> float:
 
 
 def ours_static(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
-    """The same engine without refills: batches of `rows` answers that last as long as their longest."""
+    """Sample with our engine without refills: a batch of `rows` responses takes as long as its longest."""
     count = rows // lengths.shape[1]
     for at in range(0, len(prompts), count):
         part = lengths[at : at + count]
@@ -69,7 +68,7 @@ def ours_static(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: 
 
 
 def long_tail(count: int, longest: int) -> Tensor:
-    """[count, N]: log-normal lengths of median longest / 16 and sigma 1, cut at `longest`: most short, a few long."""
+    """Return log-normal lengths [count, N], median longest / 16, sigma 1, at most `longest`: most short, a few long."""
     g = torch.Generator().manual_seed(0)
     drawn = longest / 16 * torch.randn(count, N, generator=g).exp()
     return drawn.round().clamp(1, longest).long()
@@ -79,13 +78,14 @@ def compare(
     title: str, contestants: dict[str, Callable], prompts: list[Prompt], lengths: Tensor, rows: int, repeats: int,
     steps: list[int], model: nn.Module,
 ) -> str:  # fmt: skip
+    """Time every contestant on the same work and return a table; `steps`: the tokens of each forward of the floor."""
     tokens, lines, rates = int(lengths.sum()), [], {}
     least = floor(model, steps)
     for name, run in contestants.items():
         try:
             run(prompts[:1], torch.full((1, 2), 2), 2)
             rates[name] = tokens / seconds(partial(run, prompts, lengths, rows), repeats)
-        except Exception as e:  # a peer that does not run here says why
+        except Exception as e:  # a contestant that does not run here: the table says why
             lines.append([name, "-", "-", f"{type(e).__name__}: {e}".splitlines()[0][:80]])
             continue
         print(f"{title}, {name}: {rates[name]:.0f} tokens/s", file=sys.stderr)
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--prompt_tokens", type=int, nargs="+", help="default: 51 512 (CUDA: 256)")
     parser.add_argument("--new_tokens", type=int, help="default: 64 (CUDA: 512)")
-    parser.add_argument("--longest", type=int, default=256, help="of the long tail; 0: leave it out")
+    parser.add_argument("--longest", type=int, default=256, help="longest response of the long tail; 0: leave it out")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")

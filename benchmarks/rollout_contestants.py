@@ -1,4 +1,4 @@
-"""The samplers that rollout.py and rollout_cuda.py time beside each other, their prompts, and the clock."""
+"""Define the samplers that rollout.py and rollout_cuda.py compare, their prompts, and the clock."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ N, PROMPTS, TAIL_PROMPTS, TAIL_SLOTS, TEMPERATURE = 8, 8, 16, 32, 0.9
 
 
 def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Median; by the clock, or on one thread, without CUDA, of this process's own time."""
+    """Return the median time of a call: wall-clock, or CPU time with one thread and no CUDA."""
     cuda = torch.cuda.is_available()
     now = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
     taken = []
@@ -30,16 +30,17 @@ def seconds(work: Callable[[], object], repeats: int = 1) -> float:
 
 
 def draw(count: int, size: int, vocabulary: int) -> list[Prompt]:
+    """Draw `count` prompts of `size` random tokens."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary // 10, vocabulary, (count, size), generator=g).tolist()
     return [Prompt(i, tuple(row), "", "", "") for i, row in enumerate(ids)]
 
 
-# ---- the contestants: each samples prompts x N answers of `lengths` [G, N] tokens ----
+# ---- the contestants: each samples N responses to every prompt, of `lengths` [G, N] tokens ----
 
 
 def generate(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
-    """transformers' generate, in batches of `rows` answers that last as long as their longest."""
+    """Sample with transformers' generate, in batches of `rows` responses that take as long as their longest."""
     ids = torch.tensor([p.ids for p in prompts], device=model.device).repeat_interleave(lengths.shape[1], 0)
     for part, wanted in zip(ids.split(rows), lengths.flatten().split(rows), strict=True):
         longest = int(wanted.max())
@@ -55,7 +56,7 @@ def generate(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int
 
 
 def generate_batch(model: nn.Module, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
-    """transformers' continuous batching, which takes one length for all."""
+    """Sample with transformers' continuous batching, which takes one length for all responses."""
     settings = GenerationConfig(
         do_sample=True,
         temperature=TEMPERATURE,
@@ -70,6 +71,7 @@ def generate_batch(model: nn.Module, prompts: list[Prompt], lengths: Tensor, row
 
 
 def ours(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:
+    """Sample with our engine, `rows` responses at a time."""
     sampler.engine.options.max_slots = rows
     sampling = Sampling(TEMPERATURE, max_new_tokens=int(lengths.max()))
     got = sampler.generate(prompts, lengths.shape[1], sampling, limits=lengths)

@@ -1,7 +1,8 @@
-"""`rollout.py --device cuda`: tokens per second of 0.5B and 1.5B models beside transformers'; a step and its floor.
+"""Measure tokens per second of 0.5B and 1.5B models on CUDA beside transformers' own, and a step beside its floor.
 
-Random weights, bf16, 64 prompts x 8 samples of 512 tokens each. A step's floor is the time in which the memory's
-measured bandwidth moves what a step must read: weights, and keys and values of every prompt, once, and of every answer.
+Run by `rollout.py --device cuda`. Random weights, bf16, 64 prompts x 8 samples of 512 tokens each. The floor of a step
+is the time in which the memory's measured bandwidth moves what a step must read: the weights, and the keys and values
+of every prompt, once, and of every response.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def random_model(name: str) -> nn.Module:
 
 
 def bandwidth() -> float:
-    """Bytes per second of a large copy, read and write."""
+    """Return the bytes per second of a large copy, reads and writes counted."""
     a, b = torch.empty(2, 2**31, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(5):
@@ -52,8 +53,10 @@ def bandwidth() -> float:
 
 @torch.no_grad()
 def step(sampler: Sampler, size: int, vocabulary: int) -> tuple[float, float]:
-    """Seconds of a step of SLOTS slots, looks of the host included, and the bytes that it must read, from the second
-    block of an answer on."""
+    """Return the seconds of a step of SLOTS slots, reads by the host included, and the bytes that a step must read.
+
+    Measured once every response has 256 tokens.
+    """
     sampler.engine.options.max_slots = SLOTS
     prompts = draw(SLOTS // N, size, vocabulary)
     sampling = Sampling(TEMPERATURE, max_new_tokens=STEPS + 512)
@@ -94,7 +97,7 @@ def measure(name: str, size: int, new: int, repeats: int, without: list[str]) ->
         try:
             run(prompts[:2], torch.full((2, N), 16), 2 * N)
             rate = lengths.numel() * new / seconds(partial(run, prompts, lengths, lengths.numel()), repeats)
-        except Exception as e:  # a peer that does not run here says why
+        except Exception as e:  # a contestant that does not run here: the table says why
             lines.append([contestant, "-", "-", f"{type(e).__name__}: {e}".splitlines()[0][:80]])
             continue
         first = first or rate

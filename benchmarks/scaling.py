@@ -1,4 +1,4 @@
-"""Weak scaling on one machine: as many prompts a process with 1, 2, 4 gloo processes, a core each.
+"""Measure weak scaling on one machine: the same number of prompts a process, with 1, 2 and 4 gloo processes.
 
 python benchmarks/scaling.py [--processes 1 2 4] [--steps 6]        -> benchmarks/scaling.md
 """
@@ -27,7 +27,7 @@ FIXED = (
 
 
 def steps_of(processes: int, steps: int, overrides: list[str]) -> list[dict[str, float]]:
-    """The metrics of each step of a short run, its processes on as many cores, or on all there are."""
+    """Return the metrics of each step of a short run, one core a process, or all cores if there are fewer."""
     cores = sorted(os.sched_getaffinity(0))[:processes]
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
@@ -48,7 +48,7 @@ def steps_of(processes: int, steps: int, overrides: list[str]) -> list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=8, help="of each run; the first two are not counted")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each run; the first two are not counted")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     rows, alone = [], None

@@ -1,8 +1,8 @@
-"""Every timing that README speaks of, beside every rival, in one run -> a part of kernels/BENCH.md.
+"""Run all speed benchmarks of a device and write their tables to kernels/BENCH.md.
 
     python benchmarks/speed.py cpu|cuda [--only WORD]
 
-`--only` runs the tables whose command holds the word, and leaves the others in the file as they are.
+`--only` runs the benchmarks whose command contains the word, and leaves the other tables in the file as they are.
 """
 
 import argparse
@@ -36,7 +36,7 @@ RUNS = {
 
 
 def replaced(text: str, command: str, section: str) -> str:
-    """The file with this command's section new, at its old place or at the end."""
+    """Return the text with this command's section replaced, or added at the end."""
     parts = re.split(r"(?m)^(?=## )", text)
     for k, part in enumerate(parts):
         if f"`python benchmarks/{command}`" in part:

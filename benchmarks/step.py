@@ -1,14 +1,14 @@
-"""A whole training step, sampling to optimizer, against TRL's GRPOTrainer: seconds, peak memory, share of the floor.
+"""Measure a whole training step, from sampling to optimizer, beside TRL's GRPOTrainer: seconds, peak memory, floor.
 
     python benchmarks/step.py [--cases NAME ...] [--steps K] [--peers PYTHON]
 
-Each contestant trains in a process of its own, ours by `train.py`: one optimizer step a batch, a reference model, the
-same prompts, temperature 0.9, a reward of microseconds. A step is the time between two `step` lines of a process, so
-logging counts and starting does not; the first step is left out. Peak memory is the process's resident set.
+Each contestant trains in a process of its own, ours with `train.py`: one optimizer step a batch, a reference model, the
+same prompts, temperature 0.9, a reward that takes microseconds. A step is the time between two `step` lines of a
+process: it includes logging, but not the start; the first step is left out. Peak memory is the resident set size.
 
 The floor is the matrix products of the same work with each prompt computed once: 2 F a token in sampling, 2 F under the
-reference and 6 F in the update, F the weights a token meets, at the rate of bare products of the model's own shapes,
-measured between the contestants.
+reference and 6 F in the update, where F is the number of weights that a token is multiplied by, at the rate of matrix
+products alone with the model's own shapes, measured between the contestants.
 """
 
 import argparse
@@ -42,8 +42,8 @@ SHOP = "Example {}: a shop sells {} pens at {} coins each, so they cost {} coins
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work. `context`: worked examples in front of each question; `rows`: answers that TRL trains on at a
-    time, where all at once do not fit 24 GB."""
+    """One workload. `context`: worked examples before each question; `rows`: responses that TRL trains on at a time,
+    where all at once do not fit 24 GB."""
 
     model: Path
     precision: str
@@ -66,7 +66,7 @@ CASES = {
 
 
 def write_rows(case: Case, folder: Path) -> tuple[Path, float]:
-    """-> a data file, and the mean number of tokens of its prompts as the model gets them."""
+    """Write a data file and return it with the mean number of tokens of its prompts, chat template included."""
     before = "".join(SHOP.format(k, k + 2, k + 3, (k + 2) * (k + 3)) for k in range(case.context))
     if case.model == SMOLLM2:
         texts = [before + TEMPLATE.format(i + 9, 2 * i + 5, i + 1, i % 4 + 2) for i in range(64)]
@@ -131,7 +131,7 @@ CONTESTANTS: dict[str, tuple[Callable, Callable]] = {"TRL GRPOTrainer": (trl, th
 
 
 def run(name: str, case: Case, steps: int, python: str) -> dict:
-    """Train, and watch: seconds of each step after the first, GiB at most, tokens an answer."""
+    """Train and return the seconds of each step after the first, the peak GiB, and the mean tokens a response."""
     command, length = CONTESTANTS[name]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -148,7 +148,7 @@ def run(name: str, case: Case, steps: int, python: str) -> dict:
         )
         stamps, last = [], ""
         for line in child.stdout:
-            if line.startswith("step "):  # some say `step 3/10`, and not every one
+            if line.startswith("step "):  # some print `step 3/10`, and not every step
                 stamps.append((time.perf_counter(), int(line.split()[1].partition("/")[0])))
             last = line.strip() or last
         _, status, used = os.wait4(child.pid, 0)
@@ -161,7 +161,7 @@ def run(name: str, case: Case, steps: int, python: str) -> dict:
 
 
 def bare_rate(case: Case) -> float:
-    """FLOP/s of products [tokens, D] @ [D, F] of the model's own shapes, each at its best of three."""
+    """Return the FLOP/s of products [tokens, D] @ [D, F] with the model's own shapes, the best of three runs."""
     c = load_model_config(str(case.model)).get_text_config()
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     a = torch.randn(case.micro_batch_tokens, c.hidden_size, dtype=dtype)
@@ -176,7 +176,7 @@ def bare_rate(case: Case) -> float:
 
 
 def floor_flops(case: Case, prompt: float, length: float) -> float:
-    """Of one step: the layers for every token once, the head for response tokens."""
+    """Return the operations of one step: the layers once for every token, the head for response tokens."""
     c = load_model_config(str(case.model)).get_text_config()
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     attention = 2 * c.hidden_size * head * (c.num_attention_heads + c.num_key_value_heads)
@@ -209,12 +209,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="default: all")
     parser.add_argument("--steps", type=int, help="steps a contestant (default: 3 to 40); the first is not counted")
-    parser.add_argument("--peers", default=sys.executable, help="a Python with trl in it (default: this one)")
+    parser.add_argument("--peers", default=sys.executable, help="a Python that has trl installed (default: this one)")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 2:
         parser.error("--steps: at least 2, since the first is not counted")
     rows = [row for name in args.cases for row in measure(name, CASES[name], args)]
-    options = [] if args.cases == list(CASES) else ["--cases", *args.cases]  # not where the rivals are installed
+    options = [] if args.cases == list(CASES) else ["--cases", *args.cases]  # without the path of --peers
     columns = ["", "prompt tokens", "", "seconds a step", "times as fast", "floor, s", "floor / time", "peak GiB"]
     title = heading("A whole training step", shlex.join(["python", "benchmarks/step.py", *options]))
     print(title)

@@ -1,4 +1,4 @@
-"""A reward that differs between any answers: for timing."""
+"""Score a response by its number of distinct characters, so that rewards differ: for timing."""
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):

@@ -1,8 +1,8 @@
-"""TRL's GRPOTrainer on the work of benchmarks/step.py: a line `step k` when an optimizer step ends, then its lengths.
+"""Train with TRL's GRPOTrainer on the workload of benchmarks/step.py; print `step k` after each step, then lengths.
 
     python benchmarks/peers/trl_step.py MODEL ROWS.json --prompts 4 --n 8 --new 64 --steps 3 --rows_at_once 32 [--bf16]
 
-One step a batch, a reference model for the KL term, no gradient checkpointing. Its own defaults otherwise.
+One step a batch, a reference model for the KL term, no gradient checkpointing; TRL's defaults otherwise.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 def reward(completions: list, **_) -> list[float]:
-    """The score of benchmarks/step_reward.py."""
+    """Return the score of benchmarks/step_reward.py."""
     return [len(set(c[0]["content"])) / 100 for c in completions]
 
 
 class Steps(TrainerCallback):
-    """Says when a step has ended, and keeps the mean lengths."""
+    """Print a line after each step, and keep the mean lengths."""
 
     def __init__(self) -> None:
         self.lengths: list[float] = []

@@ -6,7 +6,9 @@ import random
 import pytest
 
 from benchmarks import learning
-from benchmarks.learning import Job, best_within_kl, difference, grid_score, run, task_table, verdict
+from benchmarks.learning import run
+from benchmarks.learning_methods import Job
+from benchmarks.learning_report import best_within_kl, difference, grid_score, task_table, verdict
 
 
 def runs(*counts):
