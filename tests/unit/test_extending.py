@@ -45,6 +45,17 @@ def test_an_objective_is_one_function_and_one_line(run_program, tmp_path):
     assert metrics["loss/total"] > 0.0 and metrics["grad_norm"] > 0.0 and metrics["empty_updates"] == 0.0
 
 
+def test_a_data_source_is_one_class_and_one_line(run_program, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,ground_truth\n" + "".join(f'"Solve: x + {i} = {2 * i}",{i}\n' for i in range(2, 10)))
+    code = example("gspo/data/csv_file.py")
+    train_a_step(run_program, tmp_path, code, f"data.train_files=[{file}]", "trainer.sample_rows=8")
+    rows = [json.loads(line) for line in (tmp_path / "quick" / "samples.jsonl").read_text().splitlines()]
+    assert {row["prompt"]: row["ground_truth"] for row in rows} == {
+        f"Solve: x + {i} = {2 * i}": str(i) for i in range(2, 10)
+    }
+
+
 def test_a_kernel_is_a_formula_a_file_and_a_line(tmp_path):
     for name in ("kl_rows.py", "kl_rows_triton.py"):
         (tmp_path / name).write_text(example(f"kernels/{name}"))
