@@ -1,4 +1,4 @@
-"""Whether a reward function scores right answers above wrong ones, on rows whose right answer is known."""
+"""Check that a reward function scores right answers above wrong ones, on rows whose right answer is known."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from gspo.types import Prompt, Scores
 
 RENDERINGS = (r"\boxed{{{}}}", "#### {}", "The answer is {}", "答案：{}", "{}")
 FULL = 1.0 - 1e-6
-SHOWN = 5  # problems of each kind
-CHUNK = 256  # rows whose texts are scored in one go
+SHOWN = 5  # examples shown of each kind of problem
+CHUNK = 256  # rows whose texts are scored together
 
 
 class ScoresTexts(Protocol):
-    """The part of gspo.reward.scorer.Scorer that is needed here."""
+    """The part of gspo.reward.scorer.Scorer that is used here."""
 
     path: Any
     name: str
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class GoldCheck:
-    """What the reward function makes of right and wrong answers to the sampled rows."""
+    """How the reward function scores right and wrong answers to the sampled rows."""
 
     function: str
     rows: int = 0
@@ -53,28 +53,29 @@ class GoldCheck:
     wrong_mean: float = 0.0
     calls: int = 0
     faults: int = 0  # calls that raised or timed out
-    first_fault: str = ""  # what the first one did
-    not_full: tuple[Example, ...] = ()  # the first of them
-    not_above: tuple[Example, ...] = ()
+    first_fault: str = ""  # what the first of these did
+    not_full: tuple[Example, ...] = ()  # the first SHOWN rows whose right answer scores less than 1.0
+
+    not_above: tuple[Example, ...] = ()  # ... not above a wrong one
 
     @property
     def refused(self) -> bool:
-        """Nothing can be learned: no right answer scores above a wrong one."""
+        """Return whether nothing can be learned: no right answer scores above a wrong one."""
         return self.compared > 0 and self.above == 0
 
     def verdict(self) -> str | None:
-        """None where all is well, or one paragraph: an error where `refused`, else a warning."""
+        """Return one paragraph that is an error where `refused`, else a warning; None where nothing is wrong."""
         if self.faults and self.faults == self.calls:
             return (
                 f"the reward function {self.function} failed on every answer it was given before training: it "
-                f"{self.first_fault}. Mend it; reward.check_rows=0 trains all the same."
+                f"{self.first_fault}. Fix it; reward.check_rows=0 starts the run without this check."
             )
         failed = f" {self.faults} of its calls failed, the first {self.first_fault}." if self.faults else ""
         if self.refused:
             return (
                 f"the reward function {self.function} scores no right answer above a wrong one in {self.compared} "
-                f"sampled rows; {self.not_above[0]}.{failed} Give the rows a `solution` that it scores 1.0, or mend "
-                "the function; reward.check_rows=0 trains all the same."
+                f"sampled rows; {self.not_above[0]}.{failed} Give the rows a `solution` that it scores 1.0, or fix "
+                "the function; reward.check_rows=0 starts the run without this check."
             )
         if self.full < self.rows:
             return (
@@ -85,19 +86,19 @@ class GoldCheck:
 
 
 def gold_texts(prompt: Prompt) -> list[str]:
-    """Right answers: the row's `solution`, where there is one, and renderings of its ground truth."""
+    """Return right answers: the row's `solution`, where there is one, and its ground truth in several forms."""
     solution = prompt.extra_info.get("solution")
     given = [solution] if isinstance(solution, str) and solution.strip() else []
     return given + renderings(prompt.ground_truth)
 
 
 def renderings(truth: str) -> list[str]:
-    """A ground truth as a final answer, in the ways that answers are marked."""
+    """Return a ground truth as a final answer, in each way that answers are marked."""
     return [form.format(truth) for form in RENDERINGS]
 
 
 def sample(count: int, rows: int | None, seed: int = 0) -> list[int]:
-    """Up to `rows` of `count` places, in order and the same every time; None: all."""
+    """Return up to `rows` of `count` row numbers, in order and the same every time; None: all."""
     if rows is None or rows >= count:
         return list(range(count))
     return sorted(np.random.default_rng(seed).choice(count, rows, replace=False).tolist())
@@ -143,7 +144,7 @@ def check_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int | None,
 
 
 def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> None:
-    """What training asks at its start: UserError when no right answer scores above a wrong one."""
+    """Check the reward function before training. Raise UserError where no right answer scores above a wrong one."""
     check = check_gold(scorer, prompts, rows)
     if check.refused:
         raise UserError(check.verdict())
@@ -154,9 +155,9 @@ def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> N
 def _score(
     scorer: ScoresTexts, prompts: Sequence[Prompt], places: list[int], first_truth: str
 ) -> tuple[list[Example], Scores]:
-    """Some rows' best right and best wrong answers, and what all were scored.
+    """Return an example for each row at `places`: its best right and best wrong answer; and the scores of all texts.
 
-    A row's right and wrong texts go into one group: a `rank_responses` scores them against each other.
+    A row's right and wrong texts form one group, as a `rank_responses` scores them against each other.
     """
     chosen = [prompts[i] for i in places]
     truths = [p.ground_truth for p in chosen] + [first_truth]
@@ -174,6 +175,6 @@ def _score(
         gold = max(range(split), key=row.__getitem__)
         wrong = max(range(split, split + len(wrongs[k])), key=row.__getitem__, default=None)
         place = prompts.place(places[k]) if hasattr(prompts, "place") else f"prompt {chosen[k].id}"
-        told = (None, 0.0) if wrong is None else (groups[k][wrong], row[wrong])
-        examples.append(Example(place, groups[k][gold], row[gold], *told))
+        wrong_and_score = (None, 0.0) if wrong is None else (groups[k][wrong], row[wrong])
+        examples.append(Example(place, groups[k][gold], row[gold], *wrong_and_score))
     return examples, scores

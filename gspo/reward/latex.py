@@ -1,13 +1,12 @@
-r"""Are two answers written in LaTeX the same mathematical object? `equivalent(r"\frac{1}{2}", "0.5")` is True.
+r"""Compare two answers written in LaTeX as mathematical objects: `equivalent(r"\frac{1}{2}", "0.5")` is True.
 
 The library math-verify (optional) reads and compares, but leniently: to it `2(3)` is 5, `9\%` is 9, `2t` is 2, `A`
 is `a`, (1, 2) is {1, 2}, 0.3333333 is 1/3, and 2x + 1 = 3 is 3. Rewarding a wrong answer harms more than missing a
-right one, so what has several readings is given one before it gets there, and what is none of its business (an unknown
-command, a word, a number in base 2) must be the same text. Lists, intervals and relations are compared here, member by
-member, and only expressions by the library. The order of the two answers does not matter.
+right one. So a text with several readings is first rewritten to have one, and what the library would misread (an
+unknown command, a word, a number in base 2) must be the same text. Lists, intervals and relations are compared here,
+member by member, and only expressions by the library. The order of the two answers does not matter.
 
-Nothing here has a time limit, and `9^{9^{9^9}}` takes for ever where no signal interrupts it: call it from a process
-that can be killed.
+Nothing here has a time limit, and `9^{9^{9^9}}` never ends: call it in a process that can be killed.
 """
 
 import logging
@@ -19,12 +18,12 @@ MAX_LENGTH, MAX_NESTING = 300, 10  # twelve nested parentheses take the parser s
 
 
 def available() -> bool:
-    """Whether math-verify is installed; without it `equivalent` is always False."""
+    """Return whether math-verify is installed; without it `equivalent` is always False."""
     return find_spec("math_verify") is not None
 
 
 def equivalent(gold: str, given: str) -> bool:
-    """Whether both are the same object; False for what is too long or cannot be read."""
+    """Return whether both are the same object; False where one is too long or cannot be read."""
     try:
         return len(gold) <= MAX_LENGTH and len(given) <= MAX_LENGTH and available() and _equivalent(gold, given)
     except Exception:  # of any kind: the library's parser, sympy, the recursion limit
@@ -99,7 +98,7 @@ def _tidy(text: str) -> str:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    r"""("12", "^2 cm") of `12\text{ cm}^2`, ("18", "$") of `\$18`: the number and its unit, in one spelling."""
+    r"""Return ("12", "^2 cm") of `12\text{ cm}^2`, ("18", "$") of `\$18`: the number and its unit, in one spelling."""
     currency = re.match(r"(-?)(\\\$|[€£])", text)
     if currency:
         return currency[1] + text[currency.end() :], currency[2].strip("\\")
@@ -135,7 +134,7 @@ def _without_names(gold: str, given: str) -> tuple[str, str]:
 
 
 def _split_name(text: str) -> tuple[str, str]:
-    """("x", "1, 2") of "x = 1, x = 2", ("y", "2x") of "2x = y"; no name where there are several or other relations."""
+    """Return ("x", "1, 2") of "x = 1, x = 2", ("y", "2x") of "2x = y"; no name if there are several."""
     turned = re.fullmatch(rf"([^=]+)=({_NAME})", text)
     if turned and not re.fullmatch(_NAME, turned[1]):
         text = f"{turned[2]}={turned[1]}"
@@ -146,7 +145,7 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _decimal(found: re.Match) -> str:
-    """The exact fraction of `0.1\\overline{6}` or `2.50`: in floating point, 0.3333333 would be 1/3."""
+    """Return the exact fraction of `0.1\\overline{6}` or `2.50`: in floating point, 0.3333333 would be 1/3."""
     whole, digits, repeated = found.groups(default="")
     start, scale = int(whole + digits or "0"), 10 ** len(digits)
     if not repeated:
@@ -201,12 +200,12 @@ def _one_reading(text: str) -> str:
 
 
 def _parse(text: str, alternatives: bool):
-    """The sympy object; `alternatives`: the text says "or", so that inequalities unite their solutions."""
+    """Return the sympy object; `alternatives`: the text says "or", so that inequalities unite their solutions."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    # Its units would drop the t of 2t, its mending of malformed operators would guess.
+    # Its units would drop the t of 2t, its repair of malformed operators would guess.
     plain = NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, nits=False, boxed="all")
     config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=plain)
     [read] = parse(rf"\boxed{{{text}}}", [config], "no_fallback", "first_match", parsing_timeout=None)
@@ -214,7 +213,7 @@ def _parse(text: str, alternatives: bool):
 
 
 def _solutions(read):
-    """The set of an inequality, a chain, or a list of them; anything else as it is."""
+    """Return the set of an inequality, a chain, or a list of them; anything else as it is."""
     import sympy
 
     if isinstance(read, sympy.FiniteSet) and any(_is_inequality(member) for member in read.args):
@@ -262,7 +261,7 @@ def _same(a, b) -> bool:
 
 
 def _as_set(read, other):
-    """The solutions of x < 1 where the other is a set, and the set of "x in S" where the other is about x."""
+    """Return the solutions of x < 1 where the other is a set, and the set of "x in S" where the other is about x."""
     import sympy
 
     if isinstance(read, sympy.Eq) and isinstance(read.rhs, sympy.Set) and read.lhs in other.free_symbols:
@@ -272,7 +271,7 @@ def _as_set(read, other):
 
 
 def _are_matched(left: list, right: list) -> bool:
-    """Whether each member of one list has its own partner in the other."""
+    """Return whether each member of one list has its own partner in the other."""
     for member in left:
         partner = next((i for i, other in enumerate(right) if _same(member, other)), None)
         if partner is None:

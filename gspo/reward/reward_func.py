@@ -1,4 +1,4 @@
-"""The default reward: is the final answer right, do the stated calculations hold, is the answer marked?
+"""Score a response by default: is the final answer right, do the stated calculations hold, is the answer marked?
 
 | the response                                                                      | score |
 |-----------------------------------------------------------------------------------|-------|
@@ -28,18 +28,18 @@ MAX_RESPONSE, MAX_ANSWER, MAX_CALCULATION, MAX_NESTING = 16_000, 200, 120, 16
 LATEX_S = 3.0
 
 
-# ---- the seed's three functions ----
+# ---- the functions that the original description names ----
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
-    """1.0, 0.5, 0.1 or 0.0, by the table above."""
+    """Return 1.0, 0.5, 0.1 or 0.0, by the table above."""
     return score_parts(data_source, solution_str, ground_truth, extra_info)["score"]
 
 
 def score_parts(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None
 ) -> dict[str, float]:
-    """The score, and the components that make it: {"score", "correct", "reasoning", "format"}."""
+    """Return the score and its components: {"score", "correct", "reasoning", "format"}."""
     correct = correctness(solution_str, ground_truth)
     reasoning, marked = reasoning_quality(solution_str), format_quality(solution_str)
     score = 0.5 if correct > 0.0 else 0.1 * marked
@@ -49,7 +49,7 @@ def score_parts(
 
 
 def rank_responses(responses: list[str], ground_truth: str, data_source: str) -> list[tuple[int, float]]:
-    """[(index, score), ...], best first, equal scores in the order given."""
+    """Return [(index, score), ...], best first, equal scores in the order given."""
     scores = [compute_score(data_source, response, ground_truth) for response in responses]
     return sorted(enumerate(scores), key=lambda ranked: -ranked[1])
 
@@ -57,7 +57,7 @@ def rank_responses(responses: list[str], ground_truth: str, data_source: str) ->
 def get_preference_pairs(
     responses: list[str], ground_truth: str, data_source: str, margin: float = 0.1
 ) -> list[tuple[str, str, float]]:
-    """[(chosen, rejected, score_diff), ...] for every two scores more than `margin` apart, widest gap first."""
+    """Return [(chosen, rejected, score_diff), ...] for every two scores more than `margin` apart, widest gap first."""
     ranking = rank_responses(responses, ground_truth, data_source)
     pairs = [
         (responses[better], responses[worse], high - low)
@@ -70,7 +70,7 @@ def get_preference_pairs(
 
 
 def extract_answer(solution_str: str) -> str:
-    """The final answer as written, whitespace and a closing period apart: what a majority vote counts."""
+    """Return the final answer as written, without outer whitespace and closing period: what a majority vote counts."""
     return _final_answer(_clean(solution_str))[0].strip().rstrip(".")
 
 
@@ -78,7 +78,7 @@ def extract_answer(solution_str: str) -> str:
 
 
 def correctness(solution_str: str, ground_truth: str) -> float:
-    """1.0 if the final answer is the gold one, 0.5 if it is at least half of a gold list, else 0.0."""
+    """Return 1.0 if the final answer is the gold one, 0.5 if it is at least half of a gold list, else 0.0."""
     gold_text, answer = _clean(str(ground_truth)), _final_answer(_clean(solution_str))[0]
     gold, given = _parts(gold_text), _parts(answer)
     if not given:
@@ -94,13 +94,13 @@ def correctness(solution_str: str, ground_truth: str) -> float:
 
 
 def reasoning_quality(solution_str: str) -> float:
-    """The share of the stated calculations (`48 / 2 = 24`, `x = 7 - 10 = -3`) that hold; 1.0 when none is stated."""
+    """Return the share of the stated calculations (`48 / 2 = 24`, `x = 7 - 10 = -3`) that hold; 1.0 for none."""
     verdicts = _verdicts(_clean(solution_str))
     return sum(verdicts) / len(verdicts) if verdicts else 1.0
 
 
 def format_quality(solution_str: str) -> float:
-    r"""1.0 if the answer is marked (`\boxed{}`, `####`, "answer is", 答案：) or all there is, else 0.0."""
+    r"""Return 1.0 if the answer is marked (`\boxed{}`, `####`, "answer is", 答案：) or is the whole text, else 0.0."""
     answer, marked = _final_answer(_clean(solution_str))
     return float(marked and bool(_parts(answer)))
 
@@ -164,7 +164,7 @@ _SCALED_NUMBER = re.compile(f"{_NUMBER.pattern}(?:{_SCALES.pattern})?", re.IGNOR
 
 
 def _clean(text: str) -> str:
-    """What is judged: the end of the response, without thoughts, markdown, currency signs and LaTeX dressing."""
+    """Return the end of the response, without thoughts, markdown, currency signs and LaTeX formatting."""
     text = _end(text).translate(_CHARACTERS)
     for pattern, replacement in _REWRITES.items():
         text = re.sub(pattern, replacement, text)
@@ -172,7 +172,7 @@ def _clean(text: str) -> str:
 
 
 def _end(text: str) -> str:
-    """The end of a long response, what comes after its thoughts."""
+    """Return the end of a long response, after its thoughts."""
     if len(text) > MAX_RESPONSE:
         tail = text[-MAX_RESPONSE:]
         text = tail.partition("\n")[2] or tail  # a calculation cut in half could look false
@@ -180,7 +180,7 @@ def _end(text: str) -> str:
 
 
 def _final_answer(text: str) -> tuple[str, bool]:
-    """(the answer, whether it is marked): the last box, else the last ####, "answer is" or number."""
+    """Return (the answer, whether it is marked): the last box, else the last ####, "answer is" or number."""
     boxed = _boxed(text)
     if boxed is not None:
         return boxed, True
@@ -199,6 +199,7 @@ def _final_answer(text: str) -> tuple[str, bool]:
 
 
 def _boxed(text: str) -> str | None:
+    """Return the content of the last box, braces matched."""
     start, depth = text.rfind(r"\boxed{"), 0
     for i in range(start + 6, len(text) if start >= 0 else 0):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -208,7 +209,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _parts(answer: str) -> Counter[str]:
-    """The answer as comparable texts: its numbers where it is a list of numbers, else the one text."""
+    """Return the answer as comparable texts: its numbers where it is a list of numbers, else the one text."""
     text = " ".join(_fold(answer).split()).rstrip(" .")
     if (numbers := _numbers(text)) is not None:
         return numbers
@@ -217,7 +218,7 @@ def _parts(answer: str) -> Counter[str]:
 
 
 def _fold(text: str) -> str:
-    r"""In lower case, unless case tells letters apart: `R - r`, `\Delta`."""
+    r"""Return the text in lower case, unless case tells letters apart: `R - r`, `\Delta`."""
     letters = set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", text))
     if any(letter.swapcase() in letters for letter in letters):
         return text
@@ -225,7 +226,7 @@ def _fold(text: str) -> str:
 
 
 def _numbers(text: str) -> Counter[str] | None:
-    """{"1", "7/2"} for "x = 1 or x = 3.5"; {"x=1", "y=2"} for "x = 1, y = 2"; None unless all are numbers."""
+    """Return {"1", "7/2"} for "x = 1 or x = 3.5"; {"x=1", "y=2"} for "x = 1, y = 2"; None unless all are numbers."""
     if len(text) > MAX_ANSWER:
         return None
     if re.fullmatch(r"\s*\{.*\}\s*", text):
@@ -243,19 +244,19 @@ def _numbers(text: str) -> Counter[str] | None:
 
 
 def _is_algebra(side: str) -> bool:
-    """Whether what stands before an equals sign makes it an equation to solve: `2x + 1`, not `x`, `cost`, `3 * 4`."""
+    """Return whether the left side makes an equation to solve: `2x + 1`, but not `x`, `cost`, `3 * 4`."""
     side = _LETTER_TIMES.sub("*", side.strip().rpartition("=")[2])
     return not _VARIABLE.fullmatch(side.strip()) and bool(_LONE_LETTER.search(side))
 
 
 def _variable(text: str) -> str:
-    """The x of an answer `x = 3`, in lower case."""
+    """Return the x of an answer `x = 3`, in lower case."""
     name = text.partition("=")[0].strip().casefold() if text.count("=") == 1 else ""
     return name if _VARIABLE.fullmatch(name) else ""
 
 
 def _number(text: str) -> str | None:
-    """The one number of `text`, exact ("7/2" for 3.5, "50%" apart from "50"); None if it is not that plain."""
+    """Return the one number of `text`, exact ("7/2" for 3.5, "50%" is not "50"); None where it is not that plain."""
     found = _NUMBER.search(text)
     if not found:
         return None
@@ -270,7 +271,7 @@ def _number(text: str) -> str | None:
 
 
 def _is_changed(before: str, after: str) -> bool:
-    """Whether a word beside a number makes it another one: `half of 6`, `3 million`."""
+    """Return whether a word beside a number makes it another one: `half of 6`, `3 million`."""
     return before.rstrip().casefold().endswith(_OPERATORS) or "\\" in before or bool(_SCALES.match(after))
 
 
@@ -281,29 +282,32 @@ _lock = threading.Lock()
 
 
 def _same_mathematics(gold: str, given: str) -> bool:
-    """Whether math-verify, with the care that gspo/reward/latex.py takes, finds the two equal. In doubt, not."""
+    """Return whether math-verify, used as in gspo/reward/latex.py, finds the two equal; False where in doubt."""
     if len(given) > MAX_ANSWER or not (_LATEX.search(gold) or _LATEX.search(given)):
         return False
     with _lock:
         return _compare_latex(gold, given, os.getpid())
 
 
-@functools.lru_cache(maxsize=4096)  # the answers of a group are often the same
+@functools.lru_cache(maxsize=4096)  # responses of a group often give the same answer
 def _compare_latex(gold: str, given: str, process: int) -> bool:
+    """Return whether the two are equal; `process` is the caller's, as a fork needs a pool of its own."""
     pool = _latex_pool(process)
     return pool is not None and pool.submit({"gold": gold, "given": given}).result().reply.get("score") == 1.0
 
 
 @functools.lru_cache(maxsize=1)
 def _latex_pool(process: int) -> Any:
-    """One process that compares, for this one; None where gspo or math-verify is not installed."""
+    """Return the pool of one process that compares LaTeX; None where gspo or math-verify is not installed."""
     try:
         from gspo.reward import latex
-        from gspo.reward.worker_pool import Pool, Settings
+        from gspo.reward.worker_pool import WorkerPool
+        from gspo.reward.worker_process import Settings
     except ImportError:
         return None
-    imports = ("math_verify",)
-    return Pool(Settings(latex.__file__, "equivalent", LATEX_S, 2.0, imports=imports), 1) if latex.available() else None
+    if not latex.available():
+        return None
+    return WorkerPool(Settings(latex.__file__, "equivalent", LATEX_S, 2.0, imports=("math_verify",)), 1)
 
 
 # ---- checking the calculations ----
@@ -323,7 +327,7 @@ _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator
 
 
 def _verdicts(text: str) -> list[bool]:
-    """For every `=` between two pure-number expressions: does it hold? Whatever is in doubt is left out."""
+    """Return for every `=` between two number expressions whether it holds; those in doubt are left out."""
     text = "\n".join(_ANNOTATION.findall(text)) or text
     sides = _LETTER_TIMES.sub("*", _BULLET.sub("", text)).split("=")
     verdicts = []
@@ -343,13 +347,13 @@ def _verdicts(text: str) -> list[bool]:
 
 
 def _evaluate(expression: str) -> Fraction | None:
-    """The exact value of numbers under + - * / and parentheses; None for anything else."""
+    """Return the exact value of numbers with + - * / and parentheses; None for anything else."""
     if len(expression) >= MAX_CALCULATION or expression.count("(") > MAX_NESTING:
         return None
     tokens = _TOKEN.findall(expression)[::-1]  # the next one is the last
 
     def operand(binding: int) -> Fraction:
-        """The value up to the first operator that binds no tighter than `binding`."""
+        """Return the value up to the first operator that binds no tighter than `binding`."""
         token = tokens.pop()
         if token == "(":
             value = operand(0)

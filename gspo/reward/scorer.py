@@ -1,13 +1,13 @@
-"""Scoring responses with the default reward function or the user's own file.
+"""Score responses with the default reward function or the one in the user's file.
 
-The function is called by keyword, as the seed and verl do:
+The function is called by keyword, as in the original description and in verl:
 `compute_score(data_source=..., solution_str=..., ground_truth=..., extra_info=..., **reward_kwargs)`, plain or async.
 It returns a number in [0, 1], or a dict with `score`; its other numbers are logged as `reward/<name>`, and `acc` and
-`pred` feed evaluation. A module-level `rank_responses(responses, ground_truth, data_source)` goes before it and scores
-a whole group at once.
+`pred` feed evaluation. Where the file defines `rank_responses(responses, ground_truth, data_source)`, that is called
+instead, once for a whole group.
 
-It runs in processes of its own (worker_pool.py). What it does wrong is counted and told; what a response without a
-score gets is `reward.on_error`.
+It runs in worker processes (worker_pool.py). Its faults are counted and reported; `reward.on_error` says what a
+response without a score gets.
 """
 
 import inspect
@@ -23,18 +23,19 @@ import torch
 from gspo.config import Reward
 from gspo.errors import UserError
 from gspo.reward import reward_func
-from gspo.reward.worker_pool import GAVE_UP, PATIENCE, Outcome, Pool, Settings
+from gspo.reward.worker_pool import GAVE_UP, MOST_TIMEOUTS, WorkerPool
+from gspo.reward.worker_process import Outcome, Settings
 from gspo.system.console import say, track
 from gspo.system.torchrun import cpu_cores, is_main, rank
 from gspo.types import Prompt, Rollout, Scores
 
-WORTH_HIDING_S = 1e-3  # shorter calls take more from sampling on the same cores than they would later on their own
-PATIENCE_AT_START = 4  # calls in a row that may take too long in the check before training
-PRINTED_LINES, LINE_WIDTH = 50, 300  # of what the function prints; the rest is dropped
+WORTH_OVERLAPPING_S = 1e-3  # shorter calls slow down sampling, on the same cores, by more than they take afterwards
+MOST_TIMEOUTS_BEFORE_TRAINING = 4  # in a row, in the check before training
+PRINTED_LINES, LINE_WIDTH = 50, 300  # shown of what the function prints
 
 
 class Scorer:
-    """Calls the reward function on every response of a rollout, in parallel."""
+    """Call the reward function on every response of a rollout, in parallel."""
 
     def __init__(self, cfg: Reward):
         self.cfg = cfg
@@ -45,7 +46,7 @@ class Scorer:
         if path.suffix != ".py":
             raise UserError(f"reward.path = {cfg.path!r} is not a Python file (.py).")
         self.path = path
-        # The default's components are worth a curve each; compute_score itself returns a number, as the seed says.
+        # The default's components get a curve each; compute_score itself returns a number, as the description asks.
         name = cfg.name if cfg.path or cfg.name != "compute_score" else "score_parts"
         settings = Settings(
             str(path),
@@ -53,40 +54,41 @@ class Scorer:
             cfg.timeout_s,
             cfg.memory_gib,
             cfg.concurrency,
-            groups=bool(cfg.path) and cfg.name == "compute_score",
+            allow_ranking=bool(cfg.path) and cfg.name == "compute_score",
             default_ranking=inspect.getsource(reward_func.rank_responses),
         )
-        self.printed = _Printed()
-        self.pool = Pool(settings, cfg.workers or cpu_cores(), self.printed)
-        self.name = "rank_responses" if self.pool.ranks else cfg.name
-        self.begun: dict[int, list[Future[Outcome]]] = {}
-        self.told: set[str] = set()
+        self.printed = _PrintedLines()
+        self.pool = WorkerPool(settings, cfg.workers or cpu_cores(), self.printed)
+        self.name = "rank_responses" if self.pool.scores_groups else cfg.name
+        self.begun: dict[int, list[Future[Outcome]]] = {}  # place of a group -> its calls
+        self.warned: set[str] = set()  # kinds of faults
         self.close = weakref.finalize(self, self.pool.close)
 
     def begin(self, place: int, prompt: Prompt, texts: list[str]) -> None:
-        """Start scoring group `place` of the rollout that is still being sampled, if there is time to be won."""
-        if self.pool.call_s > WORTH_HIDING_S:
+        """Start scoring group `place` while others are still being sampled, if calls are long enough to gain by it."""
+        if self.pool.mean_call_s > WORTH_OVERLAPPING_S:
             self.begun[place] = self._submit(prompt, texts)
 
     def __call__(self, rollout: Rollout) -> Scores:
-        """Wait for what was begun, score the rest. UserError with reward.on_error = stop when a call has a fault."""
+        """Score every response, but those begun already. Raise UserError at a fault where reward.on_error = stop."""
         begun, self.begun = self.begun, {}
         skip_groups = self.cfg.on_error == "skip_group"
-        return self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1], skip_groups, self._tell)
+        return self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1], skip_groups, self._warn)
 
     def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores:
-        """Score N texts for each of G prompts that no model wrote: rewards [G, N] float32, 0 for faults."""
-        self.pool.patience, self.printed.quiet = PATIENCE_AT_START, True
+        """Score N given texts for each of G prompts: rewards [G, N] float32, 0 for faults, without warnings."""
+        self.pool.most_timeouts, self.printed.quiet = MOST_TIMEOUTS_BEFORE_TRAINING, True
         try:
             return self._collect(prompts, texts, {}, len(texts[0]) if texts else 0, False, lambda *fault: None)
         finally:
-            self.pool.patience, self.printed.quiet = PATIENCE, False
+            self.pool.most_timeouts, self.printed.quiet = MOST_TIMEOUTS, False
 
     def _submit(self, prompt: Prompt, texts: list[str]) -> "list[Future[Outcome]]":
+        """Queue the calls for a group: one for each response, or one for all."""
         given = {"ground_truth": prompt.ground_truth, "data_source": prompt.data_source, **self.cfg.reward_kwargs}
-        if not self.pool.ranks or self.pool.takes is None or "extra_info" in self.pool.takes:
+        if not self.pool.scores_groups or self.pool.keywords is None or "extra_info" in self.pool.keywords:
             given["extra_info"] = prompt.extra_info
-        if self.pool.ranks:
+        if self.pool.scores_groups:
             return [self.pool.submit({"responses": texts, **given})]
         return [self.pool.submit({"solution_str": text, **given}) for text in texts]
 
@@ -99,40 +101,41 @@ class Scorer:
         skip_groups: bool,
         on_fault: Callable[[Outcome, Prompt, list[str]], None],
     ) -> Scores:
+        """Wait for the outcomes of all groups, those in `begun` and the others."""
         groups = list(zip(prompts, texts, strict=True))
         futures = [begun.get(g) or self._submit(*group) for g, group in enumerate(groups)]
-        table = _Table(len(groups), n)
+        table = _ScoreTable(len(groups), n)
         for g, (prompt, group) in enumerate(track(groups, "scoring")):
             for i, future in enumerate(futures[g]):
                 outcome = future.result()
                 if outcome.fault:
-                    on_fault(outcome, prompt, group if self.pool.ranks else [group[i]])
-                table.enter(g, range(len(group)) if self.pool.ranks else [i], outcome)
+                    on_fault(outcome, prompt, group if self.pool.scores_groups else [group[i]])
+                table.enter(g, range(len(group)) if self.pool.scores_groups else [i], outcome)
         return table.scores(skip_groups)
 
-    def _tell(self, outcome: Outcome, prompt: Prompt, texts: list[str]) -> None:
-        """Say once what is wrong, with the traceback; or stop."""
+    def _warn(self, outcome: Outcome, prompt: Prompt, texts: list[str]) -> None:
+        """Warn of the first fault of each kind, with the traceback. Raise UserError where the run is to stop."""
         text = (
-            f"{self.path}: {self.name} {outcome.said}, on the response {texts[0][:80]!r}"
+            f"{self.path}: {self.name} {outcome.message}, on the response {texts[0][:80]!r}"
             f"{f' and {len(texts) - 1} more' if len(texts) > 1 else ''} to the prompt {prompt.text[:80]!r} "
             f"(ground truth {prompt.ground_truth[:40]!r})."
         )
         if outcome.fault == "timeout":
-            text += " If it needs longer: reward.timeout_s."
+            text += " If it needs longer, raise reward.timeout_s."
         if self.cfg.on_error == "stop" or outcome.kind == GAVE_UP:
             raise UserError(text)
-        if outcome.kind in self.told:
+        if outcome.kind in self.warned:
             return
-        self.told.add(outcome.kind)
+        self.warned.add(outcome.kind)
         effect = {"zero": "it scores 0", "skip_group": "its group is left out"}[self.cfg.on_error]
         where = "" if is_main() else f"rank {rank()}: "
         trace = f"\n{outcome.trace.rstrip()}" if outcome.trace else ""
-        note = f"({effect}, reward.on_error; told once, counted in reward/{outcome.fault}s)"
+        note = f"({effect}, reward.on_error; further ones are only counted, in reward/{outcome.fault}s)"
         print(f"{where}warning: {text} {note}{trace}", file=sys.stderr, flush=True)
 
 
-class _Table:
-    """Outcomes -> Scores."""
+class _ScoreTable:
+    """Collect outcomes as Scores of G groups of N responses."""
 
     def __init__(self, g: int, n: int):
         self.rewards, self.faulty = torch.zeros(g, n), torch.zeros(g, n, dtype=torch.bool)
@@ -141,9 +144,10 @@ class _Table:
         self.counts, self.first_fault = {"calls": 0, "errors": 0, "timeouts": 0}, ""
 
     def enter(self, g: int, places: Any, outcome: Outcome) -> None:
+        """Enter the outcome of a call for some responses of group `g`."""
         self.counts["calls"] += 1
         if outcome.fault:
-            self.first_fault = self.first_fault or outcome.said
+            self.first_fault = self.first_fault or outcome.message
             self.counts[f"{outcome.fault}s"] += 1
             self.faulty[g, list(places)] = True
             return
@@ -159,15 +163,15 @@ class _Table:
             self.parts[name][g, i] = value
 
     def scores(self, skip_groups: bool) -> Scores:
-        # All rewards of a group alike is what no objective learns from.
+        """Return the scores; with `skip_groups`, a group with a fault scores 0: nothing is learned from it."""
         skipped = self.faulty.any(1).nonzero().flatten().tolist() if skip_groups else []
         self.rewards[skipped] = 0.0
         parts = dict(sorted(self.parts.items()))
         return Scores(self.rewards, parts, self.predictions, skipped, self.first_fault, **self.counts)
 
 
-class _Printed:
-    """Shows the first lines of what a reward function prints."""
+class _PrintedLines:
+    """Show the first lines of what a reward function prints."""
 
     def __init__(self) -> None:
         self.left, self.part, self.quiet = PRINTED_LINES, "", False

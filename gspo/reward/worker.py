@@ -1,8 +1,9 @@
-"""The process in which a reward function runs. Standard library only, so that it starts in a blink.
+"""Run a reward function in a process of its own. Standard library only, so that it starts fast.
 
-The parent (worker_pool.py) speaks to it through a socket whose number is the only argument: first the settings, then
-calls, as pickles; replies are JSON, because what ran here may have been a model's idea. What is printed goes to the
-parent through a pipe. When the parent ends, however it ends, so does this process and whatever it started.
+The parent (worker_process.py) sends through a socket, whose number is the only argument, first the settings, then
+calls, as pickles. Replies are JSON and not pickles: code that ran here may have been written by a model. What is
+printed goes to the parent through a pipe. When the parent ends, however it ends, so do this process and all that it
+started.
 """
 
 import asyncio
@@ -25,24 +26,24 @@ from typing import Any
 
 from gspo.reward.channel import Channel
 
-BACKSTOP_S = 5.0  # an orphan that holds the interpreter's lock dies this long after the time limit
+BACKSTOP_S = 5.0  # a process without parent that holds the interpreter's lock dies this long after the time limit
 
 
 # ---- the user's file ----
 
 
 def load(source: str, path: str) -> ModuleType:
-    """The module of the text that the parent read once: editing the file does not change a run half-way."""
-    sys.path.append(os.path.dirname(path))  # modules beside it
+    """Import the source text that the parent read once: editing the file during a run changes nothing."""
+    sys.path.append(os.path.dirname(path))  # for imports of modules beside it
     module = ModuleType(f"user_reward_{os.path.splitext(os.path.basename(path))[0]}")
     module.__file__ = path
-    sys.modules[module.__name__] = module  # dataclasses look themselves up
+    sys.modules[module.__name__] = module  # dataclasses look up their module
     exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     return module
 
 
 def where(error: BaseException, path: str) -> str:
-    """`KeyError: 'x' (line 12)`: the error and the line of the user's file it came through."""
+    """Return `KeyError: 'x' (line 12)`: the error, and the line of the user's file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     said = error.msg if isinstance(error, SyntaxError) else str(error)
     line = lines[-1] if lines else error.lineno if isinstance(error, SyntaxError) else None
@@ -50,30 +51,30 @@ def where(error: BaseException, path: str) -> str:
 
 
 def fault_of(error: BaseException, path: str) -> dict[str, str]:
-    """What the parent is told of an exception: a kind to count it under, one line, and the user's part of the trace."""
+    """Report an exception: the kind it is counted under, one line, and the user's part of the traceback."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     place = f"{lines[-1].filename}:{lines[-1].lineno}" if lines else ""
     trace = "".join(traceback.format_list(lines[-8:])) + f"{type(error).__name__}: {str(error)[:500]}"
-    return {"kind": f"{type(error).__name__} {place}", "said": f"raised {where(error, path)[:500]}", "trace": trace}
+    return {"kind": f"{type(error).__name__} {place}", "message": f"raised {where(error, path)[:500]}", "trace": trace}
 
 
-# ---- what a function returned ----
+# ---- the value that the function returned ----
 
 
 def number(value: Any) -> float | None:
-    """A number of Python, numpy or torch as a float; None for anything else."""
-    with contextlib.suppress(Exception):  # an array of several has no item(), 10**400 is no float
+    """Return a number of Python, numpy or torch as a float; None for anything else."""
+    with contextlib.suppress(Exception):  # an array of several numbers has no item(), 10**400 is no float
         value = value.item() if hasattr(value, "item") else value
         return float(value) if isinstance(value, int | float) else None
     return None
 
 
 class NotAScoreError(ValueError):
-    """The function returned what is no reward."""
+    """The function returned something that is not a reward."""
 
 
 def one_score(value: Any) -> dict[str, Any]:
-    """A number, or a dict with `score` -> {"score", "parts", "pred"}. NotAScoreError for anything else."""
+    """Return {"score", "parts", "pred"} of a number or a dict with `score`. Raise NotAScoreError for anything else."""
     is_dict = isinstance(value, dict)
     score = number(value.get("score") if is_dict else value)
     if score is None or not 0.0 <= score <= 1.0:
@@ -86,7 +87,7 @@ def one_score(value: Any) -> dict[str, Any]:
 
 
 def ranked_scores(value: Any, count: int) -> dict[str, Any]:
-    """`rank_responses`' [(index, score), ...], each index once -> {"scores"}. NotAScoreError for anything else."""
+    """Return {"scores"} of [(index, score), ...] with each index once. Raise NotAScoreError for anything else."""
     try:
         scores = {int(index): number(score) for index, score in value}
         complete = len(list(value)) == count and sorted(scores) == list(range(count))
@@ -103,7 +104,7 @@ def ranked_scores(value: Any, count: int) -> dict[str, Any]:
 
 
 class Worker:
-    """Answers calls until the parent is gone."""
+    """Answer calls until the parent is gone."""
 
     def __init__(self, channel: Channel, settings: dict[str, Any]):
         self.channel, self.settings, self.path = channel, settings, settings["path"]
@@ -112,59 +113,63 @@ class Worker:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        """Queue the calls that arrive; at the end of the stream, end the process group."""
         with contextlib.suppress(OSError):
             while (message := self.channel.receive()) is not None:
                 self.requests.put(pickle.loads(message))
                 if self.arrived:
                     self.arrived()
-        os.killpg(0, signal.SIGKILL)  # the parent is gone; this also ends what a reward function has started
+        os.killpg(0, signal.SIGKILL)  # the parent is gone; this also ends what the function started
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message to the parent."""
         self.channel.send(json.dumps(message).encode())
 
-    def find(self) -> Callable[..., Any] | None:
-        """The function to call; the parent hears what kind it is, or why there is none."""
+    def load_function(self) -> Callable[..., Any] | None:
+        """Import the file and return the function to call; tell the parent what it is, or why there is none."""
         try:
             for name in self.settings["imports"]:
                 importlib.import_module(name)
             module = load(self.settings["source"], self.path)
-            ranks = getattr(module, "rank_responses", None) if self.settings["groups"] else None
-            self.ranks = callable(ranks) and not self._is_the_default(ranks)
-            function = ranks if self.ranks else getattr(module, self.settings["name"], None)
-        except BaseException as e:  # sys.exit() in a module, too
-            self.tell({"refused": f"{self.path} does not import: {where(e, self.path)}."})
+            ranking = getattr(module, "rank_responses", None) if self.settings["allow_ranking"] else None
+            self.scores_groups = callable(ranking) and not self._is_default(ranking)
+            function = ranking if self.scores_groups else getattr(module, self.settings["name"], None)
+        except BaseException as e:  # also sys.exit() in a module
+            self.send({"refused": f"{self.path} does not import: {where(e, self.path)}."})
             return None
         if not callable(function):
             there = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
             refused = f"{self.path} has no function {self.settings['name']!r} (reward.name); "
             refused += f"it has {', '.join(there)}." if there else "it has no function at all."
-            self.tell({"refused": refused})
+            self.send({"refused": refused})
             return None
-        # An object's `async def __call__` counts, too.
+        # An object with `async def __call__` counts as well.
         self.concurrent = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-        self.tell({"ranks": self.ranks, "concurrent": self.concurrent, "takes": _keywords(function)})
+        self.send({"scores_groups": self.scores_groups, "concurrent": self.concurrent, "keywords": _keywords(function)})
         return function
 
-    def _is_the_default(self, ranks: Callable[..., Any]) -> bool:
-        """Our own `rank_responses`, or a copy, ranks by compute_score: then every response has a call of its own."""
+    def _is_default(self, ranking: Callable[..., Any]) -> bool:
+        """Return whether this is our own `rank_responses` or a copy: it only sorts the scores of compute_score."""
         with contextlib.suppress(OSError, TypeError):
-            return inspect.getsource(ranks) == self.settings["default_ranking"]
+            return inspect.getsource(ranking) == self.settings["default_ranking"]
         return False
 
-    def judge(self, value: Any, call: dict[str, Any]) -> dict[str, Any]:
-        return ranked_scores(value, len(call["responses"])) if self.ranks else one_score(value)
+    def score_reply(self, value: Any, call: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply for a value that the function returned. Raise NotAScoreError."""
+        return ranked_scores(value, len(call["responses"])) if self.scores_groups else one_score(value)
 
-    def faulty(self, error: BaseException) -> dict[str, Any]:
+    def fault_reply(self, error: BaseException) -> dict[str, Any]:
+        """Return the reply for an exception."""
         if isinstance(error, NotAScoreError):
-            return {"fault": {"kind": str(error)[:24], "said": str(error), "trace": ""}}
-        told = {"fault": fault_of(error, self.path)}
+            return {"fault": {"kind": str(error)[:24], "message": str(error), "trace": ""}}
+        reply = {"fault": fault_of(error, self.path)}
         if isinstance(error, MemoryError):
-            told["fault"]["said"] += f"; reward.memory_gib = {self.settings['memory_gib']:g} is the limit"
-            told["last"] = True  # what it holds may be all there is: a new process is cheaper than a starved one
-        return told
+            reply["fault"]["message"] += f"; reward.memory_gib = {self.settings['memory_gib']:g} is the limit"
+            reply["last"] = True  # its memory may be used up: a new process takes over
+        return reply
 
     def serve(self, function: Callable[..., Any]) -> None:
-        """One call after another. A coroutine that a plain function returns is run to its end."""
+        """Make one call after another. An awaitable that a plain function returns is run to its end."""
         loop = None
         while True:
             index, call = self.requests.get()
@@ -173,25 +178,25 @@ class Worker:
                 value = function(**call)
                 if inspect.isawaitable(value):
                     loop = loop or asyncio.new_event_loop()
-                    reply = loop.run_until_complete(self.awaited(value, call))
+                    reply = loop.run_until_complete(self.await_reply(value, call))
                 else:
-                    reply = self.judge(value, call)
+                    reply = self.score_reply(value, call)
             except BaseException as e:
-                reply = self.faulty(e)
+                reply = self.fault_reply(e)
             value = None
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             self.reply(index, reply)
 
-    async def awaited(self, value: Awaitable[Any], call: dict[str, Any]) -> dict[str, Any]:
-        """The reply to a call that returned an awaitable, which is cancelled when the time is over."""
+    async def await_reply(self, value: Awaitable[Any], call: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply to a call that returned an awaitable, which is cancelled at the time limit."""
 
-        async def judged() -> dict[str, Any]:
+        async def score() -> dict[str, Any]:
             try:
-                return self.judge(await value, call)
-            except BaseException as e:  # SystemExit would end the loop and every other call in it
-                return self.faulty(e)
+                return self.score_reply(await value, call)
+            except BaseException as e:  # a SystemExit would end the loop and every other call in it
+                return self.fault_reply(e)
 
-        task = asyncio.ensure_future(judged())
+        task = asyncio.ensure_future(score())
         done, _ = await asyncio.wait({task}, timeout=self.settings["timeout_s"])
         if not done:
             task.cancel()
@@ -199,15 +204,15 @@ class Worker:
         return task.result()
 
     async def serve_concurrently(self, function: Callable[..., Any]) -> None:
-        """All calls that have arrived, at the same time."""
+        """Make all calls that have arrived at the same time."""
         loop, arrived, running = asyncio.get_running_loop(), asyncio.Event(), set()
         self.arrived = lambda: loop.call_soon_threadsafe(arrived.set)
 
         async def one(index: int, call: dict[str, Any]) -> None:
             try:
-                reply = await self.awaited(function(**call), call)
-            except Exception as e:  # called with names that it does not take
-                reply = self.faulty(e)
+                reply = await self.await_reply(function(**call), call)
+            except Exception as e:  # e.g. it does not take these keywords
+                reply = self.fault_reply(e)
             self.reply(index, reply)
 
         while True:
@@ -219,16 +224,17 @@ class Worker:
             arrived.clear()
 
     def reply(self, index: int, reply: dict[str, Any]) -> None:
+        """Send a reply, after what was printed; after the last one, end the process."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        self.tell({"index": index, **reply})
+        self.send({"index": index, **reply})
         if reply.get("last"):
             os._exit(0)
 
 
 def _keywords(function: Callable[..., Any]) -> list[str] | None:
-    """The keywords that `function` takes; None when it takes any."""
+    """Return the keywords that `function` takes; None where it takes any."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -239,7 +245,7 @@ def _keywords(function: Callable[..., Any]) -> list[str] | None:
 
 
 def limit_memory(gib: float) -> None:
-    """Refuse this process more than so much; and let the kernel, if memory ends, choose it before the trainer."""
+    """Limit this process's memory; let the kernel, when memory runs out, end it before the trainer."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
         f.write("1000")
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -251,16 +257,17 @@ def limit_memory(gib: float) -> None:
 
 
 def main() -> None:
+    """Connect to the parent, import the user's file and answer calls."""
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     first = channel.receive()
     if first is None:
         return
     settings = pickle.loads(first)
-    faulthandler.enable()  # a segmentation fault tells its line
-    faulthandler.register(signal.SIGUSR2, all_threads=False)  # so does a call that hangs, when asked
+    faulthandler.enable()  # a segmentation fault prints its line
+    faulthandler.register(signal.SIGUSR2, all_threads=False)  # the parent asks a call that hangs for its line
     limit_memory(settings["memory_gib"])
     worker = Worker(channel, settings)
-    function = worker.find()
+    function = worker.load_function()
     if function is None:
         os._exit(0)
     if worker.concurrent:

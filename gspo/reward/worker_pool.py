@@ -1,249 +1,80 @@
-"""Processes that call a function which may hang, raise, print without end, eat memory or take its process with it.
+"""Call a function in worker processes that it may hang, crash or fill; every call gets an outcome.
 
-One thread per process gives it calls, waits for replies and, where a call costs the process its life, blames that
-call, starts another process and goes on with the rest. Nothing here knows of rewards beyond the worker it starts.
+One thread per process sends calls, waits for replies and, where a call costs the process its life, finds out which one
+it was, starts another process and goes on with the rest. Nothing here knows of rewards beyond the worker it starts.
 """
 
 import contextlib
-import json
 import os
-import pickle
-import re
-import select
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
-from gspo.reward.channel import Channel
+from gspo.reward.worker_process import GRACE_S, Outcome, Settings, WorkerEnded, WorkerProcess
 
 GAVE_UP = "gave up"  # the kind of fault of calls that were never made
-ROOT = str(Path(__file__).resolve().parents[2])
-START_S = 120.0  # for the imports of the user's file
-GRACE_S = 1.0  # an async call's own time limit comes first
 LONGEST_CHUNK = 16  # calls sent at once: a message costs about as much as a short call
-PATIENCE = 32
-POLL_S = 0.02  # how soon an async worker with room hears of new calls
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a worker process is told when it starts."""
-
-    path: str  # the file, absolute
-    name: str  # the function
-    timeout_s: float = 10.0
-    memory_gib: float = 4.0  # 0: no limit
-    concurrency: int = 16  # calls at a time in one process, for async functions
-    imports: tuple[str, ...] = ()  # modules to import before the first call, outside its time limit
-    groups: bool = False  # whether a `rank_responses` in the file goes before the function
-    default_ranking: str = ""  # the text of one that does not: it only ranks what the function scores
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A reply, or why there is none: `fault` is "" | "error" | "timeout"."""
-
-    reply: dict[str, Any] = field(default_factory=dict)
-    fault: str = ""
-    kind: str = ""  # faults of one kind are reported once
-    said: str = ""  # `raised ValueError: ... (line 3)`
-    trace: str = ""
+MOST_TIMEOUTS = 32  # calls in a row that may time out
+POLL_S = 0.02  # how soon an async worker with room is given new calls
 
 
 @dataclass
 class Call:
+    """A call that waits or runs."""
+
     arguments: dict[str, Any]
     future: Future
-    alone: bool = False  # it was running when its process died: the next death is its own
-    sent: float = 0.0
+    alone: bool = False  # it was running when its process died; it now runs alone, so that another death is its fault
+    sent: float = 0.0  # time.monotonic()
 
 
-class Gone(Exception):
-    """The worker process has ended, or was ended because a call took too long (`fault` == "timeout")."""
+class WorkerPool:
+    """Keep `workers` processes busy with the calls that wait. The first starts at once, to check the file."""
 
-    def __init__(self, fault: str, kind: str, said: str):
-        super().__init__(said)
-        self.outcome = Outcome(fault=fault, kind=kind, said=said)
-
-
-class Process:
-    """One worker process, seen from the trainer."""
-
-    def __init__(self, settings: Settings, source: str, printed: Callable[[str], None]):
-        self.settings, self.printed = settings, lambda text: None  # until it has started well
-        ours, theirs = socket.socketpair()
-        self.channel, self.tail = Channel(ours), ""
-        self.output, write_end = os.pipe()
-        os.set_blocking(self.output, False)
-        self.ready = select.poll()
-        for end in (ours, self.output):
-            self.ready.register(end, select.POLLIN)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *_entries("PYTHONPATH")])}
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gspo.reward.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=write_end,
-                stderr=write_end,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # it gets no Ctrl-C, and is killed together with what it starts
-                env=environment,
-            )
-        finally:
-            theirs.close()
-            os.close(write_end)
-        try:
-            self.channel.send(pickle.dumps({**vars(settings), "source": source}))
-            hello = self.receive(time.monotonic() + START_S)
-        except (Gone, OSError) as e:
-            self.end()
-            if isinstance(e, Gone) and e.outcome.fault == "timeout":
-                place = e.outcome.kind.removeprefix("timeout")
-                raise UserError(f"{settings.path} is still being imported after {START_S:g} s{place}.") from e
-            last_words = f": {self.tail.strip().splitlines()[-1][:200]}" if self.tail.strip() else ""
-            limit = f" (reward.memory_gib = {settings.memory_gib:g})" if 0 < settings.memory_gib < 0.5 else ""
-            raise UserError(f"{settings.path}: importing it {e}{limit}{last_words}.") from e
-        if "refused" in hello:
-            self.end()
-            raise UserError(hello["refused"])
-        self.printed = printed
-        if self.tail:
-            printed(self.tail)
-        self.ranks, self.concurrent, self.takes = hello["ranks"], hello["concurrent"], hello["takes"]
-
-    def send(self, index: int, arguments: dict[str, Any]) -> None:
-        """Hand over a call; Gone if the process is too busy to read. One that has ended shows when its replies do."""
-        self.channel.sock.settimeout(self.settings.timeout_s + GRACE_S)
-        try:
-            self.channel.send(pickle.dumps((index, arguments)))
-        except TimeoutError:
-            raise self.too_late() from None
-        except OSError:
-            pass  # replies to earlier calls may still be there to read
-
-    def receive(self, deadline: float, poll: float | None = None) -> dict[str, Any] | None:
-        """The next reply; None after `poll` seconds without one; Gone when the process ended or the time is over."""
-        until = min(deadline, time.monotonic() + poll) if poll else deadline
-        while (message := self.channel.next()) is None:
-            left = until - time.monotonic()
-            ready = {fd for fd, _ in self.ready.poll(max(0.0, 1000 * left))}
-            if left <= 0 and self.channel.sock.fileno() not in ready:
-                if until < deadline:
-                    return None
-                raise self.too_late()
-            if self.output in ready:
-                self.read_output()
-            if self.channel.sock.fileno() in ready:
-                try:
-                    alive = self.channel.fill()
-                except OSError:
-                    alive = False
-                if not alive:
-                    raise self.died()
-        return json.loads(message)
-
-    def read_output(self, show: bool = True) -> bool:
-        """Pass on what was printed; False when there was nothing to read."""
-        try:
-            data = os.read(self.output, 1 << 16)
-        except BlockingIOError:
-            return False
-        text = data.decode("utf-8", "replace")
-        self.tail = (self.tail + text)[-4000:]
-        if show:
-            self.printed(text)
-        return bool(data)
-
-    def too_late(self) -> Gone:
-        """Ask where the call is, then end the process."""
-        place = ""
-        with contextlib.suppress(OSError):
-            os.kill(self.process.pid, signal.SIGUSR2)
-            self.tail, until = "", time.monotonic() + 0.5
-            while time.monotonic() < until and "in <module>" not in self.tail:
-                self.ready.poll(50)
-                self.read_output(show=False)
-            lines = re.findall(re.escape(f'File "{self.settings.path}", line ') + r"(\d+)", self.tail)
-            place = f" (line {lines[0]})" if lines else ""
-        self.end()
-        return Gone("timeout", f"timeout{place}", f"took longer than {self.settings.timeout_s:g} s{place}")
-
-    def died(self) -> Gone:
-        """Collect the dead process and its last words."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)
-        for _ in range(64):
-            if not self.read_output():
-                break
-        code = self.process.poll()
-        self.end()
-        if code is not None and code < 0:
-            how = f"ended its process by {signal.Signals(-code).name}"
-        else:
-            how = f"ended its process with exit code {code}"
-        return Gone("error", how, how)
-
-    def end(self) -> None:
-        """Kill the process and all that it started; leave no zombie and no open file."""
-        if self.output < 0:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.channel.sock.close()
-        os.close(self.output)
-        self.output = -1
-
-
-class Pool:
-    """`workers` processes and the calls that wait for them. The first starts at once, to hear of a file's mistakes."""
-
-    def __init__(self, settings: Settings, workers: int, printed: Callable[[str], None] = lambda text: None):
-        self.settings, self.workers, self.printed = settings, workers, printed
+    def __init__(self, settings: Settings, workers: int, on_print: Callable[[str], None] = lambda text: None):
+        self.settings, self.workers, self.on_print = settings, workers, on_print
         try:
             self.source = Path(settings.path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"reward.path = {settings.path!r} cannot be read: {e}.") from e
         self.queue: deque[Call] = deque()
-        self.news, self.closing = threading.Condition(), False
-        self.keepers: list[Keeper] = []
-        self.call_s, self.calls = 0.0, 0  # seconds a call, lately; calls so far
-        self.patience, self.hung = PATIENCE, 0  # calls in a row that may take too long; that did
-        self.first: Process | None = self.start()
-        self.ranks, self.concurrent, self.takes = self.first.ranks, self.first.concurrent, self.first.takes
+        self.changed, self.closing = threading.Condition(), False
+        self.threads: list[WorkerThread] = []
+        self.mean_call_s, self.calls = 0.0, 0  # running mean of a call's seconds; calls so far
+        self.most_timeouts, self.timeouts_in_a_row = MOST_TIMEOUTS, 0
+        first = self.start()
+        self.first: WorkerProcess | None = first  # until the first call
+        self.scores_groups, self.concurrent, self.keywords = first.scores_groups, first.concurrent, first.keywords
 
-    def start(self) -> Process:
-        """A process, ready for calls; UserError when the file does not import."""
-        return Process(self.settings, self.source, self.printed)
+    def start(self) -> WorkerProcess:
+        """Start a process. Raise UserError where it cannot import the file."""
+        return WorkerProcess(self.settings, self.source, self.on_print)
 
     def submit(self, arguments: dict[str, Any]) -> "Future[Outcome]":
-        """Queue one call, by keywords. Its future has a result whatever the call does."""
+        """Queue a call with these keyword arguments; its future gets a result whatever the call does."""
         call = Call(arguments, Future())
-        with self.news:
+        with self.changed:
             assert not self.closing
             self.queue.append(call)
-            if len(self.keepers) < self.workers:
-                self.keepers.append(Keeper(self, self.first))
+            if len(self.threads) < self.workers:
+                self.threads.append(WorkerThread(self, self.first))
                 self.first = None
-                self.keepers[-1].start()
-            self.news.notify()
+                self.threads[-1].start()
+            self.changed.notify()
         return call.future
 
     def take(self, most: Callable[[int], int], wait: bool, alone: bool) -> list[Call]:
-        """Up to `most(waiting)` calls from the queue; one that must be `alone` comes only by itself."""
-        with self.news:
+        """Take up to `most(len(queue))` calls from the queue; one that must run `alone` is taken by itself."""
+        with self.changed:
             while wait and not self.queue and not self.closing:
-                self.news.wait()
+                self.changed.wait()
             taken: list[Call] = []
             count = 0 if self.closing else min(most(len(self.queue)), len(self.queue))
             while len(taken) < count:
@@ -254,94 +85,97 @@ class Pool:
                     break
             return taken
 
-    def timed(self, seconds: float) -> None:
-        """Take one call's duration into the running mean (no lock: an estimate is all it is)."""
+    def record_duration(self, seconds: float) -> None:
+        """Update the running mean of a call's seconds, without a lock: it is an estimate."""
         self.calls += 1
-        self.call_s += max(0.05, 1.0 / self.calls) * (seconds - self.call_s)
+        self.mean_call_s += max(0.05, 1.0 / self.calls) * (seconds - self.mean_call_s)
 
-    def settle(self, call: Call, outcome: Outcome) -> None:
-        """Give a call its outcome. After too many time-outs in a row the calls that wait are not made any more."""
+    def finish(self, call: Call, outcome: Outcome) -> None:
+        """Give a call its outcome. After `most_timeouts` timeouts in a row, give up the calls that wait."""
         call.future.set_result(outcome)
-        with self.news:
-            self.hung = self.hung + 1 if outcome.fault == "timeout" else 0
-            if self.hung < self.patience:
+        with self.changed:
+            self.timeouts_in_a_row = self.timeouts_in_a_row + 1 if outcome.fault == "timeout" else 0
+            if self.timeouts_in_a_row < self.most_timeouts:
                 return
-            self.hung, waiting = 0, list(self.queue)
+            self.timeouts_in_a_row, waiting = 0, list(self.queue)
             self.queue.clear()
-        said = f"was given up after {self.patience} calls in a row that {outcome.said}"
+        message = f"was given up after {self.most_timeouts} calls in a row that {outcome.message}"
         for other in waiting:
-            other.future.set_result(Outcome(fault="timeout", kind=GAVE_UP, said=said))
+            other.future.set_result(Outcome(fault="timeout", kind=GAVE_UP, message=message))
 
     def put_back(self, calls: list[Call]) -> None:
-        """Calls that another one's end interrupted, to the front."""
-        with self.news:
+        """Put calls that the end of their process interrupted back to the front of the queue."""
+        with self.changed:
             for call in calls if self.closing else []:
                 call.future.cancel()
             self.queue.extendleft([] if self.closing else reversed(calls))
-            self.news.notify_all()
+            self.changed.notify_all()
 
     def close(self) -> None:
-        """End all processes; calls that are still waiting are cancelled."""
-        with self.news:
+        """End all processes and cancel the calls that wait."""
+        with self.changed:
             self.closing = True
             for call in self.queue:
                 call.future.cancel()
             self.queue.clear()
-            self.news.notify_all()
+            self.changed.notify_all()
         if self.first:
             self.first.end()
-        for keeper in self.keepers:
-            keeper.stop()
+        for thread in self.threads:
+            thread.stop()
 
 
-class Keeper(threading.Thread):
-    """Keeps one process busy, and replaces it."""
+class WorkerThread(threading.Thread):
+    """Keep one process busy, and replace it when it ends."""
 
-    def __init__(self, pool: Pool, process: Process | None):
+    def __init__(self, pool: WorkerPool, process: WorkerProcess | None):
         super().__init__(name="reward", daemon=True)
         self.pool, self.process = pool, process
-        self.running: dict[int, Call] = {}  # in the order sent; without concurrency the first is the one at work
-        self.sent, self.since = 0, 0.0
+        self.running: dict[int, Call] = {}  # in the order sent; without concurrency the first one is at work
+        self.sent, self.started = 0, 0.0  # calls sent; when the one at work began
 
     def run(self) -> None:
+        """Send calls and deliver their outcomes until the pool closes."""
         while not self.pool.closing:
             calls = self.pool.take(self._room, wait=not self.running, alone=not self.running)
             try:
                 self._send(calls)
                 self._receive()
-            except Gone as gone:
-                self._blame(gone)
+            except WorkerEnded as ended:
+                self._assign_fault(ended)
             except UserError as e:  # a replacement that does not start
                 for call in calls:
-                    call.future.set_result(Outcome(fault="error", kind="start", said=f"was not called: {e}"))
+                    call.future.set_result(Outcome(fault="error", kind="start", message=f"was not called: {e}"))
         if self.process:
             self.process.end()
 
     def stop(self) -> None:
+        """Kill the process and wait for the thread."""
         if self.process and self.ident != threading.get_ident():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.process.pid, signal.SIGKILL)  # its thread is waiting for a reply
+                os.killpg(self.process.process.pid, signal.SIGKILL)  # the thread is waiting for its reply
         self.join(5.0)
 
     def _room(self, waiting: int) -> int:
-        """How many more calls this process should be given."""
+        """Return how many more calls to send to this process."""
         if any(call.alone for call in self.running.values()):
             return 0
         if self.pool.concurrent:
             return self.pool.settings.concurrency - len(self.running)
         if len(self.running) > 1:
             return 0
-        # Fewer towards the end, so that all processes end together.
+        # Fewer when few are left, so that all processes finish at about the same time.
         return min(LONGEST_CHUNK, max(1, waiting // (4 * self.pool.workers)))
 
     def _send(self, calls: list[Call]) -> None:
+        """Send calls, to a new process where there is none."""
         if calls and not self.running and self.process and self.process.process.poll() is not None:
-            self.process.end()  # it ended between two calls, which is none of theirs
+            self.process.end()  # it ended between two calls: no call is at fault
             self.process = None
         if calls and self.process is None:
             self.process = self.pool.start()
         if not self.running:
-            self.since = time.monotonic()
+            self.started = time.monotonic()
         for call in calls:
             self.sent += 1
             self.running[self.sent] = call
@@ -350,11 +184,11 @@ class Keeper(threading.Thread):
             self.process.send(index, self.running[index].arguments)
 
     def _receive(self) -> None:
-        """Wait for one reply; in an async process with room, not for long."""
+        """Wait for one reply and deliver it; where an async process has room for calls, wait POLL_S only."""
         if not self.running:
             return
         limit, poll = self.pool.settings.timeout_s, None
-        deadline = self.since + limit
+        deadline = self.started + limit
         if self.pool.concurrent:
             deadline = next(iter(self.running.values())).sent + limit + GRACE_S
             poll = POLL_S if self._room(0) > 0 else None
@@ -362,44 +196,42 @@ class Keeper(threading.Thread):
         if reply is None:
             return
         now = time.monotonic()
-        self.pool.timed(now - self.since)
-        self.since = now
+        self.pool.record_duration(now - self.started)
+        self.started = now
         self._deliver(self.running.pop(reply["index"]), reply)
         if reply.get("last"):
             self._restart(list(self.running.values()))
 
     def _deliver(self, call: Call, reply: dict[str, Any]) -> None:
+        """Turn a reply into the outcome of its call."""
         if "timeout" in reply:
             limit = self.pool.settings.timeout_s
-            outcome = Outcome(fault="timeout", kind="timeout", said=f"took longer than {limit:g} s")
+            outcome = Outcome(fault="timeout", kind="timeout", message=f"took longer than {limit:g} s")
         elif "fault" in reply:
             outcome = Outcome(fault="error", **reply["fault"])
         else:
             outcome = Outcome(reply)
-        self.pool.settle(call, outcome)
+        self.pool.finish(call, outcome)
 
-    def _blame(self, gone: Gone) -> None:
-        """The process is lost: one call is the cause, the others are called again.
+    def _assign_fault(self, ended: WorkerEnded) -> None:
+        """Find the call that ended the process, and repeat the others.
 
-        A hang is the fault of the call at work. A death is laid to a call that dies in a new process, too, alone:
-        it may have been the kernel's choice, or an earlier call's doing.
+        A timeout is the fault of the call at work. A death is the fault of a call that dies again, alone in a new
+        process: the first time, the kernel may have chosen the process, or an earlier call may be the cause.
         """
         calls = list(self.running.values())
         suspects = calls if self.pool.concurrent else calls[:1]
         if suspects and not self.pool.closing:
-            if suspects[0].alone or (gone.outcome.fault == "timeout" and len(suspects) == 1):
-                self.pool.settle(suspects[0], gone.outcome)
+            if suspects[0].alone or (ended.outcome.fault == "timeout" and len(suspects) == 1):
+                self.pool.finish(suspects[0], ended.outcome)
                 calls.remove(suspects[0])
             for call in suspects:
                 call.alone = True
         self._restart(calls)
 
     def _restart(self, calls: list[Call]) -> None:
+        """End the process and queue its calls again."""
         self.running.clear()
         self.process.end()
         self.process = None
         self.pool.put_back(calls)
-
-
-def _entries(variable: str) -> list[str]:
-    return [os.environ[variable]] if os.environ.get(variable) else []

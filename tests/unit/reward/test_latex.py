@@ -12,7 +12,7 @@ from repository import ROOT
 from gspo.reward import latex
 from gspo.reward.latex import MAX_LENGTH, available, equivalent
 from gspo.reward.reward_func import compute_score, correctness
-from gspo.reward.worker_pool import Pool
+from gspo.reward.worker_pool import WorkerPool
 
 needs_library = pytest.mark.skipif(not available(), reason="math-verify is not installed")
 ALL = [(kind, *pair) for kind, pairs in PAIRS.items() for pair in pairs]
@@ -132,8 +132,8 @@ def test_what_may_take_for_ever_can_be_killed(text):
 
 @needs_library
 def test_a_hostile_answer_ends_its_process_and_scores_as_wrong_and_the_next_is_compared(monkeypatch):
-    outcomes, submit = [], Pool.submit
-    monkeypatch.setattr(Pool, "submit", lambda pool, call: outcomes.append(submit(pool, call)) or outcomes[-1])
+    outcomes, submit = [], WorkerPool.submit
+    monkeypatch.setattr(WorkerPool, "submit", lambda pool, call: outcomes.append(submit(pool, call)) or outcomes[-1])
     assert compute_score("", r"\boxed{9^{9^{9^9}} + 1}", "7") == 0.1
     assert outcomes[0].result().fault, "its comparison did not end by itself"
     assert compute_score("", r"\boxed{\sqrt{49} + 0}", "7") == 1.0

@@ -380,7 +380,7 @@ def test_a_copy_of_the_default_file_scores_each_response_by_its_own_compute_scor
     assert changed != source
     (tmp_path / "copy.py").write_text(changed, encoding="utf-8")
     my = Scorer(Reward(path=str(tmp_path / "copy.py"), workers=1))
-    assert not my.pool.ranks and ask(my, "#### 7") == (0.25, {})
+    assert not my.pool.scores_groups and ask(my, "#### 7") == (0.25, {})
 
 
 # ---- for evaluation ----

@@ -11,8 +11,9 @@ from processes import wait_until
 from repository import ROOT
 
 from gspo.errors import UserError
-from gspo.reward import worker_pool as reward_pool
-from gspo.reward.worker_pool import Pool, Settings
+from gspo.reward import worker_process
+from gspo.reward.worker_pool import WorkerPool
+from gspo.reward.worker_process import Settings
 
 CHAOS = """
 import ctypes, os, subprocess, sys, time
@@ -67,7 +68,7 @@ def pool(tmp_path):
         path = tmp_path / "my_reward.py"
         path.write_text(text)
         settings = Settings(str(path), "compute_score", **{"timeout_s": 2.0, **settings})
-        made.append(Pool(settings, workers, printed))
+        made.append(WorkerPool(settings, workers, printed))
         return made[-1]
 
     yield pool
@@ -100,7 +101,7 @@ def test_every_fault_costs_its_own_call_only(pool, workers):
         outcome = future.result(PATIENCE_S)
         if text in FAULTS:
             fault, said = FAULTS[text]
-            assert outcome.fault == fault and outcome.said.startswith(said), (text, outcome)
+            assert outcome.fault == fault and outcome.message.startswith(said), (text, outcome)
         else:
             assert outcome.fault == "" and outcome.reply["score"] == float(text.split()[1])
     assert len(children()) <= workers and all(state != "Z" for _, state in children())
@@ -159,10 +160,10 @@ def test_a_killed_trainer_leaves_no_process(tmp_path, busy):
         f"import os, time\ndef compute_score(**_):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
     )
     (tmp_path / "r.py").write_text(f"{text}    {busy}\n")
-    program = "import sys, time; from gspo.reward.worker_pool import Pool, Settings\n"
-    program += (
-        f"Pool(Settings({str(tmp_path / 'r.py')!r}, 'compute_score', timeout_s=1), 1).submit({{}}); time.sleep(60)"
-    )
+    program = "import time\nfrom gspo.reward.worker_pool import WorkerPool\n"
+    program += "from gspo.reward.worker_process import Settings\n"
+    program += f"pool = WorkerPool(Settings({str(tmp_path / 'r.py')!r}, 'compute_score', timeout_s=1), 1)\n"
+    program += "pool.submit({}); time.sleep(60)"
     trainer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), PATIENCE_S)
     trainer.send_signal(signal.SIGKILL)
@@ -183,7 +184,7 @@ def test_the_pool_hears_of_an_import_that_fails_hangs_up_or_exits(pool):
 
 
 def test_an_import_that_hangs_is_told_with_its_line(pool, monkeypatch):
-    monkeypatch.setattr(reward_pool, "START_S", 1.0)
+    monkeypatch.setattr(worker_process, "START_S", 1.0)
     with pytest.raises(UserError, match=r"my_reward.py is still being imported after 1 s \(line 2\)"):
         pool("import time\ntime.sleep(600)\n\n\ndef compute_score(**_):\n    return 1.0\n")
     assert children() == []
@@ -260,7 +261,7 @@ def test_a_fault_among_async_calls_is_only_the_culprits(pool, bad, fault, said):
     asked = [(text, call(p, text)) for text in ["", "", bad, "", "", "", bad, ""]]
     for text, future in asked:
         outcome = future.result(PATIENCE_S)
-        assert (outcome.fault, outcome.said) == ((fault, said) if text == bad else ("", "")), (text, outcome)
+        assert (outcome.fault, outcome.message) == ((fault, said) if text == bad else ("", "")), (text, outcome)
 
 
 def test_a_plain_function_may_return_a_coroutine(pool):
