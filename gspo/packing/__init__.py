@@ -1,1 +1,1 @@
-"""Responses as packed sequences and their log-probs under a model; no pairs, no objective."""
+"""Packed sequences of prompts and responses, and their log-probs under a model; no pairs, no objective."""

@@ -1,9 +1,9 @@
-"""Attention over packed rows, registered with transformers.
+"""Attend over packed sequences, by a function registered with transformers under the name `PACKED`.
 
-Prompts attend causally to themselves; each response attends to its prompt and to itself. That costs
-N R (P + R) scores a group, not the (P + N R)^2 of one mask over the pack. Half precision on CUDA goes to FlashAttention
-where there is one (shared_prefix.py), CPUs have a kernel of ours (kernels/rows.py); everything else gathers padded rows
-for PyTorch's own attention.
+Prompts attend causally to themselves; each response attends to its prompt and to itself. For N responses of R tokens to
+a prompt of P that costs N R (P + R) scores, not the (P + N R)^2 of one mask over the pack. Half precision on CUDA uses
+FlashAttention where there is one (shared_prefix.py), CPUs a kernel of ours (kernels/rows.py); everything else gathers
+padded rows for PyTorch's own attention.
 """
 
 from typing import Any
@@ -23,14 +23,17 @@ from gspo.packing.shared_prefix import shared_prefix_attention
 PACKED = "gspo_packed"
 
 
-def _rows(x: Tensor, slots: Tensor) -> Tensor:
-    """Packed [1, H, T, D] -> padded rows [R, H, S, D], slots [R, S]."""
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Gather packed tokens [1, H, T, D] into padded rows [R, H, S, D], by index [R, S]."""
     tokens = x[0].transpose(0, 1)
-    return tokens.index_select(0, slots.flatten()).view(*slots.shape, *tokens.shape[1:]).transpose(1, 2)
+    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """q [R, H, L, D], k [R, Hk, K, D], v [R, Hk, K, Dv], seen [R or 1, 1, L, K] (none: causal) -> [R, H, L, Dv]."""
+    """Attend with q [R, H, L, D] over k [R, Hk, K, D], v [R, Hk, K, Dv] -> [R, H, L, Dv].
+
+    seen [R or 1, 1, L, K] bool is the mask; None: causal.
+    """
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(
@@ -55,25 +58,25 @@ def _padded_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """query [1, H, T, D], key, value [1, Hk, T, D] of a pack -> [1, T, H, D], row by row, with a mask."""
-    width = pack.prompt_slots.shape[1]
-    near = None
+    """Attend by padded rows and masks: query [1, H, T, D], key, value [1, Hk, T, D] of a pack -> [1, T, H, D]."""
+    width = pack.prompt_index.shape[1]
+    local = None
     if window is not None and window < width:
-        near = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
-    q, k, v = (_rows(x, pack.prompt_slots) for x in (query, key, value))
-    prompts = _attend(q, k, v, near, scale, softcap)
-    q = _rows(query, pack.response_slots)
-    k, v = (_rows(x, pack.sequence_slots) for x in (key, value))
+        local = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    q, k, v = (_gather_rows(x, pack.prompt_index) for x in (query, key, value))
+    prompts = _attend(q, k, v, local, scale, softcap)
+    q = _gather_rows(query, pack.response_index)
+    k, v = (_gather_rows(x, pack.sequence_index) for x in (key, value))
     responses = _attend(q, k, v, pack.visible(window), scale, softcap)
     padded = [x.transpose(1, 2).flatten(0, 1) for x in (prompts, responses)]
-    return torch.cat(padded).index_select(0, pack.unpadded)[None]
+    return torch.cat(padded).index_select(0, pack.padded_index)[None]
 
 
-def _settled(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One dtype for query, key and value; under autocast rotary embeddings leave the first two in float32.
+def _cast_alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Cast query, key and value to one dtype; under autocast rotary embeddings leave the first two in float32.
 
-    On CUDA what autocast would hand to PyTorch's own attention, and on a CPU the value's. Without compiled kernels for
-    them float32 there, in which PyTorch's attention is faster than in bf16, its backward three times, and whose
+    On CUDA to the dtype that autocast gives PyTorch's own attention. On a CPU to the value's where our kernels serve
+    it, and else to float32: there PyTorch's attention is faster than in bf16, its backward three times, and its
     products read no further than their rows (kernels/whole_tiles.py).
     """
     device, value = tensors[0].device.type, tensors[2]
@@ -99,16 +102,18 @@ def packed_attention(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers calls it: query [1, H, T, D], key, value [1, Hk, T, D] -> [1, T, H, D].
+    """Attend as transformers calls it: query [1, H, T, D], key, value [1, Hk, T, D] -> [1, T, H, D].
 
-    Raises UserError where the model asks for an attention that this is not.
+    Raises UserError where the model asks for another kind of attention than this.
     """
-    assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a policy stays in eval mode"
+    assert attention_mask is None and dropout == 0.0, (
+        "transformers builds no mask for us, and a policy stays in eval mode"
+    )
     check_attention_arguments(module, pack, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
-    given = value.dtype  # what the projection behind it expects where there is no autocast
-    query, key, value = _settled((query, key, value))
+    wanted = value.dtype  # by the projection that follows, where there is no autocast
+    query, key, value = _cast_alike((query, key, value))
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
     backend = backend_for(*tokens, softcap)
     if backend is not None:
@@ -116,9 +121,9 @@ def packed_attention(
         return shared_prefix_attention(q, k, v, pack, backend, scale, softcap, window)[None], None
     if rows_kernel_takes(*tokens):
         rows = pack.rows if has_storage(query) else NO_ROWS
-        return rows_attention(*tokens, rows, scale, softcap, window)[None].to(given), None
+        return rows_attention(*tokens, rows, scale, softcap, window)[None].to(wanted), None
     with torch.autocast(query.device.type, enabled=False):
-        return _padded_attention(query, key, value, pack, scale, softcap, window).to(given), None
+        return _padded_attention(query, key, value, pack, scale, softcap, window).to(wanted), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

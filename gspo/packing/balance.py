@@ -1,7 +1,7 @@
-"""Scored groups move between ranks, so that all of them train on about equally many tokens.
+"""Move scored groups between ranks, so that all ranks train on about equally many tokens.
 
-Answers are ragged: a rank that trained on the groups it sampled could have twice the tokens of another, and all would
-wait for it at every optimizer step.
+Responses differ in length: a rank that trained on the groups it sampled could have twice the tokens of another, and all
+would wait for it at every optimizer step.
 """
 
 from dataclasses import replace
@@ -19,10 +19,10 @@ Parcel = tuple[list[int], Rollout, Scores]  # places in the global batch, ascend
 def balance(
     places: list[int], rollout: Rollout, scores: Scores, minibatches: int, world: World
 ) -> tuple[list[int], Rollout, Scores, float]:
-    """The groups this rank sampled -> those it trains on, in the order of their places; and how even the shares are.
+    """Exchange the groups this rank sampled for those it trains on, in the order of their places; also -> `imbalance`.
 
-    The last is `imbalance`. Which group goes where follows from the lengths alone and is the same on every rank. The
-    counters of `scores` (calls, faults) stay where the calls were made. Every rank must call this.
+    Which group goes where follows from the lengths alone and is the same on every rank. The counters of `scores`
+    (calls, faults) stay on the rank that made the calls. Every rank must call this.
     """
     if world.size == 1:
         return places, rollout, scores, 1.0

@@ -1,7 +1,7 @@
-"""Log-probabilities of sampled responses under a model: the one home of the token shift and of the temperature.
+"""Compute log-probabilities of responses under a model: the only place of the token shift and of the temperature.
 
-Rows are packed (see pack.py). Where `linear_logprob` can stand for the model's head (see head.py), no [M, V]
-logits are held; elsewhere they are the model's own.
+Responses are packed (pack.py). `head` is what head.measure_head found: with it no [M, V] logits are held; where it is
+None they are the model's own.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from gspo.packing.pack import PackedBatch, pack, pack_rows
 from gspo.types import Prompt, Rollout
 
 Autocast = Callable[[], AbstractContextManager]
-Slope = Callable[[Tensor, slice | Tensor], Tensor]
-FINE, ROUGH = 3e-4, 3e-2  # how far a pack's log-probs may be off, of the logits' spread; in half precision
-NOBODY = Prompt(0, (0,), "", "", "")
+Slope = Callable[[Tensor, slice | Tensor], Tensor]  # see `surrogate`
+TOLERANCE, HALF_TOLERANCE = 3e-4, 3e-2  # error of log-probs / spread of logits, fp32 and half precision
+IDLE_PROMPT = Prompt(0, (0,), "", "", "")
 
 
 def response_logprobs(model: nn.Module, head: Head | None, packed: PackedBatch, temperature: float) -> Tensor:
-    """log pi_T(y_t | x, y_<t) of every response token, where pi_T = softmax(logits / T).
+    """Compute log pi_T(y_t | x, y_<t) of every response token, where pi_T = softmax(logits / T).
 
     The last prompt token scores the first token of every response. -> log-probs [R, L] float32, zero in the padding.
     """
@@ -35,33 +35,35 @@ def response_logprobs(model: nn.Module, head: Head | None, packed: PackedBatch, 
         logprobs = _from_logits(model, packed, temperature)
     else:
         logprobs = run_as_forward(model, _from_hidden, head, packed, temperature)
-    if packed.twins is not None:
-        logprobs = logprobs.index_select(0, packed.twins)
+    if packed.token_of_response is not None:
+        logprobs = logprobs.index_select(0, packed.token_of_response)
     return logprobs.new_zeros(packed.mask.shape).masked_scatter(packed.mask, logprobs)
 
 
 def surrogate(model: nn.Module, head: Head | None, packed: PackedBatch, temperature: float, slope: Slope) -> Tensor:
-    """sum slope * log-prob over the response tokens, a scalar whose gradient is the loss's, for a loss that is a sum
-    over tokens: `slope(logprob [P], tokens)` is its dL/dlogprob [P] at the response tokens `tokens` (of M).
+    """Compute sum slope * log-prob over the response tokens, a scalar with the gradient of the loss.
 
-    Where no logits are held it costs a quarter less in the head than `response_logprobs` and a backward. One backward.
+    For a loss that is a sum over tokens: `slope(logprob [P], tokens)` returns its dL/dlogprob [P] at the response
+    tokens `tokens` (of M). With a head it costs a quarter less there than `response_logprobs` and a backward pass. Only
+    one backward pass is possible.
     """
-    if packed.twins is not None:
-        slope = _summed(slope, packed.twins)
+    if packed.token_of_response is not None:
+        slope = _sum_over_shared(slope, packed.token_of_response)
     if head is None:
         logprobs = _from_logits(model, packed, temperature)
         return (slope(logprobs.detach(), slice(0, len(logprobs))) * logprobs).sum()
     return run_as_forward(model, _from_hidden, head, packed, temperature, slope)
 
 
-def _summed(slope: Slope, twins: Tensor) -> Slope:
-    """A slope at the D tokens of a pack, from one at the M tokens of its responses: the sum over a token's twins."""
-    order, last = twins.argsort(stable=True), twins.bincount().cumsum(0).tolist()
+def _sum_over_shared(slope: Slope, token_of_response: Tensor) -> Slope:
+    """Turn a slope at the M tokens of the responses into one at the D tokens of their pack: a token's is the sum over
+    the responses that share it."""
+    order, last = token_of_response.argsort(stable=True), token_of_response.bincount().cumsum(0).tolist()
 
-    def summed(logprob: Tensor, held: slice) -> Tensor:
-        first = last[held.start - 1] if held.start else 0
-        tokens = order[first : last[held.stop - 1]]
-        which = twins[tokens] - held.start
+    def summed(logprob: Tensor, packed: slice) -> Tensor:
+        first = last[packed.start - 1] if packed.start else 0
+        tokens = order[first : last[packed.stop - 1]]
+        which = token_of_response[tokens] - packed.start
         return torch.zeros_like(logprob).index_add(0, which, slope(logprob.index_select(0, which), tokens))
 
     return summed
@@ -70,7 +72,7 @@ def _summed(slope: Slope, twins: Tensor) -> Slope:
 def _from_hidden(
     model: nn.Module, head: Head, packed: PackedBatch, temperature: float, slope: Slope | None = None
 ) -> Tensor:
-    """[D] log-probs, or with a slope the surrogate; of the [D, V] logits no more than a chunk is held."""
+    """Compute log-probs [D], or with a slope the surrogate; of the [D, V] logits no more than a chunk is held."""
     with attention_implementation(model.config.get_text_config(), PACKED):
         hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
     scored = hidden.index_select(0, packed.scored_by)
@@ -86,7 +88,7 @@ def _by_head(
 
 
 def _from_logits(model: nn.Module, packed: PackedBatch, temperature: float) -> Tensor:
-    """[D] log-probs, by the model's own head."""
+    """Compute log-probs [D] from the model's own logits."""
     with attention_implementation(model.config.get_text_config(), PACKED):
         logits = model(**_inputs(packed), logits_to_keep=packed.scored_by).logits[0]
     if len(logits) != len(packed.targets):  # not every class takes indices
@@ -109,9 +111,9 @@ def rollout_logprobs(
     temperature: float,
     autocast: Autocast = nullcontext,
 ) -> Tensor:
-    """Log-probs [G, N, L] of a whole rollout, micro-batch by micro-batch.
+    """Compute log-probs [G, N, L] of a whole rollout, one micro-batch of `parts` after the other.
 
-    `count` is the number of forwards to run, at least len(parts): ranks of one sharded model must run equally many.
+    `count` >= len(parts) is the number of forwards to run: ranks of one sharded model must run equally many.
     """
     out = torch.zeros_like(rollout.logprobs)
     for k in range(count):
@@ -126,17 +128,18 @@ def rollout_logprobs(
 
 
 def idle_forward(model: nn.Module, head: Head | None, device: torch.device) -> Tensor:
-    """A forward over two tokens, for a rank that is out of work while others are not. Returns its [1, 1] log-prob."""
+    """Run a forward over two tokens, for a rank without work while others have some -> its log-prob [1, 1]."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    return response_logprobs(model, head, pack([NOBODY], [0], token, token[0] + 1), 1.0)
+    return response_logprobs(model, head, pack([IDLE_PROMPT], [0], token, token[0] + 1), 1.0)
 
 
 @torch.no_grad()
 def check_packing(model: nn.Module, head: Head | None, device: torch.device | None = None) -> None:
-    """UserError unless a small pack has the log-probs of its sequences one by one, on `device` (None: the weights').
+    """Raise UserError unless a small pack has the log-probs of its sequences one by one.
 
-    Sees what no configuration says: state that leaks from one response to the next, positions taken from the index.
-    All ranks of a sharded model call this together.
+    Runs on `device` (None: the weights'). It finds what no configuration says: state that leaks from one response to
+    the next, or positions that are taken from the index in the pack. All ranks of a sharded model must call it
+    together.
     """
     check_architecture(model.config)
     device = next(model.parameters()).device if device is None else device
@@ -148,14 +151,14 @@ def check_packing(model: nn.Module, head: Head | None, device: torch.device | No
         mine = response_logprobs(model, head, pack(prompts, owners, tokens, lengths), 1.0)
     except (TypeError, KeyError) as e:
         raise unsupported_model(model.config, f"cannot run packed rows ({type(e).__name__}: {e})") from e
-    error, spread, rough = 0.0, 0.0, False
+    error, spread, half = 0.0, 0.0, False
     for r, (owner, n) in enumerate(zip(owners, lengths.tolist(), strict=True)):
         response = tokens[r, :n]
         ids = torch.tensor([[*prompts[owner].ids, *response.tolist()]], device=device)
         logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
-        rough, logits = logits.dtype != torch.float32, logits.float()
+        half, logits = logits.dtype != torch.float32, logits.float()
         plain = logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1)
         error = max(error, float((mine[r, :n] - plain).abs().max()))
         spread = max(spread, float((logits - logits.mean(-1, keepdim=True)).abs().max()))
-    if error > (ROUGH if rough else FINE) * spread:
+    if error > (HALF_TOLERANCE if half else TOLERANCE) * spread:
         raise unsupported_model(model.config, "does not keep the tokens of a pack apart")

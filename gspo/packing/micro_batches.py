@@ -1,4 +1,4 @@
-"""Which rank trains on which groups, in which mini- and micro-batches. Work is measured in packed tokens."""
+"""Assign groups to ranks, mini-batches and micro-batches. Work is measured in packed tokens."""
 
 import heapq
 from itertools import groupby
@@ -9,26 +9,26 @@ Row = tuple[int, int]  # (group, response)
 
 
 def packed_tokens(rollout: Rollout, rows: list[Row], lengths: list[list[int]]) -> int:
-    """Tokens of one forward over these rows: every response, and the prompt of every group once."""
+    """Count the tokens of one forward over these rows: every response, and the prompt of every group once."""
     prompts = sum(len(rollout.prompts[g].ids) for g in {g for g, _ in rows})
     return prompts + sum(lengths[g][i] for g, i in rows)
 
 
 def group_tokens(rollout: Rollout) -> list[int]:
-    """Packed tokens of each of the G groups: its prompt once, and every response."""
+    """Count the packed tokens of each of the G groups: its prompt once, and every response."""
     return [len(p.ids) + n for p, n in zip(rollout.prompts, rollout.lengths.sum(1).tolist(), strict=True)]
 
 
 def minibatch_of(place: int, groups: int, minibatches: int) -> int:
-    """The mini-batch of a place in a global batch of so many groups: stretches of it, alike in length to one group."""
+    """Return the mini-batch of a place in a global batch of `groups`: consecutive places, as many in each, to one."""
     return place * minibatches // groups
 
 
 def assign(tokens: list[int], minibatches: int, ranks: int) -> list[int]:
-    """Packed tokens of a global batch's groups -> the rank that trains on each.
+    """Assign the groups of a global batch, given by their packed tokens -> the rank that trains on each.
 
-    Each mini-batch is balanced by itself, as all ranks meet at its optimizer step: longest group first, to the rank
-    with the least tokens of the mini-batch so far, among equals to the one with the least of the whole batch. No rank
+    Each mini-batch is balanced by itself, as all ranks wait for each other at its optimizer step: longest group first,
+    to the rank with the fewest tokens of the mini-batch so far, among equals the fewest of the whole batch. No rank
     gets more than the mean plus one group, nor more than 4/3 of what the best assignment gives its fullest rank
     (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969). A rank may get nothing.
     """
@@ -43,7 +43,7 @@ def assign(tokens: list[int], minibatches: int, ranks: int) -> list[int]:
 
 
 def imbalance(tokens: list[int], owners: list[int], minibatches: int, ranks: int) -> float:
-    """Tokens of the fullest rank, summed over mini-batches, / a rank's mean: 1.0 where no rank waits for another."""
+    """Return the tokens of the fullest rank, summed over mini-batches, / a rank's mean; 1.0: no rank waits."""
     loads = [[0] * ranks for _ in range(minibatches)]
     for p, (count, owner) in enumerate(zip(tokens, owners, strict=True)):
         loads[minibatch_of(p, len(tokens), minibatches)][owner] += count
@@ -53,10 +53,10 @@ def imbalance(tokens: list[int], owners: list[int], minibatches: int, ranks: int
 def micro_batches(
     rollout: Rollout, groups: list[int], *, budget: int, max_rows: int | None, whole_groups: bool
 ) -> list[list[Row]] | None:
-    """Rows of `groups`, cut in order so that each part holds at most `budget` packed tokens and `max_rows` rows.
+    """Cut the rows of `groups`, in order, into micro-batches of at most `budget` packed tokens and `max_rows` rows.
 
-    A row alone may exceed the budget (it cannot be cut). With `whole_groups` a part holds whole groups only, and the
-    answer is None when some group does not fit.
+    A single row may exceed the budget (it cannot be cut). With `whole_groups` no group is cut; None where some group
+    does not fit.
     """
     n = rollout.tokens.shape[1]
     lengths = rollout.lengths.tolist()
@@ -64,7 +64,7 @@ def micro_batches(
         [[(g, i) for i in range(n)] for g in groups] if whole_groups else [[(g, i)] for g in groups for i in range(n)]
     )
     parts: list[list[Row]] = []
-    tokens = 0  # of the last part
+    tokens = 0  # of the last micro-batch
     for unit in units:
         group, alone = unit[0][0], packed_tokens(rollout, unit, lengths)
         if whole_groups and (alone > budget or len(unit) > (max_rows or n)):

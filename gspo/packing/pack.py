@@ -1,10 +1,31 @@
-"""Rows of a rollout as one sequence without padding, in which the responses to a prompt share it, and one another's
-beginnings.
+"""Pack prompts and responses into one sequence without padding, in which tokens that responses share stand once.
 
-`[P_1 | P_2 | ... | R_1i | R_1j | ... | R_2i | ...]`: the prompts of the groups that have rows in the pack, then their
-responses; positions restart at |P| for every response. Linear layers see each real token once, and a token that
-several responses to a prompt have behind the same tokens only in one of them. Only attention needs rows again: it
-gathers them by the slots kept here, or attends inside the segments kept here.
+    [ prompt 0 | prompt 1 | ... | responses to prompt 0 | responses to prompt 1 | ... ]
+
+Positions restart at the prompt's length for every response. Linear layers see each token once: a prompt once for its
+whole group, and a token that several responses to a prompt have after the same beginning once for all of them. Only
+attention needs the responses one by one again: it gathers them by the indices kept here, or attends within the
+segments kept here.
+
+Two groups as an example, letters for token ids. To prompt `abc` the responses are `pq` and `ps`, to prompt `d` it is
+`tu`. The token p is packed once:
+
+    index              0  1  2  3  4  5  6  7  8
+    ids                a  b  c  d  p  q  s  t  u
+    positions          0  1  2  0  3  4  4  1  2
+    targets                        p  q  s  t  u     the response tokens
+    scored_by                      2  4  4  3  7     index of the token whose hidden state predicts each
+    prompt_index       [[0, 1, 2], [3, 3, 3]]
+    response_index     [[4, 5], [4, 6], [7, 8]]
+    sequence_index     [[0, 1, 2, 4, 5], [0, 1, 2, 4, 6], [3, 7, 8, 8, 8]]
+    token_of_response  [0, 1, 0, 2, 3, 4]            p q p s t u, as indices of targets
+
+Before p was merged, the pack was `a b c d p q p s t u`:
+
+    merged_index           [0, 1, 2, 3, 4, 5, 4, 6, 7, 8]
+    unmerged_index         [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    prompts_and_responses  segments of 3, 1, 2, 2, 2 tokens, each attends causally to itself
+    responses_to_prompts   4 queries see the 3 tokens abc, 2 queries the token d
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -23,195 +44,215 @@ from gspo.types import Prompt, Rollout
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """T packed tokens: B prompts and R responses of M tokens, of which the pack holds the D that are different, in rows
-    of R' responses: one that another begins with needs none.
+    """A pack; the module's docstring has an example.
 
-    P and L are the longest prompt and response, K the longest prompt and response together. A slot is a place in the
-    pack; where a row is shorter than its tensor, the row's last slot is repeated. Segments speak of A = T - D + M
-    places: of a pack in which every response has all its tokens.
+    Sizes: T packed tokens, of B prompts (the longest has P tokens) and R responses (the longest L, with its prompt K)
+    that have M tokens together, D of them different. R' <= R: a response that another begins with has no row of its
+    own. U = T - D + M tokens before merging. An index is a token's place in the pack; a row that is shorter than its
+    tensor repeats its last index.
     """
 
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
-    prompt_slots: Tensor  # [B, P]
-    response_slots: Tensor  # [R', L]
-    sequence_slots: Tensor  # [R', K], each response behind its prompt: the index is the position
+    prompt_index: Tensor  # [B, P]
+    response_index: Tensor  # [R', L]
+    sequence_index: Tensor  # [R', K], each response after its prompt: the column is the position
     response_positions: Tensor  # [R', L]
-    unpadded: Tensor  # [T], each packed token's index in [B * P prompt tokens, R' * L response tokens]
+    padded_index: Tensor  # [T], where each token lies in [B * P prompt tokens, R' * L response tokens]
     targets: Tensor  # [D], the response tokens of the pack
-    scored_by: Tensor  # [D], the slot whose hidden state scores each: the token before it
+    scored_by: Tensor  # [D], the token whose hidden state scores each: the one before it
     mask: Tensor  # [R, L] bool, true on real tokens
-    slots: Tensor | None  # [A], the slot of every token of the prompts and responses; None where all are different
-    held: Tensor | None  # [T], the other way: the first place of each
-    prompt_tokens: int  # the responses lie behind them
-    inside: Segments  # B + R, causal: every prompt, every response
-    across: Segments  # B: the responses to a prompt, and the prompt
-    sequence_places: Tensor  # [R, K], each response behind its prompt, in A
-    behind: Tensor  # [R], the length of each response's prompt
+    merged_index: Tensor | None  # [U], each unmerged token's index in the pack; None where nothing was merged
+    unmerged_index: Tensor | None  # [T], the other way round: the first of the unmerged tokens that became each
+    prompt_tokens: int  # of all B prompts; the responses lie after them
+    prompts_and_responses: Segments  # B + R of the unmerged pack, causal
+    responses_to_prompts: Segments  # B: the queries of all responses to a prompt, over the prompt's keys
+    unmerged_sequence_index: Tensor  # [R, K], each response after its prompt, in the unmerged pack
+    prompt_lengths: Tensor  # [R], of each response's prompt
     _visible: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
-    _within: dict[int, tuple[Tensor, Segments]] = field(default_factory=dict, repr=False)
+    _window_segments: dict[int, tuple[Tensor, Segments]] = field(default_factory=dict, repr=False)
+
+    @property
+    def token_of_response(self) -> Tensor | None:
+        """[M]: which of the D packed tokens each response token is; None where all are different."""
+        return None if self.merged_index is None else self.merged_index[self.prompt_tokens :] - self.prompt_tokens
 
     def visible(self, window: int | None) -> Tensor:
         """[R', 1, L, K] bool: which tokens of its own sequence a response token attends to, itself included."""
         if window not in self._visible:
             query = self.response_positions[:, None, :, None]
-            key = torch.arange(self.sequence_slots.shape[1], device=query.device)
+            key = torch.arange(self.sequence_index.shape[1], device=query.device)
             seen = key <= query
             self._visible[window] = seen if window is None else seen & (key > query - window)
         return self._visible[window]
 
+    def window_segments(self, window: int) -> tuple[Tensor, Segments]:
+        """Return the keys [S] that prompts and responses reach with a sliding window, and B + R causal segments.
+
+        Keys are indices of the unmerged pack. A prompt's are its own tokens; a response's are the last window - 1 of
+        its prompt, then its own.
+        """
+        if window not in self._window_segments:
+            start = self.prompt_lengths[:, None]
+            position = torch.arange(self.unmerged_sequence_index.shape[1], device=start.device)
+            reached = (position > start - window) & (position < start + self.mask.sum(1, keepdim=True))
+            prompts = torch.arange(self.prompt_tokens, device=start.device)
+            keys = torch.cat([prompts, self.unmerged_sequence_index[reached]])
+            query_counts = self.prompts_and_responses.queries.diff().cpu()
+            key_counts = torch.cat([query_counts[: len(self.prompt_index)], reached.sum(1).cpu()])
+            segments = Segments.of(query_counts, key_counts, True, window, start.device)
+            self._window_segments[window] = keys, segments
+        return self._window_segments[window]
+
     @cached_property
     def rows(self) -> Rows:
-        """The prompts, then the rows of responses, as compiled code wants them (kernels/rows.py)."""
-        prompts, width = self.prompt_slots.shape
-        place, at = self.unpadded.numpy(), self.positions[0].numpy()
-        behind = place - prompts * width
-        row = np.where(behind < 0, place // width, prompts + behind // self.response_slots.shape[1])
-        queries = np.lexsort((at, row))
-        asking = np.bincount(row)
-        sizes = at[queries[asking.cumsum() - 1]] + 1
+        """Return the prompts, then the rows of responses, in the form that compiled code takes (kernels/rows.py)."""
+        prompts, width = self.prompt_index.shape
+        padded, position = self.padded_index.numpy(), self.positions[0].numpy()
+        in_responses = padded - prompts * width
+        row = np.where(in_responses < 0, padded // width, prompts + in_responses // self.response_index.shape[1])
+        queries = np.lexsort((position, row))
+        counts = np.bincount(row)
+        sizes = position[queries[counts.cumsum() - 1]] + 1
         keys = [
             x.numpy()[np.arange(x.shape[1]) < n[:, None]]
-            for x, n in zip((self.prompt_slots, self.sequence_slots), np.split(sizes, [prompts]), strict=True)
+            for x, n in zip((self.prompt_index, self.sequence_index), np.split(sizes, [prompts]), strict=True)
         ]
-        return Rows.of(np.concatenate(keys), sizes, queries, asking, at[queries])
+        return Rows.of(np.concatenate(keys), sizes, queries, counts, position[queries])
 
     def to(self, device: torch.device) -> "PackedBatch":
+        """Return the pack with its tensors on `device`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, Tensor)})
 
-    @property
-    def twins(self) -> Tensor | None:
-        """[M]: which of the D each token of the responses is."""
-        return None if self.slots is None else self.slots[self.prompt_tokens :] - self.prompt_tokens
 
-    def within(self, window: int) -> tuple[Tensor, Segments]:
-        """Places [S] in A of the keys that prompts and responses reach by a window, B + R causal segments over them.
-
-        Those of a prompt are its own tokens, those of a response the last window - 1 of its prompt, then its own.
-        """
-        if window not in self._within:
-            start = self.behind[:, None]
-            at = torch.arange(self.sequence_places.shape[1], device=start.device)
-            reached = (at > start - window) & (at < start + self.mask.sum(1, keepdim=True))
-            places = torch.cat([torch.arange(self.prompt_tokens, device=start.device), self.sequence_places[reached]])
-            queries = self.inside.queries.diff().cpu()
-            keys = torch.cat([queries[: len(self.prompt_slots)], reached.sum(1).cpu()])
-            self._within[window] = places, Segments.of(queries, keys, True, window, start.device)
-        return self._within[window]
+def pack_rows(rollout: Rollout, rows: list[Row]) -> PackedBatch:
+    """Pack these rows (group, response) of a rollout; rows of one group stand side by side."""
+    g, i = (list(x) for x in zip(*rows, strict=True))
+    groups = sorted(set(g), key=g.index)
+    number = {group: k for k, group in enumerate(groups)}
+    prompts = [rollout.prompts[k] for k in groups]
+    return pack(prompts, [number[k] for k in g], rollout.tokens[g, i], rollout.lengths[g, i])
 
 
 def pack(prompts: list[Prompt], owners: list[int], tokens: Tensor, lengths: Tensor) -> PackedBatch:
-    """prompts (B), owners (R, ascending: whose response a row is), tokens [R, L], lengths [R] -> a pack.
+    """Pack B prompts and R responses `tokens` [R, L] of `lengths` [R]; owners (R, ascending) name each one's prompt.
 
     Every prompt and every response has a token, and every prompt a response.
     """
     device = tokens.device
     p = torch.tensor([len(prompt.ids) for prompt in prompts])
     owner, n = torch.tensor(owners), lengths.cpu()
-    count = int(p.sum())
-    prompt_starts = p.cumsum(0) - p
-    row_starts = count + n.cumsum(0) - n
+    prompt_tokens = int(p.sum())
+    prompt_start = p.cumsum(0) - p
+    response_start = prompt_tokens + n.cumsum(0) - n
 
-    at = torch.arange(int((p[owner] + n).max()))  # positions in a row
-    prompt_at, response_at = at[: int(p.max())], at[: int(n.max())]
-    prompt_mask, mask = prompt_at < p[:, None], response_at < n[:, None]
-    prompt_slots = prompt_starts[:, None] + torch.minimum(prompt_at, p[:, None] - 1)
-    response_at = torch.minimum(response_at, n[:, None] - 1)
-    response_places = row_starts[:, None] + response_at
-    in_prompt = at < p[owner, None]
-    own = row_starts[:, None] + torch.minimum(at - p[owner, None], n[:, None] - 1)
-    sequence_places = torch.where(in_prompt, prompt_starts[owner, None] + at, own)
-    response_positions = p[owner, None] + response_at
-    scored_by = torch.cat([prompt_starts[owner, None] + p[owner, None] - 1, response_places[:, :-1]], 1)[mask]
-    unpadded = torch.cat([prompt_mask.flatten(), mask.flatten()]).nonzero().squeeze(1)
-    positions = torch.cat([prompt_at.expand_as(prompt_mask)[prompt_mask], response_positions[mask]])
+    column = torch.arange(int((p[owner] + n).max()))
+    prompt_column, response_column = column[: int(p.max())], column[: int(n.max())]
+    prompt_mask, mask = prompt_column < p[:, None], response_column < n[:, None]
+    prompt_index = prompt_start[:, None] + torch.minimum(prompt_column, p[:, None] - 1)
+    response_column = torch.minimum(response_column, n[:, None] - 1)
+    response_index = response_start[:, None] + response_column
+    in_response = response_start[:, None] + torch.minimum(column - p[owner, None], n[:, None] - 1)
+    sequence_index = torch.where(column < p[owner, None], prompt_start[owner, None] + column, in_response)
+    response_positions = p[owner, None] + response_column
+
+    last_of_prompt = prompt_start[owner, None] + p[owner, None] - 1
     prompt_ids = torch.tensor(list(chain.from_iterable(prompt.ids for prompt in prompts)))
     ids = torch.cat([prompt_ids, tokens.cpu()[:, : mask.shape[1]][mask]])
-
-    answered = torch.zeros_like(p).index_add(0, owner, n)  # response tokens of each prompt
-    lengths = torch.cat([p, n])
-    whole = PackedBatch(
+    positions = torch.cat([prompt_column.expand_as(prompt_mask)[prompt_mask], response_positions[mask]])
+    both = torch.cat([p, n])
+    responses_to_each = torch.zeros_like(p).index_add(0, owner, n)  # tokens
+    unmerged = PackedBatch(
         ids=ids[None],
         positions=positions[None],
-        prompt_slots=prompt_slots,
-        response_slots=response_places,
-        sequence_slots=sequence_places,
+        prompt_index=prompt_index,
+        response_index=response_index,
+        sequence_index=sequence_index,
         response_positions=response_positions,
-        unpadded=unpadded,
-        targets=ids[count:],
-        scored_by=scored_by,
+        padded_index=torch.cat([prompt_mask.flatten(), mask.flatten()]).nonzero().squeeze(1),
+        targets=ids[prompt_tokens:],
+        scored_by=torch.cat([last_of_prompt, response_index[:, :-1]], 1)[mask],
         mask=mask,
-        slots=None,
-        held=None,
-        prompt_tokens=count,
-        inside=Segments.of(lengths, lengths, causal=True, device=device),
-        across=Segments.of(answered, p, device=device),
-        sequence_places=sequence_places,
-        behind=p[owner],
+        merged_index=None,
+        unmerged_index=None,
+        prompt_tokens=prompt_tokens,
+        prompts_and_responses=Segments.of(both, both, causal=True, device=device),
+        responses_to_prompts=Segments.of(responses_to_each, p, device=device),
+        unmerged_sequence_index=sequence_index,
+        prompt_lengths=p[owner],
     )
-    return _without_twins(whole, owners, n).to(device)
+    return _merge_shared_tokens(unmerged, owners, n).to(device)
 
 
-def _without_twins(whole: PackedBatch, owners: list[int], n: Tensor) -> PackedBatch:
-    """The pack with one of each of the tokens that are the same behind the same tokens, and rows for these only."""
-    slots, held = _different(owners, whole.targets, n, whole.prompt_tokens)
-    if slots is None:
-        return whole
-    of_prompts, width = whole.prompt_slots.numel(), whole.mask.shape[1]
-    unpadded, mine = whole.unpadded[held], held[whole.prompt_tokens :] - whole.prompt_tokens
-    row = (unpadded[whole.prompt_tokens :] - of_prompts) // width
-    rows, which = row.unique(return_inverse=True)
-    unpadded[whole.prompt_tokens :] += (which - row) * width
+def _merge_shared_tokens(pack: PackedBatch, owners: list[int], n: Tensor) -> PackedBatch:
+    """Keep one of each of the tokens that responses share, and rows of responses only where they have tokens of their
+    own; n [R] are the responses' lengths."""
+    merged, unmerged = _merged_indices(owners, pack.targets, n, pack.prompt_tokens)
+    if merged is None:
+        return pack
+    padded_prompts, width = pack.prompt_index.numel(), pack.mask.shape[1]
+    padded = pack.padded_index[unmerged]
+    row = (padded[pack.prompt_tokens :] - padded_prompts) // width
+    rows, new_row = row.unique(return_inverse=True)
+    padded[pack.prompt_tokens :] += (new_row - row) * width
+    kept = unmerged[pack.prompt_tokens :] - pack.prompt_tokens
     return replace(
-        whole,
-        ids=whole.ids[:, held],
-        positions=whole.positions[:, held],
-        response_slots=slots[whole.response_slots[rows]],
-        sequence_slots=slots[whole.sequence_slots[rows]],
-        response_positions=whole.response_positions[rows],
-        unpadded=unpadded,
-        targets=whole.targets[mine],
-        scored_by=slots[whole.scored_by[mine]],
-        slots=slots,
-        held=held,
+        pack,
+        ids=pack.ids[:, unmerged],
+        positions=pack.positions[:, unmerged],
+        response_index=merged[pack.response_index[rows]],
+        sequence_index=merged[pack.sequence_index[rows]],
+        response_positions=pack.response_positions[rows],
+        padded_index=padded,
+        targets=pack.targets[kept],
+        scored_by=merged[pack.scored_by[kept]],
+        merged_index=merged,
+        unmerged_index=unmerged,
     )
 
 
-def _different(owners: list[int], tokens: Tensor, n: Tensor, before: int) -> tuple[Tensor | None, Tensor | None]:
-    """Responses tokens [M], one behind the other, n [R] of each, behind `before` others -> (`slots`, `held`).
+def _merged_indices(
+    owners: list[int], tokens: Tensor, n: Tensor, prompt_tokens: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Find the response tokens that are the same -> `merged_index` and `unmerged_index`; None where all differ.
 
-    Two tokens are one if the responses are of the same owner and equal up to them. In alphabetical order, responses
-    that begin alike are neighbours, and a token is new where its response differs from the one above.
+    tokens [M], one response after the other, of lengths n [R]. Two tokens are the same if their responses have the same
+    owner and are equal up to and including them.
     """
-    rows = tokens.numpy().astype(">u4")  # as bytes they compare as they do
-    texts = [x.tobytes() for x in np.split(rows, n.cumsum(0)[:-1].numpy())]
-    order = sorted(range(len(texts)), key=lambda r: (owners[r], texts[r]))
-    width, table = int(n.max()), np.zeros((len(texts), int(n.max())), dtype=np.int64)
-    mask = np.arange(width) < n.numpy()[:, None]
+    order = _alphabetical(owners, tokens, n)
+    mask = np.arange(int(n.max())) < n.numpy()[:, None]
+    table = np.zeros(mask.shape, dtype=np.int64)
     table[mask] = tokens.numpy()
-    table, mask, owner = table[order], mask[order], np.array(owners)[order]
-    like = (table[1:] == table[:-1]) & mask[1:] & mask[:-1] & (owner[1:] == owner[:-1])[:, None]
-    new = np.ones_like(mask)
-    new[1:] = ~np.logical_and.accumulate(like, axis=1)
-    if new[mask].all():
+    is_first, first_row = _first_of_equals(table[order], mask[order], np.array(owners)[order])
+    if is_first[mask[order]].all():
         return None, None
-    first = np.maximum.accumulate(np.where(new, np.arange(len(new))[:, None], 0), axis=0)
-    names = np.empty_like(first)
-    names[order] = first * width + np.arange(width)
-    back = np.empty_like(mask)
-    back[order] = mask
-    _, where, which = np.unique(names[back], return_index=True, return_inverse=True)
-    rank = where.argsort().argsort()  # the pack holds the first of equals, in the order of the rows
-    prompts, where = torch.arange(before), torch.from_numpy(np.sort(where))
-    return torch.cat([prompts, before + torch.from_numpy(rank[which])]), torch.cat([prompts, before + where])
+
+    # Name each token by the row and column of the first one that is the same, in the order of the responses again.
+    names = np.empty_like(first_row)
+    names[order] = first_row * mask.shape[1] + np.arange(mask.shape[1])
+    _, first, number = np.unique(names[mask], return_index=True, return_inverse=True)
+
+    # The pack keeps the first token of each name, in the order in which they come: np.unique sorts by name instead.
+    rank = torch.from_numpy(first.argsort().argsort()[number])
+    prompts, kept = torch.arange(prompt_tokens), torch.from_numpy(np.sort(first))
+    return torch.cat([prompts, prompt_tokens + rank]), torch.cat([prompts, prompt_tokens + kept])
 
 
-def pack_rows(rollout: Rollout, rows: list[Row]) -> PackedBatch:
-    """These rows of a rollout, those of one group side by side."""
-    g, i = (list(x) for x in zip(*rows, strict=True))
-    groups = sorted(set(g), key=g.index)
-    place = {group: k for k, group in enumerate(groups)}
-    return pack(
-        [rollout.prompts[k] for k in groups], [place[k] for k in g], rollout.tokens[g, i], rollout.lengths[g, i]
-    )
+def _alphabetical(owners: list[int], tokens: Tensor, n: Tensor) -> list[int]:
+    """Sort responses by owner, then by tokens -> their numbers. Those that begin alike become neighbours."""
+    big_endian = tokens.numpy().astype(">u4")  # whose bytes compare as the numbers do
+    texts = [x.tobytes() for x in np.split(big_endian, n.cumsum(0)[:-1].numpy())]
+    return sorted(range(len(texts)), key=lambda r: (owners[r], texts[r]))
+
+
+def _first_of_equals(table: np.ndarray, mask: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compare each response with the one above -> [R, L] whether a token is the first of its kind, and that one's row.
+
+    table [R, L] tokens, mask [R, L] and owner [R], all in alphabetical order.
+    """
+    equal = (table[1:] == table[:-1]) & mask[1:] & mask[:-1] & (owner[1:] == owner[:-1])[:, None]
+    is_first = np.ones_like(mask)
+    is_first[1:] = ~np.logical_and.accumulate(equal, axis=1)
+    row = np.where(is_first, np.arange(len(is_first))[:, None], 0)
+    return is_first, np.maximum.accumulate(row, axis=0)

@@ -1,14 +1,14 @@
-"""Attention over a pack without padding and without copies of the prompts, for the GPU.
+"""Attend over a pack on a GPU, without padding and without copies of the prompts.
 
-A response token sees two sets of keys: (A) its prompt, and (B) its own response up to itself. Each is a varlen
-attention over the pack as it lies: in (A) all responses to a prompt are one segment of queries, in (B) every prompt and
-every response is a segment, which gives the prompts' own attention too. With w = sigmoid(lse_A - lse_B) the softmax
-over both is
+A response token sees two sets of keys: (A) its prompt, and (B) its own response up to itself. Each is one varlen
+attention over the pack: in (A) all responses to a prompt are one segment of queries; in (B) every prompt and every
+response is a segment, which gives the prompts' own attention too. With w = sigmoid(lse_A - lse_B) the softmax over both
+is
 
     out = w out_A + (1 - w) out_B        lse = log(e^lse_A + e^lse_B)
 
-and as every gradient of attention is a sum over keys that knows the others by out and lse alone, the backward of each
-part with the merged out and lse is exact.
+Every gradient of attention is a sum over keys in which the other keys appear only through out and lse, so the backward
+of each part with the merged out and lse is exact.
 """
 
 import torch
@@ -19,8 +19,10 @@ from gspo.packing.pack import PackedBatch
 
 
 class _SharedPrefix(torch.autograd.Function):
-    """q [T, H, D], k, v [S, Hk, D] -> [T, H, D]: (B) by the rule `inside`; then (A) by `across`, if there is one, for
-    the tokens behind the first `prompts`."""
+    """Attend with q [T, H, D] over k, v [S, Hk, D] -> [T, H, D].
+
+    (B) by the rule `inside`; then, if there is a rule `across`, (A) for the tokens after the first `prompts`.
+    """
 
     @staticmethod
     def forward(
@@ -63,20 +65,17 @@ def shared_prefix_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """query [T, H, D], key, value [T, Hk, D] of a pack -> [T, H, D].
+    """Attend with query [T, H, D] over key, value [T, Hk, D] of a pack -> [T, H, D].
 
-    A window shorter than the longest sequence reaches from a response into its prompt, from each token less deep. There
-    a response's keys are the prompt tokens that its first token reaches, then its own: copies, but of at most
-    window - 1 tokens a response; and one causal varlen attention with a window is all of it. Tokens that responses
-    share are multiplied for it, and one result of each is kept.
+    Tokens that responses share are copied for it, once for each response, and one result of each is kept.
     """
-    if pack.slots is not None:
-        query, key, value = (x.index_select(0, pack.slots) for x in (query, key, value))
-    out = _over_all(query, key, value, pack, backend, scale, softcap, window)
-    return out if pack.held is None else out.index_select(0, pack.held)
+    if pack.merged_index is not None:
+        query, key, value = (x.index_select(0, pack.merged_index) for x in (query, key, value))
+    out = _unmerged_attention(query, key, value, pack, backend, scale, softcap, window)
+    return out if pack.unmerged_index is None else out.index_select(0, pack.unmerged_index)
 
 
-def _over_all(
+def _unmerged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -86,9 +85,15 @@ def _over_all(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    if window is None or window >= pack.sequence_slots.shape[1]:
-        inside, across = (Rule(x, scale, softcap) for x in (pack.inside, pack.across))
+    """Attend with one query, key and value for every token of every response, [U, H, D] -> [U, H, D].
+
+    A window shorter than the longest sequence reaches from a response into its prompt, less deep from each next token.
+    Then a response's keys are the prompt tokens that its first token reaches, and its own: copies, but of at most
+    window - 1 tokens a response, and a single causal varlen attention with a window computes everything.
+    """
+    if window is None or window >= pack.sequence_index.shape[1]:
+        inside, across = (Rule(x, scale, softcap) for x in (pack.prompts_and_responses, pack.responses_to_prompts))
         return _SharedPrefix.apply(query, key, value, backend, inside, across, pack.prompt_tokens)
-    places, segments = pack.within(window)
-    key, value = (x.index_select(0, places) for x in (key, value))
+    keys, segments = pack.window_segments(window)
+    key, value = (x.index_select(0, keys) for x in (key, value))
     return _SharedPrefix.apply(query, key, value, backend, Rule(segments, scale, softcap), None, 0)

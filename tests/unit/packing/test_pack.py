@@ -12,27 +12,47 @@ TOKENS = torch.tensor([[30, 31, 0], [40, 0, 0], [50, 51, 52]])
 LENGTHS = torch.tensor([2, 1, 3])
 
 
+def test_the_example_of_the_docstring():
+    """Two groups; the first two responses share their first token."""
+    letters = [Prompt(0, tuple(map(ord, "abc")), "", "", ""), Prompt(1, (ord("d"),), "", "", "")]
+    tokens = torch.tensor([list(map(ord, text)) for text in ("pq", "ps", "tu")])
+    packed = pack(letters, [0, 0, 1], tokens, torch.tensor([2, 2, 2]))
+    assert "".join(map(chr, packed.ids[0].tolist())) == "abcdpqstu"
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 3, 4, 4, 1, 2]]
+    assert "".join(map(chr, packed.targets.tolist())) == "pqstu" and packed.scored_by.tolist() == [2, 4, 4, 3, 7]
+    assert packed.prompt_index.tolist() == [[0, 1, 2], [3, 3, 3]]
+    assert packed.response_index.tolist() == [[4, 5], [4, 6], [7, 8]]
+    assert packed.sequence_index.tolist() == [[0, 1, 2, 4, 5], [0, 1, 2, 4, 6], [3, 7, 8, 8, 8]]
+    assert packed.token_of_response.tolist() == [0, 1, 0, 2, 3, 4]
+    assert packed.merged_index.tolist() == [0, 1, 2, 3, 4, 5, 4, 6, 7, 8]
+    assert packed.unmerged_index.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert packed.prompts_and_responses.queries.diff().tolist() == [3, 1, 2, 2, 2]
+    over = packed.responses_to_prompts
+    assert over.queries.diff().tolist() == [4, 2] and over.keys.diff().tolist() == [3, 1]
+
+
 def test_a_pack_by_hand():
     packed = pack(PROMPTS, [0, 0, 1], TOKENS, LENGTHS)
     assert packed.ids.tolist() == [[10, 11, 12, 20, 30, 31, 40, 50, 51, 52]]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 3, 4, 3, 1, 2, 3]]
     assert packed.targets.tolist() == [30, 31, 40, 50, 51, 52]
     assert packed.scored_by.tolist() == [2, 4, 2, 3, 7, 8]
-    assert packed.prompt_slots.tolist() == [[0, 1, 2], [3, 3, 3]]
-    assert packed.response_slots.tolist() == [[4, 5, 5], [6, 6, 6], [7, 8, 9]]
-    assert packed.sequence_slots.tolist() == [[0, 1, 2, 4, 5], [0, 1, 2, 6, 6], [3, 7, 8, 9, 9]]
-    assert packed.unpadded.tolist() == [0, 1, 2, 3, 6, 7, 9, 12, 13, 14]
+    assert packed.prompt_index.tolist() == [[0, 1, 2], [3, 3, 3]]
+    assert packed.response_index.tolist() == [[4, 5, 5], [6, 6, 6], [7, 8, 9]]
+    assert packed.sequence_index.tolist() == [[0, 1, 2, 4, 5], [0, 1, 2, 6, 6], [3, 7, 8, 9, 9]]
+    assert packed.padded_index.tolist() == [0, 1, 2, 3, 6, 7, 9, 12, 13, 14]
     assert packed.mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
 
 
 def test_the_segments_of_a_pack_by_hand():
     packed = pack(PROMPTS, [0, 0, 1], TOKENS, LENGTHS)
     assert packed.prompt_tokens == 4
-    assert packed.inside.queries.tolist() == packed.inside.keys.tolist() == [0, 3, 4, 6, 7, 10]
-    assert packed.across.queries.tolist() == [0, 3, 6] and packed.across.keys.tolist() == [0, 3, 4]
-    assert (packed.inside.longest_query, packed.across.longest_query, packed.across.longest_key) == (3, 3, 3)
-    slots, near = packed.within(2)
-    assert slots.tolist() == [0, 1, 2, 3, 2, 4, 5, 2, 6, 3, 7, 8, 9], "each response behind the last of its prompt"
+    own, prompts = packed.prompts_and_responses, packed.responses_to_prompts
+    assert own.queries.tolist() == own.keys.tolist() == [0, 3, 4, 6, 7, 10]
+    assert prompts.queries.tolist() == [0, 3, 6] and prompts.keys.tolist() == [0, 3, 4]
+    assert (own.longest_query, prompts.longest_query, prompts.longest_key) == (3, 3, 3)
+    keys, near = packed.window_segments(2)
+    assert keys.tolist() == [0, 1, 2, 3, 2, 4, 5, 2, 6, 3, 7, 8, 9], "each response behind the last of its prompt"
     assert near.queries.tolist() == [0, 3, 4, 6, 7, 10] and near.keys.tolist() == [0, 3, 4, 7, 9, 13]
 
 
@@ -52,14 +72,14 @@ def test_responses_that_begin_alike_by_hand():
     assert packed.positions.tolist() == [[0, 1, 2, 0, 3, 4, 5, 4, 5, 1, 2]]
     assert packed.targets.tolist() == [30, 31, 32, 40, 32, 30, 31]
     assert packed.scored_by.tolist() == [2, 4, 5, 4, 7, 3, 9]
-    assert packed.response_slots.tolist() == [[4, 5, 6], [4, 7, 8], [9, 10, 10]], "no row for what another begins with"
-    assert packed.sequence_slots[:, :3].tolist() == [[0, 1, 2]] * 2 + [[3, 9, 10]]
+    assert packed.response_index.tolist() == [[4, 5, 6], [4, 7, 8], [9, 10, 10]], "no row for what another begins with"
+    assert packed.sequence_index[:, :3].tolist() == [[0, 1, 2]] * 2 + [[3, 9, 10]]
     assert packed.response_positions.tolist() == [[3, 4, 5], [3, 4, 5], [1, 2, 2]]
-    assert packed.unpadded.tolist() == [0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13]
-    assert packed.twins.tolist() == [0, 1, 2, 0, 1, 0, 3, 4, 5, 6]
-    assert packed.slots.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4, 7, 8, 9, 10]
-    assert packed.held.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13]
-    assert packed.inside.queries.tolist() == [0, 3, 4, 7, 9, 12, 14], "segments know nothing of it"
+    assert packed.padded_index.tolist() == [0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13]
+    assert packed.token_of_response.tolist() == [0, 1, 2, 0, 1, 0, 3, 4, 5, 6]
+    assert packed.merged_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4, 7, 8, 9, 10]
+    assert packed.unmerged_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11, 12, 13]
+    assert packed.prompts_and_responses.queries.tolist() == [0, 3, 4, 7, 9, 12, 14], "segments know nothing of it"
 
 
 @settings(deadline=None)
@@ -85,20 +105,21 @@ def test_packed_rows_are_the_rollouts(data):
     ids, positions = packed.ids[0], packed.positions[0]
     beginnings = [(g, *tokens[g, i, :k].tolist()) for g, i in rows for k in range(1, int(lengths[g, i]) + 1)]
     assert len(ids) == sum(sizes[g] for g in {g for g, _ in rows}) + len(set(beginnings)), "each token once"
-    twins = torch.arange(len(packed.targets)) if packed.twins is None else packed.twins
-    assert (packed.twins is None) == (len(beginnings) == len(packed.targets))
-    scored = iter(zip(packed.scored_by[twins].tolist(), packed.targets[twins].tolist(), strict=True))
+    which = packed.token_of_response
+    assert (which is None) == (len(beginnings) == len(packed.targets))
+    which = torch.arange(len(packed.targets)) if which is None else which
+    scored = iter(zip(packed.scored_by[which].tolist(), packed.targets[which].tolist(), strict=True))
     before = sum(sizes[g] for g in {g for g, _ in rows})
-    slots = torch.arange(before + len(beginnings)) if packed.slots is None else packed.slots
+    merged = torch.arange(before + len(beginnings)) if packed.merged_index is None else packed.merged_index
     for r, (g, i) in enumerate(rows):
         response = tokens[g, i, : lengths[g, i]].tolist()
         sequence = [*prompts[g].ids, *response]
-        mine = slots[packed.sequence_places[r, : len(sequence)]]
+        mine = merged[packed.unmerged_sequence_index[r, : len(sequence)]]
         assert ids[mine].tolist() == sequence and positions[mine].tolist() == list(range(len(sequence)))
         for k, token in enumerate(response):
-            slot, target = next(scored)
-            assert target == token and slot == mine[sizes[g] + k - 1]
-    for own, sequence in zip(packed.response_slots, packed.sequence_slots, strict=True):
+            index, target = next(scored)
+            assert target == token and index == mine[sizes[g] + k - 1]
+    for own, sequence in zip(packed.response_index, packed.sequence_index, strict=True):
         assert sequence[positions[own]].equal(own), "the index is the position"
-    padded = torch.cat([ids[packed.prompt_slots].flatten(), ids[packed.response_slots].flatten()])
-    assert padded[packed.unpadded].equal(ids)
+    padded = torch.cat([ids[packed.prompt_index].flatten(), ids[packed.response_index].flatten()])
+    assert padded[packed.padded_index].equal(ids)

@@ -142,11 +142,11 @@ def test_which_tensors_go_to_which_backend(monkeypatch):
         assert [chosen(**case) for case in refused] == [None] * len(refused)
 
 
-@pytest.mark.parametrize("part", ["inside", "across", "within"])
+@pytest.mark.parametrize("part", ["prompts_and_responses", "responses_to_prompts", "window"])
 def test_torch_takes_the_calls_of_its_backend(part):
     """Signatures, shapes and dtypes, by tensors that claim to be on a GPU (numbers: test_attention_on_cuda.py)."""
     packed = a_pack(LARGE)
-    segments = packed.within(50)[1] if part == "within" else getattr(packed, part)
+    segments = packed.window_segments(50)[1] if part == "window" else getattr(packed, part)
     with torch._subclasses.FakeTensorMode():
         offsets = {
             name: torch.empty(len(segments.keys), dtype=torch.int32, device="cuda") for name in ("queries", "keys")
