@@ -3,15 +3,15 @@
     python train.py --config configs/quick.yaml [section.key=value ...]
     torchrun --nproc_per_node=8 train.py --config configs/standard.yaml [...]
 
-data -> rollout -> reward -> pairs -> log-probs -> objective -> update -> log, then the next step; when a self-play
-round ends, the policy becomes its own opponent. This file is where the stages meet.
+A step is data -> rollout -> reward -> pairs -> log-probs -> objective -> update -> log (`take_step`). When a self-play
+round ends, the opponent becomes a copy of the policy. This file is where the stages meet.
 """
 
 import argparse
 
 from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.pairs import forks, preferences
-from gspo.algorithm.self_play import SelfPlayModels, round_of
+from gspo.algorithm.self_play import SelfPlayModels
 from gspo.algorithm.solutions import add_solution_rewards, add_solutions, prefer_solutions
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
@@ -29,104 +29,91 @@ from gspo.packing.balance import balance
 from gspo.read_config import load_config
 from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
-from gspo.run import Run, held_out, save, start, test
+from gspo.run import (
+    Run,
+    StopReason,
+    end_round_if_over,
+    evaluate_held_out,
+    evaluate_run,
+    save_checkpoint,
+    start_run,
+    stop_reason,
+)
 from gspo.system.console import say
 from gspo.system.program import guarded
-from gspo.types import Experience, Groups, Rollout, Scores
+from gspo.types import Experience, Groups, Rollout, Scores, Update
 
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
     """Run, or resume, one training run: from its configuration to its final table."""
-    tokenizer = load_tokenizer(cfg.model.path)
+    tokenizer, model_config = load_tokenizer(cfg.model.path), load_model_config(cfg.model.path)
+    check_launch(cfg, model_config, world, started=not check_only)
     scorer = Scorer(cfg.reward)
-    model_config = load_model_config(cfg.model.path)
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model_config))
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
-
-    check_launch(cfg, model_config, world, started=not check_only)
     world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
     if check_only:
-        return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} answers")
+        return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} responses")
 
-    run = start(cfg, world, model_config, tokenizer, splits, batches, scorer)
-    state = run.state
+    run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)
+    state, evaluates = run.state, splits.test and cfg.eval.before_and_after
     if state.step:
         say(f"{run.folder}: {state.step} of {total} steps done")
-    elif splits.test and cfg.eval.before_and_after:
-        test(run, "eval_before")
-    if state.step == 0:
-        held_out(run, 0, ends_round=True)
+    else:
+        if evaluates:
+            evaluate_run(run, "eval_before")
+        evaluate_held_out(run, round_ended=True)
 
-    with run.checkpoints as checkpoints:  # what is being written when something fails is written to its end
-        alarm, signal = play(run, total)
+    with run.checkpoints as checkpoints:  # when something fails, a checkpoint that is being written is finished
+        stop = take_steps(run)
         if state.step:
-            save(run, at_once=True)
+            save_checkpoint(run, at_once=True)
             checkpoints.require(state.step)
         run.tracker.close()
-    if alarm:
-        raise UserError(f"stopped after step {state.step}, with a checkpoint: {alarm}")
-    if signal:
-        return say(f"{signal}: left after step {state.step} of {total}; the same command goes on from there")
-    if splits.test and cfg.eval.before_and_after and needs_evaluation(run.folder, "eval_after", state.step, world):
-        test(run, "eval_after")
+    if stop and stop.kind == "alarm":
+        raise UserError(f"stopped after step {state.step}, with a checkpoint: {stop.text}")
+    if stop:
+        return say(f"{stop.text}: left after step {state.step} of {total}; the same command goes on from there")
+
+    if evaluates and needs_evaluation(run.folder, "eval_after", state.step, world):
+        evaluate_run(run, "eval_after")
     if world.is_main:
         say(final_words(run.folder, latest_checkpoint(run.folder / "checkpoints")))
 
 
-def play(run: Run, total: int) -> tuple[str, str]:
-    """Take steps until there are `total` -> the alarm, and the signal, that ended it earlier, or "" and ""."""
-    cfg, world, batches, scorer = run.cfg, run.world, run.batches, run.scorer
-    algorithm = find_algorithm(cfg.objective.algorithm)
-    models, sampler, state, tracker = run.models, run.sampler, run.state, run.tracker
-    while state.step < total:
-        if any(early := reasons_to_end(run)):
-            return early
-        step, clock = state.step, Clock(world.device)
-        batch = batches.take()
-        with clock("rollout"):
-            models.refresh_sampler()
-            places, rollout = sampler.generate_share(
-                batch, cfg.rollout.n, run.sampling, world, step=step, on_group=scorer.begin
-            )
-        with clock("reward"):
-            scores = scorer(rollout)
-            batches.mark_solved(world.gather_rows(places, correct_of(scores).all(1)).tolist())
-        with clock("reference"):
-            places, rollout, scores, share = balance(places, rollout, scores, cfg.optim.minibatches, world)
-            if algorithm.needs_solutions:
-                rollout = add_solutions(rollout, sampler.tokenizer, sampler.end_id, models.policy.config, world)
-            experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world)
-        with clock("update"):
-            update = run.updater.run(experience, lr := learning_rate(step, total, cfg))
-
-        state.step, last = step + 1, step + 1 == total
-        state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite)
-        metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state()))
-        state.tokens_sampled += int(metrics["tokens"])
-        metrics |= {"learning_rate": lr, "round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
-        metrics["balance"] = share
-        now = round_of(step + 1, total, cfg.selfplay.rounds)
-        ends_round = last or now > state.round
-        if ends_round or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
-            metrics |= held_out(run, step + 1, ends_round)
-        if now > state.round:
-            models.new_opponent()
-            state.round = now
-        metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
-        tracker.log(state.step, metrics, total, causes={"skipped_updates": update.not_finite})
-        tracker.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
-        run.checkpoints.commit()
-        best = state.is_best(metrics) and cfg.trainer.keep_best
-        if best or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
-            save(run)
-    return "", ""
+def take_steps(run: Run) -> StopReason | None:
+    """Take the steps that are left; return what ended the run earlier, if anything did."""
+    while run.state.step < run.total_steps:
+        stop = stop_reason(run)
+        if stop:
+            return stop
+        take_step(run)
+    return None
 
 
-def reasons_to_end(run: Run) -> tuple[str, str]:
-    """An alarm, of the last step or of the run resumed, and a signal to any rank: "" and "", mostly."""
-    alarms, signals = zip(*run.world.gather((run.tracker.health.alarmed or "", run.preemption.by)), strict=True)
-    return max(alarms), max(signals)
+def take_step(run: Run) -> None:
+    """Take one step: data -> rollout -> reward -> pairs -> log-probs -> objective -> update -> log."""
+    cfg, world, models, scorer = run.cfg, run.world, run.models, run.scorer
+    step, clock = run.state.step, Clock(world.device)
+    prompts = run.batches.take()
+    with clock("rollout"):
+        models.refresh_sampler()
+        places, rollout = run.sampler.generate_share(
+            prompts, cfg.rollout.n, run.sampling, world, step=step, on_group=scorer.begin
+        )
+    with clock("reward"):
+        scores = scorer(rollout)
+        run.batches.mark_solved(world.gather_rows(places, correct_of(scores).all(1)).tolist())
+    with clock("reference"):
+        places, rollout, scores, imbalance = balance(places, rollout, scores, cfg.optim.minibatches, world)
+        if find_algorithm(cfg.objective.algorithm).needs_solutions:
+            rollout = add_solutions(rollout, run.sampler.tokenizer, run.sampler.end_id, models.policy.config, world)
+        experience = gather_experience(rollout, places, scores, models, len(prompts), cfg, world)
+    with clock("update"):  # evaluates the objective
+        lr = learning_rate(step, run.total_steps, cfg)
+        update = run.updater.run(experience, lr)
+    finish_step(run, experience, scores, update, clock, {"learning_rate": lr, "balance": imbalance})
 
 
 def gather_experience(
@@ -138,12 +125,32 @@ def gather_experience(
     cfg: Config,
     world: World,
 ) -> Experience:
-    """Rewards -> pairs, and the log-probs that the objective measures from."""
-    reference, anchors = models.reference(rollout)
+    """Rewards -> pairs, and the log-probs that the objective measures the policy's from."""
     rewards = add_solution_rewards(scores.rewards, rollout).to(world.device)
     beats = prefer_solutions(preferences(rewards, cfg.objective.margin), rollout.sampled)
+    reference, anchors = models.reference(rollout)
     groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths)
     return Experience(rollout, groups, reference, places, batch_groups, batch_pairs=int(world.sum(int(beats.sum()))))
+
+
+def finish_step(
+    run: Run, experience: Experience, scores: Scores, update: Update, clock: Clock, shown: dict[str, float]
+) -> None:
+    """Count the step, end the round where it is over, log, and begin a checkpoint where one is due."""
+    cfg, world, state = run.cfg, run.world, run.state
+    state.step += 1
+    state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite)
+    metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state())) | shown
+    state.tokens_sampled += int(metrics["tokens"])
+    metrics |= {"round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
+    metrics |= end_round_if_over(run)
+    metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
+    run.tracker.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
+    run.tracker.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
+    run.checkpoints.commit()
+    best = state.is_best(metrics) and cfg.trainer.keep_best
+    if best or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
+        save_checkpoint(run)
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""One training run: what it works with, how it is opened and saved, and how it is evaluated on the way."""
+"""Open a training run, save it, evaluate it on the way, and say why it stops."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from gspo.algorithm.self_play import SelfPlayModels, kl_divergence_to, win_rate
+from gspo.algorithm.self_play import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
@@ -24,6 +24,14 @@ from gspo.rollout.sampling import Sampling
 from gspo.system.console import say
 from gspo.system.files import write_json
 from gspo.system.preemption import Preemption
+
+
+@dataclass(frozen=True)
+class StopReason:
+    """Why a run ends before its last step."""
+
+    kind: Literal["alarm", "signal"]
+    text: str  # the alarm's message, or the signal's name
 
 
 @dataclass
@@ -44,12 +52,20 @@ class Run:
     folder: Path
     checkpoints: Checkpoints
     preemption: Preemption
+    total_steps: int
 
 
-def start(
-    cfg: Config, world: World, model_config: Any, tokenizer: Any, splits: Splits, batches: Batches, scorer: Scorer
+def start_run(
+    cfg: Config,
+    world: World,
+    model_config: Any,
+    tokenizer: Any,
+    splits: Splits,
+    batches: Batches,
+    scorer: Scorer,
+    total_steps: int,
 ) -> Run:
-    """Open the run's folder, and the models as they stand at its latest checkpoint, if there is one."""
+    """Open the run's folder, and the models: as they are at its latest checkpoint, if there is one."""
     folder, resume = open_run(cfg, world)
     state = load_state(resume) if resume else State()
     if world.is_main:
@@ -84,18 +100,27 @@ def start(
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
         cfg, world, splits, batches, scorer, models, sampler, sampling, updater, tracker, state, folder, checkpoints,
-        preemption,
+        preemption, total_steps,
     )  # fmt: skip
 
 
-def save(run: Run, at_once: bool = False) -> None:
-    """Begin a checkpoint from which everything goes on as if it had not stopped."""
+def stop_reason(run: Run) -> StopReason | None:
+    """Return why to end before the next step, the same on every rank: the alarm of a step, also of one before a resumed
+    run's checkpoint, or a signal to any rank."""
+    alarms, signals = zip(*run.world.gather((run.tracker.health.alarmed or "", run.preemption.by)), strict=True)
+    if any(alarms):
+        return StopReason("alarm", max(alarms))
+    return StopReason("signal", max(signals)) if any(signals) else None
+
+
+def save_checkpoint(run: Run, at_once: bool = False) -> None:
+    """Begin a checkpoint; a run that resumes from it goes on as if it had not stopped."""
     models, optimizer, order = run.models, run.updater.optimizer, run.batches.state()
     run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, order, at_once)
 
 
-def test(run: Run, name: str) -> None:
-    """Greedy and sampled accuracy on the test prompts, kept as a file of the run."""
+def evaluate_run(run: Run, name: str) -> None:
+    """Evaluate the policy on the test prompts, sampled and greedy, and write the report to `name`.json of the run."""
     run.models.refresh_sampler()
     answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
     if run.world.is_main:
@@ -106,24 +131,40 @@ def test(run: Run, name: str) -> None:
             say(f"warning: {name}.json cannot be written ({e.strerror}); pass@1 is {result['pass@1']:.3f}")
 
 
-def held_out(run: Run, step: int, ends_round: bool) -> dict[str, float]:
-    """Answers to held-out prompts; when a round ends they meet the previous self's, and take their place."""
+def end_round_if_over(run: Run) -> dict[str, float]:
+    """Evaluate held-out prompts where due, and begin the next round where this one is over; return the metrics."""
+    cfg, state, metrics = run.cfg, run.state, {}
+    next_round = round_of(state.step, run.total_steps, cfg.selfplay.rounds)
+    round_ended = state.step == run.total_steps or next_round > state.round
+    if round_ended or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
+        metrics = evaluate_held_out(run, round_ended)
+    if next_round > state.round:
+        run.models.new_opponent()
+        state.round = next_round
+    return metrics
+
+
+def evaluate_held_out(run: Run, round_ended: bool) -> dict[str, float]:
+    """Sample and score responses to the held-out prompts; return the metrics.
+
+    When a round ended, they are compared with the responses of the round before, and kept for the next comparison.
+    """
     cfg, world, state = run.cfg, run.world, run.state
     if not run.splits.val:
         return {}
     run.models.refresh_sampler()
     places, rollout = run.sampler.generate_share(
-        run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=step, on_group=run.scorer.begin
+        run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=state.step, on_group=run.scorer.begin
     )
     scores = run.scorer(rollout)
     rewards = world.gather_rows(places, scores.rewards)
     correct = world.gather_rows(places, correct_of(scores).float())
     metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
-    if step > 0:
+    if state.step > 0:
         metrics["kl_to_initial"] = kl_divergence_to(run.models, run.models.initial(), rollout, world)
-    if ends_round and state.round_rewards is not None:
+    if round_ended and state.round_rewards is not None:
         before = torch.tensor(state.round_rewards)
         metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
-    if ends_round:
+    if round_ended:
         state.round_rewards = rewards.tolist()
     return metrics
