@@ -41,6 +41,11 @@ def test_answers_longer_than_a_models_frequencies_allow_are_refused_before_train
         check_launch(load_config(None, ["rollout.max_new_tokens=25", "data.max_prompt_length=1000"]), config, a_world())
 
 
+def test_an_unknown_algorithm_is_refused_with_the_names_there_are():
+    with pytest.raises(UserError, match=r"objective.algorithm = 'ppo' is not one of gspo, rloo, grpo.*ALGORITHMS"):
+        check_launch(load_config(None, ["objective.algorithm=ppo"]), load_model_config(None), a_world())
+
+
 @pytest.mark.parametrize(
     ("overrides", "size", "said"),
     [
