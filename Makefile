@@ -3,6 +3,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 # What the benchmarks run beside us has an environment of its own.
 RIVALS := .venv-bench
+# Processes that run tests, one thread each.
+WORKERS ?= 2
 # Further settings for any training target: make train-quick ARGS="trainer.seed=1"
 ARGS   ?=
 # The model to train; empty: the embedded one, which needs a larger step than the presets' 1e-6 for billions.
@@ -12,7 +14,7 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
         smollm2 train-smollm2 bench bench-gpu bench-learning bench-ablations bench-reward bench-data \
-        test test-slow test-gpu lint format clean
+        test test-slow test-all test-hour test-gpu lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -83,11 +85,16 @@ bench: $(RIVALS)/.ready smollm2 ## speed and memory beside TRL and other kernels
 bench-gpu: $(RIVALS)/.ready ## ... on CUDA
 	$(RIVALS)/bin/python benchmarks/speed.py cuda $(ARGS)
 
-test: dev ## the test suite, under 10 minutes on two cores
-	$(PY) -m pytest
+test: dev ## every module's tests, under 4 minutes on two cores (how to run fewer: tests/README.md)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-test-slow: dev ## the cases that take minutes
-	$(PY) -m pytest -m slow
+test-slow: dev ## what `make test` has no time for: every architecture, kills, random shapes, instruction sets
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "slow and not hour and not gpu"
+
+test-all: test test-slow ## everything that needs no GPU and no hour
+
+test-hour: dev ## the longest, one after the other: 25 kills on two ranks, 200 chaotic steps, measured memory
+	$(PY) -m pytest -m hour
 
 test-gpu: dev ## the cases that need CUDA
 	$(PY) -m pytest -m gpu

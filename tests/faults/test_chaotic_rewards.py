@@ -42,7 +42,7 @@ def alive(folder):
 
 
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.hour)])
 @pytest.mark.parametrize("on_error", ["zero", pytest.param("skip_group", marks=pytest.mark.slow)])
 def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
     log = tmp_path / "log"
@@ -73,6 +73,7 @@ def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
         assert late < 1.05 * early, (early, late)
 
 
+@pytest.mark.slow
 def test_a_step_without_a_single_score_is_logged_and_passed(run_program, tmp_path):
     """A judge that is down for everything: no rewards, no pairs, no crash."""
     (tmp_path / "down.py").write_text("def compute_score(**_):\n    raise ConnectionError('down')\n")

@@ -70,6 +70,7 @@ def test_a_run_that_is_asked_to_leave_ends_its_step_saves_and_goes_on_later_bit_
     assert_equal_bits(final(tmp_path / "quick"), final(whole))
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing_half_written(start, tmp_path):
     process = start(*SMALL, f"trainer.output_dir={tmp_path}", "trainer.max_steps=1000")
     assert wait_until((tmp_path / "quick/metrics.jsonl").exists)

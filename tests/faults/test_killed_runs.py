@@ -18,7 +18,7 @@ SMALL = ("--config", "configs/quick.yaml", "data.train_batch_size=4", "rollout.m
 STEPS = 160  # so many that the run does not end before it has been killed often enough
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(10_000)]
+pytestmark = pytest.mark.timeout(10_000)
 
 
 def command(folder: Path, steps: int, ranks: int):
@@ -93,6 +93,7 @@ def final(folder: Path, steps: int):
     return {str(file.relative_to(step)): load_file(file) for file in sorted(step.rglob("*.safetensors"))}
 
 
+@pytest.mark.slow
 def test_25_kills_on_one_process_leave_every_bit_as_it_would_have_been(tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -116,6 +117,7 @@ def test_25_kills_on_one_process_leave_every_bit_as_it_would_have_been(tmp_path,
     assert_nothing_is_left(killed)
 
 
+@pytest.mark.hour
 def test_25_kills_on_two_ranks_leave_the_weights_within_float_tolerance(tmp_path, capsys):
     """Gradients are summed in an order that may change; torchrun and its workers are killed alike."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -134,6 +136,7 @@ def test_25_kills_on_two_ranks_leave_the_weights_within_float_tolerance(tmp_path
     assert_nothing_is_left(killed)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_worker_that_died_and_the_run_goes_on_by_itself(tmp_path):
     args = command(tmp_path, 12, 2)
     program = Program(*args[:4], "--max-restarts=2", *args[4:], "trainer.resume=never", log=tmp_path / "log")
@@ -148,6 +151,7 @@ def test_torchrun_restarts_a_worker_that_died_and_the_run_goes_on_by_itself(tmp_
 
 
 @pytest.mark.parametrize("to", ["a worker", "torchrun"])
+@pytest.mark.slow
 def test_a_signal_to_one_is_a_signal_to_all_ranks(tmp_path, to):
     """Two ranks end their step, save, and leave; torchrun passes SIGTERM on."""
     program = Program(*command(tmp_path, 1000, 2), log=tmp_path / "log")

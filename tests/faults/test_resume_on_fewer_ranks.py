@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from gspo.models.safetensors_files import open_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(run_program, tmp_path_factory):
@@ -30,7 +32,6 @@ def third_step(folder):
     return {name: rows[2][name] for name in names}, [row for row in samples if row["step"] == 3]
 
 
-@pytest.mark.slow
 def test_the_next_step_has_the_same_loss_on_one_two_and_three_ranks(runs):
     folder, _ = runs
     numbers, samples = third_step(folder / "1")

@@ -72,11 +72,11 @@ def test_the_seeds_own_row_trains_for_a_step(run_program, tmp_path):
 @pytest.mark.parametrize(
     "overrides, says",
     [
-        (["data.train_files={tmp}/none.json"], "none.json"),
-        (["model.path={tmp}/nowhere"], "nowhere"),
         (["reward_func={tmp}/bad.py"], "returned nan"),
-        (["data.max_prompt_length=3"], "data.max_prompt_length is 3"),
-        (["trainer.resume={tmp}"], "not a checkpoint"),
+        pytest.param(["data.train_files={tmp}/none.json"], "none.json", marks=pytest.mark.slow),
+        pytest.param(["model.path={tmp}/nowhere"], "nowhere", marks=pytest.mark.slow),
+        pytest.param(["data.max_prompt_length=3"], "data.max_prompt_length is 3", marks=pytest.mark.slow),
+        pytest.param(["trainer.resume={tmp}"], "not a checkpoint", marks=pytest.mark.slow),
     ],
     ids=lambda x: x[0].split("=")[0] if isinstance(x, list) else "",
 )

@@ -40,11 +40,12 @@ def alone(run_program, tmp_path_factory):
 @pytest.mark.parametrize(
     "overrides",
     [
-        LIVE,
+        pytest.param(LIVE, id="live"),
         # one response a forward: unequal work, frozen coefficients
-        (*LIVE, "optim.micro_batch_responses=3", "objective.normalizer=batch"),
+        pytest.param(
+            (*LIVE, "optim.micro_batch_responses=3", "objective.normalizer=batch"), id="frozen", marks=pytest.mark.slow
+        ),
     ],
-    ids=["live", "frozen"],
 )
 def test_two_ranks_sample_score_and_differentiate_as_one(run_program, tmp_path, alone, overrides):
     """7 prompts on 2 ranks: an uneven share. Gradients to 1e-5 of their largest entry."""
@@ -75,6 +76,7 @@ def test_weights_flow_to_tensor_parallel_samplers_a_piece_at_a_time_and_each_ran
         assert 27 < rank["held"] < 28 and rank["grown"] < 8, ranks
 
 
+@pytest.mark.slow
 def test_one_prompt_on_two_ranks_neither_hangs_nor_differs(run_program, tmp_path):
     """A rank without any work still takes part in every collective."""
     few = (
@@ -117,7 +119,11 @@ def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program,
 
 @pytest.mark.parametrize(
     ("ranks", "shapes"),
-    [(3, 4), *(pytest.param(k, 100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]) for k in (2, 3, 4))],
+    [
+        (3, 4),
+        pytest.param(3, 100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
+        *(pytest.param(k, 100, marks=[pytest.mark.hour, pytest.mark.timeout(3000)]) for k in (2, 4)),
+    ],
 )
 def test_any_batch_gives_any_number_of_ranks_one_process_s_loss_and_gradients(run_program, tmp_path, ranks, shapes):
     """Uneven lengths and prompt counts, groups without pairs, fewer groups than ranks; mini- and micro-batches, hybrid

@@ -189,7 +189,7 @@ def test_one_weight_as_embedding_and_as_head():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("name", ["linear_logprob", "linear_logprob_and_grad"])
+@pytest.mark.parametrize("name", [pytest.param("linear_logprob", marks=pytest.mark.slow), "linear_logprob_and_grad"])
 @pytest.mark.parametrize(
     "tokens, size, vocabulary", [(600, 16, 200_000), pytest.param(2048, 896, 151_936, marks=pytest.mark.slow)]
 )

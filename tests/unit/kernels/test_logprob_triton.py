@@ -13,6 +13,7 @@ def test_interpreted_kernels_are_as_near_to_float64_as_plain_pytorch(tmp_path):
     assert len(found) == 24 and not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_sm_80_and_sm_90a_with_nothing_spilled_and_wide_loads(tmp_path):
     found = results("compiled_logprob.py", tmp_path)
     assert len(found) == 16

@@ -46,6 +46,7 @@ def calls(tmp_path):
 COMPILING = "kernels/cpu: compiling, once on this machine\n"
 
 
+@pytest.mark.slow
 @needed
 def test_kernels_are_compiled_once_and_kept(tmp_path):
     cxx = compiler(tmp_path, 'exec c++ "$@"')

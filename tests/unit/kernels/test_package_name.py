@@ -72,12 +72,13 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", ["train.py", *(pytest.param(x, marks=pytest.mark.slow) for x in list(PROGRAMS)[1:])])
 def test_programs_run_with_the_package(name, installed, run_program):
     done = run_program(*PROGRAMS[name], env={"PYTHONPATH": str(installed)})
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train.py", "gspo.memory"])
 def test_programs_run_without(name, run_program):
     done = run_program(*PROGRAMS[name])

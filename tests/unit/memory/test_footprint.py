@@ -168,16 +168,21 @@ def prepare(folder, model):
     return f"data.train_files=[{folder / 'rows.json'}]", f"reward.path={folder / 'reward.py'}"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(6000)
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, ("model.precision=fp32", "optim.micro_batch_tokens=1200")),
-        (1, ("model.precision=bf16", "model.gradient_checkpointing=true", "optim.epochs_per_rollout=2")),
-        (2, ("model.precision=fp32", "optim.micro_batch_tokens=600")),
+        pytest.param(1, ("model.precision=fp32", "optim.micro_batch_tokens=1200"), id="fp32", marks=pytest.mark.slow),
+        pytest.param(
+            1,
+            ("model.precision=bf16", "model.gradient_checkpointing=true", "optim.epochs_per_rollout=2"),
+            id="bf16, checkpointed, several steps",
+            marks=pytest.mark.hour,
+        ),
+        pytest.param(
+            2, ("model.precision=fp32", "optim.micro_batch_tokens=600"), id="two ranks", marks=pytest.mark.hour
+        ),
     ],
-    ids=["fp32", "bf16, checkpointed, several steps", "two ranks"],
 )
 def test_the_report_is_within_15_percent_of_what_a_run_takes(run_program, tmp_path, ranks, overrides):
     """17 million parameters, where what is counted outweighs what is not."""

@@ -15,9 +15,15 @@ from gspo.system.program import guarded
     ("arguments", "said"),
     [
         (["rollout.nn=4"], ["'rollout.nn'", "did you mean 'rollout.n'"]),
-        (["--config", "{tmp}/no.yaml"], ["{tmp}/no.yaml: No such file", "configs/quick.yaml"]),
-        (["model.path={tmp}/no_model"], ["model.path = '{tmp}/no_model'", "no folder here"]),
-        (["data.train_files={tmp}/no.json"], ["data file {tmp}/no.json: No such file"]),
+        pytest.param(
+            ["--config", "{tmp}/no.yaml"], ["{tmp}/no.yaml: No such file", "configs/quick.yaml"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["model.path={tmp}/no_model"], ["model.path = '{tmp}/no_model'", "no folder here"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["data.train_files={tmp}/no.json"], ["data file {tmp}/no.json: No such file"], marks=pytest.mark.slow
+        ),
     ],
     ids=["key", "config", "model", "data"],
 )
