@@ -1,9 +1,9 @@
-"""A checkpoint -> a Hugging Face folder to give away: verified, in few files, in bf16 if wanted. No GPU.
+"""Export a checkpoint as a Hugging Face folder to share: verified, in few files, in bf16 if wanted. No GPU.
 
     python -m gspo.export outputs/checkpoints my-model [--dtype bf16] [--max_shard_gb 5]
 
-CHECKPOINT is a checkpoint, a run or a folder of checkpoints (the newest is taken), or any Hugging Face folder. Tensors
-are read one at a time; no more than a file of them is in memory.
+CHECKPOINT is a checkpoint; or a run or a folder of checkpoints, of which the newest is exported; or any Hugging Face
+folder. Memory: at most the tensors of one output file.
 """
 
 import argparse
@@ -26,28 +26,17 @@ from gspo.system.files import replacing
 from gspo.system.program import guarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ALONE = World(0, 1, torch.device("cpu"), None)
+ONE_PROCESS = World(0, 1, torch.device("cpu"), None)
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> Path:
-    """Write `folder`, whole or not at all -> the checkpoint that was taken.
+    """Write `folder`, whole or not at all. Return the checkpoint that was exported.
 
-    UserError when the checkpoint is damaged, the folder is there and not empty or among checkpoints, or the disk is
-    full.
+    UserError when the checkpoint is damaged, the folder is not empty or lies among checkpoints, or the disk is full.
     """
     source = latest_checkpoint(checkpoint) or latest_checkpoint(checkpoint / "checkpoints") or checkpoint
-    if not source.exists():
-        raise UserError(f"{source} is not there.")
-    if not (source / "config.json").exists():
-        raise UserError(f"{source} is neither a checkpoint nor a Hugging Face folder (no config.json in it).")
-    ours = (source / "trainer").exists()
-    if ours and (wrong := manifest.find_damage(source, ALONE, required=source != checkpoint)):
-        raise UserError(f"{source} is damaged: {wrong}. Export another checkpoint.")
-    home = source.resolve().parent if ours else source.resolve()
-    if folder.resolve().is_relative_to(home):
-        raise UserError(f"{folder} lies in {home}. Name a folder outside of it.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty. Name another folder.")
+    _check_source(source, named=source == checkpoint)
+    _check_target(folder, source)
     weights = open_weights(source)
     try:
         with replacing(folder) as part:
@@ -62,30 +51,60 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
     return source
 
 
+def _is_checkpoint(source: Path) -> bool:
+    """Return whether a Hugging Face folder is a checkpoint of ours."""
+    return (source / "trainer").exists()
+
+
+def _check_source(source: Path, named: bool) -> None:
+    """Raise UserError unless `source` is an undamaged checkpoint or a Hugging Face folder.
+
+    A checkpoint that the user `named` may have no manifest.
+    """
+    if not source.exists():
+        raise UserError(f"{source} does not exist. Give a checkpoint, a run or a Hugging Face folder.")
+    if not (source / "config.json").exists():
+        raise UserError(
+            f"{source} is neither a checkpoint nor a Hugging Face folder: it has no config.json. Give one of these."
+        )
+    if _is_checkpoint(source) and (damage := manifest.find_damage(source, ONE_PROCESS, required=not named)):
+        raise UserError(f"{source} is damaged: {damage}. Export another checkpoint.")
+
+
+def _check_target(folder: Path, source: Path) -> None:
+    """Raise UserError if `folder` lies in the source or among checkpoints, or is not empty."""
+    home = source.resolve().parent if _is_checkpoint(source) else source.resolve()
+    if folder.resolve().is_relative_to(home):
+        raise UserError(f"{folder} lies in {home}. Name a folder outside of it.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty. Name another folder.")
+
+
 def _write(part: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    """Write the weights in files of at most `shard_bytes`, their index, and the dtype into config.json."""
     shards = list(_shards(weights, dtype, shard_bytes))
-    places, total = {}, 0
+    file_of, total = {}, 0
     for file, names in zip(shard_files("model", len(shards)), shards, strict=True):
         tensors = {name: _cast(weights.read(name), dtype) for name in names}
         total += sum(x.nbytes for x in tensors.values())
         write_weights(part / file, tensors)
-        places |= dict.fromkeys(names, file)
+        file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        (part / "model.safetensors.index.json").write_bytes(index_json(total, places))
+        (part / "model.safetensors.index.json").write_bytes(index_json(total, file_of))
     if dtype is not None:
         try:
             config = json.loads((part / "config.json").read_text(encoding="utf-8")) | {"dtype": str(dtype)[6:]}
         except (ValueError, TypeError) as e:
-            raise UserError(f"config.json of the model cannot be read: {e}.") from e
+            raise UserError(f"config.json of the model cannot be read: {e}. Export without --dtype.") from e
         (part / "config.json").write_bytes(json_bytes(config))
 
 
-def _shards(weights: Weights, dtype: torch.dtype | None, most: int) -> Iterator[list[str]]:
-    """The names of each file's tensors, in their order, at most so many bytes a file unless one tensor is larger."""
+def _shards(weights: Weights, dtype: torch.dtype | None, max_bytes: int) -> Iterator[list[str]]:
+    """Yield each file's tensor names, in order: at most `max_bytes` a file, unless one tensor alone is larger."""
     names, size = [], 0
     for name in weights.names:
         each = _cast(torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta"), dtype).nbytes
-        if names and size + each > most:
+        if names and size + each > max_bytes:
             yield names
             names, size = [], 0
         names.append(name)
@@ -94,32 +113,36 @@ def _shards(weights: Weights, dtype: torch.dtype | None, most: int) -> Iterator[
 
 
 def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Cast floating-point tensors to `dtype`; None: keep every dtype."""
     return x if dtype is None or not x.is_floating_point() else x.to(dtype)
 
 
 def _verify(part: Path, weights: Weights, dtype: torch.dtype | None) -> None:
-    """OSError unless every tensor reads back as it should be, bit for bit."""
+    """Raise OSError unless every tensor reads back bit for bit."""
     written = open_weights(part)
     for name in weights.names:
-        mine, theirs = written.read(name), _cast(weights.read(name), dtype)
-        if mine.dtype != theirs.dtype or not mine.view(-1).view(torch.uint8).equal(theirs.view(-1).view(torch.uint8)):
-            raise OSError(f"{name} reads back other than it was written")
+        found, expected = written.read(name), _cast(weights.read(name), dtype)
+        same_bits = found.view(-1).view(torch.uint8).equal(expected.view(-1).view(torch.uint8))
+        if found.dtype != expected.dtype or not same_bits:
+            raise OSError(f"{name} does not read back as it was written")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="to be made")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: as the checkpoint has it")
-    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="10^9 bytes a file (default %(default)s)")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: unchanged)")
+    parser.add_argument(
+        "--max_shard_gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {args.dtype}: must be fp32, bf16 or fp16.")
     if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max_shard_gb {args.max_shard_gb:g}: must be a number above 0.")
-    taken = export(args.checkpoint, args.folder, DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9))
+    exported = export(args.checkpoint, args.folder, DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9))
     size = sum(file.stat().st_size for file in args.folder.iterdir())
-    print(f"{taken} -> {args.folder}: {size / 1e6:.1f} MB, verified")
+    print(f"{exported} -> {args.folder}: {size / 1e6:.1f} MB, verified")
 
 
 if __name__ == "__main__":

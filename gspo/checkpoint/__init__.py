@@ -1,1 +1,1 @@
-"""What a run keeps on disk and goes on from; it computes nothing that trains."""
+"""Write and resume runs: checkpoints, their manifest, the run folder. Nothing here computes what is trained."""

@@ -1,11 +1,13 @@
-"""Checkpoints: everything that a run goes on from, written while it goes on.
+"""Write checkpoints while training goes on, and restore a run from one.
 
 `outputs/<run>/checkpoints/step_000050/` is a Hugging Face folder (the policy) with a `trainer/` folder beside the
-weights: optimizer moments, the frozen models and the data order as safetensors, everything else in `state.json`.
-Nothing is pickled. Several ranks write a shard each: whole tensors, dealt out by size and gathered one at a time, so
-that no rank ever has the whole model. Between two steps the state is copied to CPU memory; a thread on every rank
-writes it; at the end of a later step all ranks agree that it is written, and rank 0 adds the manifest and gives the
-folder its name. A folder called `step_*` is therefore whole.
+weights: optimizer moments, frozen models and data order as safetensors, everything else in `state.json`. Nothing is
+pickled.
+
+Every rank writes one file of each set: full tensors, split among the ranks by size and gathered one at a time, so no
+rank ever has the whole model. Between two steps the state is copied to CPU memory, and a thread on each rank writes it.
+At the end of a later step, when all ranks have finished, rank 0 writes the manifest and renames the folder from
+`step_000050.part`. So a folder called `step_*` is always complete.
 """
 
 import json
@@ -31,34 +33,38 @@ from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, sync_folder
 
 Shards = dict[str, dict[str, Tensor]]  # file -> its tensors
-Pieces = Callable[[str, Tensor], dict[str, Tensor]]  # a tensor -> what the files have of it, by name
+StoredTensors = Callable[[str, Tensor], dict[str, Tensor]]  # a parameter and its name -> tensors as files have them
 
 
 @dataclass
 class State:
-    """Where a run stands; small, in JSON. All sampling follows from the seed and `step`."""
+    """How far a run is: the small values that JSON holds. All sampling follows from the seed and `step`."""
 
-    step: int = 0  # rollouts done
-    round: int = 0
-    bad_steps: int = 0  # non-finite updates in a row
-    round_rewards: list[list[float]] | None = None  # the previous self's on the held-out prompts [P, N]
+    step: int = 0  # steps done
+    round: int = 0  # self-play round, from 0
+    bad_steps: int = 0  # steps in a row with a non-finite update
+    round_rewards: list[list[float]] | None = None  # [P, N] rewards of the previous round's policy, held-out prompts
     tokens_sampled: int = 0
-    precision: str = ""  # what model.precision came to
-    best_accuracy: float = -1.0  # on the held-out prompts
+    precision: str = ""  # fp32 or bf16, chosen when the run began
+    best_accuracy: float = -1.0  # the best so far on the held-out prompts
     best_step: int = 0
-    torch_rng: list[int] = field(default_factory=list)
+    torch_rng: list[int] = field(default_factory=list)  # bytes of torch's CPU generator
 
     def count_non_finite(self, skipped: int, limit: int, cause: str = "") -> None:
-        """UserError when the updates of `limit` steps in a row were not finite; `cause` is what was so first."""
+        """Count a step that skipped an update (`skipped` > 0). UserError at the `limit`-th such step in a row.
+
+        `cause` names what was not finite first.
+        """
         self.bad_steps = self.bad_steps + 1 if skipped else 0
         if self.bad_steps >= limit:
             raise UserError(
-                f"step {self.step}: updates were not finite in {limit} steps in a row{cause and f' ({cause} first)'}; "
-                "the weights are as they were before. Lower optim.learning_rate, or use model.precision=fp32."
+                f"step {self.step}: an update was not finite in each of the last {limit} steps"
+                f"{cause and f' (first: {cause})'}. Such updates were skipped, so the weights are finite. "
+                "Lower optim.learning_rate, or use model.precision=fp32."
             )
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether this step has the best held-out accuracy so far, which is then taken down."""
+        """Return whether this step has the best held-out accuracy so far; if so, keep it as the best."""
         accuracy = metrics.get("heldout/accuracy", -1.0)
         if accuracy <= self.best_accuracy:
             return False
@@ -67,13 +73,13 @@ class State:
 
 
 class CheckpointWriter(threading.Thread):
-    """Writes this rank's files of one checkpoint."""
+    """A thread that writes this rank's files of one checkpoint."""
 
     def __init__(self, part: Path, state: State, shards: Shards, small: dict[str, bytes], error: str):
         super().__init__(name="checkpoint", daemon=True)
         self.part, self.state, self.shards, self.small = part, state, shards, small
         self.files: manifest.Files = {}
-        self.error = error  # why it cannot be, or was not, written
+        self.error = error  # why it cannot be written, or could not
 
     def run(self) -> None:
         if self.error:
@@ -85,19 +91,19 @@ class CheckpointWriter(threading.Thread):
             for name, data in self.small.items():
                 (self.part / name).parent.mkdir(exist_ok=True)
                 self.files[name] = write_bytes(self.part / name, [data])
-        except Exception as e:  # whatever it is, training can go on without this checkpoint
+        except Exception as e:  # whatever it is: training can go on without this checkpoint
             self.error = _describe(e)
-        self.shards = {}  # memory
+        self.shards = {}  # free the copies
 
 
 class Checkpoints:
-    """Saves a run, one checkpoint at a time. Every rank calls every method, at the same place."""
+    """Save a run, one checkpoint at a time. All ranks call every method together."""
 
     def __init__(self, run: Path, cfg: Config, tokenizer: Any, world: World):
         self.folder, self.cfg, self.world = run / "checkpoints", cfg.trainer, world
         self.model_folder = ModelFolder(resolve_path(cfg.model.path), tokenizer)
         self.writing: CheckpointWriter | None = None
-        self.copied = True  # training goes on while it is written
+        self.copied = True  # whether tensors are copied, because training goes on while they are written
 
     def save(
         self,
@@ -108,9 +114,10 @@ class Checkpoints:
         order: dict[str, Tensor],
         at_once: bool = False,
     ) -> None:
-        """Begin to write `step_<state.step>`, when the one before is written. A step that is there is kept.
+        """Start writing `step_<state.step>`, after the checkpoint before it is complete. One that exists is kept.
 
-        `at_once`, or without `trainer.async_save`, it is written when this returns, and on the CPU nothing is copied.
+        With `at_once`, or without `trainer.async_save`, it is complete when this returns, and CPU tensors are not
+        copied.
         """
         self.finish()
         target = self.folder / f"step_{state.step:06d}"
@@ -125,7 +132,7 @@ class Checkpoints:
             small["trainer/state.json"] = json.dumps(asdict(state)).encode()
             shards["trainer/order.safetensors"] = order
             try:
-                small |= self.model_folder.beside(self.folder / f"beside{PART}", next(policy.parameters()).dtype)
+                small |= self.model_folder.other_files(self.folder / f"beside{PART}", next(policy.parameters()).dtype)
             except Exception as e:  # the tokenizer raises kinds of its own
                 error = _describe(e)
         self.writing = CheckpointWriter(part, replace(state), shards, small, error)
@@ -134,37 +141,37 @@ class Checkpoints:
             self.finish()
 
     def commit(self) -> None:
-        """Give the checkpoint that is being written its name, if all ranks have written it. Between two steps."""
+        """Complete the checkpoint that is being written, if every rank's thread has finished. Call between steps."""
         if self.writing and not any(self.world.gather(self.writing.is_alive())):
-            self._conclude()
+            self._complete()
 
     def finish(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait for the checkpoint that is being written, and complete it."""
         if self.writing:
             self.writing.join()
-            self._conclude()
+            self._complete()
 
     def require(self, step: int) -> None:
-        """UserError unless `step_<step>` is there: for the end of a run."""
+        """Raise UserError unless the checkpoint `step_<step>` exists: for the end of a run."""
         self.finish()
         if not self.world.broadcast_from_main((self.folder / f"step_{step:06d}").exists):
             before = self.world.broadcast_from_main(lambda: latest_checkpoint(self.folder))
             raise UserError(
-                f"step {step} is done, but its checkpoint could not be written (see above). Make room and give the "
-                f"same command again: it goes on from {before.name if before else 'the beginning'}."
+                f"step {step} is done, but its checkpoint could not be written (see the warning above). Free disk "
+                f"space and give the same command again: it goes on from {before.name if before else 'the beginning'}."
             )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None or self.world.size == 1:  # several ranks may not meet again after an error
+        if kind is None or self.world.size == 1:  # after an error on one of several ranks, others may not come here
             self.finish()
 
     def _snapshot(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, frozen: dict[str, nn.Module]
     ) -> tuple[Shards, dict[str, bytes]]:
-        """This rank's tensors, and the indexes that say which file has which."""
+        """Copy this rank's part of the state. Return (tensors by file, index files that say which file has which)."""
         names = {id(p): name for name, p in policy.named_parameters()}
         moments = {
             f"{names[id(p)]}:{key}": value if isinstance(value, Tensor) else torch.tensor(value)
@@ -173,40 +180,45 @@ class Checkpoints:
         }
         shards: Shards = {}
         small: dict[str, bytes] = {}
-        self._share("model", _tensors(policy), self.model_folder.pieces, shards, small)
-        self._share("trainer/optimizer", moments, _as_it_is, shards, small)
+        self._split("model", _tensors(policy), self.model_folder.stored_tensors, shards, small)
+        self._split("trainer/optimizer", moments, _unchanged, shards, small)
         for name, model in frozen.items():
-            self._share(f"trainer/{name}", dict(model.named_parameters()), _as_it_is, shards, small)
+            self._split(f"trainer/{name}", dict(model.named_parameters()), _unchanged, shards, small)
         return shards, small
 
-    def _share(self, stem: str, tensors: dict[str, Tensor], pieces: Pieces, shards: Shards, small: dict) -> None:
-        """Gather tensors one by one, and keep those that are this rank's to write."""
+    def _split(
+        self, stem: str, tensors: dict[str, Tensor], stored: StoredTensors, shards: Shards, small: dict[str, bytes]
+    ) -> None:
+        """Gather tensors one by one, and keep those that this rank writes: its entry of `shards`.
+
+        On rank 0 the index of the files, if there are several, is added to `small`.
+        """
         sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
-        hands = [hand for hand in split_by_size(sizes, self.world.size) if hand] or [[]]
-        files = shard_files(stem, len(hands))
-        owner = {name: k for k, hand in enumerate(hands) for name in hand}
+        names_of_rank = [names for names in split_by_size(sizes, self.world.size) if names] or [[]]
+        files = shard_files(stem, len(names_of_rank))
+        owner = {name: rank for rank, names in enumerate(names_of_rank) for name in names}
         mine: dict[str, Tensor] = {}
         for name, x in tensors.items():
             full = full_tensor(x)
             if owner[name] == self.world.rank:  # on one process it is the parameter itself, which the next step changes
-                kept = full.to("cpu", copy=self.copied).contiguous()
-                mine |= pieces(name, kept)
-        if self.world.rank < len(hands):
+                mine |= stored(name, full.to("cpu", copy=self.copied).contiguous())
+        if self.world.rank < len(files):
             shards[files[self.world.rank]] = mine
-        if self.world.is_main and len(hands) > 1:
-            places = {
-                piece: Path(files[owner[name]]).name
+        if self.world.is_main and len(files) > 1:
+            file_of = {
+                stored_name: Path(files[owner[name]]).name
                 for name, x in tensors.items()
-                for piece in pieces(name, torch.empty(x.shape, dtype=x.dtype, device="meta"))
+                for stored_name in stored(name, torch.empty(x.shape, dtype=x.dtype, device="meta"))
             }
-            small[f"{stem}.safetensors.index.json"] = index_json(sum(sizes.values()), places)
+            small[f"{stem}.safetensors.index.json"] = index_json(sum(sizes.values()), file_of)
 
-    def _conclude(self) -> None:
+    def _complete(self) -> None:
+        """Collect what all ranks have written, and rename the folder; warn if any of them could not write."""
         done, self.writing = self.writing, None
         parts = self.world.gather((done.files, done.error))
         error = next((error for _, error in parts if error), "")
         files = {name: entry for part, _ in parts for name, entry in part.items()}
-        error = self.world.broadcast_from_main(lambda: self._name(done, files, error))
+        error = self.world.broadcast_from_main(lambda: self._publish(done, files, error))
         if error:
             before = self.world.broadcast_from_main(lambda: latest_checkpoint(self.folder))
             say(
@@ -214,8 +226,8 @@ class Checkpoints:
                 f"the latest checkpoint is {before.name if before else 'none yet'}."
             )
 
-    def _name(self, done: CheckpointWriter, files: manifest.Files, error: str) -> str:
-        """On rank 0: the manifest, and the name; or, when anything failed, nothing. -> what failed."""
+    def _publish(self, done: CheckpointWriter, files: manifest.Files, error: str) -> str:
+        """Write the manifest and give the folder its name, on rank 0; after an error remove it. Return the error."""
         try:
             if error:
                 remove(done.part)
@@ -229,7 +241,7 @@ class Checkpoints:
             try:
                 remove(done.part)
             except OSError as left:
-                say(f"warning: {done.part} cannot be removed ({left.strerror})")
+                say(f"warning: the unfinished checkpoint {done.part} cannot be removed ({left.strerror})")
             return error
         try:
             sync_folder(self.folder)
@@ -239,7 +251,7 @@ class Checkpoints:
         return ""
 
     def _tidy(self, state: State) -> None:
-        """`best` -> the best by held-out accuracy, which is kept besides the last few."""
+        """Remove old checkpoints but the last few and the best by held-out accuracy, which the link `best` names."""
         best = self.folder / f"step_{state.best_step:06d}"
         if self.cfg.keep_best and best.exists():
             point_link(self.folder / "best", Path(best.name))
@@ -252,33 +264,36 @@ class Checkpoints:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and what else belongs in a file of weights; tied ones once."""
+    """Return parameters and persistent buffers by name, tied ones once."""
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, x in model.state_dict(keep_vars=True).items():
         unique.setdefault(id(x), (name, x))
     return dict(unique.values())
 
 
-def _as_it_is(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _unchanged(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return the tensor as files have it where nothing is converted."""
     return {name: tensor}
 
 
 def _describe(error: Exception) -> str:
+    """Return an error as one line: the system's words and the file, or the exception's type and message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def load_state(checkpoint: Path) -> State:
+    """Read `trainer/state.json` of a checkpoint."""
     return State(**json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8")))
 
 
 def load_order(checkpoint: Path) -> dict[str, Tensor]:
-    """The order of training, as `Batches.state` gave it. UserError where a checkpoint has none."""
+    """Read the data order, as `Batches.state` returned it. UserError where a checkpoint has none."""
     if not (checkpoint / "trainer" / "order.safetensors").exists():
         raise UserError(
-            f"{checkpoint} has no trainer/order.safetensors: it was written by an earlier version, or damaged. "
-            "Resume from another one (trainer.resume=FOLDER), or start anew (trainer.resume=never)."
+            f"{checkpoint} has no trainer/order.safetensors: an earlier version wrote it, or it is damaged. Resume "
+            "from another checkpoint (trainer.resume=FOLDER), or start anew (trainer.resume=never)."
         )
     weights = open_weights(checkpoint / "trainer", "order")
     return {name: weights.read(name).clone() for name in weights.names}
@@ -287,9 +302,9 @@ def load_order(checkpoint: Path) -> dict[str, Tensor]:
 def restore(
     checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, frozen: dict[str, nn.Module], state: State
 ) -> None:
-    """Put the optimizer's moments and the frozen models back; the policy was opened from the checkpoint itself.
+    """Read the optimizer's moments, the frozen models and torch's generator; the policy was opened from the checkpoint.
 
-    Each rank reads only what it holds, a tensor at a time, whatever number of ranks wrote it.
+    Each rank reads only its own part, a tensor at a time, whatever number of ranks wrote the checkpoint.
     """
     moments = open_weights(checkpoint / "trainer", "optimizer")
     keys: dict[str, list[str]] = {}
@@ -303,8 +318,8 @@ def restore(
     for name, model in frozen.items():
         if not [*(checkpoint / "trainer").glob(f"{name}[.-]*safetensors*")]:
             raise UserError(
-                f"{checkpoint} has no model called {name!r}: objective.anchor and reference.refresh of its run asked "
-                "for none. Give them as they were, or start a run from its weights with model.path=CHECKPOINT."
+                f"{checkpoint} has no frozen model {name!r}: objective.anchor or reference.refresh was different "
+                "in its run. Set them as they were, or start a new run from its weights with model.path=CHECKPOINT."
             )
         load_weights(model, open_weights(checkpoint / "trainer", name).read)
     if state.torch_rng:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what stands beside the weights, and what the weights are called in them."""
+"""Write Hugging Face folders: names of weights and weight files, config.json, tokenizer and generation config."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ from gspo.system.files import remove
 
 
 class ModelFolder:
-    """A model's class without its weights: enough to write it as a folder that `from_pretrained` opens.
+    """Everything but the weights that a folder needs for `from_pretrained` to open it.
 
-    `source` is the folder or name the model came from, whose config and generation config are kept.
+    `source` is the folder or hub name of the original model, whose config and generation config are kept.
     """
 
     def __init__(self, source: str, tokenizer: Any):
@@ -27,44 +27,48 @@ class ModelFolder:
             self.meta_model.generation_config = GenerationConfig.from_pretrained(source)
         self.tokenizer = tokenizer
         self._converts = bool(get_model_conversion_mapping(self.meta_model, add_legacy=False))
-        self._beside: dict[str, bytes] = {}
+        self._other_files: dict[str, bytes] = {}
 
-    def pieces(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """A parameter, by its name in the model -> what files have of it: other names, or one tensor an expert."""
+    def stored_tensors(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return a parameter as files store it: under another name, or as one tensor for each expert, if need be."""
         if not self._converts:
             return {name: tensor}
         found = revert_weight_conversion(self.meta_model, {name: tensor})
         return {key: value.contiguous() for key, value in found.items()}
 
-    def beside(self, scratch: Path, dtype: torch.dtype) -> dict[str, bytes]:
-        """{name: content} of config, generation config and tokenizer, by way of a folder `scratch` that is removed."""
-        if not self._beside:
+    def other_files(self, scratch: Path, dtype: torch.dtype) -> dict[str, bytes]:
+        """Return {name: content} of config, generation config and tokenizer files.
+
+        transformers writes them to the folder `scratch`, which is removed afterwards.
+        """
+        if not self._other_files:
             remove(scratch)
             self.meta_model.generation_config.save_pretrained(scratch)
             self.meta_model.config.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
             files = [file for file in scratch.rglob("*") if file.is_file()]
-            beside = {str(file.relative_to(scratch)): file.read_bytes() for file in files}
-            config = json.loads(beside["config.json"])
+            contents = {str(file.relative_to(scratch)): file.read_bytes() for file in files}
+            config = json.loads(contents["config.json"])
             config |= {"architectures": [type(self.meta_model).__name__], "dtype": str(dtype)[6:]}
-            beside["config.json"] = json_bytes(config)
+            contents["config.json"] = json_bytes(config)
             remove(scratch)
-            self._beside = beside
-        return self._beside
+            self._other_files = contents
+        return self._other_files
 
 
 def shard_files(stem: str, shards: int) -> list[str]:
-    """The names of a set of files: `model.safetensors`, or `model-00001-of-00004.safetensors` and so on."""
+    """Return the names of a set of files: `model.safetensors`, or `model-00001-of-00004.safetensors` and so on."""
     if shards == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{k + 1:05d}-of-{shards:05d}.safetensors" for k in range(shards)]
 
 
-def index_json(total_bytes: int, places: dict[str, str]) -> bytes:
-    """`<stem>.safetensors.index.json`: which file has which tensor."""
-    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
+def index_json(total_bytes: int, file_of: dict[str, str]) -> bytes:
+    """Return the content of `<stem>.safetensors.index.json`, which says which file has which tensor."""
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(file_of.items()))}
     return json_bytes(content)
 
 
 def json_bytes(value: Any) -> bytes:
+    """Return indented JSON in UTF-8."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""`manifest.json`: the size and sha256 of every file of a checkpoint, by which a damaged one is told from a whole one.
+"""Write and check `manifest.json`: size and sha256 of every file of a checkpoint, to find a damaged one.
 
 It is written last, and has a checksum of its own.
 """
@@ -17,37 +17,38 @@ Files = dict[str, tuple[int, str]]  # path inside the checkpoint -> (bytes, sha2
 
 
 def _text(files: Files) -> str:
+    """Return the content of manifest.json for `files`."""
     listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
     own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     return json.dumps({"format": 1, "files": listed, "sha256": own}, indent=1, ensure_ascii=False) + "\n"
 
 
 def write(checkpoint: Path, files: Files) -> None:
-    """Write it, down to the disk. OSError if that fails, or a file is not there in the size that is claimed."""
+    """Write the manifest and flush it to the disk. OSError if that fails, or a file does not have the given size."""
     for name, (size, _) in files.items():
         if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
-            raise OSError(f"{checkpoint / name} has not arrived: do all nodes share this folder?")
+            raise OSError(f"{checkpoint / name} is missing or too short: do all nodes share this folder?")
     write_bytes(checkpoint / NAME, [_text(files).encode()])
 
 
 def find_damage(checkpoint: Path, world: World, required: bool = True) -> str:
-    """What is wrong with a checkpoint, in a few words; "" when it is as it was written.
+    """Return what is wrong with a checkpoint, in a few words, or "" if every file is as it was written.
 
-    Every rank calls it and reads its share of the files. Where a manifest is not `required`, a checkpoint without one
-    (changed by hand) is only looked at: whether its files have the lengths that they begin by telling.
+    All ranks call it together; each reads its share of the files. Where a manifest is not `required`, a checkpoint
+    without one (edited by hand) is only checked for state.json and for complete safetensors files.
     """
     files, wrong = world.broadcast_from_main(lambda: _read(checkpoint, required))
     mine = split_by_size({name: size for name, (size, _) in files.items()}, world.size)[world.rank]
-    found = [said for name in mine if (said := _differs(checkpoint / name, name, *files[name]))]
-    found = [said for part in world.gather(found) for said in part]
+    found = [problem for name in mine if (problem := _problem(checkpoint / name, name, *files[name]))]
+    found = [problem for of_rank in world.gather(found) for problem in of_rank]
     more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""
     return wrong or (min(found) + more if found else "")
 
 
 def _read(checkpoint: Path, required: bool) -> tuple[Files, str]:
-    """-> (what should be there, what is wrong already)."""
+    """Read the manifest. Return (the files it lists, what is wrong with the manifest itself or "")."""
     if not (checkpoint / NAME).exists():
-        return {}, f"it has no {NAME}" if required else _looks_wrong(checkpoint)
+        return {}, f"it has no {NAME}" if required else _damage_without_manifest(checkpoint)
     try:
         text = (checkpoint / NAME).read_text(encoding="utf-8")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(text)["files"].items()}
@@ -56,7 +57,8 @@ def _read(checkpoint: Path, required: bool) -> tuple[Files, str]:
         return {}, f"{NAME} cannot be read ({type(e).__name__})"
 
 
-def _differs(file: Path, name: str, size: int, digest: str) -> str:
+def _problem(file: Path, name: str, size: int, digest: str) -> str:
+    """Return how a file differs from its size and sha256 in the manifest, or ""."""
     try:
         if not file.exists():
             return f"{name} is missing"
@@ -75,7 +77,8 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _looks_wrong(checkpoint: Path) -> str:
+def _damage_without_manifest(checkpoint: Path) -> str:
+    """Return what is wrong with state.json or the headers of the safetensors files, or ""."""
     try:
         json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8"))
         weights = [*checkpoint.rglob("*.safetensors")]

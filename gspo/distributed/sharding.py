@@ -56,12 +56,19 @@ def needs_sharding(world: World, offload: bool) -> bool:
     return world.mesh is not None and (world.size > 1 or offload)
 
 
+def sharding_units(model: nn.Module) -> list[nn.Module]:
+    """Return the parts that FSDP gathers and frees one by one: decoder layers, and an untied embedding and head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    return [*decoder_layers(model), *([] if tied else [embedding, head])]
+
+
 def shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> nn.Module:
     """Shard a model with FSDP2. With `offload` the shards live on the CPU between uses.
 
-    Gathered and freed one by one are every decoder layer, the embedding, the head, and the rest of the model, to which
-    a tied embedding and head belong. Several ranks compute in `dtype`; one process computes as with an unsharded model,
-    under autocast. The shards of a model on the meta device get storage, but no values.
+    Gathered and freed one by one are the `sharding_units`, and the rest of the model as one more. Several ranks compute
+    in `dtype`; one process computes as with an unsharded model, under autocast. Shards of a model on the meta device
+    get storage, but no values.
     """
     alone, on_meta = world.size == 1, next(model.parameters()).is_meta
     options = {
@@ -70,12 +77,10 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype, offload: bool) -> 
         "reshard_after_forward": True,  # the root too, so that parameters are shards between two forwards
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy(),
     }
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    untied = [] if head is None or head.weight is embedding.weight else [embedding, head]
-    for unit in [*decoder_layers(model), *untied]:
+    for unit in sharding_units(model):
         fully_shard(unit, **options)
     fully_shard(model, **options)
-    for unit in {model, head} - {None}:
+    for unit in {model, model.get_output_embeddings()} - {None}:
         if is_sharded(unit):
             unit.run_as_forward = MethodType(_call, unit)
             register_fsdp_forward_method(unit, "run_as_forward")

@@ -1,1 +1,1 @@
-"""What each rank will take, before it starts; a report, which no stage of training imports."""
+"""Report what each rank's memory will hold, before the run starts. No stage of training imports this room."""

@@ -1,7 +1,8 @@
-"""What a forward and backward take beside weights and gradients, found without doing them.
+"""Count the bytes of activations that a forward and a backward need, without computing them.
 
-The step itself runs on tensors without storage (torch's FakeTensorMode), while every storage that comes and goes is
-counted. So the answer knows the model's class, packs, checkpointing and autocast as the run will; no formula does.
+The real training code runs on fake tensors, which have shapes but no storage (torch's FakeTensorMode), while a dispatch
+mode counts the bytes of every storage that is created and freed. So model class, packing, gradient checkpointing and
+autocast are counted as the run will have them. There is no formula that could leave one out.
 """
 
 import weakref
@@ -29,43 +30,46 @@ Autocast = Callable[[], AbstractContextManager]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages made inside that are still alive: `now`, and `peak`. `held`: tensors that were there
-    before, of which views may be made."""
+    """Count the bytes of the storages created in a `with` block: `now` those that are alive, `peak` the most so far.
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+    Tensors of `existing` were created before: views of them count as 0 bytes.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._held = [x.untyped_storage() for x in held]
-        self._sizes: dict[int, int] = {id(storage): 0 for storage in self._held}
+        self.now = self.peak = 0  # bytes
+        self._existing = [x.untyped_storage() for x in existing]  # kept alive, so that no new storage gets their id
+        self._sizes: dict[int, int] = {id(storage): 0 for storage in self._existing}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = _run(function, args, kwargs or {})
+        out = _call(function, args, kwargs or {})
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._count(x.untyped_storage())
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)  # one Python object for each storage, as long as it lives
+        """Add a new storage's bytes until it is freed."""
+        key = id(storage)  # each storage has one Python object as long as it lives
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key)
+            weakref.finalize(storage, self._freed, key)
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
 
-def _run(function: Any, args: tuple, kwargs: dict) -> Any:
-    """The experts' product takes float32 on CPUs, but without storage, as of torch 2.13, bfloat16 only."""
+def _call(function: Any, args: tuple, kwargs: dict) -> Any:
+    """Call an operator. Experts' grouped product runs in bfloat16: on fake tensors torch 2.13 refuses float32."""
     if function is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
         return function(*(x.bfloat16() for x in args[:2]), *args[2:], **kwargs).float()
     return function(*args, **kwargs)
 
 
 class FakeModel:
-    """A model of some configuration whose tensors have no storage, and what becomes of memory when it runs."""
+    """A model of fake tensors, and the memory that it would need to train, to score and to sample."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, checkpointing: bool = False):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -78,20 +82,22 @@ class FakeModel:
         plain = type(layer).forward is nn.Linear.forward and self.model.base_model is not self.model
         self.head = Head(1.0, cap) if plain else None
 
-    def layout(self) -> dict[int, Layer]:
-        """Layer -> what it keeps of a token while sampling."""
+    def kv_layout(self) -> dict[int, Layer]:
+        """Return for each layer the shape of the keys and values that it caches for a token."""
         with torch.no_grad(), self.mode, LiveBytes():
             forward(self.model, probe := side_by_side([(0,)], torch.device("cpu")))
         return probe.layout
 
-    def training(self, pack: PackedBatch, autocast: Autocast, exact: bool, further: bool) -> int:
-        """Bytes of a forward and backward over `pack` beside weights and gradients, at most; `exact`: with the loss in
-        the graph, otherwise with frozen coefficients. `further`: gradients of an earlier micro-batch are there, and
-        what is new is added to them."""
+    def training_bytes(self, pack: PackedBatch, autocast: Autocast, exact: bool, accumulating: bool) -> int:
+        """Return the peak bytes of a forward and backward over `pack`, weights and gradients not counted.
+
+        exact: the loss is part of the graph; otherwise the surrogate with fixed coefficients is (algorithm/update.py).
+        accumulating: an earlier micro-batch has left gradients, to which new ones of the same size are added.
+        """
         parameters = list(self.model.parameters())
         with self.mode:
             for p in parameters:
-                p.grad = torch.empty_like(p) if further else None
+                p.grad = torch.empty_like(p) if accumulating else None
             with LiveBytes(parameters) as live:
                 with autocast():
                     if exact:
@@ -101,10 +107,11 @@ class FakeModel:
                             self.model, self.head, pack, 1.0, lambda logprob, tokens: torch.ones_like(logprob)
                         )
                 loss.backward(torch.tensor(1.0, dtype=loss.dtype))
-        return live.peak if further else max(0, live.peak - sum(p.nbytes for p in parameters))
+        gradients = sum(p.nbytes for p in parameters)
+        return live.peak if accumulating else max(0, live.peak - gradients)
 
-    def scoring(self, pack: PackedBatch, autocast: Autocast) -> int:
-        """Bytes of a forward without gradients, at most."""
+    def scoring_bytes(self, pack: PackedBatch, autocast: Autocast) -> int:
+        """Return the peak bytes of a forward over `pack` without gradients, weights not counted."""
         with torch.no_grad(), self.mode, LiveBytes(self.model.parameters()) as live, autocast():
             response_logprobs(self.model, self.head, pack, 1.0)
         return live.peak

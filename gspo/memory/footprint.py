@@ -1,18 +1,22 @@
-"""What a run will take of each rank's memory, part by part and phase by phase, from config.json alone."""
+"""Compute what a run will hold in each rank's memory, part by part and phase by phase, from config.json alone.
 
-from contextlib import nullcontext
+Notation of the comments: P parameters of the model, b bytes of the dtype it computes in (2 in bf16), r ranks, s ranks
+that one copy of the weights is sharded over. docs/scaling.md has the same terms. All sizes are in bytes.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from gspo.config import Config
-from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
+from gspo.distributed.sharding import check_shard_size, check_tensor_parallel, sharding_units
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.memory.activations import FakeModel
-from gspo.models.loading import decoder_layers, load_model_config, resolve_path
+from gspo.models.loading import load_model_config, resolve_path
 from gspo.models.precision import DTYPES
 from gspo.packing.micro_batches import Row, micro_batches
 from gspo.packing.pack import PackedBatch, pack_rows
@@ -22,17 +26,17 @@ from gspo.rollout.weight_layout import laid_out_bytes
 from gspo.types import Prompt, Rollout
 
 GIB = 2**30
-CURE_OF_PART = {
+FLOAT32 = 4  # bytes
+CHANGE = {  # part -> the setting that makes it smaller
     "activations": "optim.micro_batch_tokens (smaller) or model.gradient_checkpointing=true",
-    "scoring": "optim.micro_batch_tokens (smaller)",
-    "keys and values": "rollout.kv_memory_gib or rollout.max_slots (smaller)",
+    "KV cache": "rollout.kv_memory_gib or rollout.max_slots (smaller)",
     "sampler's copy": "rollout.tensor_model_parallel_size (larger)",
     "reference": "reference.param_offload=true",
     "optimizer": "optim.offload=true, or more ranks (a larger model.shard_size)",
     "gradients": "optim.gradient_reduction=micro_batch, or more ranks",
     "weights": "optim.offload=true, or more ranks (a larger model.shard_size)",
     "gathered layers": "model.reshard_after_forward=true",
-    "weights laid out": "a machine with more memory, or model.precision=bf16",
+    "laid-out weights": "model.precision=bf16, or use a machine with more memory",
     "checkpoint": "trainer.async_save=false",
     "logits": "rollout.max_slots (smaller)",
 }
@@ -40,188 +44,254 @@ CURE_OF_PART = {
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes a rank. `resident` stay; each phase adds its own on top, and the fullest decides."""
+    """Bytes that one rank holds: `resident` parts stay, each phase adds its own; the largest phase is the peak."""
 
     model: str
     parameters: int
-    precision: str
+    precision: str  # fp32, bf16 or fp16
     ranks: int
-    on: str
-    resident: dict[str, int]
-    phases: dict[str, dict[str, int]]
-    offloaded: dict[str, int]  # in CPU memory
+    device: str  # cpu or cuda
+    resident: dict[str, int]  # part -> bytes
+    phases: dict[str, dict[str, int]]  # phase -> part -> bytes
+    offloaded: dict[str, int]  # part -> bytes of CPU memory, when the device is a GPU
 
     @property
     def peak_phase(self) -> str:
+        """The phase that needs most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
+    def parts_at_peak(self) -> dict[str, int]:
+        """Part -> bytes, in the phase that needs most."""
+        return self.resident | self.phases[self.peak_phase]
+
+    @property
     def peak(self) -> int:
-        return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
+        """Bytes that the rank holds at most."""
+        return sum(self.parts_at_peak.values())
 
     def cure(self) -> str:
-        """The setting for the largest part that has one, at the peak."""
-        parts = self.resident | self.phases[self.peak_phase]
-        return CURE_OF_PART[max(parts, key=parts.get)]
+        """Return the setting that makes the largest part at the peak smaller."""
+        return CHANGE[max(self.parts_at_peak, key=self.parts_at_peak.get)]
 
     def summary(self) -> str:
-        """In a line or two: the peak, and what it is made of."""
-        parts = sorted((self.resident | self.phases[self.peak_phase]).items(), key=lambda part: -part[1])
-        shown = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts[:5] if size)
-        aside = f"; CPU {sum(self.offloaded.values()) / GIB:.3g}" if self.offloaded else ""
-        return f"memory a rank: {self.peak / GIB:.3g} GiB at most, while {self.peak_phase} ({shown}{aside})"
+        """Return one line: the peak, its phase, and its five largest parts in GiB."""
+        parts = sorted(self.parts_at_peak.items(), key=lambda part: -part[1])
+        largest = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts[:5] if size)
+        cpu = f"; CPU {sum(self.offloaded.values()) / GIB:.3g}" if self.offloaded else ""
+        return f"memory of each rank: {self.peak / GIB:.3g} GiB at most, while {self.peak_phase} ({largest}{cpu})"
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What the sizes below depend on."""
+
+    cfg: Config
+    ranks: int  # r
+    device: str
+    dtype: torch.dtype  # that the model computes in
+    model: nn.Module  # of fake tensors
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def shard_size(self) -> int:
+        """s."""
+        return self.cfg.model.shard_size or self.ranks
+
+    @property
+    def offloads_policy(self) -> bool:
+        return self.device == "cuda" and self.cfg.optim.offload
+
+    @property
+    def offloads_reference(self) -> bool:
+        return self.device == "cuda" and self.cfg.reference.param_offload
+
+    @property
+    def policy_is_sharded(self) -> bool:
+        return self.ranks > 1 or self.offloads_policy
 
 
 def footprint(
-    cfg: Config, ranks: int, on: str, precision: str, free: int, prompt_tokens: int | None = None
+    cfg: Config, ranks: int, device: str, precision: str, free: int, prompt_tokens: int | None = None
 ) -> Footprint:
-    """The report of a run on `ranks` processes with a device of the kind `on` each (cpu or cuda).
+    """Return the memory report of a run on `ranks` processes, each with a device of the kind cpu or cuda.
 
-    `free` bytes are what the device has to give; `prompt_tokens` is the longest prompt (None: data.max_prompt_length).
-    UserError where such a run would be refused.
+    free: bytes that the device has. prompt_tokens: the longest prompt; None: data.max_prompt_length. UserError where
+    the run itself would be refused.
     """
     check_shard_size(cfg.model.shard_size, ranks)
     config, dtype = load_model_config(cfg.model.path), DTYPES[precision]
     check_tensor_parallel(config, ranks, cfg.rollout.tensor_model_parallel_size)
-    sharded = ranks > 1 or (on == "cuda" and cfg.optim.offload)
-    fake_model = FakeModel(config, dtype if ranks > 1 else torch.float32, cfg.model.gradient_checkpointing)
-    count = sum(p.numel() for p in fake_model.model.parameters())
-    resident, offloaded = _resident(cfg, ranks, on, dtype, fake_model.model, sharded)
+    trained = FakeModel(config, dtype if ranks > 1 else torch.float32, cfg.model.gradient_checkpointing)
+    setup = _Setup(cfg, ranks, device, dtype, trained.model)
     longest = prompt_tokens or cfg.data.max_prompt_length
-    phases = {"updating": {}, "scoring": {}, "sampling": {}}
+    work = _LargestMicroBatches(cfg, ranks, precision, longest)
 
-    whole = cfg.optim.gradient_reduction == "step" and ranks > 1
-    away = cfg.optim.offload and on == "cuda"
-    gradients = 4 * count if whole else 4 * count // _shard_size(cfg, ranks)
-    (offloaded if away and not whole else phases["updating"])["gradients"] = gradients
-    kept = None if cfg.model.reshard_after_forward else count * dtype.itemsize
-    phases["updating"]["gathered layers"] = _gathered(fake_model.model, dtype, kept, True) if sharded else 0
-    score_sharded = ranks > 1 or (on == "cuda" and cfg.reference.param_offload)
-    phases["scoring"]["gathered layers"] = _gathered(fake_model.model, dtype, None, False) if score_sharded else 0
-
-    work = _Work(cfg, ranks, precision, longest)
-    phases["updating"]["activations"] = work.training(fake_model)
-    phases["scoring"]["activations"] = work.scoring(fake_model)
-    sampler = FakeModel(config, dtype)
-    phases["sampling"] = _sampling(cfg, ranks, on, sampler, longest, work.groups, free - sum(resident.values()))
-    return Footprint(resolve_path(cfg.model.path), count, precision, ranks, on, resident, phases, offloaded)
+    resident, offloaded = _resident(setup)
+    updating, scoring = {}, {}
+    unsharded_gradients = cfg.optim.gradient_reduction == "step" and ranks > 1
+    gradients = FLOAT32 * setup.parameters // (1 if unsharded_gradients else setup.shard_size)  # 4 P or 4 P / s
+    (offloaded if setup.offloads_policy and not unsharded_gradients else updating)["gradients"] = gradients
+    updating["gathered layers"] = _gathered_while_updating(setup) if setup.policy_is_sharded else 0
+    updating["activations"] = work.training_bytes(trained)
+    reference_is_sharded = ranks > 1 or setup.offloads_reference
+    scoring["gathered layers"] = _two_largest_units(setup) if reference_is_sharded else 0
+    scoring["activations"] = work.scoring_bytes(trained)
+    sampling = _sampling(setup, FakeModel(config, dtype), longest, work.groups, free - sum(resident.values()))
+    phases = {"updating": updating, "scoring": scoring, "sampling": sampling}
+    path = resolve_path(cfg.model.path)
+    return Footprint(path, setup.parameters, precision, ranks, device, resident, phases, offloaded)
 
 
 def memory_report_line(cfg: Config, world: World, precision: str, prompt_tokens: int) -> str:
-    """The report in a line or two, for the start of a run on this device; a model it cannot work out stops nothing."""
+    """Return the report in a line or two, for the start of a run on this device.
+
+    A model that cannot be run on fake tensors is no reason not to train it: the line then says so.
+    """
     free = free_bytes(world.device)
     try:
         report = footprint(cfg, world.size, world.device.type, precision, free, prompt_tokens)
-    except Exception as e:  # a class that does more than tensors without storage allow
-        return f"note: what memory this model will take cannot be worked out ({type(e).__name__}: {str(e)[:200]})"
+    except Exception as e:  # a model class that does more than fake tensors allow
+        return f"note: the memory of this model cannot be computed in advance ({type(e).__name__}: {str(e)[:200]})"
     if report.peak <= free:
         return report.summary()
-    return f"warning: {report.summary()}\nand {free / GIB:.3g} GiB are free. If it ends for that, turn {report.cure()}"
-
-
-def _shard_size(cfg: Config, ranks: int) -> int:
-    return cfg.model.shard_size or ranks
-
-
-def _resident(
-    cfg: Config, ranks: int, on: str, dtype: torch.dtype, model: nn.Module, sharded: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """What stays from step to step -> (on the device, offloaded)."""
-    count, shard = sum(p.numel() for p in model.parameters()), _shard_size(cfg, ranks)
-    anchors = {cfg.objective.anchor} & {"opponent", "initial"}
-    frozen = len(anchors | {"opponent" if cfg.reference.refresh == "round" else "initial"})
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    rounded = sum(
-        sum(p.numel() for p in m.parameters())
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and m.weight not in embeddings
+    return (
+        f"warning: {report.summary()},\nbut only {free / GIB:.3g} GiB are free. If the run ends for lack of memory, "
+        f"change {report.cure()}"
     )
-    reference = count * dtype.itemsize // shard if ranks > 1 else 4 * count - (4 - dtype.itemsize) * rounded
-    own = {"weights": 4 * count // shard, "optimizer": 8 * count // shard}
-    resident, offloaded = {}, {}
-    (offloaded if on == "cuda" and cfg.optim.offload else resident).update(own)
-    (offloaded if on == "cuda" and cfg.reference.param_offload else resident)["reference"] = frozen * reference
-    if cfg.trainer.async_save:  # a copy of all that, while it is being written
-        saved = 12 * count // ranks + frozen * reference * shard // ranks
-        (offloaded if on == "cuda" else resident)["checkpoint"] = saved
-    if not shares_weights(cfg.rollout.weights, sharded, dtype)[0]:
-        resident["sampler's copy"] = count * dtype.itemsize // cfg.rollout.tensor_model_parallel_size
-    return resident, offloaded
 
 
-def _gathered(model: nn.Module, dtype: torch.dtype, kept: int | None, backward: bool) -> int:
-    """Weights that are whole for a moment: what is outside the layers, and two units, one of them on its way; in the
-    backward also a unit's gradient, to be summed in float32."""
-    size = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    apart = [] if head is None or head.weight is embedding.weight else [embedding, head]
-    sizes = [size(unit) for unit in [*decoder_layers(model), *apart]]
-    two = sum(sorted(sizes)[-2:])
-    weights = (size(model) - sum(sizes) + two) * dtype.itemsize if kept is None else kept
-    return weights + (4 * max(sizes) if backward else 0)
+def _resident(setup: _Setup) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the parts that stay from step to step: (on the device, offloaded to the CPU)."""
+    cfg, parameters, shard_size = setup.cfg, setup.parameters, setup.shard_size
+    weights = FLOAT32 * parameters // shard_size  # 4 P / s
+    moments = 2 * FLOAT32 * parameters // shard_size  # Adam's two: 8 P / s
+    references = _frozen_models(cfg) * _reference_bytes(setup)
+    on_device, offloaded = {}, {}
+    (offloaded if setup.offloads_policy else on_device).update(weights=weights, optimizer=moments)
+    (offloaded if setup.offloads_reference else on_device)["reference"] = references
+    if cfg.trainer.async_save:  # each rank's share of a copy of all that, while a thread writes it
+        share = 3 * FLOAT32 * parameters // setup.ranks + references * shard_size // setup.ranks
+        (offloaded if setup.device == "cuda" else on_device)["checkpoint"] = share
+    if not shares_weights(cfg.rollout.weights, setup.policy_is_sharded, setup.dtype)[0]:
+        tensor_parallel = cfg.rollout.tensor_model_parallel_size
+        on_device["sampler's copy"] = parameters * setup.dtype.itemsize // tensor_parallel  # b P / tp
+    return on_device, offloaded
 
 
-class _Work:
-    """The largest micro-batch that a rank will see, of the longest prompts and answers."""
+def _frozen_models(cfg: Config) -> int:
+    """Return how many frozen models the run keeps: the KL reference, and the anchor if it is another one."""
+    reference = "opponent" if cfg.reference.refresh == "round" else "initial"
+    return len({reference} | ({cfg.objective.anchor} & {"opponent", "initial"}))
 
-    def __init__(self, cfg: Config, ranks: int, precision: str, longest: int):
-        o, n = cfg.optim, cfg.rollout.n
+
+def _reference_bytes(setup: _Setup) -> int:
+    """Return the bytes of one frozen model: b P / s on several ranks.
+
+    On one process only its linear layers are in the computing dtype; embeddings, tied heads and norms are in float32.
+    """
+    itemsize = setup.dtype.itemsize
+    if setup.ranks > 1:
+        return setup.parameters * itemsize // setup.shard_size
+    embeddings = {m.weight for m in setup.model.modules() if isinstance(m, nn.Embedding)}
+    linear = [m for m in setup.model.modules() if isinstance(m, nn.Linear) and m.weight not in embeddings]
+    in_linear = sum(p.numel() for m in linear for p in m.parameters())
+    return FLOAT32 * setup.parameters - (FLOAT32 - itemsize) * in_linear
+
+
+def _two_largest_units(setup: _Setup) -> int:
+    """Return the bytes of weights that FSDP has gathered at the same time.
+
+    They are the two largest units (one computes, the next is on its way) and what belongs to no unit.
+    """
+    sizes = _unit_sizes(setup)
+    outside = setup.parameters - sum(sizes)
+    return (outside + sum(sorted(sizes)[-2:])) * setup.dtype.itemsize
+
+
+def _gathered_while_updating(setup: _Setup) -> int:
+    """Return the bytes of gathered weights, and of one unit's gradient in float32 on its way to be summed."""
+    reshards = setup.cfg.model.reshard_after_forward
+    weights = _two_largest_units(setup) if reshards else setup.parameters * setup.dtype.itemsize
+    return weights + FLOAT32 * max(_unit_sizes(setup))
+
+
+def _unit_sizes(setup: _Setup) -> list[int]:
+    """Return how many parameters each unit has that FSDP gathers by itself."""
+    return [sum(p.numel() for p in unit.parameters()) for unit in sharding_units(setup.model)]
+
+
+class _LargestMicroBatches:
+    """The largest micro-batches that a rank can get: the longest prompts, and responses of max_new_tokens."""
+
+    def __init__(self, cfg: Config, ranks: int, precision: str, longest_prompt: int):
+        optim = cfg.optim
         self.groups = -(-cfg.data.train_batch_size // ranks)
-        self.checkpointing = cfg.model.gradient_checkpointing
-        self.half = precision != "fp32" and ranks == 1
-        lengths = torch.full((self.groups, n), cfg.rollout.max_new_tokens)
-        tokens = torch.full((self.groups, n, cfg.rollout.max_new_tokens), 1)
-        tokens[..., 0] = torch.arange(n)  # answers that begin alike would share what they begin with
-        prompts = [Prompt(g, (1,) * longest, "", "", "") for g in range(self.groups)]
-        nothing = torch.zeros(1)
-        self.rollout = Rollout(prompts, tokens, lengths, nothing, nothing, lengths > 0, [])
-        steps = [
-            range(k * self.groups // o.minibatches, (k + 1) * self.groups // o.minibatches)
-            for k in range(o.minibatches)
-        ]
-        groups, limits = (
-            list(max(steps, key=len)),
-            {"budget": o.micro_batch_tokens, "max_rows": o.micro_batch_responses},
-        )
-        parts = micro_batches(self.rollout, groups, **limits, whole_groups=True)
-        self.exact = o.epochs_per_rollout * o.minibatches == 1 and parts is not None
-        self.parts = parts if self.exact else micro_batches(self.rollout, groups, **limits, whole_groups=False)
-        limits = {k: None if v is None else 2 * v for k, v in limits.items()}
-        self.scored = micro_batches(self.rollout, list(range(self.groups)), **limits, whole_groups=False)
+        self.autocasts = precision != "fp32" and ranks == 1
+        self.rollout = _longest_rollout(self.groups, cfg.rollout.n, longest_prompt, cfg.rollout.max_new_tokens)
+        bounds = [k * self.groups // optim.minibatches for k in range(optim.minibatches + 1)]
+        minibatch = max((list(range(a, b)) for a, b in pairwise(bounds)), key=len)
+        whole = self._cut(minibatch, optim.micro_batch_tokens, optim.micro_batch_responses, whole_groups=True)
+        self.exact = optim.epochs_per_rollout * optim.minibatches == 1 and whole is not None
+        self.trained = whole
+        if not self.exact:
+            self.trained = self._cut(minibatch, optim.micro_batch_tokens, optim.micro_batch_responses)
+        rows = None if optim.micro_batch_responses is None else 2 * optim.micro_batch_responses
+        self.scored = self._cut(list(range(self.groups)), 2 * optim.micro_batch_tokens, rows)
 
-    def _pack(self, parts: list[list[Row]]) -> PackedBatch:
+    def _cut(
+        self, groups: list[int], tokens: int, rows: int | None, whole_groups: bool = False
+    ) -> list[list[Row]] | None:
+        return micro_batches(self.rollout, groups, budget=tokens, max_rows=rows, whole_groups=whole_groups)
+
+    def _largest(self, parts: list[list[Row]]) -> PackedBatch:
         return pack_rows(self.rollout, max(parts, key=len))
 
-    def _autocast(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16) if self.half else nullcontext()
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast("cpu", torch.bfloat16) if self.autocasts else nullcontext()
 
-    def training(self, fake_model: FakeModel) -> int:
-        return fake_model.training(self._pack(self.parts), self._autocast, self.exact, further=len(self.parts) > 1)
+    def training_bytes(self, model: FakeModel) -> int:
+        """Return the peak bytes of activations in an update."""
+        accumulating = len(self.trained) > 1
+        return model.training_bytes(self._largest(self.trained), self._autocast, self.exact, accumulating)
 
-    def scoring(self, fake_model: FakeModel) -> int:
-        return fake_model.scoring(self._pack(self.scored), self._autocast)
+    def scoring_bytes(self, model: FakeModel) -> int:
+        """Return the peak bytes of activations when the reference scores responses, twice as many at a time."""
+        return model.scoring_bytes(self._largest(self.scored), self._autocast)
 
 
-def _sampling(
-    cfg: Config, ranks: int, on: str, sampler: FakeModel, longest: int, groups: int, free: int
-) -> dict[str, int]:
-    """Pages for keys and values, the logits of a step, and on a CPU the weights laid out for its products."""
-    r, layout = cfg.rollout, sampler.layout()
-    most = min(groups * r.n, MOST if r.max_slots == "auto" else r.max_slots)
+def _longest_rollout(groups: int, n: int, prompt_tokens: int, response_tokens: int) -> Rollout:
+    """Return a rollout of `groups` prompts and `n` responses to each, all of the greatest length."""
+    lengths = torch.full((groups, n), response_tokens)
+    tokens = torch.full((groups, n, response_tokens), 1)
+    tokens[..., 0] = torch.arange(n)  # first tokens differ: responses that begin alike would be computed once
+    prompts = [Prompt(g, (1,) * prompt_tokens, "", "", "") for g in range(groups)]
+    unused = torch.zeros(1)
+    return Rollout(prompts, tokens, lengths, unused, unused, lengths > 0, [])
+
+
+def _sampling(setup: _Setup, sampler: FakeModel, longest_prompt: int, groups: int, free: int) -> dict[str, int]:
+    """Return the bytes of the KV cache, of one decoding step's logits, and of weights laid out for CPU kernels."""
+    r, layout = setup.cfg.rollout, sampler.kv_layout()
+    max_slots = min(groups * r.n, MOST if r.max_slots == "auto" else r.max_slots)
     budget = max(0, int(SHARE * free)) if r.kv_memory_gib == "auto" else int(r.kv_memory_gib * GIB)
-    page, sizes = answer_page_size(r.max_new_tokens), [longest] * groups
+    page, prompts = answer_page_size(r.max_new_tokens), [longest_prompt] * groups
     try:
-        plan = plan_slots(layout, sizes, r.n, r.max_new_tokens, most, budget, page)
+        plan = plan_slots(layout, prompts, r.n, r.max_new_tokens, max_slots, budget, page)
     except UserError:
         if r.kv_memory_gib != "auto":
             raise
-        plan = plan_slots(layout, sizes, r.n, r.max_new_tokens, 1, 2**62, page)
+        plan = plan_slots(layout, prompts, r.n, r.max_new_tokens, 1, 2**62, page)  # report what one slot would need
     tokens = plan.prompt_pages * plan.prompt_page + plan.answer_pages * plan.page
-    pages = tokens * sum(layer.token_bytes for layer in layout.values()) // r.tensor_model_parallel_size
-    head = sampler.model.get_output_embeddings()
-    logits = plan.slots * head.weight.shape[0] * (head.weight.dtype.itemsize + (4 if on == "cuda" else 0))
+    token_bytes = sum(layer.token_bytes for layer in layout.values())
+    head = sampler.model.get_output_embeddings().weight  # [V, D]
+    float32_copy = FLOAT32 if setup.device == "cuda" else 0
     return {
-        "keys and values": pages,
-        "logits": logits,
-        "weights laid out": laid_out_bytes(sampler.model) if on == "cpu" else 0,
+        "KV cache": tokens * token_bytes // r.tensor_model_parallel_size,
+        "logits": plan.slots * head.shape[0] * (head.dtype.itemsize + float32_copy),
+        "laid-out weights": laid_out_bytes(sampler.model) if setup.device == "cpu" else 0,
     }

@@ -146,7 +146,7 @@ def test_torchrun_restarts_a_worker_that_died_and_the_run_goes_on_by_itself(tmp_
     assert program.process.wait(5000) == 0, (tmp_path / "log").read_text()[-3000:]
     assert program.orphans() == {} and [r["step"] for r in rows(tmp_path)] == [*range(1, 13)]
     said = (tmp_path / "log").read_text()
-    assert "of 12 steps done" in said and "set the earlier run aside" not in said
+    assert "of 12 steps done" in said and "the earlier run is kept as" not in said
     assert_nothing_is_left(tmp_path)
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from gspo.algorithm.self_play import SelfPlayModels
-from gspo.distributed.sharding import is_sharded
+from gspo.distributed.sharding import is_sharded, sharding_units
 from gspo.distributed.world import process_group
-from gspo.models.loading import decoder_layers
 from gspo.read_config import load_config
 from gspo.system.program import leave
 from gspo.types import Prompt, Rollout
@@ -33,8 +32,8 @@ def gathered(model, seen):
 def units(model):
     """Bytes of what is gathered together: layers, embedding, head, and what is left."""
     size = lambda m: sum(p.numel() for p in m.parameters()) * 4  # noqa: E731
-    apart = [*decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
-    sizes = [size(m) for m in apart if is_sharded(m)]
+    sizes = [size(m) for m in sharding_units(model)]
+    assert all(is_sharded(m) for m in sharding_units(model))
     return {"largest": max(sizes), "left": size(model) - sum(sizes), "all": size(model)}
 
 

@@ -74,12 +74,12 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(run, run_program, tmp_path, 
     here = run.folder / "checkpoints"
     with pytest.raises(UserError, match="neither a checkpoint nor a Hugging Face folder"):
         export(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="is there already and not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         export(here, tmp_path / "full")
     for inside in (here / "step_000099", here / "step_000004" / "out"):
         with pytest.raises(UserError, match=r"lies in .*checkpoints. Name a folder outside of it."):
             export(here, inside)
-    with pytest.raises(UserError, match="nothing is not there"):
+    with pytest.raises(UserError, match="nothing does not exist"):
         export(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(UserError, match="mine.txt/x cannot be written: Not a directory"):
         export(here, tmp_path / "full" / "mine.txt" / "x")

@@ -17,12 +17,12 @@ def write(folder, source, weights, tokenizer, shards):
     model_folder = ModelFolder(str(source), tokenizer)
     places = {}
     hands = split_by_size({name: x.nbytes for name, x in weights.items()}, shards)
-    beside = model_folder.beside(folder.with_name("scratch"), next(iter(weights.values())).dtype)
+    beside = model_folder.other_files(folder.with_name("scratch"), next(iter(weights.values())).dtype)
     folder.mkdir()
     for name, data in beside.items():
         (folder / name).write_bytes(data)
     for file, hand in zip(shard_files("model", shards), hands, strict=True):
-        pieces = {key: x for name in hand for key, x in model_folder.pieces(name, weights[name]).items()}
+        pieces = {key: x for name in hand for key, x in model_folder.stored_tensors(name, weights[name]).items()}
         write_weights(folder / file, pieces)
         places |= dict.fromkeys(pieces, file)
     if shards > 1:
@@ -57,7 +57,7 @@ def test_experts_have_the_names_of_published_files(tmp_path, tokenizer):
     model_folder = ModelFolder(str(tmp_path / "source"), tokenizer)
     experts = dict(model.named_parameters())["model.layers.1.mlp.experts.gate_up_proj"]
     names = [f"model.layers.1.block_sparse_moe.experts.{e}.w{w}.weight" for e in range(4) for w in (1, 3)]
-    assert sorted(model_folder.pieces("model.layers.1.mlp.experts.gate_up_proj", experts.detach())) == names
+    assert sorted(model_folder.stored_tensors("model.layers.1.mlp.experts.gate_up_proj", experts.detach())) == names
 
 
 def test_generation_settings_and_chat_template_are_kept(tmp_path, tokenizer, embedded_model):

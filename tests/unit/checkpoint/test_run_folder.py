@@ -40,7 +40,7 @@ def test_the_same_run_goes_on_and_another_is_refused(run):
             again(run, other)
 
 
-def test_never_sets_the_old_run_aside(run):
+def test_resume_never_renames_the_folder_of_the_old_run(run):
     assert again(run, "trainer.resume=never") == (run.folder, None)
     aside = [p for p in run.folder.parent.iterdir() if p.name.startswith("quick-")]
     assert len(aside) == 1 and (aside[0] / "checkpoints" / "step_000004" / "model.safetensors").exists()
@@ -72,7 +72,7 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(run):
 
 
 def test_a_run_goes_on_under_another_name_of_its_folder(run):
-    os.close(run_folder._held.pop(run.folder))
+    os.close(run_folder._locks.pop(run.folder))
     other = run.folder.rename(run.folder.with_name("other"))
     assert again(run, "trainer.run_name=other") == (other, other / "checkpoints" / "step_000004")
 
@@ -87,12 +87,12 @@ def test_leftovers_of_a_killed_run_are_removed(run):
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(run, monkeypatch):
-    monkeypatch.setattr("gspo.checkpoint.run_folder.PATIENCE_S", 0.3)
+    monkeypatch.setattr("gspo.checkpoint.run_folder.LOCK_TIMEOUT_S", 0.3)
     hold = (
         f"import fcntl, os, time; fcntl.flock(os.open({str(run.folder)!r}, os.O_RDONLY), fcntl.LOCK_EX); "
         "print(flush=True); time.sleep(99)"
     )
-    os.close(run_folder._held.pop(run.folder))
+    os.close(run_folder._locks.pop(run.folder))
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     other.stdout.readline()
     for resume in ("auto", "never"):
@@ -147,16 +147,16 @@ def test_a_file_that_is_missing_or_cut_is_found(run):
 def test_where_no_checkpoint_is_whole_the_run_does_not_start_over_by_itself(run):
     (run.folder / "checkpoints/step_000004/config.json").unlink()
     (run.folder / "checkpoints/step_000002").mkdir()
-    with pytest.raises(UserError, match=r"step_000002 is damaged.*none before it is whole.*trainer.resume=never"):
+    with pytest.raises(UserError, match=r"step_000002 is damaged.*so is every one before it.*trainer.resume=never"):
         again(run)
     for _ in range(2):  # nor when it is asked again, as torchrun does
-        with pytest.raises(UserError, match=r"no checkpoint but damaged ones \(step_000004.damaged\).*resume=never"):
+        with pytest.raises(UserError, match=r"only damaged checkpoints \(step_000004.damaged\).*resume=never"):
             again(run)
     assert again(run, "trainer.resume=never")[1] is None
 
 
 def test_what_was_saved_while_the_folder_was_waited_for_is_gone_on_from(run):
-    os.close(run_folder._held.pop(run.folder))
+    os.close(run_folder._locks.pop(run.folder))
     other = os.open(run.folder, os.O_RDONLY)  # another process that comes to its end
     fcntl.flock(other, fcntl.LOCK_EX)
 
@@ -237,7 +237,7 @@ def test_a_reward_function_that_changes_between_resumes_is_told_of_and_both_are_
     save_reward_function(tmp_path, "return 0.5", 20)
     assert capsys.readouterr().out == ""
     save_reward_function(tmp_path, "return 1.0", 40)
-    assert "another one than this run began with" in capsys.readouterr().out
+    assert "has changed since this run began" in capsys.readouterr().out
     assert (tmp_path / "reward_func.py").read_text() == "return 1.0"
     assert (tmp_path / "reward_func_until_step_40.py").read_text() == "return 0.5"
     save_reward_function(tmp_path, "return 0.0", 0)

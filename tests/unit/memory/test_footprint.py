@@ -89,10 +89,10 @@ def test_keys_and_values_by_hand():
     short = ("rollout.n=4", "rollout.max_new_tokens=32")
     layers = json.loads((MODEL_DIR / "config.json").read_text())
     token = layers["num_hidden_layers"] * 2 * layers["num_key_value_heads"] * 32 * 4
-    full = report(*short, prompt_tokens=50).phases["sampling"]["keys and values"]
+    full = report(*short, prompt_tokens=50).phases["sampling"]["KV cache"]
     assert full % token == 0 and full // token >= 32 * 32 + 8 * 50
-    few = report(*short, "rollout.max_slots=8", prompt_tokens=50).phases["sampling"]["keys and values"]
-    tight = report(*short, "rollout.kv_memory_gib=0.001", prompt_tokens=50).phases["sampling"]["keys and values"]
+    few = report(*short, "rollout.max_slots=8", prompt_tokens=50).phases["sampling"]["KV cache"]
+    tight = report(*short, "rollout.kv_memory_gib=0.001", prompt_tokens=50).phases["sampling"]["KV cache"]
     assert tight <= 0.001 * GIB and few < full
 
 
@@ -103,7 +103,7 @@ def test_less_memory_where_a_setting_says_so():
     for less in (smaller, again):
         assert less.phases["updating"]["activations"] < 0.7 * usual.phases["updating"]["activations"]
     assert usual.peak_phase == "updating" and "optim.micro_batch_tokens" in usual.cure()
-    assert "turn optim.micro_batch_tokens" in report_text(usual, usual.peak - 1) and "it fits" in report_text(
+    assert "change optim.micro_batch_tokens" in report_text(usual, usual.peak - 1) and "it fits" in report_text(
         usual, usual.peak
     )
     assert "activations" in usual.summary() and f"{usual.peak / GIB:.3g} GiB" in usual.summary()
@@ -119,7 +119,7 @@ def test_the_command_needs_no_weights(run_program, tmp_path):
     done = run_program("-m", "gspo.memory", "--ranks", "8", "--on", "cuda", "--have", "12", *args)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "4.42 billion parameters, bf16, 8 x cuda" in done.stdout
-    assert "12.000: it does not fit" in done.stdout and "turn " in done.stdout
+    assert "12.000: it does not fit" in done.stdout and "change " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_run_that_would_be_refused_has_no_report(overrides, says):
         (["--ranks", "0"], "--ranks 0: must be 1 or more"),
         (["--have", "nan"], "--have nan: must be"),
         (["--have", "-1"], "--have -1: must be"),
-        (["model.path={tmp}"], "cannot be worked out (ValueError: Unrecognized configuration class"),
+        (["model.path={tmp}"], "cannot be computed in advance (ValueError: Unrecognized configuration class"),
         (["model.shard_size=3", "--ranks", "2", "rollout.n=4"], "model.shard_size = 3 does not divide"),
         (["trainer.n_gpus=2", "rollout.tensor_model_parallel_size=4"], "does not divide the 2 processes"),
     ],
