@@ -26,7 +26,7 @@ from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
 from gspo.metrics.tracker import sample_rows
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
-from gspo.read_config import load_config
+from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
 from gspo.run import (
@@ -155,7 +155,7 @@ def finish_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/standard.yaml", help="YAML preset (default: %(default)s)")
+    parser.add_argument("--config", default=STANDARD, help="YAML preset (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
     args = parser.parse_intermixed_args()

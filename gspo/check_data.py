@@ -18,7 +18,7 @@ from gspo.config import Config
 from gspo.data.prompts import Survey, TooLong, check_positions, configured_splits, in_common, make_checker, survey
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
-from gspo.read_config import load_config
+from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
 from gspo.system.program import guarded
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gspo.check_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/standard.yaml", help="YAML preset (default: %(default)s)")
+    parser.add_argument("--config", default=STANDARD, help="YAML preset (default: %(default)s)")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--rows", type=int, default=1000, metavar="K", help="rows sampled (default: %(default)s)")
     amount.add_argument("--all", action="store_true", help="count tokens and score answers of every row")

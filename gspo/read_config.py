@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import types
 import typing
 from pathlib import Path
@@ -17,6 +18,10 @@ import yaml
 from gspo.config import PARAMETERS, Config, known_keys
 from gspo.config_aliases import ALIASES, VALUE_ALIASES
 from gspo.errors import UserError
+
+ROOM = Path(__file__).resolve().parent
+PRESETS = next(folder for folder in (ROOM / "configs", ROOM.parent / "configs") if folder.is_dir())  # installed, or not
+STANDARD = os.path.relpath(PRESETS / "standard.yaml")
 
 
 def parameter_of(typed: str, place: str) -> str:
@@ -121,7 +126,8 @@ def read_yaml(path: Path) -> dict:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(
-            f"--config {path}: {e.strerror or e}. Presets: configs/quick.yaml, standard, high_quality."
+            f"--config {path}: {e.strerror or e}. Presets: quick.yaml, standard.yaml and high_quality.yaml in "
+            f"{os.path.relpath(PRESETS)}."
         ) from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(e).split())}") from e

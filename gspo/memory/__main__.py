@@ -15,7 +15,7 @@ from gspo.errors import UserError
 from gspo.memory.footprint import GIB, Footprint, footprint
 from gspo.models.loading import load_model_config, resolve_path
 from gspo.models.precision import choose_precision
-from gspo.read_config import load_config
+from gspo.read_config import STANDARD, load_config
 from gspo.rollout.kv_budget import free_bytes
 from gspo.system.console import say
 from gspo.system.program import guarded
@@ -47,7 +47,7 @@ def report_text(report: Footprint, free: int | None) -> str:
 def _arguments() -> argparse.Namespace:
     """Parse the command line. UserError for a number that is out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/standard.yaml", help="YAML preset (default: %(default)s)")
+    parser.add_argument("--config", default=STANDARD, help="YAML preset (default: %(default)s)")
     parser.add_argument("--ranks", type=int, help="processes of the run (default: trainer.n_gpus x nnodes, or 1)")
     parser.add_argument("--on", choices=["cpu", "cuda"], help="their devices (default: those of this machine)")
     parser.add_argument(

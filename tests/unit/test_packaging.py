@@ -1,6 +1,7 @@
 """Check what `pip install` would install: every folder and file that a run needs, and our kernels as `gspo.kernels`."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,16 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 def test_every_package_is_listed():
     folders = {file.parent.relative_to(ROOT) for file in (ROOT / "gspo").rglob("*.py")} - {ROOT}
-    assert {*SETUPTOOLS["packages"]} == {".".join(folder.parts) for folder in folders} | {"gspo.kernels"}
+    assert {*SETUPTOOLS["packages"]} == {".".join(folder.parts) for folder in folders} | {*SETUPTOOLS["package-dir"]}
 
 
 def test_every_file_that_is_not_python_is_listed():
-    folders = {"gspo.kernels": ROOT / "kernels", "gspo.embedded": ROOT / "gspo" / "embedded"}
+    folders = {
+        "gspo.embedded": ROOT / "gspo" / "embedded",
+        "gspo.configs": ROOT / "configs",
+        "gspo.kernels": ROOT / "kernels",
+    }
+    assert {f"gspo.{folder}": folder for folder in ("configs", "kernels")} == SETUPTOOLS["package-dir"]
     for package, patterns in SETUPTOOLS["package-data"].items():
         folder = folders.pop(package)
         installed = {path for pattern in patterns for path in folder.glob(pattern)}
@@ -34,12 +40,33 @@ def test_the_commands_are_functions():
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_installed_beside_the_other_package_kernels_ours_is_imported(tmp_path):
+def install(folder):
+    """Copy what `pip install` copies."""
     without_caches = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "gspo", tmp_path / "gspo", ignore=without_caches)
-    shutil.copytree(ROOT / "kernels", tmp_path / "gspo" / "kernels", ignore=without_caches)
+    shutil.copytree(ROOT / "gspo", folder / "gspo", ignore=without_caches)
+    for name, source in SETUPTOOLS["package-dir"].items():
+        shutil.copytree(ROOT / source, folder / name.replace(".", "/"), ignore=without_caches)
+    for name in SETUPTOOLS["py-modules"]:
+        shutil.copy(ROOT / f"{name}.py", folder)
+
+
+def test_installed_beside_the_other_package_kernels_ours_is_imported(tmp_path):
+    install(tmp_path)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
     code = "import gspo.kernels.ops as ops, kernels; print(ops.__file__, kernels.theirs)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "gspo" / "kernels" / "ops.py"), "True"], done.stderr[-2000:]
+
+
+def test_installed_it_finds_its_presets(tmp_path):
+    install(tmp_path / "site")
+    code = "import sys, train; sys.argv = ['gspo-train', '--check']; train.program()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "256 x 8" in done.stdout, done.stderr[-2000:]
