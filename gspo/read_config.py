@@ -126,8 +126,8 @@ def read_yaml(path: Path) -> dict:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(
-            f"--config {path}: {e.strerror or e}. Presets: quick.yaml, standard.yaml and high_quality.yaml in "
-            f"{os.path.relpath(PRESETS)}."
+            f"--config {path}: {e.strerror or e}. Presets: {os.path.relpath(PRESETS)}/quick.yaml, "
+            "standard.yaml and high_quality.yaml."
         ) from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(e).split())}") from e
