@@ -1,27 +1,30 @@
-"""Curves: tensorboard, `metrics.jsonl`, the console line, sample tables, and the warnings of `health.py`.
+"""Show a run: write metrics and samples to every writer, print the console line and the warnings of health.py.
 
 Nothing here stops a run: what a full disk does not take is written when there is room again.
 
-`GLOSSARY` is the one list of what every metric means; the README's table is printed from it
-(`python -m gspo.metrics.tracker`).
+`GLOSSARY` is the one list of metrics and their meaning; docs/metrics.md is printed from it
+(`python -m gspo.metrics.tracker`). `WRITERS` is the one list of places they are written to.
 """
 
-import json
 import math
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from gspo.algorithm.pairs import chosen_rejected
 from gspo.config import Config
 from gspo.metrics.health import HealthCheck
-from gspo.metrics.tensorboard_file import Board
+from gspo.metrics.tensorboard_file import TensorboardFile
+from gspo.metrics.writers import MetricsFile, Samples, SamplesFile, Writer, read_rows
 from gspo.system.console import say
-from gspo.system.files import Growing, write_text
 from gspo.system.torchrun import is_main
 from gspo.types import Experience
 
+WRITERS: dict[str, type[Writer]] = {
+    "metrics.jsonl": MetricsFile,
+    "samples.jsonl": SamplesFile,
+    "tensorboard": TensorboardFile,
+}
 GLOSSARY = {
     "reward_mean": "mean reward of the sampled answers (should rise)",
     "reward_max": "mean over prompts of the best answer's reward (should rise)",
@@ -74,46 +77,50 @@ GLOSSARY = {
     "memory/peak_gib": "peak memory: of the GPU, or of the process on CPU",
 }
 SEED_FIVE = ("reward_mean", "reward_max", "preference_accuracy", "kl_divergence", "ranking_loss")
-PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healthy high)
-    "reward_mean (healthy: rises)": ("reward_mean", None, None),
-    "reward_max (healthy: rises)": ("reward_max", None, None),
-    "preference_accuracy (healthy: above 0.6)": ("preference_accuracy", "preference_accuracy_min", None),
-    "kl_divergence (healthy: 0.001 to 0.1)": ("kl_divergence", "kl_divergence_min", "kl_divergence_max"),
-    "ranking_loss (healthy: falls)": ("ranking_loss", None, None),
-}
 
 
 class Tracker:
-    """Writes the run's curves. On ranks other than 0 it writes nothing."""
+    """Write and print what a run shows. On ranks other than 0 it does nothing."""
 
     def __init__(self, folder: Path, cfg: Config, start_step: int):
-        self.folder, self.cfg, self.active = folder, cfg, is_main()
-        self.health, self.last_line, self.full = HealthCheck(cfg.health), 0.0, False
-        if not self.active:
+        self.folder, self.health = folder, HealthCheck(cfg.health)
+        self.writers: list[Writer] = []
+        self.last_line, self.disk_full = 0.0, False
+        if not is_main():
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _cut_after(folder / name, start_step)
-        for row in _rows(folder / "metrics.jsonl"):  # a resumed run knows again what it had seen and said
+        self.writers = [writer(folder, cfg, start_step) for writer in WRITERS.values()]
+        for row in read_rows(folder / "metrics.jsonl"):  # a resumed run knows what it has seen and warned of
             self.health.check(row)
-        self.metrics_file, self.samples_file = (Growing(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
-        self.board = Board(folder / "tensorboard", start_step + 1 if start_step else None)
-        self.board.page({"GSPO": {title: ["Multiline", _tags(*spec)] for title, spec in PAGE.items()}})
 
     def log(self, step: int, metrics: dict[str, float], total_steps: int, causes: dict[str, str] | None = None) -> None:
-        """One object in metrics.jsonl, one point on every curve, one line on the console. `step` counts from 1;
-        `causes` says in words what is behind a metric, for a warning about it."""
-        if not self.active:
+        """Write the metrics of a step, counted from 1, and print its line and its warnings.
+
+        Metrics that are neither in the glossary nor the reward function's are left out. `causes` says in words what is
+        behind a metric, for a warning about it.
+        """
+        if not self.writers:
             return
         news = self.health.check(metrics, causes)
         values = metrics | self.health.derived
-        row = {"step": step, **{k: v for k, v in values.items() if k in GLOSSARY or k.startswith("reward/")}}
-        bounds = {bound for _, *both in PAGE.values() for bound in both if bound}
-        limits = {f"healthy/{bound}": getattr(self.cfg.health, bound) for bound in sorted(bounds)}
-        self._told(self.metrics_file.append((json.dumps(row) + "\n").encode()))
-        self._told(self.board.scalars({name: x for name, x in (row | limits).items() if name != "step"}, step))
+        values = {name: x for name, x in values.items() if name in GLOSSARY or name.startswith("reward/")}
+        for writer in self.writers:
+            self._warn_once(writer.metrics(step, values))
         for level, text in news:
             say(f"{level}, step {step}: {text}.")
-        self._line(step, row, total_steps)
+        self._line(step, values, total_steps)
+
+    def samples(self, step: int, parts: list[Samples]) -> None:
+        """Write all ranks' `sample_rows`, by place."""
+        rows = dict(sorted(item for part in parts for item in part.items()))
+        for writer in self.writers:
+            self._warn_once(writer.samples(step, rows))
+
+    def close(self) -> None:
+        """Write what still waits, or say that it is lost."""
+        for writer in self.writers:
+            self._warn_once(writer.close())
+        if self.disk_full:
+            say(f"warning: {self.folder}: the last curves and samples found no room, and are lost.")
 
     def _line(self, step: int, row: dict[str, float], total_steps: int) -> None:
         now = time.monotonic()
@@ -129,41 +136,21 @@ class Tracker:
             f"{row['time/step']:.2f} s"
         )
 
-    def samples(self, step: int, parts: list[dict[int, dict[str, Any]]]) -> None:
-        """All ranks' `sample_rows`, by place: samples.jsonl, and the first two as tensorboard text."""
-        if not self.active:
-            return
-        rows = dict(sorted(item for part in parts for item in part.items()))
-        lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows.values()]
-        self._told(self.samples_file.append("".join(lines).encode()))
-        for place, row in rows.items():
-            if place < 2 and (step == 1 or step % 10 == 0):
-                self._told(self.board.text(f"samples/{place}", _table(row), step))
-
-    def _told(self, error: OSError | None) -> None:
+    def _warn_once(self, error: OSError | None) -> None:
         """Say once that the disk takes nothing, and once that it does again."""
-        if error and not self.full:
+        if error and not self.disk_full:
             say(
                 f"warning: {self.folder}: curves and samples cannot be written ({error.strerror}); they wait in "
                 "memory, and training goes on."
             )
-        waiting = any(file.waiting for file in (self.metrics_file, self.samples_file, self.board.file))
-        if self.full and not waiting:
+        waiting = any(writer.waiting for writer in self.writers)
+        if self.disk_full and not waiting:
             say(f"{self.folder}: curves and samples are written again, none is missing.")
-        self.full = waiting
-
-    def close(self) -> None:
-        """Write what still waits, or say that it is lost."""
-        if not self.active:
-            return
-        for file in (self.metrics_file, self.samples_file, self.board.file):
-            self._told(file.append(b""))
-        if self.full:
-            say(f"warning: {self.folder}: the last curves and samples found no room, and are lost.")
+        self.disk_full = waiting
 
 
-def sample_rows(exp: Experience, count: int) -> dict[int, dict[str, Any]]:
-    """{place: prompt, responses, rewards, who was chosen over whom} of this rank's groups among the first `count`."""
+def sample_rows(exp: Experience, count: int) -> Samples:
+    """Return {place: prompt, responses, rewards, the widest pair} of this rank's groups among the first `count`."""
     rows = {}
     for g, place in enumerate(exp.places):
         if place >= count:
@@ -181,44 +168,6 @@ def sample_rows(exp: Experience, count: int) -> dict[int, dict[str, Any]]:
             "rejected": texts[pairs[0][1]] if pairs else None,
         }
     return rows
-
-
-def _tags(name: str, low: str | None, high: str | None) -> list[str]:
-    return [f"^{name}$", *(f"^healthy/{bound}$" for bound in (low, high) if bound)]
-
-
-def _table(row: dict[str, Any]) -> str:
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", "<br>")
-
-    lines = [
-        f"**{cell(row['prompt'])}** (answer {cell(row['ground_truth'])})",
-        "",
-        "| reward | response | |",
-        "|---|---|---|",
-    ]
-    for text, reward in sorted(zip(row["responses"], row["rewards"], strict=True), key=lambda x: -x[1]):
-        mark = "chosen" if text == row["chosen"] else "rejected" if text == row["rejected"] else ""
-        lines.append(f"| {reward:g} | {cell(text)} | {mark} |")
-    return "\n".join(lines)
-
-
-def _cut_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a half-written last line: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # texts may hold other line ends
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ STAGES = {
     "log": [
         "gspo.metrics.step_metrics",
         "gspo.metrics.tracker",
+        "gspo.metrics.writers",
         "gspo.metrics.tensorboard_file",
         "gspo.metrics.health",
     ],

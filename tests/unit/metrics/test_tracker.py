@@ -10,7 +10,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config, Health
-from gspo.metrics.tracker import GLOSSARY, SEED_FIVE, Tracker, _cut_after, sample_rows
+from gspo.metrics.tracker import GLOSSARY, SEED_FIVE, Tracker, sample_rows
+from gspo.metrics.writers import drop_steps_after
 from gspo.types import Experience, Groups, Prompt, Rollout
 
 DERIVED = {"response/length_ratio", "entropy_ratio", "winner_logprob_drop", "heldout/diverging"}  # by health.py
@@ -160,7 +161,7 @@ def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
 def test_a_half_written_last_line_is_dropped_wherever_it_ends(tmp_path, cut):
     path, line = tmp_path / "samples.jsonl", '{"step": 2, "t": "解方程"}\n'.encode()
     path.write_bytes('{"step": 1, "t": "解"}\n'.encode() + line[:cut])
-    _cut_after(path, 5)
+    drop_steps_after(path, 5)
     assert path.read_text(encoding="utf-8") == '{"step": 1, "t": "解"}\n'
 
 
@@ -171,13 +172,13 @@ def test_cutting_keeps_lines_whose_text_holds_odd_line_ends(tmp_path, odd):
     tracker.samples(1, [sample_rows(an_experience(REWARDS[:1], texts), 1)])
     tracker.close()
     before = (tmp_path / "samples.jsonl").read_bytes()
-    _cut_after(tmp_path / "samples.jsonl", 1)
+    drop_steps_after(tmp_path / "samples.jsonl", 1)
     assert (tmp_path / "samples.jsonl").read_bytes() == before
     assert lines(tmp_path / "samples.jsonl")[0]["responses"] == texts[0]
 
 
 def test_cutting_nothing_and_a_file_that_is_not_there(tmp_path):
-    _cut_after(tmp_path / "no.jsonl", 3)
+    drop_steps_after(tmp_path / "no.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
 
 
