@@ -1,10 +1,10 @@
-r"""Look at the data before training: what is wrong with it, and whether the reward function knows the right answers.
+r"""Check the data before training: what is wrong with its rows, and whether the reward function scores gold answers.
 
     python -m gspo.check_data --config configs/standard.yaml [section.key=value ...] [--rows K | --all]
 
-Every row is read; tokens are counted and answers scored on a sample. Right ("gold") answers are a row's `solution` and
-its ground truth as `\boxed{72}`, `#### 72`, `The answer is 72`, `答案：72` and `72`; the best of them counts. Wrong
-ones are made of another row's ground truth. Exit code: 0 when training would start, 2 when not.
+Every row is read; a sample of rows is tokenized and its answers are scored. Right ("gold") answers are a row's
+`solution` and its ground truth as `\boxed{72}`, `#### 72`, `The answer is 72`, `答案：72` and `72`; the best of them
+counts. Wrong ones are made from another row's ground truth. Exit code: 0 when training would start, 2 when not.
 """
 
 import argparse
@@ -29,12 +29,13 @@ NOT_FULL, NOT_ABOVE = "gold answers below 1.0", "gold answers not above a wrong 
 
 @dataclass
 class Found:
-    """What is wrong with one split: how many problems of each kind, and the first ones."""
+    """The problems of one split: how many of each kind, and the first of them."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, what: str) -> None:
+        """Count a problem, and keep its text if it is among the first."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         shown = self.first.setdefault(kind, [])
         if len(shown) < SHOWN:
@@ -43,7 +44,7 @@ class Found:
 
 @dataclass
 class Report:
-    """One split: a line of the table, its problems, and why training would not start."""
+    """One split: its line of the table, its problems, and the reasons why training would not start."""
 
     name: str
     cells: list[str]
@@ -51,8 +52,8 @@ class Report:
     blocked: list[str]
 
 
-def lint(cfg: Config, rows: int | None) -> Iterator[Report]:
-    """Look at every split that training would read."""
+def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
+    """Check every split that training would read."""
     tokenizer, model_config, scorer = load_tokenizer(cfg.model.path), load_model_config(cfg.model.path), None
     train: Survey | None = None
     for configured in configured_splits(cfg):
@@ -78,22 +79,22 @@ def lint(cfg: Config, rows: int | None) -> Iterator[Report]:
             check_positions(checker, cfg)
         except UserError as e:
             blocked.append(f"{configured.name}: {e}")
-        _same(seen, train, found)
+        _find_repeats(seen, train, found)
         train = seen if configured.name == "train" else train
         scorer = scorer or Scorer(cfg.reward)
         gold = check_gold(scorer, seen.prompts, rows)
         for kind, examples in ((NOT_FULL, gold.not_full), (NOT_ABOVE, gold.not_above)):
             found.first |= {kind: [str(e) for e in examples]} if examples else {}
         found.counts |= {NOT_FULL: gold.rows - gold.full, NOT_ABOVE: gold.compared - gold.above}
-        if configured.name == "train" and cfg.reward.check_rows:  # the very sample that training takes
+        if configured.name == "train" and cfg.reward.check_rows:  # the same sample as at the start of training
             verdict = check_gold(scorer, seen.prompts, cfg.reward.check_rows)
             blocked += [verdict.verdict()] if verdict.refused else []
         cells = [str(total), str(bad), str(long), *_cells(seen, rows, found, configured.name, gold)]
         yield Report(configured.name, cells, found, blocked)
 
 
-def _same(seen: Survey, train: Survey | None, found: Found) -> None:
-    """Prompts that occur twice in this split, and those that are in the training split as well."""
+def _find_repeats(seen: Survey, train: Survey | None, found: Found) -> None:
+    """Add the prompts that occur twice in this split, and those that are in the training split as well."""
     order = np.argsort(seen.keys, kind="stable")
     same = seen.keys[order[1:]] == seen.keys[order[:-1]]
     later, earlier = order[1:][same], order[:-1][same]
@@ -112,6 +113,7 @@ def _same(seen: Survey, train: Survey | None, found: Found) -> None:
 
 
 def _cells(seen: Survey, rows: int | None, found: Found, name: str, gold: GoldCheck) -> list[str]:
+    """Return the cells of the table that need the rows themselves."""
     lengths = [len(seen.prompts[i].ids) for i in sample(len(seen.prompts), rows)]
     return [
         f"{np.median(lengths):.0f} / {max(lengths)}",
@@ -128,7 +130,7 @@ TITLES = ["", "rows", "bad", "too long", "tokens", "twice", "in train", "gold", 
 
 
 def show(reports: list[Report]) -> str:
-    """The table, and the first problems of each kind."""
+    """Return the table, and the first problems of each kind."""
     table = [TITLES] + [[r.name, *r.cells, *[""] * (len(TITLES) - 1 - len(r.cells))] for r in reports]
     widths = [max(len(line[i]) for line in table) for i in range(len(TITLES))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
@@ -150,9 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
     args = parser.parse_intermixed_args(argv)
     if args.rows < 1:
-        raise UserError(f"--rows {args.rows}: at least one row is to be sampled.")
+        raise UserError(f"--rows {args.rows}: it must be at least 1.")
     cfg = load_config(args.config, args.overrides)
-    reports = list(lint(cfg, None if args.all else args.rows))
+    reports = list(check_splits(cfg, None if args.all else args.rows))
     print(show(reports))
     reasons = [reason for report in reports for reason in report.blocked]
     print("\ntraining would start" if not reasons else "\ntraining would not start:", flush=True)

@@ -1,10 +1,10 @@
-"""GSM8K and MATH as they are published -> the rows that `train.py` reads.
+"""Convert GSM8K and MATH as they are published into the rows that `train.py` reads, and split them.
 
     python -m gspo.convert gsm8k IN OUT.json [--limit K] [--holdout K]
     python -m gspo.convert math  IN OUT.json [--limit K] [--holdout K]
 
 IN is JSONL, a JSON list, parquet or a Hugging Face data set. `--holdout K` writes the last K rows to OUT_test.json, not
-to OUT.json. Training reads both formats without this, too; it is for cutting them.
+to OUT.json. Training also reads both formats as they are published.
 """
 
 import argparse
@@ -36,15 +36,16 @@ def write_files(files: dict[Path, list[Row]]) -> None:
 
 
 def _converted(kind: str, row: Any, place: str) -> Row:
+    """Return the converted row. Raise UserError."""
     if isinstance(row, UserError):  # a line that cannot be read
         raise row
     return FORMATS[kind](row, place)
 
 
 def convert(kind: str, source: Path, out: Path, limit: int | None = None, holdout: int = 0) -> dict[Path, int]:
-    """Convert one file; returns the rows of each file written. Raises UserError, and then nothing was written."""
+    """Convert one file. Return {file: rows written}. Raise UserError, and then nothing was written."""
     if out.suffix != ".json":
-        raise UserError(f"OUT {out} must end in .json: it becomes one JSON list.")
+        raise UserError(f"OUT {out} must end in .json: one JSON list is written.")
     opened = open_source(source)
     found = track(islice(opened.rows(), limit), f"converting {source}", min(len(opened), limit or len(opened)))
     rows = [_converted(kind, row, opened.place(i)) for i, row in enumerate(found)]
@@ -59,6 +60,7 @@ def convert(kind: str, source: Path, out: Path, limit: int | None = None, holdou
 
 
 def _count(text: str) -> int:
+    """Read a number of rows from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows: 1, 2, ...")
     return int(text)

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""Define the one error that the user can fix."""
 
 
 class UserError(ValueError):

@@ -1,4 +1,4 @@
-"""The learning curves of a run as one picture: `python -m gspo.plot outputs/quick docs/learning_curve.png`."""
+"""Draw the learning curves of a run as one picture: `python -m gspo.plot outputs/quick docs/learning_curve.png`."""
 
 import argparse
 import json
@@ -13,14 +13,14 @@ INK, SOFT, BAND = "#1f4e79", "#9db8d2", "#e6f2e6"
 
 
 def smooth(values: list[float], span: int = 9) -> list[float]:
-    """Running mean over up to `span` neighbours."""
+    """Return the running mean over up to `span` neighbours."""
     half = span // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(w) / len(w) for w in windows]
 
 
 def draw(run: Path, out: Path) -> None:
-    """A panel for each of the five curves, raw and smoothed, with healthy ranges, round starts and test scores."""
+    """Draw a panel for each of the five curves, raw and smoothed, with healthy ranges, round starts and test scores."""
     try:
         import matplotlib
 
@@ -31,7 +31,7 @@ def draw(run: Path, out: Path) -> None:
     try:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except OSError as e:
-        raise UserError(f"{run} is no run folder: {e.strerror} ({run / 'metrics.jsonl'}).") from e
+        raise UserError(f"{run} is not a run folder: {e.strerror} ({run / 'metrics.jsonl'}).") from e
     figure, axes = plt.subplots(1, 5, figsize=(16, 3), layout="constrained")
     starts = [b["step"] for a, b in zip(rows, rows[1:], strict=False) if a["round"] != b["round"]]
     for axis, name in zip(axes, SEED_FIVE, strict=True):

@@ -1,10 +1,10 @@
-"""N answers to each of a list of prompts, from any Hugging Face causal language model.
+"""Sample N responses to each of a list of prompts from any Hugging Face causal language model.
 
     python -m gspo.sample MODEL PROMPTS ANSWERS.jsonl [--n 8 --temperature 0.9 --max_new_tokens 512 --stop TEXT ...]
 
 PROMPTS is a JSON, JSONL or parquet file of rows, or a data set, with a `prompt`: a text, or a list of {role, content}
-messages. Every row is written with its `answers`, in the same order; until the last is, to ANSWERS.jsonl.part. In
-Python: `sample`.
+messages. Every row is written with its `answers`, in the same order. The file is called ANSWERS.jsonl.part until
+the last row is written. In Python: `sample`.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from gspo.system.files import replacing
 from gspo.system.program import guarded
 from gspo.types import Prompt, Rollout
 
-ROWS_AT_ONCE = 1024  # written before the next ones are sampled
+ROWS_AT_ONCE = 1024  # rows that are sampled, and then written, together
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer."""
+    """One sampled response."""
 
     text: str  # without end tokens; a stop string stays
     tokens: list[int]
@@ -59,18 +59,18 @@ def sample(
     kv_memory_gib: float | Literal["auto"] = "auto",
     on_group: Callable[[int, list[str]], None] | None = None,
 ) -> list[list[Answer]]:
-    """-> n answers to each prompt: a text, or a list of {role, content} messages.
+    """Return n responses to each prompt, which is a text or a list of {role, content} messages.
 
     `model` is a folder or a hub name (None: the embedded model), or a loaded model, together with its `tokenizer`. The
-    tokenizer's chat template is applied where it has one. An answer depends on the seed, its prompt's place in the list
-    and its own number, and on nothing else that is sampled. `on_group(place, texts)` is called as soon as a prompt's
-    last answer has ended. Raises UserError.
+    tokenizer's chat template is applied where it has one. A response depends on the seed, its prompt's place in the
+    list and its own number, and on nothing else that is sampled. `on_group(place, texts)` is called as soon as a
+    prompt's last response has ended. Raise UserError.
     """
     _check_number(n)
     sampler, encoder = _open(model, tokenizer, device, precision, max_slots, kv_memory_gib, seed)
     rows = [_prompt(encoder, i, prompt, f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
-    tell = None if on_group is None else lambda place, prompt, texts: on_group(place, texts)
-    return _answers(sampler.generate(rows, n, sampling or Sampling(), purpose=EVAL, on_group=tell))
+    notify = None if on_group is None else lambda place, prompt, texts: on_group(place, texts)
+    return _answers(sampler.generate(rows, n, sampling or Sampling(), purpose=EVAL, on_group=notify))
 
 
 def _open(
@@ -82,6 +82,7 @@ def _open(
     kv_memory_gib: float | Literal["auto"],
     seed: int,
 ) -> tuple[Sampler, Encoder]:
+    """Open the model and its tokenizer. Raise UserError."""
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(model)
@@ -94,8 +95,9 @@ def _open(
 
 
 def _check_number(n: int) -> None:
+    """Raise UserError unless n is at least 1."""
     if n < 1:
-        raise UserError(f"n = {n}: at least 1 answer a prompt is needed.")
+        raise UserError(f"n = {n}: at least 1 response per prompt is needed.")
 
 
 @contextmanager
@@ -114,13 +116,15 @@ def _open_answers(path: Path, source: str) -> Iterator[TextIO]:
 
 
 def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str) -> Prompt:
+    """Encode a prompt. Raise UserError, which names the place."""
     if not prompt or not isinstance(prompt, str | list):
-        raise UserError(f"{place}: no `prompt`; a text, or a list of {{role, content}} messages, is needed.")
+        raise UserError(f"{place}: no `prompt`; it must be a text, or a list of {{role, content}} messages.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return Prompt(number, encoder.ids(messages, place), "", "", "")
 
 
 def _answers(rollout: Rollout) -> list[list[Answer]]:
+    """Return the responses of a rollout, G x N."""
     lengths, tokens, sums = rollout.lengths.tolist(), rollout.tokens.tolist(), rollout.logprobs.sum(-1).tolist()
     return [
         [Answer(text, ids[:length], logprob, reason) for text, ids, length, logprob, reason in zip(*group, strict=True)]
@@ -133,16 +137,16 @@ def main() -> None:
     parser.add_argument("model", help="HF folder or name; '' for the embedded model")
     parser.add_argument("prompts", help="file of rows, or a data set owner/name[:config][@split]")
     parser.add_argument("answers", type=Path, help="JSONL file to write")
-    parser.add_argument("--n", type=int, default=8, help="answers a prompt (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=8, help="responses per prompt (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.9, help="0: the likeliest token (default: %(default)s)")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--min_p", type=float, default=0.0)
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: %(default)s)")
-    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="end an answer where one is complete")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest response (default: %(default)s)")
+    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="stop strings: they end a response")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kv_memory_gib", type=float, help="memory for keys and values (default: half of the free)")
+    parser.add_argument("--kv_memory_gib", type=float, help="memory of the KV cache (default: half of the free)")
     a = parser.parse_args()
     _check_number(a.n)
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
@@ -156,7 +160,7 @@ def main() -> None:
             for row, group in zip(rows, _answers(rollout), strict=True):
                 answers = [asdict(answer) for answer in group]
                 out.write(json.dumps({**row, "answers": answers}, ensure_ascii=False) + "\n")
-    say(f"{a.answers}: {len(source):,} prompts, {a.n} answers each")
+    say(f"{a.answers}: {len(source):,} prompts, {a.n} responses each")
 
 
 if __name__ == "__main__":

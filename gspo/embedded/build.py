@@ -2,11 +2,11 @@
 
 `python -m gspo.embedded.build --task systems` rebuilds the second one.
 
-A supervised warm start of a 0.6 M-parameter Llama on worked solutions, right ones and usual mistakes mixed
-(`worked_solution` of the task). The result can calculate but often picks the wrong operation: self-play can mend that.
+A 0.6 M-parameter Llama is trained, supervised, on worked solutions with right ones and usual mistakes mixed
+(`worked_solution` of the task). It can then calculate but often picks the wrong operation: self-play can correct that.
 
-Bit for bit is meant for x86-64 with AVX2 and the pinned torch: vendor libraries are held to AVX2 code paths and a fixed
-number of threads, whatever the machine offers.
+The bits are the same on x86-64 with AVX2 and the pinned torch: vendor libraries are restricted to AVX2 code paths and a
+fixed number of threads, whatever the machine offers.
 """
 
 import os
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is warmed up on, and how long."""
+    """The data of a warm start, and its length."""
 
     splits: Callable[[], dict[str, list[Any]]]  # "warm" has problems with a `shape`
     prompt_text: Callable[[Any, str, random.Random], str]
@@ -80,7 +80,7 @@ TASKS = {
 
 
 def build_tokenizer(task: Task, warm: list[Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text is readable) whose digits stay single, as arithmetic wants them."""
+    """Train the tokenizer: byte-level BPE, so that any text is readable, with single digits for arithmetic."""
     tokenizer = Tokenizer(models.BPE())
     split_digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -112,7 +112,7 @@ def build_tokenizer(task: Task, warm: list[Any]) -> PreTrainedTokenizerFast:
 def build_batch(
     task: Task, warm_by_shape: list[list[Any]], tokenizer: PreTrainedTokenizerFast, size: int, rng: random.Random
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`size` conversations -> two (ids [B, T], labels [B, T]), short ones and long ones; labels are on the answers."""
+    """Return `size` conversations as two (ids [B, T], labels [B, T]), short and long; only answers have labels."""
     prompts, answers = [], []
     for _ in range(size):
         problem = rng.choice(rng.choice(warm_by_shape))
@@ -137,7 +137,7 @@ def build_batch(
 def warm_start(
     task: Task, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, warm: list[Any], steps: int, batch: int
 ) -> None:
-    """AdamW with warm-up and a cosine to zero; plain next-token cross-entropy."""
+    """Train on next-token cross-entropy with AdamW, a warm-up and a cosine to zero."""
     by_shape: dict[str, list[Any]] = {}
     for problem in warm:
         by_shape.setdefault(problem.shape, []).append(problem)

@@ -1,4 +1,4 @@
-"""Linear equations in English and Chinese: the embedded task, its worked solutions and its usual mistakes.
+"""Generate the embedded task: linear equations in English and Chinese, with worked solutions and usual mistakes.
 
 `python -m gspo.embedded.equations [DIR]` writes `train.json`, `dev.json` and `test.json` in the format
 `[{"prompt", "ground_truth", "data_source"}, ...]`. Every equation belongs to exactly one split, decided by a
@@ -23,9 +23,9 @@ PROMPTS = {
     "en": ("Solve: {}", "Solve for x: {}"),
     "zh": ("解方程：{}", "求 x：{}"),
 }
-TRAPS = ("x-a", "a-x", "x/a", "x/a+b", "ax-b")  # the shapes whose inverse operation is mostly taken the wrong way
+TRAPS = ("x-a", "a-x", "x/a", "x/a+b", "ax-b")  # shapes whose inverse operation a pupil mostly gets wrong
 KINDS = ("right", "inverse", "slip", "sign")
-MIX = {  # (a trap?, a negative answer?) -> how often a pupil's solution is of each kind
+MIX = {  # (is it a trap, is the answer negative) -> how often a pupil's solution is of each kind
     (False, False): (0.50, 0.24, 0.26, 0.00),
     (False, True): (0.40, 0.14, 0.12, 0.34),
     (True, False): (0.31, 0.57, 0.12, 0.00),
@@ -45,6 +45,7 @@ class Step:
     wrong_op: str
 
     def value(self, op: str | None = None) -> int:
+        """Return the result, of another operation if `op` is given."""
         op = op or self.op
         if op == "/":
             return self.a // self.b
@@ -62,7 +63,7 @@ class Equation:
 
 
 def all_equations() -> Iterator[Equation]:
-    """Every problem of the task, in a fixed order."""
+    """Yield every problem of the task, in a fixed order."""
     for a in range(1, 61):
         for x in range(-20, 61):
             yield Equation(f"x + {a} = {x + a}", "x+a", x, (Step("x", x + a, "-", a, "+"),))
@@ -83,7 +84,7 @@ def all_equations() -> Iterator[Equation]:
 
 
 def split_equations() -> dict[str, list[Equation]]:
-    """{train, dev, test, warm}: disjoint lists, ordered by hash; the seed's own equation is in `train`."""
+    """Return {train, dev, test, warm}: disjoint lists, ordered by hash; SEED_ROW's equation is the first of `train`."""
     seed_text = SEED_ROW["prompt"].split("：")[1]
     unique = {e.text: e for e in all_equations()}
     seed_equation = unique.pop(seed_text)
@@ -107,7 +108,7 @@ def split_equations() -> dict[str, list[Equation]]:
 
 
 def worked_solution(equation: Equation, language: str, rng: random.Random, mistakes: bool) -> str:
-    """A solution as a pupil writes it; with `mistakes`, wrong as often as `MIX` says."""
+    """Return a solution as a pupil writes it; with `mistakes`, wrong as often as `MIX` says."""
     kind, where = "right", rng.randrange(len(equation.steps))
     if mistakes:
         trap = equation.shape in TRAPS
@@ -131,6 +132,7 @@ def worked_solution(equation: Equation, language: str, rng: random.Random, mista
 
 
 def prompt_text(equation: Equation, language: str, rng: random.Random) -> str:
+    """Return the problem as a question in this language."""
     return rng.choice(PROMPTS[language]).format(equation.text)
 
 

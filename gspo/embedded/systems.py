@@ -1,9 +1,9 @@
-"""Two linear equations in two unknowns, in English and Chinese: the second embedded task, harder than equations.py.
+"""Generate the second embedded task, harder than equations.py: two linear equations in two unknowns.
 
-`python -m gspo.embedded.systems [DIR]` writes `train.json`, `dev.json` and `test.json` in the format
-`[{"prompt", "ground_truth", "data_source", "solution"}, ...]`. A solution has three or four lines of working before its
-answer, and one of two values may be right: rewards are graded (benchmarks/systems_reward.py). Every system belongs to
-exactly one split, decided by a hash of its text; the warm start of the model draws from the fourth split only.
+In English and Chinese. `python -m gspo.embedded.systems [DIR]` writes `train.json`, `dev.json` and `test.json` in the
+format `[{"prompt", "ground_truth", "data_source", "solution"}, ...]`. A solution has three or four lines of working
+before its answer, and one of two values may be right: rewards are graded (benchmarks/systems_reward.py). Every system
+belongs to exactly one split, decided by a hash of its text; the warm start of the model draws from the fourth only.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ PROMPTS = {
     "zh": ("解方程组：{}", "求 x 和 y：{}"),
 }
 ANSWER = {"en": "Answer: x = {x}, y = {y}", "zh": "答案：x = {x}, y = {y}"}
-# The shapes in which a pupil mostly finds the first unknown, or the second, the wrong way.
+# Shapes in which a pupil mostly takes a wrong operation, on the way to the first unknown or to the second.
 TRAPS = {"given x": "first", "cancel": "first", "swap": "second", "difference": "second", "coefficient": "second"}
 # "first", "second": a wrong operation on the way to the first unknown, or from it to the second.
 KINDS = ("right", "first", "second", "slip", "sign")
-MIX = {  # (what the shape traps, a negative unknown?) -> how often a pupil's solution is of each kind
+MIX = {  # (unknown that the shape is a trap for, is one negative) -> how often a pupil's solution is of each kind
     (None, False): (0.42, 0.22, 0.24, 0.12, 0.00),
     (None, True): (0.38, 0.18, 0.18, 0.10, 0.16),
     ("first", False): (0.27, 0.61, 0.08, 0.04, 0.00),
@@ -65,15 +65,16 @@ class System:
         return f"x = {self.x}, y = {self.y}"
 
     def first(self) -> int:
-        """The number of steps that lead to the first unknown; the others lead to the second."""
+        """Return the number of steps that lead to the first unknown; the others lead to the second."""
         return next(i for i, step in enumerate(self.steps) if step.left in ("x", "y")) + 1
 
     def unknowns(self) -> tuple[str, str]:
-        """In the order in which they are found."""
+        """Return the unknowns in the order in which they are found."""
         return ("x", "y") if self.steps[-1].left == "y" else ("y", "x")
 
 
 def calculate(a: int, op: str, b: int) -> int:
+    """Return a op b, in whole numbers."""
     return a // b if op == "/" else {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
@@ -85,7 +86,7 @@ def _divide(of: str, by: int) -> Step:
 
 
 def _sums(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
-    """The shapes with no coefficient: (shape, text, steps)."""
+    """Yield the shapes without a coefficient: (shape, text, steps)."""
     s, d = x + y, x - y
     yield (
         "sum",
@@ -101,7 +102,7 @@ def _sums(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
 
 
 def _given(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
-    """One unknown is given by the other: y = x + 3."""
+    """Yield the shapes in which one unknown is given by the other: y = x + 3."""
     for a, (shape, p, q, vp, vq) in product((1, 2, 3), (("given x", "x", "y", x, y), ("given y", "y", "x", y, x))):
         k, s = vq - vp, a * vp + vq
         op, inverse = ("+", "-") if k > 0 else ("-", "+")
@@ -115,7 +116,7 @@ def _given(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
 
 
 def _cancelled(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
-    """y falls out when the two are added ("cancel") or one is taken from the other ("difference")."""
+    """Yield the shapes whose sum ("cancel") or difference ("difference") is free of y."""
     for a, op in product((2, 3), "+-"):
         back = "-" if op == "-" else "+"
         s, d = (a * x + y, x - y) if op == "+" else (a * x - y, x + y)
@@ -134,7 +135,7 @@ def _cancelled(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
 
 
 def _coefficients(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
-    """Both unknowns are to be divided by a coefficient: four lines of working."""
+    """Yield the shapes with a coefficient on both unknowns: four lines of working."""
     for b in (2, 3):
         by = f"{b}y"
         s, d = x + b * y, x - b * y
@@ -154,7 +155,7 @@ def _coefficients(x: int, y: int) -> Iterator[tuple[str, str, tuple[Step, ...]]]
 
 
 def all_systems() -> Iterator[System]:
-    """Every problem of the task, in a fixed order; none in which a wrong operation gives the right number."""
+    """Yield every problem of the task, in a fixed order; none in which a wrong operation gives the right number."""
     wide, narrow = range(-5, 25), range(-5, 13)
     values = [(_sums, pair) for pair in product(wide, wide)]
     values += [(s, pair) for s in (_given, _cancelled, _coefficients) for pair in product(narrow, narrow)]
@@ -166,7 +167,7 @@ def all_systems() -> Iterator[System]:
 
 
 def _is_blurred(system: System) -> bool:
-    """Whether some wrong operation leaves an unknown right that it should spoil."""
+    """Return whether some wrong operation still leads to a right unknown that it should make wrong."""
     for where in range(len(system.steps)):
         _, found = follow(system, "wrong way", where)
         _, second = system.unknowns()
@@ -178,7 +179,7 @@ def _is_blurred(system: System) -> bool:
 
 
 def split_systems() -> dict[str, list[System]]:
-    """{train, dev, test, warm}: disjoint lists, ordered by hash, dealt out by shape as in equations.py."""
+    """Return {train, dev, test, warm}: disjoint lists, ordered by hash, dealt out by shape as in equations.py."""
     unique = {s.text: s for s in all_systems()}
     ordered = sorted(unique.values(), key=lambda s: hashlib.sha256(s.text.encode()).digest())
     by_shape: dict[str, list[System]] = {}
@@ -198,7 +199,7 @@ def split_systems() -> dict[str, list[System]]:
 
 
 def worked_solution(system: System, language: str, rng: random.Random, mistakes: bool) -> str:
-    """A solution as a pupil writes it; with `mistakes`, wrong as often as `MIX` says."""
+    """Return a solution as a pupil writes it; with `mistakes`, wrong as often as `MIX` says."""
     kind = "right"
     if mistakes:
         kind = rng.choices(KINDS, MIX[TRAPS.get(system.shape), min(system.x, system.y) < 0])[0]
@@ -206,7 +207,7 @@ def worked_solution(system: System, language: str, rng: random.Random, mistakes:
 
 
 def solution_of_kind(system: System, language: str, rng: random.Random, kind: str) -> str:
-    """A solution with one mistake of this kind; what follows from the mistake is calculated rightly."""
+    """Return a solution with one mistake of this kind; what follows from the mistake is calculated correctly."""
     where = _place(system, rng, kind)
     change = "wrong way" if kind in ("first", "second") else kind
     lines, found = follow(system, change, where, rng.choice((-10, -1, 1, 10)))
@@ -214,7 +215,7 @@ def solution_of_kind(system: System, language: str, rng: random.Random, kind: st
 
 
 def follow(system: System, change: str, where: int, error: int = 0) -> tuple[list[str], dict[str, int]]:
-    """The lines of working and what each finds, with one step changed."""
+    """Return the lines of working and the values they find, with one step changed."""
     lines, found = [], {}
     for i, step in enumerate(system.steps):
         a, b = (found[n] if isinstance(n, str) else n for n in (step.a, step.b))
@@ -230,7 +231,7 @@ def follow(system: System, change: str, where: int, error: int = 0) -> tuple[lis
 
 
 def _place(system: System, rng: random.Random, kind: str) -> int:
-    """The step in which a mistake of this kind is made."""
+    """Choose the step in which a mistake of this kind is made."""
     first, count = system.first(), len(system.steps)
     places = {"first": range(first), "second": range(first, count)}.get(kind, range(count))
     if TRAPS.get(system.shape) == kind:
@@ -243,6 +244,7 @@ def _place(system: System, rng: random.Random, kind: str) -> int:
 
 
 def prompt_text(system: System, language: str, rng: random.Random) -> str:
+    """Return the problem as a question in this language."""
     return rng.choice(PROMPTS[language]).format(system.text)
 
 

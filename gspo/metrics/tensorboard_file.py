@@ -17,7 +17,7 @@ from torch.utils.tensorboard import summary
 
 from gspo.config import Config
 from gspo.metrics.writers import FileWriter, Samples
-from gspo.system.files import Growing
+from gspo.system.files import AppendedFile
 
 PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healthy high), limits of `config.Health`
     "reward_mean (healthy: rises)": ("reward_mean", None, None),
@@ -34,7 +34,7 @@ class TensorboardFile(FileWriter):
 
     def __init__(self, folder: Path, cfg: Config, start_step: int):
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.file = Growing(folder / "tensorboard" / name)
+        self.file = AppendedFile(folder / "tensorboard" / name)
         bounds = sorted({bound for _, *both in PAGE.values() for bound in both if bound})
         self.limits = {f"healthy/{bound}": getattr(cfg.health, bound) for bound in bounds}
         self._add(Event(file_version="brain.Event:2"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.config import Config
-from gspo.system.files import Growing, write_text
+from gspo.system.files import AppendedFile, write_text
 
 Samples = dict[int, dict[str, Any]]  # place in the global batch -> prompt, responses, rewards, the widest pair
 
@@ -34,7 +34,7 @@ class Writer:
 class FileWriter(Writer):
     """A writer of one file, which is only ever appended to."""
 
-    file: Growing
+    file: AppendedFile
 
     @property
     def waiting(self) -> bool:
@@ -49,7 +49,7 @@ class MetricsFile(FileWriter):
 
     def __init__(self, folder: Path, cfg: Config, start_step: int):
         drop_steps_after(folder / "metrics.jsonl", start_step)
-        self.file = Growing(folder / "metrics.jsonl")
+        self.file = AppendedFile(folder / "metrics.jsonl")
 
     def metrics(self, step: int, values: dict[str, float]) -> OSError | None:
         return self.file.append((json.dumps({"step": step, **values}) + "\n").encode())
@@ -60,7 +60,7 @@ class SamplesFile(FileWriter):
 
     def __init__(self, folder: Path, cfg: Config, start_step: int):
         drop_steps_after(folder / "samples.jsonl", start_step)
-        self.file = Growing(folder / "samples.jsonl")
+        self.file = AppendedFile(folder / "samples.jsonl")
 
     def samples(self, step: int, rows: Samples) -> OSError | None:
         lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows.values()]

@@ -19,7 +19,7 @@ from gspo.rollout.engines import engine_class
 from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.sampling import Sampling, sample_keys
 from gspo.rollout.stop_strings import StopStrings
-from gspo.system.console import watch
+from gspo.system.console import track_sampling
 from gspo.types import Prompt, Rollout
 
 TRAIN, EVAL, GREEDY = 0, 1, 2  # purposes: samples for one never equal those for another
@@ -80,7 +80,7 @@ class Sampler:
         texts: dict[int, list[str]] = {}
         generation = self.engine.start(self.requests(prompts, n, sampling, purpose=purpose, step=step, limits=limits))
         with (
-            watch("sampling", len(prompts) * n, generation.progress) as tick,
+            track_sampling("sampling", len(prompts) * n, generation.progress) as tick,
             closing(generation.run(tick)) as finished_prompts,
         ):
             for g in finished_prompts:

@@ -1,1 +1,1 @@
-"""Processes, signals, files, the console; nothing here knows what is trained."""
+"""Deal with processes, signals, files and the console; nothing here knows what is trained."""

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a plain line now and then elsewhere, nothing for what takes under two seconds."""
+"""Show progress: a bar on a terminal, a line every 15 seconds elsewhere; on a terminal nothing for the first two."""
 
 import contextlib
 import sys
@@ -13,19 +13,19 @@ from gspo.system.torchrun import is_main, world_size
 
 T = TypeVar("T")
 DELAY_S, SHOW_EVERY_S, LINE_EVERY_S = 2.0, 0.5, 15.0
-ANSWERS = "{l_bar}{bar}| {n_fmt}/{total_fmt} answers{postfix} [{elapsed}<{remaining}]"
+SAMPLING = "{l_bar}{bar}| {n_fmt}/{total_fmt} responses{postfix} [{elapsed}<{remaining}]"
 
 
 def say(text: str) -> None:
     """Print a line from the main process, above any bar."""
     if is_main():
-        with contextlib.suppress(OSError):  # a log file on a full disk is no reason to stop
+        with contextlib.suppress(OSError):  # the run goes on if its output goes to a full disk
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items`, showing how far it got."""
+    """Iterate over `items` and show how many are done."""
     if not is_main():
         yield from items
         return
@@ -43,10 +43,10 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 
 @contextmanager
-def watch(what: str, total: int, so_far: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
-    """Show how far sampling got: answers done of `total`, tokens a second.
+def track_sampling(what: str, total: int, progress: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
+    """Show the progress of sampling: responses done of `total`, tokens per second.
 
-    Yields what to call at every step; only when a line is due does it ask `so_far` for answers and tokens.
+    Yields a function to call at every step. It calls `progress` for (responses, tokens) only when an update is due.
     """
     if not is_main():
         yield lambda: None
@@ -54,7 +54,7 @@ def watch(what: str, total: int, so_far: Callable[[], tuple[int, int]]) -> Itera
     bar = None
     if sys.stdout.isatty():
         shown = {"delay": DELAY_S, "leave": False, "file": sys.stdout, "dynamic_ncols": True, "miniters": 0}
-        bar = tqdm(desc=what, total=total, bar_format=ANSWERS, **shown)
+        bar = tqdm(desc=what, total=total, bar_format=SAMPLING, **shown)
     every = LINE_EVERY_S if bar is None else SHOW_EVERY_S
     began = last = time.monotonic()
 
@@ -63,12 +63,12 @@ def watch(what: str, total: int, so_far: Callable[[], tuple[int, int]]) -> Itera
         now = time.monotonic()
         if now - last <= every:
             return
-        last, (done, tokens) = now, so_far()
+        last, (done, tokens) = now, progress()
         rate = f"{tokens / (now - began):,.0f} tok/s"
         if world_size() > 1:
             rate += " on this rank"
         if bar is None:
-            print(f"{what}: {done} / {total} answers, {rate}, {now - began:.0f} s", flush=True)
+            print(f"{what}: {done} / {total} responses, {rate}, {now - began:.0f} s", flush=True)
         else:
             bar.set_postfix_str(rate, refresh=False)
             bar.update(done - bar.n)

@@ -70,7 +70,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-class Growing:
+class AppendedFile:
     """A file to append to. What the disk has no room for waits in memory, in order, until it has."""
 
     def __init__(self, path: Path):

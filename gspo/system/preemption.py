@@ -1,16 +1,19 @@
-"""Schedulers take machines away: SIGTERM or SIGUSR1 asks the run to finish its step, save, and leave."""
+"""Turn SIGTERM and SIGUSR1, which schedulers send before they take a machine away, into a request to stop.
+
+The run then finishes its step, saves and ends.
+"""
 
 import signal
 from types import FrameType
 
 
 class Preemption:
-    """From now on these signals no longer end the process: `by` tells which one came."""
+    """Catch the two signals, which no longer end the process. `signal_name` is the one that came, or empty."""
 
     def __init__(self) -> None:
-        self.by = ""
+        self.signal_name = ""
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._record)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.by = signal.Signals(number).name
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""What the programs share: the way they fail, and the way they end."""
+"""Run a program's main function: report its errors, and end its process in the right way."""
 
 import ctypes
 import os
@@ -12,11 +12,11 @@ from gspo.system.torchrun import agent_address, is_main, world_size
 
 
 def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Run a program: a user's mistake is one paragraph on stderr and exit code 2, Ctrl-C one line and 130."""
+    """Run `main`. UserError: one paragraph on stderr and exit code 2. Ctrl-C: one line and exit code 130."""
     try:
         end_with_torchrun()
         main()
-        leave()
+        end_process()
     except UserError as e:
         if is_main():
             print(f"error: {e}", file=sys.stderr, flush=True)
@@ -29,20 +29,22 @@ def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
 
 
 def end_with_torchrun() -> None:
-    """A process that torchrun started ends when torchrun does, however that ends: left behind, it would train on,
-    beside the one that takes its place."""
+    """Have the kernel end this process when the torchrun that started it ends, however that ends.
+
+    Otherwise it would train on, beside the process that takes its place.
+    """
     address = agent_address()
     if address is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    try:  # torchrun may have ended before that line, while we imported; its store, then, is gone as well
+    try:  # torchrun may have ended before prctl, during our imports; then its store is gone as well
         socket.create_connection(address, 60).close()
     except OSError:
         sys.exit("the torchrun that started this process has ended")
 
 
-def leave() -> None:
-    """End a process of several at once: while the interpreter tears down, gloo's threads now and then abort it."""
+def end_process() -> None:
+    """End this process at once if the run has several: gloo's threads sometimes abort an interpreter's normal exit."""
     if world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,7 +12,7 @@ import torch
 
 from gspo.distributed.world import process_group
 from gspo.packing.balance import balance
-from gspo.system.program import leave
+from gspo.system.program import end_process
 from gspo.types import Prompt, Rollout, Scores
 
 CASES = {  # name -> (prompt lengths, lengths of two answers to each, mini-batches)
@@ -77,4 +77,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

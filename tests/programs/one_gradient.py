@@ -21,7 +21,7 @@ from gspo.read_config import load_config
 from gspo.reward.scorer import Scorer
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling
-from gspo.system.program import leave
+from gspo.system.program import end_process
 from train import gather_experience
 
 
@@ -58,4 +58,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

@@ -14,7 +14,7 @@ from gspo.distributed.world import process_group
 from gspo.memory.__main__ import report_text
 from gspo.memory.footprint import footprint
 from gspo.read_config import load_config
-from gspo.system.program import leave
+from gspo.system.program import end_process
 from train import train
 
 STATUS = Path("/proc/self/status")
@@ -47,4 +47,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

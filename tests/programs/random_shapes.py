@@ -19,7 +19,7 @@ from gspo.distributed.transfer import full_tensor
 from gspo.distributed.world import process_group
 from gspo.packing.balance import balance
 from gspo.read_config import load_config
-from gspo.system.program import leave
+from gspo.system.program import end_process
 from gspo.types import Prompt, Rollout, Scores
 from train import gather_experience
 
@@ -128,4 +128,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

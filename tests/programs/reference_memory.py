@@ -15,7 +15,7 @@ from gspo.algorithm.self_play import SelfPlayModels
 from gspo.distributed.sharding import is_sharded, sharding_units
 from gspo.distributed.world import process_group
 from gspo.read_config import load_config
-from gspo.system.program import leave
+from gspo.system.program import end_process
 from gspo.types import Prompt, Rollout
 
 TOKENS = 32
@@ -68,4 +68,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from gspo.distributed.world import process_group
-from gspo.system.program import leave
+from gspo.system.program import end_process
 
 if __name__ == "__main__":
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
@@ -18,4 +18,4 @@ if __name__ == "__main__":
             os._exit(1)
         if world.is_main:
             Path(sys.argv[1]).write_text(json.dumps({"attempt": attempt, "ranks": ranks}))
-    leave()
+    end_process()

@@ -13,7 +13,7 @@ from pathlib import Path
 from gspo.distributed.world import process_group
 from gspo.read_config import load_config
 from gspo.system.files import write_text
-from gspo.system.program import leave
+from gspo.system.program import end_process
 from train import train
 
 FEW = ("data.train_batch_size=7", "eval.before_and_after=false", "eval.round_prompts=0", "trainer.save_freq=1",
@@ -67,4 +67,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

@@ -17,7 +17,7 @@ from gspo.models.loading import load_model
 from gspo.models.safetensors_files import Weights
 from gspo.packing.head import measure_head
 from gspo.packing.logprobs import check_packing
-from gspo.system.program import leave
+from gspo.system.program import end_process
 
 read_from_files = []
 
@@ -64,4 +64,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

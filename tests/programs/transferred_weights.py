@@ -21,7 +21,7 @@ from gspo.distributed.sharding import shard, shard_sampler
 from gspo.distributed.transfer import copy_weights, local_slices
 from gspo.distributed.world import process_group
 from gspo.models.loading import cast_parameters
-from gspo.system.program import leave
+from gspo.system.program import end_process
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 8,
          "num_key_value_heads": 4, "vocab_size": 97, "pad_token_id": 0}  # fmt: skip
@@ -55,4 +55,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    end_process()

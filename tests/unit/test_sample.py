@@ -51,7 +51,7 @@ def test_the_command_writes_every_row_with_its_answers(run_program, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ("--n", 3, "--temperature", 0.9, "--max_new_tokens", 12, "--stop", "=")
     done = run_program("-m", "gspo.sample", "", tmp_path / "p.jsonl", tmp_path / "a.jsonl", *args)
-    assert done.returncode == 0 and "2 prompts, 3 answers each" in done.stdout, done.stderr
+    assert done.returncode == 0 and "2 prompts, 3 responses each" in done.stdout, done.stderr
     written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     expected = sample(None, PROMPTS, 3, Sampling(0.9, max_new_tokens=12, stop=("=",)))
     for row, out, group in zip(rows, written, expected, strict=True):

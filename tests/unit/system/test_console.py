@@ -45,16 +45,16 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_long_sampling_tells_answers_done_and_tokens_a_second(monkeypatch, capsys):
-    """Six seconds a step: a line at 18 and 36 s, by when 2 and 5 of 8 answers, 180 and 540 tokens are there."""
+def test_long_sampling_prints_responses_done_and_tokens_per_second(monkeypatch, capsys):
+    """Six seconds a step: a line at 18 and 36 s, by when 2 and 5 of 8 responses, 180 and 540 tokens are there."""
     clock, seen = iter(range(0, 10_000, 6)), []
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     progress_of = iter([(2, 180), (5, 540)])
-    with progress.watch("sampling", 8, lambda: seen.append(1) or next(progress_of)) as tick:
+    with progress.track_sampling("sampling", 8, lambda: seen.append(1) or next(progress_of)) as tick:
         for _ in range(7):
             tick()
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["sampling: 2 / 8 answers, 10 tok/s, 18 s", "sampling: 5 / 8 answers, 15 tok/s, 36 s"]
+    assert lines == ["sampling: 2 / 8 responses, 10 tok/s, 18 s", "sampling: 5 / 8 responses, 15 tok/s, 36 s"]
     assert len(seen) == 2, "tokens are counted only for a line"
 
 
@@ -62,7 +62,7 @@ def test_long_sampling_tells_answers_done_and_tokens_a_second(monkeypatch, capsy
 def test_other_ranks_and_short_sampling_are_silent(monkeypatch, capsys, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with progress.watch("sampling", 8, lambda: pytest.fail("nothing is to be shown")) as tick:
+    with progress.track_sampling("sampling", 8, lambda: pytest.fail("nothing is to be shown")) as tick:
         for _ in range(50):
             tick()
     assert capsys.readouterr().out == ""
@@ -77,7 +77,7 @@ def test_a_terminal_sees_one_line_that_moves_and_is_gone_at_the_end(monkeypatch,
     prompts = [Prompt(i, tuple(tokenizer(t)["input_ids"]), t, "", "") for i, t in enumerate(("1 + 1 =", "2 - 3 ="))]
     sampler = Sampler(embedded_model, tokenizer, embedded_model.device, max_slots=2)
     rollout = sampler.generate(prompts, 4, Sampling(1.0, max_new_tokens=10))
-    frames = [frame for frame in terminal.getvalue().split("\r") if "answers" in frame]
-    done = [int(re.search(r"(\d+)/8 answers, [\d,]+ tok/s", frame)[1]) for frame in frames]
+    frames = [frame for frame in terminal.getvalue().split("\r") if "responses" in frame]
+    done = [int(re.search(r"(\d+)/8 responses, [\d,]+ tok/s", frame)[1]) for frame in frames]
     assert len(frames) >= int((rollout.lengths - 1).sum()) // 2 and done == sorted(done) and done[-1] == 8
     assert "\n" not in terminal.getvalue() and terminal.getvalue().split("\r")[-2].strip() == ""
