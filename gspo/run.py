@@ -107,7 +107,8 @@ def start_run(
 def stop_reason(run: Run) -> StopReason | None:
     """Return why to end before the next step, the same on every rank: the alarm of a step, also of one before a resumed
     run's checkpoint, or a signal to any rank."""
-    alarms, signals = zip(*run.world.gather((run.tracker.health.alarmed or "", run.preemption.by)), strict=True)
+    reasons = (run.tracker.health.alarmed or "", run.preemption.signal_name)
+    alarms, signals = zip(*run.world.gather(reasons), strict=True)
     if any(alarms):
         return StopReason("alarm", max(alarms))
     return StopReason("signal", max(signals)) if any(signals) else None
