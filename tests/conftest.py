@@ -46,7 +46,7 @@ def kernels(request, monkeypatch):
 def run_program():
     """Run `python ARGS` from the repository; returns the finished process."""
 
-    def run(*args, timeout=240, env=None):
+    def run(*args, timeout=600, env=None):
         return subprocess.run(
             [sys.executable, *map(str, args)],
             cwd=ROOT,

@@ -61,7 +61,7 @@ def test_a_run_that_is_asked_to_leave_ends_its_step_saves_and_goes_on_later_bit_
     process = start(*few)
     assert wait_until((tmp_path / "quick/metrics.jsonl").exists)
     process.send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and err == "" and "SIGUSR1: left after step" in out.splitlines()[-1]
     step = len(rows(tmp_path / "quick/metrics.jsonl"))
     assert step < 6 and (tmp_path / f"quick/checkpoints/step_{step:06d}").exists()
@@ -75,7 +75,7 @@ def test_interrupt_leaves_nothing_half_written(start, tmp_path):
     process = start(*SMALL, f"trainer.output_dir={tmp_path}", "trainer.max_steps=1000")
     assert wait_until((tmp_path / "quick/metrics.jsonl").exists)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in err
     assert not list((tmp_path / "quick" / "checkpoints").glob("*.part"))
     assert os.path.exists(tmp_path / "quick" / "config.yaml")

@@ -18,7 +18,7 @@ def runs(run_program, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     done = run_program(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "tests/programs/resume_on_fewer.py",
-        folder, timeout=280, env=PROGRAM_ENV,
+        folder, timeout=600, env=PROGRAM_ENV,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 FEW = ("data.train_batch_size=7", "optim.grad_clip=1e9")
 
 
-def launch(run_program, ranks, program, *args, env=None, timeout=280):
+def launch(run_program, ranks, program, *args, env=None, timeout=600):
     done = run_program(
         "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program, *args, timeout=timeout,
         env=env or PROGRAM_ENV,

@@ -17,7 +17,7 @@ def results(program: str, folder: Path, *arguments: str) -> dict:
     env = os.environ | {"TRITON_INTERPRET": "1" if program.startswith("interpreted") else "0"}
     env |= {**PROGRAM_ENV, "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, PROGRAMS / program, *arguments], env=env, capture_output=True, text=True, timeout=280
+        [sys.executable, PROGRAMS / program, *arguments], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
