@@ -17,6 +17,8 @@ PAGES = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("benchmarks/*.md"),
+        *ROOT.glob("tests/*.md"),
+        *ROOT.glob("gspo/**/*.md"),
         *ROOT.glob("kernels/*.md"),
     ]
 )
