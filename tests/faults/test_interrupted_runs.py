@@ -52,6 +52,7 @@ def test_a_run_killed_in_the_middle_ends_bit_for_bit_the_same(uninterrupted, run
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_leave_ends_its_step_saves_and_goes_on_later_bit_for_bit(
     uninterrupted, run_program, start, tmp_path
 ):

@@ -142,6 +142,7 @@ def test_a_model_that_bf16_cannot_hold_is_told(run_program, tmp_path):
     assert all(row["mismatch"] > 0.02 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_told_nothing(run_program, tmp_path):
     preset = ("selfplay.rounds=2", "optim.schedule=cosine", "optim.warmup_steps=5", "data.train_batch_size=16")
     news, rows = train(run_program, tmp_path, 5, preset)

@@ -65,6 +65,7 @@ def test_two_pairs_of_tensor_parallel_ranks_sample_the_tokens_of_one_process(run
     assert same == alone[1]
 
 
+@pytest.mark.slow
 def test_weights_flow_to_tensor_parallel_samplers_a_piece_at_a_time_and_each_rank_keeps_its_part(run_program):
     """54 MiB of weights in bf16, the largest 16 (32 as the policy keeps it): in pieces of 1 MiB, of which gloo makes a
     copy, the shard it is sent from another, and slicing a third."""
@@ -120,7 +121,7 @@ def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program,
 @pytest.mark.parametrize(
     ("ranks", "shapes"),
     [
-        (3, 4),
+        pytest.param(3, 4, marks=pytest.mark.slow),
         pytest.param(3, 100, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
         *(pytest.param(k, 100, marks=[pytest.mark.hour, pytest.mark.timeout(3000)]) for k in (2, 4)),
     ],

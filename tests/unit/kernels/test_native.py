@@ -101,6 +101,7 @@ def test_without_them_nothing_is_said(environment, tmp_path):
     assert probe(tmp_path, **environment) == ("no", "")
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_told_of_once(tmp_path):
     said, errors = probe(tmp_path, CXX=compiler(tmp_path, "echo no such instruction >&2; exit 1"))
     assert said == "no" and errors.count("\n") == 1 and "kernels/cpu: no such instruction" in errors

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from triton_programs import results
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_draw_what_pytorch_draws(tmp_path):
     """The same uniforms to the bit; the same tokens but for draws that lie between two; log-probs and entropies; tokens
     as often as softmax has them. Several chunks a row; unwritten memory is NaN."""
