@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 # Threads that spin long while they wait lose the processor when anything else runs on the machine; threads that never
-# spin are slower on a quiet one. A short spin is good at both (docs/decisions.md has the figures).
+# spin are slower on a quiet one. A short spin is good at both (benchmarks/timings.md has the figures).
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # The folder kernels/ beside this one is imported as `gspo.kernels`. As an import, `kernels` is a package that Hugging
