@@ -70,7 +70,7 @@ def default_function() -> str:
     return table(["2,048 calls of the default function", "seconds", "ratio"], rows)
 
 
-def behind_sampling(path: Path) -> str:
+def during_sampling(path: Path) -> str:
     """Time ten-millisecond calls on 256 responses, sampled 32 at a time: after sampling, and during it."""
     config = Config()
     tokenizer, model = load_tokenizer(None), load_model(None)
@@ -97,7 +97,7 @@ def main() -> None:
         print(heading("Scoring", "make bench-reward"))
         print(ten_milliseconds(path))
         print(default_function())
-        print(behind_sampling(path))
+        print(during_sampling(path))
 
 
 if __name__ == "__main__":

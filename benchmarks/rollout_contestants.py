@@ -65,9 +65,9 @@ def generate_batch(model: nn.Module, prompts: list[Prompt], lengths: Tensor, row
         eos_token_id=-1,
         pad_token_id=0,
     )
-    asked = [list(p.ids) for p in prompts for _ in range(lengths.shape[1])]
-    answers = model.generate_batch(asked, generation_config=settings, progress_bar=False)
-    assert sum(len(a.generated_tokens) for a in answers.values()) == len(asked) * int(lengths.max())
+    inputs = [list(p.ids) for p in prompts for _ in range(lengths.shape[1])]
+    answers = model.generate_batch(inputs, generation_config=settings, progress_bar=False)
+    assert sum(len(a.generated_tokens) for a in answers.values()) == len(inputs) * int(lengths.max())
 
 
 def ours(sampler: Sampler, prompts: list[Prompt], lengths: Tensor, rows: int) -> None:

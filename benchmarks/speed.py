@@ -15,10 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "kernels" / "BENCH.md"
-PREFACE = """# Measured
+PREFACE = """# Measurements
 
-By `make bench` (CPU) and `make bench-gpu`, every contestant of a table in one run. Machines are shared and noisy:
-compare within a table, by ratio.
+Made by `make bench` (CPU) and `make bench-gpu`; all contestants of a table ran one after another. The machines are
+shared and noisy: compare ratios within a table.
 """
 RUNS = {
     "cpu": (

@@ -1,12 +1,16 @@
-"""Attention of one new token a sequence over keys and values kept in pages, prompts shared by all that answer them.
+"""Compute the attention of one new token a slot over keys and values in pages, with prompts shared by their responses.
 
-Keys [n, Hk, page, D] and values [n, Hk, page, Dv] lie in pages of as many tokens each. `Readers` says which slots read
-which pages: the answers to a prompt read its pages together, every slot reads its own. With scores
-s = softcap * tanh(scale * q k / softcap), or scale * q k, and weights exp(s - lse), the two results are merged by their
-log-sum-exp. Which keys are seen is known to the tables alone: shapes, and so launches, do not depend on lengths.
+Keys [n, Hk, page, D] and values [n, Hk, page, Dv] are stored in pages of `page` tokens. `Readers` tells which slots
+read which pages: all responses to a prompt read the prompt's pages, and every slot reads its own. Scores are
 
-On CUDA that is three launches (`decode_triton.py`): a prompt's pages are read once for all its slots and all the query
-heads of a KV head, in matrix products; long sequences are split among programs; the parts are merged.
+    s = softcap * tanh(scale * q k / softcap), or scale * q k,
+
+weights are exp(s - lse), and the results over prompt and response are merged by their log-sum-exp. Only the tables tell
+which keys are seen: shapes, and so launches, do not depend on lengths.
+
+On CUDA that is three launches (`decode_triton.py`): a prompt's pages are read once for all its slots and all query
+heads of a KV head, in matrix products; long sequences are split among programs; a last kernel merges the parts. On a
+CPU `decode_cpu.py` does the same from tables of its own.
 """
 
 import torch
@@ -25,11 +29,11 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """q [S, H, D], whose tokens are at `positions` [S] int32 of their sequences -> [S, H, Dv] in the values' dtype.
+    """Attend with q [S, H, D], tokens at `positions` [S] int32 of their sequences; return [S, H, Dv] in q's dtype.
 
-    Every slot is a member of one sequence of `prompts`, which may be empty, and of one of `answers`, which holds the
-    new token itself. `window`: positions that a token sees, its own included. Products are in the keys' dtype, sums in
-    float32 (float64 for float64). q has the keys' dtype.
+    Every slot is a member of one sequence of `prompts`, which may be empty, and of one of `answers`, the responses so
+    far, which holds the new token itself. `window`: positions that a token sees, its own included. Products are in the
+    dtype of q, keys and values, sums in float32 (float64 for float64).
     """
     slots, heads, width = q.shape
     for keys, values, readers in (prompts, answers):
@@ -50,7 +54,7 @@ def plain_decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The formulas, over all pages in the tables at once: memory in proportion to them."""
+    """Compute `decode_attention` in plain PyTorch, over all pages in the tables at once."""
     parts = [_part(q, pool, positions, scale, softcap, window) for pool in (prompts, answers)]
     lse = torch.stack([part[1] for part in parts])
     share = (lse - lse.amax(0)).exp()
@@ -61,11 +65,11 @@ def plain_decode_attention(
 def _part(
     q: Tensor, pool: Pool, positions: Tensor, scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """What the slots find in their sequence of one pool [S, H, Dv], and its log-sum-exp [S, H]; -inf where nothing."""
+    """Return the attention over one pool [S, H, Dv] and its log-sum-exp [S, H], -inf where a slot sees no key."""
     keys, values, (pages, members, sizes, starts) = pool
     slots, heads, _ = q.shape
     kv_heads = keys.shape[1]
-    sequence = torch.zeros(slots + 1, dtype=torch.long, device=q.device)  # of each slot; the last: nobody's
+    sequence = torch.zeros(slots + 1, dtype=torch.long, device=q.device)  # of each slot; the last is a spare one
     which = torch.arange(len(pages), device=q.device)[:, None].expand_as(members)
     sequence[torch.where(members < 0, slots, members).long()] = which
     sequence = sequence[:slots]

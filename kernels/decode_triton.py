@@ -1,9 +1,10 @@
-"""`decode.py` as Triton kernels: one that works off a pool of pages, called for prompts and for answers, and a merge.
+"""Compute `decode.py` in Triton: one kernel attends to a pool of pages, for prompts and for responses, one merges.
 
-Bound by memory. A program holds up to BLOCK_M queries, those of a KV head's query heads and of the slots that read
-together, and goes over a share of the keys, which are read once and multiplied by tensor cores (float32 as three
-products of TF32 parts, which keep all but its last bit or two; wide heads of it by plain units). Grids depend on the
-tables' shapes, never on what is in them: a program whose share is empty says so and ends.
+Bound by memory bandwidth. A program holds up to BLOCK_M queries, those of a KV head's query heads and of the slots
+that read the same sequence, and goes over a share of the keys, which are read once and multiplied on tensor cores
+(float32 as three products of TF32 parts, which keep all but its last bit or two; wide float32 heads without tensor
+cores). Grids depend on the tables' shapes, never on their contents: a program with an empty share writes -inf and
+ends.
 """
 
 import math
@@ -17,9 +18,9 @@ from gspo.kernels.epilogue import Shaping
 from gspo.kernels.epilogue_triton import shaped
 from gspo.kernels.pages import Pool
 
-QUERIES = 64  # of a program at most
-SHARE = 256  # keys of a program at least,
-SPLITS = 8  # unless a sequence would be split into more
+QUERIES = 64  # at most, of a program
+SHARE = 256  # keys of a program, at least
+SPLITS = 8  # programs of a sequence, at most: longer sequences have larger shares
 LN2 = math.log(2)
 
 
@@ -32,8 +33,11 @@ def part_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * blocks of queries, KV heads, splits) -> out [S, H, all_splits, DV] and, base 2,
-    lse [S, H, all_splits], from `first_split` on. Nothing is written to the out of an empty share."""
+    """Attend to a share of a sequence. Grid (sequences * blocks of queries, KV heads, splits).
+
+    Writes out [S, H, all_splits, DV] and lse [S, H, all_splits], base 2, from `first_split` on; for an empty share lse
+    only.
+    """
     BLOCKS: tl.constexpr = (MEMBERS * GROUP + BLOCK_M - 1) // BLOCK_M
     sequence = tl.program_id(0) // BLOCKS
     head = tl.program_id(1)
@@ -49,7 +53,7 @@ def part_kernel(
     share = tl.maximum(SHARE, ((size + splits - 1) // splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
     begin = split * share
     end = tl.minimum(begin + share, size)
-    first = tl.zeros([BLOCK_M], tl.int32)  # of the keys that a query sees
+    first = tl.zeros([BLOCK_M], tl.int32)  # the first key that a query sees
     if WINDOW:
         first = tl.load(positions_ptr + slot, mask=real, other=0) - window + 1 - tl.load(starts_ptr + sequence)
         least = tl.maximum(tl.min(tl.where(real, first, 2147483647), 0), 0)
@@ -59,7 +63,7 @@ def part_kernel(
 
     q_at = slot.to(tl.int64) * q_slot + query * q_head
     q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    top = tl.full([BLOCK_M], -1e30, tl.float32)  # finite, so that a row of hidden keys gives no NaN
+    top = tl.full([BLOCK_M], -1e30, tl.float32)  # finite, so that a row that sees no key gives no NaN
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -98,7 +102,7 @@ def part_kernel(
 def merge_kernel(
     out_ptr, lse_ptr, merged_ptr, splits, DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
-    """One program a query: out [S * H, splits, DV] and lse [S * H, splits], base 2 -> merged [S * H, DV]."""
+    """Merge out [S * H, splits, DV] by lse [S * H, splits], base 2, to merged [S * H, DV]. One program a query."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_SPLITS)
     dv = tl.arange(0, BLOCK_DV)
@@ -111,16 +115,16 @@ def merge_kernel(
 
 
 def split_count(pool: Pool) -> int:
-    """Programs that share the longest sequence that the tables have room for."""
+    """Return the number of programs among which the longest sequence that fits in the tables is split."""
     return min(SPLITS, triton.cdiv(pool.readers.pages.shape[1] * pool.keys.shape[2], SHARE))
 
 
 def blocks(queries: int, page: int, width: int, value_width: int, itemsize: int) -> dict[str, int | str]:
-    """Sizes of a program for sequences that `queries` queries read. Tensor cores take 16 rows at least."""
+    """Return the sizes of a program for sequences with `queries` queries. Tensor cores take 16 rows at least."""
     d, dv = (max(16, triton.next_power_of_2(x)) for x in (width, value_width))
     most, n = (QUERIES, 64 if max(d, dv) <= 128 else 32) if itemsize == 2 else (16, 16)  # float32 in three parts each
     m = min(most, max(16, triton.next_power_of_2(queries)))
-    n = min(n, max(16, page & -page))  # in one page, if pages are a power of two
+    n = min(n, max(16, page & -page))  # within one page, if page sizes are powers of two
     precision = "tf32x3" if max(d, dv) <= 128 else "ieee"
     warps = 8 if m * max(d, dv) >= 64 * 128 or itemsize * max(d, dv) > 512 else 4
     return {
@@ -143,7 +147,7 @@ def decode_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """As `decode.decode_attention`. The heads of q may be slices of something wider: nothing is copied."""
+    """Compute `decode.decode_attention`. The heads of q may be slices of a wider tensor: nothing is copied."""
     q = q if q.stride(2) == 1 else q.contiguous()
     slots, heads, width = q.shape
     value_width = answers.values.shape[3]

@@ -1,8 +1,10 @@
-"""Operations that are worth writing by hand. They know tensors, and neither models nor training.
+"""Export the operations of training. Kernels know tensors, and neither models nor training.
 
-`linear_logprob` runs as Triton kernels around cuBLAS on CUDA, and as plain PyTorch elsewhere; `pairwise_loss` as one
-Triton kernel, or plain PyTorch. `varlen.py` finds the FlashAttention that gives its log-sum-exp. The sampler's are
-`decode.py`, attention over pages, and `sampling.py`, the draw of a token.
+Each operation is a file with its formulas in PyTorch and a table of its implementations (`dispatch.py`); beside it
+stand `_triton.py` (CUDA) and `_cpu.py` (C++). `linear_logprob` puts such kernels between matrix products,
+`pairwise_loss` is one Triton kernel. `varlen.py` chooses a FlashAttention that returns its log-sum-exp. The sampler
+uses `decode.py`, attention over pages, and `sampling.py`, the draw of a token; on CPUs also `rows.py`, `layers.py`,
+`linear.py` and `stack.py`, which exist in C++ only and replace PyTorch's operators.
 """
 
 from gspo.kernels.logprob import linear_logprob, linear_logprob_and_grad

@@ -1,4 +1,4 @@
-"""Pages of keys and values, and which slots read which of them: what decode.py and its kernels are given."""
+"""Define the arguments of decode.py and its kernels: pages of keys and values, and the slots that read them."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class Readers(NamedTuple):
-    """T sequences of keys, each with the slots that read it. Several may have the same pages."""
+    """T sequences of keys, each with the slots that read it. Sequences may share pages."""
 
-    pages: Tensor  # [T, P] int32, their pages, in order; what is behind the last one is not looked at
-    members: Tensor  # [T, M] int32, the slots; -1: nobody
+    pages: Tensor  # [T, P] int32, their pages, in order; entries after the last one are not read
+    members: Tensor  # [T, M] int32, the slots; -1: none
     sizes: Tensor  # [T] int32, tokens in these pages
     starts: Tensor  # [T] int32, position of the first of them
 

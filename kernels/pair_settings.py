@@ -1,4 +1,4 @@
-"""What a pairwise loss is given and what it gives back: shared by pairwise.py and its Triton kernel."""
+"""Define the settings and the result of a pairwise loss, for pairwise.py and its Triton kernel."""
 
 from typing import Literal, NamedTuple
 
@@ -8,7 +8,7 @@ PARTS = ("preference", "ranking", "nll", "pairs", "ordered", "gap_sum", "gap_squ
 
 
 class PairSettings(NamedTuple):
-    """Which loss. `groups` (B) and `pairs_per_group` are those of the whole batch that these groups are a part of."""
+    """The loss. `groups` (B) and `pairs_per_group` are those of the whole batch, of which these groups are a part."""
 
     beta: float
     groups: int
@@ -21,12 +21,12 @@ class PairSettings(NamedTuple):
     nll_coef: float = 0.0
 
     def divisor(self, n: int) -> float:
-        """Z of N = n responses as far as it does not depend on the group: N(N-1)/2, or the batch's pairs a group."""
+        """Return the part of Z for N = n responses that is the same for all groups: N(N-1)/2, or pairs_per_group."""
         return max(self.pairs_per_group, 1e-12) if self.normalizer == "batch" else max(n * (n - 1) / 2, 1.0)
 
 
 class PairwiseLoss(NamedTuple):
-    """(coefficients.detach() * logprobs).sum() has the loss's gradient."""
+    """The gradient, and statistics. (coefficients.detach() * logprobs).sum() has the loss's gradient."""
 
     coefficients: Tensor  # [G, N, L] dL/dl, in the log-probs' dtype
     parts: Tensor  # [G, 7] each group's share of `PARTS`, at least float32

@@ -1,22 +1,23 @@
-"""The loss of all pairs of a group, its gradient in closed form, and its statistics, at once.
+"""Compute the loss of all pairs of a group, its gradient in closed form, and its statistics.
 
-A group's N responses have log-probs l_it and anchors a_it; i and j part at the token t_ij. What is preferred is
+A group's N responses have log-probs l_it and anchors a_it; i and j differ from the token t_ij (their fork) on. The loss
+is a function of
 
-    s_ij = b_i sum_t w_ijt (l_it - a_it)      b_i = beta or beta / n_i;  w_ijt = 0, 1, after: before, at, behind t_ij
+    s_ij = b_i sum_t w_ijt (l_it - a_it)      b_i = beta or beta / n_i;  w_ijt = 0, 1, after: before, at, after t_ij
     g_ij = s_ij - s_ji                        the gap
 
-and s_ij stands in g_ij and, negated, in g_ji. So a loss of the gaps has, with h_ij = dL/dg_ij - dL/dg_ji,
+Since s_ij occurs in g_ij and, negated, in g_ji, a loss of the gaps has, with h_ij = dL/dg_ij - dL/dg_ji,
 
     dL/dl_it = b_i sum_j w_ijt h_ij.
 
-Where D_ij = 1, i beats j; I are those that beat someone; v_ij = 1 or r_i - r_j; Z divides a group's pairs; B is the
-number of groups. The terms, and what they add to dL/dg_ij:
+D_ij = 1 where i beats j; I are the responses that beat at least one other; v_ij = 1 or r_i - r_j; Z normalizes a
+group's pairs; B is the number of groups. The terms, and what each adds to dL/dg_ij:
 
     preference  1/(B Z) sum_ij v_ij D_ij log(1 + e^-g_ij)            -v_ij D_ij sigma(-g_ij) / (B Z)
     ranking     1/(B |I|) sum_i log(1 + sum_j D_ij e^-g_ij)          -D_ij e^-g_ij / (1 + sum_k D_ik e^-g_ik) / (B |I|)
     nll         -1/(B |I|) sum_{i in I} (1/n_i) sum_t l_it           (to dL/dl_it: -1/(B |I| n_i) for i in I)
 
-On CUDA that is one kernel (`pairwise_triton.py`), elsewhere the same in plain PyTorch.
+On CUDA one kernel computes it (`pairwise_triton.py`), elsewhere plain PyTorch.
 """
 
 import torch
@@ -38,12 +39,13 @@ def pairwise_loss(
     lengths: Tensor,
     settings: PairSettings,
 ) -> PairwiseLoss:
-    """logprobs, anchors [G, N, L], rewards, lengths [G, N], beats [G, N, N] bool, forks [G, N, N] in [0, L].
+    """Return gradient and statistics for logprobs, anchors [G, N, L], rewards, lengths [G, N], beats [G, N, N] bool and
+    forks [G, N, N] in [0, L].
 
-    `parts` are to be summed over groups: the three terms, times their coefficients; how many pairs there are, and how
-    many of them the gaps order as the rewards do (an exact tie is one half); the sum of the pairs' gaps and of their
-    squares. The sum is left to the caller, who needs it on the CPU if at all: one launch, and no order of programs.
-    All L tokens count, so that l - a must be 0 behind a response's end. Nothing here is differentiable.
+    The caller sums `parts` over groups (so that this is one launch, with no order among programs): the three terms,
+    times their coefficients; the number of pairs, and of those that the gaps order as the rewards do (an exact tie
+    counts one half); the sum of the pairs' gaps, and of their squares. All L tokens count, so l - a must be 0 after a
+    response's end. The result is not differentiable.
     """
     g, n, _ = logprobs.shape
     assert anchors.shape == logprobs.shape, (anchors.shape, logprobs.shape)
@@ -63,7 +65,7 @@ def plain_pairwise_loss(
     lengths: Tensor,
     settings: PairSettings,
 ) -> PairwiseLoss:
-    """As `pairwise_loss`, in plain PyTorch, whatever the device; in float64 for float64 log-probs, else in float32."""
+    """Compute `pairwise_loss` in plain PyTorch on any device; in float64 for float64 log-probs, else in float32."""
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     values, n = logprobs.to(dtype), lengths.clamp_min(1).to(dtype)
     per = n[..., None] if settings.length_norm == "mean" else 1.0
@@ -87,7 +89,7 @@ def plain_pairwise_loss(
 def _terms_of_gaps(
     gap: Tensor, rewards: Tensor, beats: Tensor, settings: PairSettings
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """gap [G, N, N] -> preference and ranking [G] by name, and their sum's derivative with respect to it [G, N, N]."""
+    """Return preference and ranking [G] by name, and the derivative of their sum with respect to gap [G, N, N]."""
     weights, own = beats.to(gap), beats.sum((1, 2)).clamp_min(1).to(gap)
     if settings.pair_weight == "gap":
         weights = weights * (rewards[:, :, None] - rewards[:, None, :]).to(gap)
@@ -97,28 +99,29 @@ def _terms_of_gaps(
     preference = (weights * F.softplus(-gap)).sum((1, 2))
     slope = -weights * torch.sigmoid(-gap)
 
-    behind = (-gap).masked_fill(~beats, -torch.inf)
-    total = F.pad(behind, (1, 0)).logsumexp(-1)  # 0 for who beats nobody
+    negated = (-gap).masked_fill(~beats, -torch.inf)
+    total = F.pad(negated, (1, 0)).logsumexp(-1)  # 0 for a response that beats no other
     share = settings.ranking_coef / (settings.groups * beats.any(-1).sum(-1).clamp_min(1).to(gap))
-    slope = slope - share[:, None, None] * (behind - total[..., None]).exp()
+    slope = slope - share[:, None, None] * (negated - total[..., None]).exp()
     return {"preference": preference, "ranking": share * total.sum(-1)}, slope
 
 
 def _from_fork(values: Tensor, forks: Tensor, after: float) -> Tensor:
-    """values [G, N, L], forks [G, N, N] -> [G, N, N]: i's value where it leaves j, and `after` times what follows."""
+    """Return [G, N, N]: the value [G, N, L] of i at its fork from j, plus `after` times the sum of those after it."""
     padded = F.pad(values, (0, 2))
     following = padded.flip(-1).cumsum(-1).flip(-1)
     return padded.gather(-1, forks) + after * following.gather(-1, forks + 1)
 
 
 def _to_tokens(slopes: Tensor, forks: Tensor, after: float, width: int) -> Tensor:
-    """The transpose of `_from_fork`: slopes [G, N, N] -> [G, N, L]."""
+    """Apply the transpose of `_from_fork` to slopes [G, N, N]: -> [G, N, L]."""
     at = slopes.new_zeros(*slopes.shape[:2], width + 1).scatter_add_(-1, forks, slopes)
     before = at.cumsum(-1) - at
     return (at + after * before)[..., :width]
 
 
 def _fits_a_program(logprobs: Tensor) -> bool:
+    """Return whether the Triton kernel takes log-probs [G, N, L]."""
     return on_cuda(logprobs) and logprobs.shape[1] <= MOST_RESPONSES
 
 

@@ -1,7 +1,8 @@
-"""`pairwise.py` as one Triton kernel: one program a group, no exchange between programs, no atomics, float32.
+"""Compute `pairwise.py` in one Triton kernel: one program a group, no exchange between programs, no atomics, float32.
 
-Two passes over the tokens: the first adds up s_ij in registers, the second spreads the gradient over the tokens. Both
-compare every token with every fork, N^2 L in all; a group's log-probs are read once, and its coefficients written once.
+Two passes over the tokens: the first adds up s_ij in registers, the second distributes the gradient to the tokens.
+Both compare every token with every fork, N^2 L comparisons; a group's log-probs are read once, its coefficients
+written once.
 """
 
 import torch
@@ -17,7 +18,7 @@ LONGEST_BLOCK = 64  # tokens
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0, also where 1 + x has forgotten most of x (Goldberg 1991, theorem 4)."""
+    """Return log(1 + x) for x >= 0, accurate also where 1 + x rounds most of x away (Goldberg 1991, theorem 4)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -35,8 +36,10 @@ def pairwise_kernel(
     LENGTH_NORM: tl.constexpr, PAIR_WEIGHT: tl.constexpr, NORMALIZER: tl.constexpr, RANKING: tl.constexpr,
     NLL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """share = 1 / B; beats as bytes. What is of pairs is [j, i]: a warp's threads are apart in i, and have few rows of
-    log-probs each to load and to address."""
+    """Compute one group. share = 1 / B; beats as bytes.
+
+    Tensors of pairs are [j, i]: the threads of a warp differ in i, so each loads and addresses few rows of log-probs.
+    """
     group = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_N)
     real = i < n
@@ -61,7 +64,7 @@ def pairwise_kernel(
     s = tl.sum(sums, 2)
     if LENGTH_NORM == "mean":
         s = tl.div_rn(s, tl.broadcast_to(length[None, :], s.shape))
-    # No bare product meets the difference: the compiler would fuse the two, and equal s would not have the gap 0.
+    # beta * s is not formed before the difference: the compiler would fuse the two, and equal s would not give gap 0.
     gap = beta * (s - tl.trans(s))
 
     one = beats.to(tl.float32)
@@ -89,9 +92,9 @@ def pairwise_kernel(
 
     ranking = 0.0
     if RANKING:
-        behind = tl.where(beats, -gap, -float("inf"))
-        top = tl.maximum(tl.max(behind, 0), 0.0)
-        terms = tl.exp(behind - top[None, :])
+        negated = tl.where(beats, -gap, -float("inf"))
+        top = tl.maximum(tl.max(negated, 0), 0.0)
+        terms = tl.exp(negated - top[None, :])
         rest = tl.sum(terms, 0)
         own = tl.exp(-top)
         fraction = ranking_coef * share / winners
@@ -120,7 +123,7 @@ def pairwise_kernel(
 
 
 def blocks(n: int) -> dict[str, int]:
-    """How N = n responses are laid out: a few compiled kernels, whatever the number of tokens."""
+    """Return the block sizes for N = n responses; they do not depend on the number of tokens: few compilations."""
     rows = max(2, triton.next_power_of_2(n))
     tokens = max(1, min(LONGEST_BLOCK, TILE // rows**2))
     return {"BLOCK_N": rows, "BLOCK_T": tokens, "num_warps": max(1, rows**2 * tokens // 256)}
@@ -135,7 +138,7 @@ def pairwise_loss(
     lengths: Tensor,
     settings: PairSettings,
 ) -> PairwiseLoss:
-    """As `pairwise.pairwise_loss`. logprobs and anchors may be slices of wider tensors: nothing is copied."""
+    """Compute `pairwise.pairwise_loss`. logprobs and anchors may be slices of wider tensors: nothing is copied."""
     logprobs, anchors = (x if x.stride(-1) == 1 else x.contiguous() for x in (logprobs, anchors))
     g, n, width = logprobs.shape
     coefs = torch.empty(g, n, width, dtype=logprobs.dtype, device=logprobs.device)

@@ -1,4 +1,4 @@
-"""The kernels of `sampling.py`. Statistics go over the logits once; all else but a truncation's passes is small."""
+"""Draw tokens in Triton as `sampling.py` says. One pass over the logits gives the statistics; truncation needs more."""
 
 import math
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 BLOCK = 256  # entries that are summed in float32 before float64 takes over
 PER_CHUNK = 16  # blocks
-LOWEST = tl.constexpr(-1e30)  # top of a chunk of impossible tokens
-PIECE = 4096  # entries of a row at a time, in the passes that look for a threshold
-LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of such a number as float32, that are always 0
+LOWEST = tl.constexpr(-1e30)  # top of a chunk whose logits are all -inf
+PIECE = 4096  # entries of a row at a time, in the passes that search a threshold
+LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # trailing bits that are 0 in such a float32
 
 
 @triton.jit
 def _mix(x):
-    """lowbias32 on int64 that holds 32 bits, as gspo/rollout/sampling.py has it."""
+    """Hash 32 bits in an int64 with lowbias32, as gspo/rollout/sampling.py does."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)
@@ -31,7 +31,7 @@ def _fold(state, value):
 
 @triton.jit
 def uniform(key, position):
-    """float64 on (0, 1), the same bits as `uniforms` gives."""
+    """Return a float64 on (0, 1) with the same bits as `uniforms` of gspo/rollout/sampling.py."""
     bits = (_fold(key, 2 * position) << 21) ^ _fold(key, 2 * position + 1)
     return (bits.to(tl.float64) + 0.5) / 9007199254740992.0
 
@@ -53,8 +53,11 @@ def sums_kernel(
     logits_ptr, least_ptr, tops_ptr, totals_ptr, bends_ptr, sums_ptr, size, stride, chunks, temperature,
     TRUNCATED: tl.constexpr, CHUNKS: tl.constexpr, PER_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S * chunks): tops, totals and bends [S, chunks], relative to the chunk's own top, and sums
-    [S, chunks * PER_CHUNK]; or, truncated, the sums once more, of what is not ruled out."""
+    """Compute the statistics of a chunk. Grid (S * chunks).
+
+    Writes tops, totals (sums of w) and bends (sums of w (z - top)) [S, chunks], relative to the chunk's own top, and
+    the block sums [S, chunks * PER_CHUNK]; if TRUNCATED only the block sums, of the tokens that are kept.
+    """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     block = tl.arange(0, PER_CHUNK)
@@ -79,7 +82,7 @@ def sums_kernel(
 
 @triton.jit
 def _entries(row_ptr, start, size, temperature, top, floor, BY_MASS: tl.constexpr, PIECE: tl.constexpr):
-    """Of some entries of a row: their order as unsigned numbers, and what they count, nothing below `floor`."""
+    """Return the order of a piece of a row as unsigned numbers, and the weights, 0 for entries below `floor`."""
     cols = start + tl.arange(0, PIECE)
     raw = tl.load(row_ptr + cols, mask=cols < size, other=-float("inf")).to(tl.float32)
     bits = tl.where(raw == 0.0, 0.0, raw).to(tl.uint32, bitcast=True)  # both zeros are one number
@@ -103,7 +106,7 @@ def _mass(row_ptr, size, temperature, top, floor, PIECE: tl.constexpr):
 def _last(
     row_ptr, size, temperature, top, floor, goal, BY_MASS: tl.constexpr, LOW_BITS: tl.constexpr, PIECE: tl.constexpr
 ):
-    """The greatest order that, together with all above it, counts `goal`: found from its first bits to its last."""
+    """Return the greatest order at which the weights from there up reach `goal`, found from high bits to low."""
     found = tl.full([], 0, tl.uint32)
     step = tl.full([], 1 << 30, tl.uint32)
     for _ in range((33 - LOW_BITS) // 2):
@@ -126,7 +129,7 @@ def least_kernel(
     logits_ptr, tops_ptr, least_ptr, size, stride, chunks, temperature, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, LOW_BITS: tl.constexpr, CHUNKS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S): the least z - top of a row that may be drawn."""
+    """Compute the least z - top of a row that may be drawn. Grid (S)."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     top = _top(tops_ptr, row, chunks, CHUNKS)
@@ -147,7 +150,7 @@ def least_kernel(
 
 @triton.jit
 def _reached(upto, weights, goal, count, COUNT: tl.constexpr):
-    """The first index whose running sum reaches the goal, among those with a weight; their last where none does."""
+    """Return the first index with a weight whose running sum reaches the goal; the last one where none does."""
     first = tl.min(tl.where((upto >= goal) & (weights > 0.0), count, COUNT), 0)
     return tl.where(first < COUNT, first, tl.max(tl.where(weights > 0.0, count, 0), 0))
 
@@ -158,7 +161,7 @@ def pick_kernel(
     tokens_ptr, logprobs_ptr, entropies_ptr, size, stride, chunks, temperature,
     GREEDY: tl.constexpr, TRUNCATED: tl.constexpr, CHUNKS: tl.constexpr, PER_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S): a token, its log-prob, and the entropy."""
+    """Draw a row's token and compute its log-prob and the entropy. Grid (S)."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     chunk = tl.arange(0, CHUNKS)
@@ -207,7 +210,7 @@ def pick_kernel(
 def sample(
     logits: Tensor, keys: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `sampling.sample`."""
+    """Compute `sampling.sample`."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, size = logits.shape
     chunks = triton.cdiv(size, PER_CHUNK * BLOCK)

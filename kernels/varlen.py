@@ -1,12 +1,12 @@
-"""Attention inside segments of tokens that lie behind one another, with its log-sum-exp and an open backward.
+"""Compute attention inside segments of consecutive tokens, with its log-sum-exp and a separate backward.
 
 Queries [T, H, D] and keys and values [S, Hk, D] are cut into equally many segments; a segment's queries see only its
 keys. Every backend has the same two functions. With scores s, p = exp(s - lse) and delta = rowsum(dout * out):
 
     dv = p^T dout        ds = p * (dout v^T - delta)        dq = scale * ds k        dk = scale * ds^T q
 
-`backward` takes out and lse from its caller: where they belong to a softmax over more keys than these segments hold, it
-gives these keys' share of that softmax's gradients.
+`backward` takes out and lse from its caller: if they belong to a softmax over more keys than these segments hold, it
+returns these keys' share of that softmax's gradients.
 """
 
 import contextlib
@@ -42,12 +42,13 @@ class Segments:
         window: int | None = None,
         device: str | torch.device = "cpu",
     ) -> "Segments":
-        """From the segments' lengths [segments], on the CPU, in queries and in keys; no segment is empty."""
+        """Make them from the segments' lengths [segments] on the CPU, in queries and in keys; none may be empty."""
         assert len(queries) == len(keys) > 0 and int(queries.min()) > 0 and int(keys.min()) > 0
         offsets = (torch.nn.functional.pad(x.cumsum(0), (1, 0)).to(device, torch.int32) for x in (queries, keys))
         return Segments(*offsets, int(queries.max()), int(keys.max()), causal, window)
 
     def slices(self) -> Iterator[tuple[slice, slice]]:
+        """Yield each segment's queries and keys."""
         q, k = self.queries.tolist(), self.keys.tolist()
         for i in range(len(q) - 1):
             yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
@@ -65,19 +66,21 @@ Gradients = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
 
 
 class Backend(Protocol):
+    """One implementation of forward and backward."""
+
     softcaps: bool  # whether a rule may have a softcap
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        """q [T, H, D], k, v [S, Hk, D] -> out [T, H, D], lse [H, T]."""
+        """Return out [T, H, D] and lse [H, T] for q [T, H, D], k, v [S, Hk, D]."""
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
     ) -> Gradients:
-        """grad, q, out [T, H, D], k, v [S, Hk, D], lse [H, T], contiguous -> the gradients."""
+        """Return the gradients for grad, q, out [T, H, D], k, v [S, Hk, D], lse [H, T], all contiguous."""
 
 
 class Plain:
-    """The formulas, segment by segment, in the inputs' dtype: what the others are measured by. Runs anywhere."""
+    """The formulas in plain PyTorch, segment by segment, in the inputs' dtype: the reference of the other backends."""
 
     softcaps = True
 
@@ -109,7 +112,7 @@ class Plain:
 
     @staticmethod
     def _scores(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One segment's scores [H, Q, K], which are hidden [Q, K], its keys and values for as many heads as queries."""
+        """Return a segment's scores [H, Q, K], which are hidden [Q, K], and keys and values repeated to H heads."""
         segments, scale, softcap = rule
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -124,18 +127,21 @@ class Plain:
 
 
 def _longest(segments: Segments) -> tuple[int, int]:
-    """The longest query and key as FlashAttention is told. Never one query, which would take its path for decoding:
-    that path swaps heads for queries and has stumbled over ragged segments (flash-attention, issue 1619)."""
+    """Return the longest query and key for FlashAttention, at least 2.
+
+    With 1 query it would take its decoding path, which swaps heads and queries and has failed on ragged segments
+    (flash-attention, issue 1619).
+    """
     return max(2, segments.longest_query), max(2, segments.longest_key)
 
 
 def _window(segments: Segments) -> tuple[int, int]:
-    """Keys seen to the left and to the right of a query's own; -1: all."""
+    """Return how many keys are seen to the left and to the right of a query's own; -1: all."""
     return (-1, -1) if segments.window is None else (segments.window - 1, 0)
 
 
 class TorchFlash:
-    """The FlashAttention that torch brings, by the operators under torch.nn.attention.varlen."""
+    """PyTorch's own FlashAttention, by the operators under torch.nn.attention.varlen."""
 
     softcaps = False
 
@@ -164,7 +170,7 @@ class TorchFlash:
 
 
 class FlashAttention:
-    """The flash_attn package, 2.7 or newer, by the functions under its flash_attn_varlen_func."""
+    """The flash_attn package, 2.7 or later, by the functions under its flash_attn_varlen_func."""
 
     softcaps = True
 
@@ -249,11 +255,11 @@ def _proven(kind: type[Backend], device: torch.device, dtype: torch.dtype, width
 
 
 def installed(device: torch.device) -> list[Backend]:
-    """The backends that this machine has, fastest first."""
+    """Return the backends that this machine has, fastest first."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return []
     found: list[Backend] = []
-    with contextlib.suppress(ImportError, AttributeError):  # not there, for another torch, or of another generation
+    with contextlib.suppress(ImportError, AttributeError):  # missing, built for another torch, or too old
         found.append(FlashAttention())
     if torch.backends.cuda.is_flash_attention_available():
         found.append(TorchFlash())
@@ -262,7 +268,7 @@ def installed(device: torch.device) -> list[Backend]:
 
 @torch.no_grad()
 def trial(backend: Backend, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """What is wrong with a backend on a few ragged segments, measured by `Plain`; None where nothing is."""
+    """Compare a backend with `Plain` on a few ragged segments; return the fault in words, None if there is none."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([5, 1, 70]), torch.tensor([9, 1, 90])
     plain = Plain()
@@ -273,7 +279,7 @@ def trial(backend: Backend, device: torch.device, dtype: torch.dtype, width: int
             rule = Rule(Segments.of(*lengths, causal, window, device), width**-0.5, softcap)
             with torch.autocast(device.type, enabled=False):
                 expected_out, expected_lse = plain.forward(q.float(), k.float(), v.float(), rule)
-                lse = expected_lse + 0.5  # as if further keys had been seen, with `out` for the result
+                lse = expected_lse + 0.5  # as if more keys had been seen and `out` were the result
                 expected = (
                     expected_out,
                     expected_lse,

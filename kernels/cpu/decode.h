@@ -1,6 +1,6 @@
 // Attention of one new token a slot over keys and values in pages (kernels/decode.py says what is computed).
 //
-// All the slots that read a sequence, and all query heads of its KV head, are columns of the same products.
+// All slots that read a sequence, and all query heads of its KV head, are columns of the same matrix products.
 #pragma once
 #include "online.h"
 
@@ -12,7 +12,7 @@ struct Readers {
     const int32_t *first_page, *pages;   // [count + 1], pages of sequence t: first_page[t] .. first_page[t + 1]
     const int32_t* sizes;                // [count], tokens
     const int32_t *first_slot, *slots;   // [count + 1], ...
-    const int32_t* hidden;               // [S], how many of the first tokens a slot does not see
+    const int32_t* hidden;               // [S], how many tokens at its start a slot does not see
 };
 
 template <typename T>
@@ -60,7 +60,8 @@ void attend(const Pool<T>& pool, int sequence, int kv_head, const Shape& n, cons
     }
 }
 
-// For all threads of a team; `scratch` has 2 * slots * heads * (value_pad + 1) numbers.
+// Attend to prompts and answers and merge the two results. All threads of a team call this together; `scratch` has
+// 2 * slots * heads * (value_pad + 1) numbers.
 template <typename T>
 void decode(const Pool<T>* pools, const Shape& n, const T* q, long q_slot, long q_head, const Scores& how,
             Online<T>& work, float* scratch, T* out) {
@@ -88,10 +89,10 @@ void decode(const Pool<T>* pools, const Shape& n, const T* q, long q_slot, long 
     }
 }
 
-// Put each slot's new key and value where its page has room.
+// Write each slot's new key (or value) to its place in its page.
 template <typename T>
-void write(T* pool, const T* rows, long by_slot, long by_head, const int64_t* pages, const int64_t* offsets, int slots,
-           int heads, int page, int width) {
+void write_pages(T* pool, const T* rows, long by_slot, long by_head, const int64_t* pages, const int64_t* offsets,
+                 int slots, int heads, int page, int width) {
     for (int s = 0; s < slots; ++s)
         for (int h = 0; h < heads; ++h)
             std::memcpy(pool + ((pages[s] * heads + h) * page + offsets[s]) * width,

@@ -1,10 +1,10 @@
-// What happens to a chunk of logits between two matrix products: the two passes of kernels/epilogue.py, each one read
-// (and one write) of the chunk. A thread has whole tokens, a block of entries at a time.
+// Process a chunk of logits between two matrix products: the two functions of kernels/epilogue.py, each with one read (and
+// one write) of the chunk. A thread has whole tokens, and works on a block of entries at a time.
 #include "tiles.h"
 
 namespace gspo {
 
-constexpr int BLOCK = 1024;       // entries of a token whose logits lie in the first cache, and are summed apart
+constexpr int BLOCK = 1024;       // entries of a token whose logits fit in the L1 cache, and have a sum of their own
 constexpr float LOWEST = -1e30f;  // instead of minus infinity, which times 0 is NaN
 
 struct Shaping {  // outer * tanh(inner * raw) if capped, else inner * raw
@@ -14,7 +14,7 @@ struct Shaping {  // outer * tanh(inner * raw) if capped, else inner * raw
         const Vec u = raw * splat(inner);
         return capped ? splat(outer) * tanhv(u) : u;
     }
-    // 1 - tanh^2 without a difference of neighbours: 4 x / (1 + x)^2 with x = exp(-2 |u|)
+    // 1 - tanh^2 without cancellation: 4 x / (1 + x)^2 with x = exp(-2 |u|)
     Vec bend(Vec raw) const {
         const Vec u = raw * splat(inner), x = expv(splat(-2.0f) * max(u, -u)), y = splat(1.0f) + x;
         return splat(4.0f) * x / (y * y);
@@ -22,10 +22,10 @@ struct Shaping {  // outer * tanh(inner * raw) if capped, else inner * raw
 };
 
 struct Numbers {
-    long tokens, width, stride, begin;  // of the chunk, which begins at an entry of the vocabulary
+    long tokens, width, stride, begin;  // of the chunk; begin: its first entry of the vocabulary
 };
 
-// Up to W numbers, and `rest` behind them.
+// Load up to W numbers, padded with `rest`.
 template <typename T>
 inline Vec load_some(const T* from, int count, float rest) {
     if (count >= W) return load(from);

@@ -1,5 +1,5 @@
-// What lies between a transformer's matrix products: RMSNorm, gated activation, rotary positions; forward and backward.
-// kernels/layers.py says what is computed. Arithmetic is float32; inputs and outputs are float32 or bfloat16.
+// RMSNorm, gated activation and rotary positions, forward and backward. kernels/layers.py says what is computed.
+// Arithmetic is float32; inputs and outputs are float32 or bfloat16.
 #include <vector>
 
 #include "tiles.h"
@@ -31,7 +31,7 @@ void norm(const X* x, const P* weight, float offset, float eps, Y* y, float* sca
     }
 }
 
-// dweight [threads, width] is what each thread found; its sum is the caller's.
+// dweight [threads, width] gets each thread's sum; the caller adds them up.
 template <typename X, typename P, typename Y>
 void norm_back(const Y* dy, const X* x, const P* weight, float offset, const float* scale, X* dx, float* dweight,
                long rows, int width, int threads) {
@@ -97,7 +97,7 @@ void silu_back(const T* dout, const T* gate, const T* up, T* dgate, T* dup, long
     }
 }
 
-// x [B, H, T, D] by strides, cos and sin [B or 1, T, D] -> y [B, T, H, D]; `back`: the transposed map.
+// Rotate x [B, H, T, D], given by strides, with cos and sin [B or 1, T, D] -> y [B, T, H, D]; `back`: the transposed map.
 template <typename X, typename C, typename Y>
 void rotate(const X* x, const int64_t* stride, const C* cos, const C* sin, long per_batch, Y* y, int batch, int heads,
             long tokens, int width, bool back, int threads) {

@@ -1,4 +1,4 @@
-// Linear layers for few rows, weights laid out once (panel.h).
+// Linear layers for few rows, by weights that were laid out once (panel.h).
 #include "panel.h"
 
 namespace gspo {
@@ -22,12 +22,12 @@ void linear(const T* x, const void* laid_out, const T* bias, T* y, long m, long 
     }
 }
 
-// Inputs are numbers of four bytes here: one of float32, or a pair of bfloat16.
+// Copy a weight [n, k] to panels. An input is four bytes here: one float32, or a pair of bfloat16.
 void lay_out(const uint32_t* weight, uint32_t* to, long n, long k, int threads) {
     const long panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long p = 0; p < panels; ++p)
-        for (long first = 0; first < k; first += W) {  // what is written stays in the first cache until it is whole
+        for (long first = 0; first < k; first += W) {  // cache lines stay in the L1 cache until they are complete
             const long last = first + W < k ? first + W : k;
             for (long c = 0; c < PANEL; ++c) {
                 const long row = p * PANEL + c;

@@ -1,5 +1,6 @@
-// Attention by a running maximum: queries meet their keys tile by tile, and only sums are kept (Milakov and Gimelshein
-// 2018; Dao et al. 2022). Queries are columns, sixteen of them a vector; what a column gets does not depend on others.
+// Attention by online softmax: queries meet their keys tile by tile, with a running maximum, and only sums are kept
+// (Milakov and Gimelshein 2018; Dao et al. 2022). Queries are columns, sixteen to a vector; a column's result does not
+// depend on the other columns.
 #pragma once
 #include <vector>
 
@@ -19,7 +20,7 @@ inline Scores base2(float scale, float softcap) {
     return {softcap != 0 ? scale / softcap : scale * LOG2E, softcap * LOG2E};
 }
 
-// How products read numbers of type T: as they are, or by pairs.
+// How matrix products read numbers of type T: one by one, or in pairs.
 template <typename T>
 struct Element;
 template <>
@@ -33,7 +34,7 @@ struct Element<BF16> {
     static constexpr int per = 2;
 };
 
-// n rows of `width` numbers at `step` from one another, as the right side of products over rows: [n / per, pad].
+// Return n rows of `width` numbers, `step` apart, as the right operand of a product over rows: [n / per, pad].
 inline const float* as_panel(const float* rows, long step, int n, int width, int pad, float* memory) {
     if (width == pad && step == width) return rows;
     for (int k = 0; k < n; ++k) widen(rows + k * step, width, memory + k * pad, pad);
@@ -54,7 +55,7 @@ inline const Pair* as_panel(const BF16* rows, long step, int n, int width, int p
     return memory;
 }
 
-// One query as a column of `queries` [width / per, COLUMNS].
+// Write one query as a column of `queries` [width / per, COLUMNS].
 inline void as_column(const float* q, int width, float* queries) {
     for (int d = 0; d < width; ++d) queries[d * COLUMNS] = q[d];
 }
@@ -62,7 +63,7 @@ inline void as_column(const BF16* q, int width, Pair* queries) {
     for (int d = 0; d < width; d += 2) queries[d / 2 * COLUMNS] = pair(q[d], q[d + 1]);
 }
 
-// Weights of `size` keys, [size, COLUMNS], as the left side of products over keys.
+// Return the weights of `size` keys, [size, COLUMNS], as the left operand of a product over keys.
 inline const float* as_factors(const float* weights, int, int, float*) { return weights; }
 inline const Pair* as_factors(const float* weights, int size, int lanes, Pair* memory) {
     for (int k = 0; k < size; k += 2)
@@ -76,8 +77,8 @@ inline const Pair* as_factors(const float* weights, int size, int lanes, Pair* m
     return memory;
 }
 
-// Scores [size] of sixteen columns to base 2 in place of products; keys from `start` on, of which a column sees
-// [from, to). -> the largest, and `best`.
+// Overwrite products [size] of sixteen columns with scores to base 2; the keys begin at `start`, and a column sees those
+// in [from, to). Returns the largest score, or `best` where that is larger.
 inline Vec score(float* s, int size, int start, const int32_t* from, const int32_t* to, const Scores& how, Vec best) {
     const IVec first = *(const IVecAt*)from - start, last = *(const IVecAt*)to - start;
     bool all = how.softcap == 0;
@@ -115,6 +116,7 @@ struct Online {
         for (int m = 0; m < COLUMNS; ++m) top[m] = -INFINITY, total[m] = 0, from[m] = 0, to[m] = 0;
     }
 
+    // Attend to `size` keys, the first of which has the position `start`.
     void meet(const T* keys, const T* values, long key_step, long value_step, int value_width, int size, int start,
               const Scores& how) {
         product(size, lanes, width / per, (const E*)keys, key_step / per, 1, queries.data(), COLUMNS, weights.data(),
@@ -144,13 +146,13 @@ struct Online {
                 true);
     }
 
-    // What column m found, [value_pad].
+    // The result of column m, [value_pad].
     float* result(int m) {
         float* mine = found.data() + m * value_pad;
         for (int d = 0; d < value_pad; d += W) store(mine + d, load(mine + d) * splat(share(m)));
         return mine;
     }
-    // Its weights are 2^(score - top) times this.
+    // The factor of its weights 2^(score - top).
     float share(int m) const { return total[m] > 0 ? 1 / total[m] : 0; }
 };
 

@@ -1,6 +1,6 @@
-// Products of few rows with a weight [N, K] that was laid out once: a panel is three vectors of outputs wide, and of it lie
-// the same inputs together, in bfloat16 by pairs: [N / 48, K, 48] or [N / 48, K / 2, 48, 2]. Eight rows at a time go through
-// a panel, which stays in the second cache for the next eight. Sums are float32.
+// Multiply few rows by a weight [N, K] that was laid out once in panels. A panel has three vectors of outputs; its weights
+// are stored input by input, in bfloat16 by pairs of inputs: [N / 48, K, 48] or [N / 48, K / 2, 48, 2]. Eight rows at a time
+// are multiplied by a panel, which stays in the L2 cache for the next eight. Sums are float32.
 #pragma once
 #include <vector>
 
@@ -10,7 +10,7 @@ namespace gspo {
 
 constexpr int PANEL = 3 * W;
 
-// x [m, k] through panel p -> sums [m, PANEL].
+// Multiply x [m, k] by panel p -> sums [m, PANEL].
 template <typename T>
 inline void through(const T* x, const void* laid_out, long p, long m, long k, float* sums) {
     typedef typename Element<T>::Type E;

@@ -1,5 +1,5 @@
-// Causal attention of sequences that share their tokens' memory, forward and backward (kernels/rows.py says what is
-// computed). Work is cut by row, KV head and columns; keys are read where they lie, one run of neighbours after another.
+// Causal attention of sequences that share tokens, forward and backward (kernels/rows.py says what is computed).
+// A task is a row, a KV head and some columns; keys are read in place, one run of consecutive tokens after another.
 #include "online.h"
 
 namespace gspo {
@@ -7,7 +7,7 @@ namespace gspo {
 struct Rows {
     int count;
     const int32_t *first_key, *keys;                  // [R + 1], [..]: the tokens of each sequence, by position
-    const int32_t *first_query, *queries, *positions; // [R + 1], [..], [..]: the tokens that ask
+    const int32_t *first_query, *queries, *positions; // [R + 1], [..], [..]: the tokens with a query
 };
 
 struct Strides {
@@ -31,7 +31,7 @@ inline std::vector<Task> tasks_of(const Rows& rows, const Shape& n) {
     return tasks;
 }
 
-// Column m of a task: which token and head it is, and the keys [from, to) that it sees.
+// Column m of a task: its token and head, and the keys [from, to) that it sees.
 struct Column {
     int token, head, from, to;
 };
@@ -47,7 +47,7 @@ inline int columns_of(const Rows& rows, const Shape& n, const Task& t, Column* c
     return count;
 }
 
-// Calls `visit(first token, how many, position)` for each run of at most TILE neighbours among the keys that columns see.
+// Call `visit(first token, count, position)` for each run of at most TILE consecutive tokens among the keys that columns see.
 template <typename F>
 inline void runs(const Rows& rows, int row, const Column* columns, int count, F visit) {
     const int32_t* keys = rows.keys + rows.first_key[row];
@@ -94,7 +94,7 @@ void forward(const T* q, const T* k, const T* v, Strides qs, Strides ks, Strides
     }
 }
 
-// n rows of `width` numbers as the right side of products over rows, and the step from one (or one pair) to the next.
+// Return n rows of `width` numbers as the right operand of a product over rows, and the step from row (or pair) to row.
 inline std::pair<const float*, long> rows_as_panel(const float* rows, long step, int n, int width, int pad, float* memory) {
     if (width == pad) return {rows, step};
     return {as_panel(rows, step, n, width, pad, memory), pad};
@@ -103,14 +103,14 @@ inline std::pair<const Pair*, long> rows_as_panel(const BF16* rows, long step, i
     return {as_panel(rows, step, n, width, pad, memory), pad};
 }
 
-// Numbers [size, COLUMNS] of keys and columns as the left side of products over columns.
+// Return numbers [size, COLUMNS] of keys and columns as the left operand of a product over columns.
 inline const float* over_columns(const float* numbers, int, int, float*) { return numbers; }
 inline const Pair* over_columns(const float* numbers, int size, int lanes, Pair* memory) {
     for (int k = 0; k < size; ++k) narrow(numbers + k * COLUMNS, lanes, (BF16*)memory + k * COLUMNS);
     return memory;
 }
 
-// What a thread needs to go backward through a task; its sums of dkeys and dvalues lie in [Hk, T, D].
+// The memory of a thread in the backward of a task; its sums of dkeys and dvalues are [Hk, T, D].
 template <typename T>
 struct Back {
     typedef typename Element<T>::Type E;
@@ -142,7 +142,7 @@ struct Back {
         delta[m] = dot, top[m] = scored[0], share[m] = scored[1], from[m] = c.from, to[m] = c.to;
     }
 
-    // Once all columns are there.
+    // Prepare the products, once all columns have been set.
     void begin() {
         for (int m = count; m < lanes; ++m) from[m] = to[m] = 0, top[m] = share[m] = delta[m] = 0;
         q_panel = rows_as_panel(q_rows.data(), n.width, count, n.width, pad, q_memory.data());
@@ -150,7 +150,7 @@ struct Back {
         std::memset(dq.data(), 0, sizeof(float) * pad * count);
     }
 
-    // Weights and the slopes of products, in place of both products [size, COLUMNS].
+    // Overwrite both products [size, COLUMNS]: with the attention weights, and with the gradient of q k^T.
     void slope(int size, int start, const Scores& how, float scale) {
         for (int v = 0; v < lanes; v += W) {
             const IVec first = *(const IVecAt*)(from + v) - start, last = *(const IVecAt*)(to + v) - start;

@@ -1,4 +1,4 @@
-// One token a row of logits, by inverse CDF: gspo/rollout/sampling.py's draw where no token is ruled out. A row is read twice.
+// Draw one token a row of logits by inverse CDF: the draw of gspo/rollout/sampling.py, not truncated. A row is read twice.
 #include <vector>
 
 #include "tiles.h"
@@ -23,9 +23,9 @@ template <typename T>
 struct Row {
     const T* logits;
     long size;
-    float inverse, top;  // of the temperature; the largest logit
+    float inverse, top;  // 1 / temperature; the largest logit
 
-    // What lies W entries from `at` on below the top, over the temperature; minus infinity behind the last.
+    // (logit - top) / temperature of W entries from `at` on; minus infinity after the last entry.
     Vec below(long at) const {
         if (at + W <= size) return (load(logits + at) - splat(top)) * splat(inverse);
         Vec x;
@@ -46,14 +46,14 @@ inline float largest(const T* logits, long size) {
     return top;
 }
 
-// The first entry at which the running sum of weights reaches the share u of the whole.
+// Return the first entry at which the running sum of weights reaches the share u of the total.
 template <typename T>
-long reach(const Row<T>& row, const std::vector<float>& sums, double total, double u) {
+long pick(const Row<T>& row, const std::vector<float>& sums, double total, double u) {
     const double goal = u * total;
     double upto = 0;
     size_t block = 0;
     while (block + 1 < sums.size() && upto + sums[block] < goal) upto += sums[block++];
-    while (block > 0 && sums[block] == 0) upto -= sums[--block];  // rounding led behind the last with a weight
+    while (block > 0 && sums[block] == 0) upto -= sums[--block];  // rounding went past the last block with a weight
     float weights[BLOCK];
     const long first = (long)block * BLOCK;
     double inside = 0;
@@ -86,7 +86,7 @@ void draw(const T* logits, const int64_t* sizes, const int64_t* keys, const int6
                 for (int c = 0; c < BLOCK; c += W) {
                     const Vec q = row.below((long)b * BLOCK + c), p = expv(q);
                     mass += p;
-                    bends += p * max(splat(-1e30f), q);  // 0 times minus infinity
+                    bends += p * max(splat(-1e30f), q);  // not 0 times minus infinity
                 }
                 sums[b] = sum(mass);
                 total += sums[b], bent += sum(bends);
@@ -95,7 +95,7 @@ void draw(const T* logits, const int64_t* sizes, const int64_t* keys, const int6
             if (greedy)
                 while (token + 1 < size && load1(row.logits + token) != row.top) ++token;
             else
-                token = reach(row, sums, total, uniform(keys[r], positions[r]));
+                token = pick(row, sums, total, uniform(keys[r], positions[r]));
             tokens[r] = token;
             logprobs[r] = row.below1(token) - std::log(total);
             entropies[r] = std::log(total) - bent / total;

@@ -1,6 +1,7 @@
-// One new token a slot through decoder layers of the usual kind, in one call (kernels/stack.py says what is computed).
+// Run one new token a slot through all decoder layers in one call (kernels/stack.py says what is computed).
 //
-// Threads stay together from the first layer to the last: between two stages they wait for one another, never for Python.
+// One team of threads runs from the first layer to the last: between two stages threads wait for each other, never for
+// Python.
 #include "decode.h"
 #include "panel.h"
 
@@ -30,7 +31,8 @@ inline void normalize(const float* x, const float* weight, int width, float eps,
     for (; d < width; ++d) y[d] = x[d] * s * weight[d];
 }
 
-inline void turn(float* x, const float* cos, const float* sin, int width) {
+// Apply rotary positions to one head.
+inline void rotate(float* x, const float* cos, const float* sin, int width) {
     const int half = width / 2;
     for (int d = 0; d < half; ++d) {
         const float low = x[d], high = x[half + d];
@@ -39,7 +41,7 @@ inline void turn(float* x, const float* cos, const float* sin, int width) {
     }
 }
 
-// Every row of x, normalized, as T.
+// Write every row of x, normalized, as T.
 template <typename T>
 void norms(const float* x, const float* weight, long rows, int width, float eps, T* y) {
 #pragma omp for schedule(static)
@@ -57,7 +59,7 @@ struct Weight {
     long panels() const { return (n + PANEL - 1) / PANEL; }
 };
 
-// x by weights side by side -> y [m, line] float32, in place or added.
+// Multiply x by weights whose outputs are side by side -> y [m, line] float32, written or added to.
 template <typename T, int COUNT>
 void times_weights(const T* x, const Weight (&weights)[COUNT], long m, long k, float* sums, float* y, long line, bool add) {
     long all = 0;
@@ -77,6 +79,7 @@ void times_weights(const T* x, const Weight (&weights)[COUNT], long m, long k, f
     }
 }
 
+// y = silu(gate(x)) * up(x).
 template <typename T>
 void gated(const T* x, const Layer& layer, long m, long n, long k, float* sums, float* more, T* y) {
 #pragma omp for schedule(static)
@@ -95,10 +98,10 @@ void gated(const T* x, const Layer& layer, long m, long n, long k, float* sums, 
     }
 }
 
-// Queries, keys and values [slots, (H + 2 Hk) D] normalized and turned: queries to q, the rest to the answers' pages.
+// Normalize and rotate qkv [slots, (H + 2 Hk) D]; write queries to q, keys and values to the answers' pages.
 template <typename T>
-void place(float* qkv, const Layer& layer, const Numbers& n, float eps, const float* cos, const float* sin,
-           const int64_t* pages, const int64_t* offsets, T* q) {
+void write_qkv(float* qkv, const Layer& layer, const Numbers& n, float eps, const float* cos, const float* sin,
+               const int64_t* pages, const int64_t* offsets, T* q) {
     const long line = (n.heads + n.kv_heads) * n.width + n.kv_heads * n.value_width;
 #pragma omp for schedule(static)
     for (long s = 0; s < n.slots; ++s) {
@@ -107,7 +110,7 @@ void place(float* qkv, const Layer& layer, const Numbers& n, float eps, const fl
             float* x = mine + h * n.width;
             const float* norm = h < n.heads ? layer.q_norm : layer.k_norm;
             if (norm) normalize(x, norm, n.width, eps, x);
-            turn(x, cos + s * n.width, sin + s * n.width, n.width);
+            rotate(x, cos + s * n.width, sin + s * n.width, n.width);
         }
         narrow(mine, n.heads * n.width, q + s * n.heads * n.width);
         for (int h = 0; h < n.kv_heads; ++h) {
@@ -138,7 +141,7 @@ void stack(const Layer* layers, const Numbers& n, const Readers& prompts, const 
                                  {layer->k, layer->k_bias, n.kv_heads * n.width},
                                  {layer->v, layer->v_bias, n.kv_heads * n.value_width}};
             times_weights(normal.data(), in, m, n.hidden, sums.data(), qkv.data(), line, false);
-            place(qkv.data(), *layer, n, eps, cos, sin, pages, offsets, q.data());
+            write_qkv(qkv.data(), *layer, n, eps, cos, sin, pages, offsets, q.data());
             const Pool<T> pools[2] = {
                 {(const T*)layer->prompt_keys, (const T*)layer->prompt_values, (int)n.prompt_page, prompts},
                 {(const T*)layer->keys, (const T*)layer->values, (int)n.page, answers},

@@ -1,7 +1,7 @@
-// Small matrix products and elementwise functions in float32, on the vectors that a CPU has.
+// Small matrix products and elementwise functions in float32, on a CPU's vector registers.
 //
-// GCC's and Clang's vector extensions: sixteen numbers at a time, as one AVX-512 register, two of AVX, four of NEON.
-// The same text compiles on every machine; the one instruction named is the product of bfloat16 pairs, where there is one.
+// They use the vector extensions of GCC and Clang: sixteen numbers at a time, as one AVX-512 register, two of AVX or four of
+// NEON. The same source compiles on every machine; the only intrinsic is the product of bfloat16 pairs, where it exists.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@ typedef float Vec __attribute__((vector_size(W * 4)));
 typedef int32_t IVec __attribute__((vector_size(W * 4)));
 typedef uint32_t UVec __attribute__((vector_size(W * 4)));
 typedef uint16_t HVec __attribute__((vector_size(W * 2)));
-// The same where they lie in memory, at any address.
+// The same in memory, at any address.
 typedef Vec VecAt __attribute__((aligned(4), may_alias));
 typedef IVec IVecAt __attribute__((aligned(4), may_alias));
 typedef UVec UVecAt __attribute__((aligned(4), may_alias));
@@ -59,7 +59,7 @@ inline void store1(BF16* p, float x) {
     p->bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-inline float sum(Vec x) {  // by halves
+inline float sum(Vec x) {  // in halves, the same order on every machine
     typedef float Half __attribute__((vector_size(W * 2)));
     typedef float Quarter __attribute__((vector_size(W)));
     Half h[2];
@@ -119,7 +119,7 @@ inline Vec sigmoid(Vec x) {
     return splat(1.0f) / (splat(1.0f) + exp2v(bounded * splat(-LOG2E)));
 }
 
-// What small products multiply: a number, or a pair of bfloat16 numbers with a pair of others, whose products are added.
+// The elements of small matrix products: a float32 number, or a pair of bfloat16 numbers, whose two products are added.
 typedef uint32_t Pair;
 inline Vec right(const float* b) { return load(b); }
 inline Vec times(Vec sum, float a, Vec b) { return sum + splat(a) * b; }
@@ -170,7 +170,7 @@ inline void columns(int rows, int inner, const E* a, long ar, long ai, const E* 
     rows_of<1, V>(at, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
 }
 
-// The same for any number of columns that is a multiple of W.
+// The same for any number of columns that is a multiple of W: C [rows, cols] (+)= A [rows, inner] B [inner, cols].
 template <typename E>
 inline void product(int rows, int cols, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
                     bool add) {
@@ -186,7 +186,7 @@ inline void product(int rows, int cols, int inner, const E* a, long ar, long ai,
 
 inline int padded(int n) { return (n + W - 1) / W * W; }
 
-// n numbers as float32, and zeros up to `width`.
+// Convert n numbers to float32, and write zeros up to `width`.
 template <typename T>
 inline void widen(const T* from, int n, float* to, int width) {
     int i = 0;
