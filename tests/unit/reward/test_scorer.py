@@ -331,7 +331,8 @@ def test_groups_begun_early_are_not_scored_again(scorer, tmp_path):
     assert log.read_text().split()[9:] == ["0", "1", "0.5", "0.5"], "nothing of the last rollout is left"
 
 
-def test_short_calls_wait_until_sampling_is_over(scorer):
+def test_short_calls_wait_until_sampling_is_over(scorer, monkeypatch):
+    monkeypatch.setattr("gspo.reward.scorer.WORTH_OVERLAPPING_S", 60.0)  # beside other work no call is short
     my = scorer("return float(solution_str)")
     my(a_rollout(["1"] * 200))
     my.begin(0, PROMPT, ["0.25", "0.75"])
