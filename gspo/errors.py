@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The message is one paragraph: the value, the place, the cure.
+    """A mistake in what the user gave. The message is one paragraph: the value, its place, the fix.
 
     Programs print it without a traceback and exit with code 2.
     """

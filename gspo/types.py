@@ -1,4 +1,16 @@
-"""Records that pass between the stages.
+"""Define the records that pass between the stages of a step, and the words for them.
+
+group        a prompt and its N responses
+response     what the policy samples for a prompt, or a row's gold solution (`Rollout.sampled` tells them apart)
+fork         the token at which two responses of a group first differ
+pair         two responses of which one beats the other: its reward is larger by more than the margin
+anchor       log-probs that the objective measures the policy's from: the opponent's, the initial model's, or none
+opponent     the policy as it was when the self-play round began
+reference    the model that the KL term is measured to: the opponent or the initial model
+place        a group's index in the global batch, over all ranks
+slot, page   a sequence that is being decoded; a block of the KV cache (gspo/rollout/)
+pack         responses behind one prompt in one sequence, so that the prompt is computed once (gspo/packing/)
+micro-batch  rows of one forward and backward on a rank; mini-batch: groups of one optimizer step, over all ranks
 
 Shapes: G groups (prompts) of N responses, L the longest response, R = G * N rows. A worked example:
 2 prompts with N = 4 and at most 16 new tokens give `tokens [2, 4, 16]`, `lengths [2, 4]`, `rewards [2, 4]`
@@ -14,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of data, ready for the model."""
+    """A row of data, ready for the model."""
 
     id: int  # row number in its data set; keys the randomness of its samples
     ids: tuple[int, ...]  # token ids, chat template applied
@@ -79,12 +91,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward function said of a rollout."""
+    """What the reward function returned for a rollout."""
 
     rewards: Tensor  # [G, N] float32 in [0, 1], on the CPU
     parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [G, N], its further numbers; NaN where none
     predictions: list[list[str | None]] = field(default_factory=list)  # G x N, the final answers it read (`pred`)
-    skipped: list[int] = field(default_factory=list)  # groups left out for a fault of the function; they score 0
+    skipped: list[int] = field(default_factory=list)  # groups left out because the function failed; they score 0
     first_fault: str = ""  # `raised ValueError: ... (line 3)`
     errors: int = 0  # calls that raised, returned no score, or took their process with them
     timeouts: int = 0  # calls that took too long

@@ -1,8 +1,8 @@
-"""The guards: how preference learning goes wrong, the curve that shows it, and what to do about it.
+"""Watch for the ways preference learning goes wrong, and say what to do about each.
 
-`GUARDS` is the table; its limits are the section `health` of the configuration. `HealthCheck` reads a step's metrics
-and says once, with the cure, when one has been out of its range for some steps in a row. It also derives the curves
-that only make sense against the run's own past (`response/length_ratio` and its like).
+`GUARDS` is the table of failures; its limits are the section `health` of the configuration. `HealthCheck` reads each
+step's metrics and warns once, with the fix, when one has been out of its range for some steps in a row. It also derives
+the curves that compare a step with the run's own past, such as `response/length_ratio`.
 """
 
 from collections import defaultdict
@@ -11,16 +11,16 @@ from typing import Literal, NamedTuple
 
 from gspo.config import Health
 
-INITIAL_STEPS = 3  # "initial" is the mean over so many first steps of the run
-RATIOS = {"response/length_ratio": "response/length_mean", "entropy_ratio": "entropy"}  # the latter, now / at first
-ROUND_ENDS = "win_rate"  # comes when a round ends; held-out accuracy may come oftener, from too few steps to compare
+INITIAL_STEPS = 3  # the initial value is the mean over this many first steps of the run
+RATIOS = {"response/length_ratio": "response/length_mean", "entropy_ratio": "entropy"}  # a metric, now / initially
+ROUND_ENDS = "win_rate"  # logged when a round ends; held-out accuracy may come more often, over too few steps
 KL_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
 LOWER_LR = "lower optim.learning_rate"
 
 
 @dataclass(frozen=True)
 class Guard:
-    """One way to fail. `warn` and `alarm` name limits of `config.Health`; `says` shows the one that was passed."""
+    """One kind of failure. `warn` and `alarm` name limits of `config.Health`; `says` shows the one that was passed."""
 
     kind: str
     metric: str  # of the step, or derived
@@ -29,8 +29,8 @@ class Guard:
     alarm: str | None
     says: str
     cure: str
-    at_once: bool = False  # told without patience: the metric is slow, rare, or never harmless
-    grace: int = 0  # steps of a round before it counts
+    at_once: bool = False  # warn at the first step: the metric is slow, rare, or never harmless
+    grace: int = 0  # first steps of a round in which it does not count
     unless: tuple[str, ...] = ()  # states of the run (HealthCheck._states) that explain the value away
 
 
@@ -42,20 +42,20 @@ GUARDS = (
     ),
     Guard(
         "likelihood displacement", "winner_logprob_drop", "above", "winner_logprob_drop_max", None,
-        "the chosen answers have lost more than {limit:g} nats a token since the round began (the rejected ones sink, "
-        "and take them along)",
+        "the chosen responses have lost more than {limit:g} nats a token since the round began (the rejected ones "
+        "sink, and take them along)",
         f"set objective.nll_coef=0.05, {LOWER_LR} or raise objective.kl_coef",
         at_once=True,
     ),
     Guard(
         "length explosion", "response/length_ratio", "above", "length_ratio_max", None,
-        "answers are more than {limit:g} times as long as at first",
-        "set objective.length_norm=mean, or mend a reward function that pays for length",
+        "responses are more than {limit:g} times as long as at first",
+        "set objective.length_norm=mean, or fix a reward function that pays for length",
     ),
     Guard(
-        "cut-off answers", "response/cutoff", "above", "cutoff_max", None,
-        "more than {limit:.0%} of the answers are cut off",
-        "raise rollout.max_new_tokens, or set objective.length_norm=mean if answers grow",
+        "cut-off responses", "response/cutoff", "above", "cutoff_max", None,
+        "more than {limit:.0%} of the responses are cut off",
+        "raise rollout.max_new_tokens, or set objective.length_norm=mean if responses grow",
     ),
     Guard(
         "KL blow-up", "kl_divergence", "above", "kl_divergence_max", "kl_divergence_alarm",
@@ -93,7 +93,7 @@ GUARDS = (
     ),
     Guard(
         "entropy collapse", "entropy_ratio", "below", "entropy_ratio_min", None,
-        "entropy is below {limit:g} of what it was at first, and the task is not solved (the answers to a prompt are "
+        "entropy is below {limit:g} of what it was at first, and the task is not solved (the responses to a prompt are "
         "all alike)",
         f"{LOWER_LR}, raise objective.kl_coef or rollout.temperature",
         unless=("solved",),
@@ -107,21 +107,23 @@ GUARDS = (
     Guard(
         "failing reward function", "reward/faults", "above", "reward_faults_max", None,
         "more than {limit:.0%} of the reward function's calls fail",
-        "mend it, or raise reward.timeout_s",
+        "fix it, or raise reward.timeout_s",
     ),
 )  # fmt: skip
 
 
 class News(NamedTuple):
+    """A warning or an alarm to print."""
+
     level: Literal["warning", "alarm"]
     text: str
 
 
 class HealthCheck:
-    """Reads the guards, one step after another. `alarmed` says why the run is to stop, with health.on_alarm=stop.
+    """Check every guard, step after step. `alarmed` is why the run is to stop, with health.on_alarm=stop.
 
-    Everything it knows follows from the metrics that it has seen: given those of the steps before a checkpoint, it goes
-    on as if the run had not been interrupted, `alarmed` included.
+    Its state follows from the metrics it has seen: given those of the steps before a checkpoint, it goes on as if the
+    run had not been interrupted, `alarmed` included.
     """
 
     def __init__(self, cfg: Health):
@@ -129,7 +131,7 @@ class HealthCheck:
         self.derived: dict[str, float] = {}  # of the last step
         self.alarmed: str | None = None
         self.streak: dict[tuple[str, str], int] = defaultdict(int)
-        self.told: set[tuple[str, str]] = set()
+        self.warned: set[tuple[str, str]] = set()
         self.round, self.round_age = None, 0
         self.initial: dict[str, list[float]] = defaultdict(list)
         self.winners_at_first: float | None = None  # in this round
@@ -138,8 +140,8 @@ class HealthCheck:
         self.diverging = 0
 
     def check(self, metrics: dict[str, float], causes: dict[str, str] | None = None) -> list[News]:
-        """What is new at this step: of each kind one warning and one alarm a run. `causes` says of a metric, in a few
-        words, what is behind its value."""
+        """Return the warnings and alarms that are new at this step; each comes once a run. `causes` says in a few words
+        what is behind a metric's value."""
         if metrics.get("round", 0.0) != self.round:
             self.round, self.round_age, self.winners_at_first = metrics.get("round", 0.0), 0, None
         self.round_age += 1
@@ -167,29 +169,29 @@ class HealthCheck:
         return news
 
     def _passed(self, guard: Guard, level: str, value: float | None, limit: float, patience: int) -> bool:
-        """Whether the guard's limit has now been passed for `patience` steps in a row, and this is to be told."""
+        """Whether the guard's limit has now been passed for `patience` steps in a row, and this is news."""
         bad = value is not None and (value > limit if guard.bad == "above" else value < limit)
         key = (guard.kind, level)
         self.streak[key] = self.streak[key] + 1 if bad else 0
-        if self.streak[key] != patience or key in self.told:
+        if self.streak[key] != patience or key in self.warned:
             return False
-        self.told |= {key, (guard.kind, "warning")}  # after an alarm its warning is no news
+        self.warned |= {key, (guard.kind, "warning")}  # after an alarm its warning is no news
         return True
 
     def _states(self, values: dict[str, float]) -> set[str]:
-        """What makes a value harmless that would not be otherwise."""
+        """Return the states of the run that make an unusual value harmless (`Guard.unless`)."""
         found = set()
         if values.get("pairs/groups_with", 1.0) < self.cfg.paired_groups_min:
             found.add("starved")  # the last few pairs are what the policy still gets wrong
         if values.get("reward_mean", 0.0) >= self.cfg.solved_reward:
-            found.add("solved")  # who knows the answer has no doubts
+            found.add("solved")  # low entropy is expected of a policy that knows the answers
         first = self.initial["reward_mean"]
         if first and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward:
-            found.add("risen")  # what pairs by then is what the policy, better by far, still gets wrong
+            found.add("risen")  # the pairs left are what a much better policy still gets wrong
         return found
 
     def _derive(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The curves that follow from this step's metrics and those before."""
+        """Return the curves that follow from this step's metrics and those before."""
         found = {}
         for name, metric in RATIOS.items():
             if metric not in metrics:

@@ -37,7 +37,7 @@ PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, w
         5,
         ("optim.learning_rate=2e-3", "objective.kl_coef=0", "objective.after_fork=1", "data.train_batch_size=16"),
         None, None,
-        [(4, "warning", "the chosen answers have lost more than 0.2 nats"), (3, "alarm", "kl_divergence is above 0.5")],
+        [(4, "warning", "the chosen responses have lost more than 0.2"), (3, "alarm", "kl_divergence is above 0.5")],
     ),
     "infinite steps": (
         2, ("optim.learning_rate=1e30",), None, None,
@@ -48,7 +48,7 @@ PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, w
         ("rollout.max_new_tokens=12",),
         "everything",
         None,
-        [(5, "warning", "fewer than 20% of the prompts give a pair"), (5, "warning", "more than 10% of the answers")],
+        [(5, "warning", "fewer than 20% of the prompts give a pair"), (5, "warning", "more than 10% of the responses")],
     ),
     "a function that fails": (
         5,
@@ -69,14 +69,14 @@ SLOW = {
     ),
     "one token for ever": (
         12, GREEDY, "digits 1", ONE_STEP,
-        [(12, "warning", "entropy is below 0.3"), (12, "warning", "answers are more than 1.5 times as long")],
+        [(12, "warning", "entropy is below 0.3"), (12, "warning", "responses are more than 1.5 times as long")],
     ),
     "a love of length": (
         10,
         (*GREEDY, "rollout.max_new_tokens=64"),
         "length",
         ONE_STEP,
-        [(10, "warning", "answers are more than 1.5 times as long"), (10, "warning", "more than 10% of the answers")],
+        [(10, "warning", "responses are more than 1.5 times"), (10, "warning", "more than 10% of the responses")],
     ),
 }  # fmt: skip
 
