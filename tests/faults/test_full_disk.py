@@ -18,7 +18,7 @@ def run(tmp_path, tokenizer):
     return a_run(tmp_path, tokenizer)
 
 
-def test_a_checkpoint_that_finds_no_room_is_told_of_and_the_next_one_succeeds(run, capsys):
+def test_a_full_disk_costs_one_checkpoint_with_a_warning_and_the_next_succeeds(run, capsys):
     run.save(2)
     with no_file_above(100_000):
         run.save(4)
@@ -32,7 +32,7 @@ def test_a_checkpoint_that_finds_no_room_is_told_of_and_the_next_one_succeeds(ru
     run.checkpoints.require(4)
 
 
-def test_not_even_the_tokenizer_finds_room(run, capsys):
+def test_a_disk_too_full_for_the_tokenizer_costs_one_checkpoint_with_a_warning(run, capsys):
     """What transformers and tokenizers write raises errors of other kinds."""
     with no_file_above(1_000):
         run.save(2)

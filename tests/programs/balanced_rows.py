@@ -1,4 +1,4 @@
-"""A program for test_balance.py: rows that name their place, before and after they move between ranks.
+"""Write rows that name their place, before and after they move between ranks. Started by test_balance.py.
 
 torchrun --nproc_per_node=K tests/programs/balanced_rows.py OUT.json
 """
@@ -64,15 +64,15 @@ def rows(places, r, s):
 
 
 def main() -> None:
-    told = {}
+    result = {}
     with process_group() as world:
         for case, (sizes, _, minibatches) in CASES.items():
             places = world.places(len(sizes))
             there, rollout, scores, share = balance(places, *scored(case, places), minibatches, world)
             counters = [scores.first_fault, scores.errors, scores.timeouts, scores.calls]
-            told[case] = world.gather([there, list(rows(there, rollout, scores).items()), counters, share])
+            result[case] = world.gather([there, list(rows(there, rollout, scores).items()), counters, share])
         if world.is_main:
-            Path(sys.argv[1]).write_text(json.dumps(told))
+            Path(sys.argv[1]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

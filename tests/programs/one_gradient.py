@@ -1,4 +1,4 @@
-"""A program for test_world.py: the gradient of one step, gathered whole, under any number of ranks.
+"""Write the full gradient of one step, computed on any number of ranks. Started by test_world.py.
 
 torchrun --nproc_per_node=K tests/programs/one_gradient.py OUT.safetensors [section.key=value ...]
 """

@@ -1,4 +1,4 @@
-"""For test_footprint.py: trains, and prints what this process took at most beside what the report says, in MiB.
+"""Train, and print this process's peak memory and that of the memory report, in MiB. Started by test_footprint.py.
 
 [torchrun --nproc_per_node=K] tests/programs/peak_memory.py FOLDER section.key=value ...
 

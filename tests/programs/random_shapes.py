@@ -1,4 +1,4 @@
-"""A program for test_world.py: random batches on several ranks, each compared with one process's numbers.
+"""Compare loss and gradient of random batches on several ranks with one process. Started by test_world.py.
 
 torchrun --nproc_per_node=K tests/programs/random_shapes.py OUT.json COUNT
 
@@ -107,7 +107,7 @@ def difference(ours, theirs):
 
 
 def main() -> None:
-    out, count, told = Path(sys.argv[1]), int(sys.argv[2]), []
+    out, count, result = Path(sys.argv[1]), int(sys.argv[2]), []
     with process_group() as world:
         for seed in range(count):
             cfg = load_config(None, [*FIXED, *settings(seed, world.size)])
@@ -117,13 +117,13 @@ def main() -> None:
             alone = replace(world, size=1, mesh=None)
             theirs, expected = step(opened(load_config(None, FIXED), alone), cfg, seed)
             rollout, scores = batch(seed)
-            told.append({
+            result.append({
                 "groups": len(rollout.prompts), "paired": int((scores.rewards.std(1) > 0).sum()), "steps": len(ours),
                 "gradient": difference(ours, theirs), "size": max(float(x.abs().max()) for x in theirs[0].values()),
                 "loss": max(abs(terms[k] - expected[k]) / max(1e-3, abs(expected[k])) for k in expected),
             })  # fmt: skip
         if world.is_main:
-            out.write_text(json.dumps(told))
+            out.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A program: how much of an offloaded reference is on the device, between uses and at most.
+"""Measure how much of an offloaded reference is on the device: between uses, and at most. Started by test_world.py.
 
 Counts the bytes of gathered parameters whenever a module begins or ends its forward, and on a GPU what is allocated.
 
@@ -53,17 +53,17 @@ def main() -> None:
         for m in model.modules():
             m.register_forward_pre_hook(lambda *_: counts.append(gathered(model, seen)))
             m.register_forward_hook(lambda *_: counts.append(gathered(model, seen)))
-        told = {**sizes, "shards_on": {p.device.type for p in model.parameters()}.pop()}
+        result = {**sizes, "shards_on": {p.device.type for p in model.parameters()}.pop()}
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         models.logprobs_under(model, rollout())
-        told |= {"peak": max(counts), "after": gathered(model, seen)}
+        result |= {"peak": max(counts), "after": gathered(model, seen)}
         if world.device.type == "cuda":
-            told["cuda_peak"] = torch.cuda.max_memory_allocated() - before
-            told["cuda_after"] = torch.cuda.memory_allocated() - before
+            result["cuda_peak"] = torch.cuda.max_memory_allocated() - before
+            result["cuda_after"] = torch.cuda.memory_allocated() - before
         if world.is_main:
-            Path(sys.argv[1]).write_text(json.dumps(told))
+            Path(sys.argv[1]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

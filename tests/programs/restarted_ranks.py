@@ -1,4 +1,4 @@
-"""A program under `torchrun --max-restarts=1`: the first attempt fails, and in the second rank 0 comes late."""
+"""Fail at the first attempt, and start rank 0 late at the second, under `torchrun --max-restarts=1`."""
 
 import json
 import os

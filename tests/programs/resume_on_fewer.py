@@ -1,4 +1,4 @@
-"""A program for test_resume_on_fewer_ranks.py: four ranks train and save; then three, two and one go on from that.
+"""Train and save on four ranks, then resume on three, two and one. Started by test_resume_on_fewer_ranks.py.
 
 torchrun --nproc_per_node=4 tests/programs/resume_on_fewer.py FOLDER
 """

@@ -1,4 +1,4 @@
-"""A program for test_sharded_loading.py: every architecture opened as shards, beside the whole model.
+"""Open every architecture in shards, and compare it with the whole model. Started by test_sharded_loading.py.
 
 torchrun --nproc_per_node=K tests/programs/sharded_models.py OUT.json FOLDER  (FOLDER/<family> holds a model)
 """
@@ -56,10 +56,10 @@ def compare(folder, world):
 def main() -> None:
     Weights.read = counting
     with process_group() as world:
-        told = {folder.name: compare(str(folder), world) for folder in sorted(Path(sys.argv[2]).iterdir())}
-        told = world.gather(told)
+        result = {folder.name: compare(str(folder), world) for folder in sorted(Path(sys.argv[2]).iterdir())}
+        result = world.gather(result)
         if world.is_main:
-            Path(sys.argv[1]).write_text(json.dumps(told))
+            Path(sys.argv[1]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

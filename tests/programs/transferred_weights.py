@@ -1,4 +1,4 @@
-"""A program for test_world.py: weights flow from FSDP shards to the samplers, and memory is watched meanwhile.
+"""Copy weights from FSDP shards to samplers, and measure the memory this takes. Started by test_world.py.
 
 torchrun --nproc_per_node=K tests/programs/transferred_weights.py TP
 

@@ -20,7 +20,7 @@ def run(tmp_path, tokenizer):
     return a_run(tmp_path, tokenizer)
 
 
-def test_everything_comes_back(run):
+def test_a_checkpoint_restores_everything(run):
     path = run.save(4, round=1, round_rewards=[[1.0, 0.1]], tokens_sampled=9)
     again, frozen = load_model(str(path)), load_model(None)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_everything_comes_back(run):
 
 
 @pytest.mark.parametrize(("async_save", "at_once"), [("true", False), ("false", False), ("true", True)])
-def test_what_is_saved_is_the_state_at_the_step_whatever_comes_next(
+def test_a_checkpoint_holds_the_state_of_its_step_while_training_goes_on(
     tmp_path, tokenizer, monkeypatch, async_save, at_once
 ):
     """The next update moves weights, moments and opponent in place before a byte of them is written."""
@@ -70,7 +70,7 @@ def test_what_is_saved_is_the_state_at_the_step_whatever_comes_next(
     assert all(p.equal(q) for p, q in zip(frozen.parameters(), load_model(None).parameters(), strict=True))
 
 
-def test_a_checkpoint_without_an_order_is_told_of(run):
+def test_a_checkpoint_without_a_data_order_is_refused(run):
     path = run.save(4)
     (path / "trainer" / "order.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no trainer/order.safetensors.*trainer.resume=never"):
@@ -118,7 +118,7 @@ def test_updates_that_are_never_finite_stop_the_run():
         state.count_non_finite(1, limit=3)
 
 
-def test_a_frozen_model_that_the_run_did_not_have_is_asked_for_in_vain(run):
+def test_a_frozen_model_that_the_checkpoint_lacks_is_refused(run):
     path, policy = run.save(4), load_model(None)
     with pytest.raises(UserError, match=r"has no frozen model 'initial': objective.anchor .*model.path=CHECKPOINT"):
         restore(path, policy, make_optimizer(policy, run.cfg), {"initial": load_model(None)}, load_state(path))

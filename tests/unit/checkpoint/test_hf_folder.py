@@ -70,10 +70,10 @@ def test_generation_settings_and_chat_template_are_kept(tmp_path, tokenizer, emb
     assert not (tmp_path / "scratch").exists()
 
 
-def test_dealing_is_even_and_leaves_nobody_out():
+def test_names_are_split_evenly_by_size():
     sizes = {f"layer.{i}": 10 + i % 3 for i in range(22)} | {"embedding": 100, "head": 99}
-    hands = split_by_size(sizes, 4)
-    assert sorted(name for hand in hands for name in hand) == sorted(sizes)
-    held = [sum(sizes[name] for name in hand) for hand in hands]
-    assert max(held) - min(held) <= 12 and held[0] < 1.1 * sum(held) / 4
+    names_of_rank = split_by_size(sizes, 4)
+    assert sorted(name for names in names_of_rank for name in names) == sorted(sizes)
+    total = [sum(sizes[name] for name in names) for names in names_of_rank]
+    assert max(total) - min(total) <= 12 and total[0] < 1.1 * sum(total) / 4
     assert split_by_size({"a": 5, "b": 1}, 3) == [["a"], ["b"], []]

@@ -48,7 +48,7 @@ def test_resume_never_renames_the_folder_of_the_old_run(run):
 
 
 @pytest.mark.parametrize("resume", ["never", "FOLDER"])
-def test_a_worker_that_torchrun_restarts_goes_on_where_it_was(run, monkeypatch, resume, tmp_path):
+def test_after_a_restart_by_torchrun_the_run_resumes(run, monkeypatch, resume, tmp_path):
     """The command said where to begin; that was done before the restart."""
     step = run.folder / "checkpoints" / "step_000004"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -144,7 +144,7 @@ def test_a_file_that_is_missing_or_cut_is_found(run):
         file.write_bytes(whole)
 
 
-def test_where_no_checkpoint_is_whole_the_run_does_not_start_over_by_itself(run):
+def test_with_only_damaged_checkpoints_the_run_stops(run):
     (run.folder / "checkpoints/step_000004/config.json").unlink()
     (run.folder / "checkpoints/step_000002").mkdir()
     with pytest.raises(UserError, match=r"step_000002 is damaged.*so is every one before it.*trainer.resume=never"):
@@ -155,7 +155,7 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_start_over_by_itself(run)
     assert again(run, "trainer.resume=never")[1] is None
 
 
-def test_what_was_saved_while_the_folder_was_waited_for_is_gone_on_from(run):
+def test_a_checkpoint_saved_while_waiting_for_the_lock_is_resumed_from(run):
     os.close(run_folder._locks.pop(run.folder))
     other = os.open(run.folder, os.O_RDONLY)  # another process that comes to its end
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -189,7 +189,7 @@ def test_resume_names_the_checkpoint_that_was_meant(run):
             again(run, f"trainer.resume={folder}", "trainer.run_name=other")
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_and_stays(run):
+def test_a_damaged_checkpoint_that_the_user_named_is_an_error_and_is_not_renamed(run):
     step = run.folder / "checkpoints" / "step_000004"
     (step / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"step_000004' is damaged: config.json"):
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_and_stays(run):
     assert step.exists()
 
 
-def test_without_its_manifest_a_checkpoint_is_damaged_unless_the_user_names_it(run, capsys):
+def test_a_checkpoint_without_a_manifest_counts_as_damaged_unless_the_user_named_it(run, capsys):
     newest = run.save(6)
     (newest / "manifest.json").unlink()
     named = (f"trainer.resume={newest}", "trainer.run_name=other")
@@ -218,7 +218,7 @@ def test_a_real_folder_named_checkpoints_is_left_alone(tmp_path):
     assert (tmp_path / "checkpoints" / "mine.txt").read_text() == "precious"
 
 
-def test_half_a_checkpoint_is_never_the_latest(run):
+def test_an_unfinished_checkpoint_is_never_the_latest(run):
     (run.folder / "checkpoints" / "step_000009.part" / "trainer").mkdir(parents=True)
     (run.folder / "checkpoints" / "step_000008").mkdir()
     assert latest_checkpoint(run.folder / "checkpoints").name == "step_000004"
@@ -232,7 +232,7 @@ def test_an_evaluation_is_repeated_only_for_another_step(tmp_path):
     assert json.loads((tmp_path / "eval_after.json").read_text()) == {"step": 6}
 
 
-def test_a_reward_function_that_changes_between_resumes_is_told_of_and_both_are_kept(tmp_path, capsys):
+def test_a_reward_function_changed_between_resumes_is_warned_of_and_both_are_kept(tmp_path, capsys):
     save_reward_function(tmp_path, "return 0.5", 0)
     save_reward_function(tmp_path, "return 0.5", 20)
     assert capsys.readouterr().out == ""

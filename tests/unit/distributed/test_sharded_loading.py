@@ -22,7 +22,7 @@ CONVERTED = {"mixtral"}  # its files hold experts one by one, which every rank r
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_weights_read_one_by_one_are_the_model_transformers_opens(family, tmp_path):
+def test_weights_read_one_by_one_equal_the_model_that_transformers_opens(family, tmp_path):
     """Weights, buffers that no file holds, and logits, bit for bit; what is tied stays tied."""
     tiny_model(family).save_pretrained(tmp_path)
     plain, empty = load_model(str(tmp_path)), meta_model(str(tmp_path))
@@ -45,7 +45,7 @@ def test_a_model_of_another_dtype_and_in_several_files_is_read_as_well(tmp_path)
     assert all(p.equal(q) for p, q in zip(mine.buffers(), plain.buffers(), strict=True))
 
 
-def test_files_that_do_not_fit_the_model_are_refused_by_name(tmp_path):
+def test_a_missing_weight_or_a_wrong_shape_is_refused_by_name(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "norm" not in k}, tmp_path / "model.safetensors")
@@ -67,18 +67,18 @@ def test_files_that_do_not_fit_the_model_are_refused_by_name(tmp_path):
         pytest.param(tuple(FAMILIES), id="every one", marks=pytest.mark.slow),
     ],
 )
-def test_three_ranks_open_architectures_in_shards_of_which_each_reads_its_own(run_program, tmp_path, families):
+def test_three_ranks_each_read_only_their_own_shards(run_program, tmp_path, families):
     """97 rows of embedding on 3 ranks: uneven. Together they hold, and read, every weight once."""
     for family in families:
         tiny_model(family).save_pretrained(tmp_path / "models" / family)
-    launch(run_program, 3, "tests/programs/sharded_models.py", tmp_path / "told.json", tmp_path / "models")
-    ranks = json.loads((tmp_path / "told.json").read_text())
+    launch(run_program, 3, "tests/programs/sharded_models.py", tmp_path / "result.json", tmp_path / "models")
+    ranks = json.loads((tmp_path / "result.json").read_text())
     for family in families:
-        told = [rank[family] for rank in ranks]
-        for rank in told:
+        result = [rank[family] for rank in ranks]
+        for rank in result:
             facts = [rank[name] for name in ("weights", "names", "buffers", "tied", "head")]
             assert all(facts) and rank["logits"] < 1e-4, (family, rank)
-        assert sum(rank["held"] for rank in told) == told[0]["whole"], family
+        assert sum(rank["held"] for rank in result) == result[0]["whole"], family
         if family not in CONVERTED:
-            assert sum(rank["read"] for rank in told) == told[0]["whole"], family
-            assert max(rank["read"] for rank in told) < 0.4 * told[0]["whole"], family
+            assert sum(rank["read"] for rank in result) == result[0]["whole"], family
+            assert max(rank["read"] for rank in result) < 0.4 * result[0]["whole"], family

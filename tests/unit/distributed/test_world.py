@@ -66,7 +66,7 @@ def test_two_pairs_of_tensor_parallel_ranks_sample_the_tokens_of_one_process(run
 
 
 @pytest.mark.slow
-def test_weights_flow_to_tensor_parallel_samplers_a_piece_at_a_time_and_each_rank_keeps_its_part(run_program):
+def test_weights_reach_tensor_parallel_samplers_in_small_pieces(run_program):
     """54 MiB of weights in bf16, the largest 16 (32 as the policy keeps it): in pieces of 1 MiB, of which gloo makes a
     copy, the shard it is sent from another, and slicing a third."""
     env = {**PROGRAM_ENV, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is given back at once
@@ -126,14 +126,14 @@ def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program,
         *(pytest.param(k, 100, marks=[pytest.mark.hour, pytest.mark.timeout(3000)]) for k in (2, 4)),
     ],
 )
-def test_any_batch_gives_any_number_of_ranks_one_process_s_loss_and_gradients(run_program, tmp_path, ranks, shapes):
+def test_loss_and_gradients_of_random_batches_equal_one_process(run_program, tmp_path, ranks, shapes):
     """Uneven lengths and prompt counts, groups without pairs, fewer groups than ranks; mini- and micro-batches, hybrid
     shards, offload, kept weights, gradients summed once. Entries to 1e-5 of the gradient's largest. No rank hangs."""
-    launch(run_program, ranks, "tests/programs/random_shapes.py", tmp_path / "told.json", shapes, timeout=3000)
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert len(told) == shapes and all(case["size"] > 1e-3 for case in told)
-    assert any(case["groups"] < ranks for case in told) and any(case["paired"] < case["groups"] for case in told)
-    worst = max(told, key=lambda case: max(case["gradient"], case["loss"]))
+    launch(run_program, ranks, "tests/programs/random_shapes.py", tmp_path / "result.json", shapes, timeout=3000)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len(result) == shapes and all(case["size"] > 1e-3 for case in result)
+    assert any(case["groups"] < ranks for case in result) and any(case["paired"] < case["groups"] for case in result)
+    worst = max(result, key=lambda case: max(case["gradient"], case["loss"]))
     assert worst["gradient"] <= 1e-5 and worst["loss"] <= 1e-5, worst
 
 
@@ -141,25 +141,25 @@ def test_any_batch_gives_any_number_of_ranks_one_process_s_loss_and_gradients(ru
 def test_an_offloaded_reference_has_one_unit_on_the_device_at_a_time(run_program, tmp_path, family):
     """Beside the last norm, or a tied embedding, which stays for the whole forward; nothing between uses."""
     tiny_model(family, vocab_size=96).save_pretrained(tmp_path)
-    launch(run_program, 2, "tests/programs/reference_memory.py", tmp_path / "told.json", tmp_path)
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["shards_on"] == "cpu" and told["after"] == 0
-    assert told["peak"] == told["left"] + told["largest"] < 0.6 * told["all"]
-    assert told["left"] == (4 * 32 if family == "llama" else 4 * 32 * 97)
+    launch(run_program, 2, "tests/programs/reference_memory.py", tmp_path / "result.json", tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["shards_on"] == "cpu" and result["after"] == 0
+    assert result["peak"] == result["left"] + result["largest"] < 0.6 * result["all"]
+    assert result["left"] == (4 * 32 if family == "llama" else 4 * 32 * 97)
 
 
-def test_ranks_that_make_no_whole_copies_are_refused():
+def test_a_shard_size_that_does_not_divide_the_ranks_is_refused():
     with pytest.raises(UserError, match=r"model.shard_size = 3 does not divide the 4 processes"):
         with_hybrid_mesh(World(0, 4, torch.device("cpu"), mesh=object()), 3)
 
 
-def test_positions_partition_the_batch_and_tensor_parallel_groups_share():
+def test_places_partition_the_batch_and_tensor_parallel_ranks_share_theirs():
     worlds = [World(rank, 4, torch.device("cpu"), None) for rank in range(4)]
     assert [w.places(6) for w in worlds] == [[0, 4], [1, 5], [2], [3]]
     assert [w.places(6, tp=2) for w in worlds] == [[0, 1, 4, 5], [0, 1, 4, 5], [2, 3], [2, 3]]
 
 
-def test_each_attempt_of_torchrun_has_names_of_its_own(monkeypatch):
+def test_keys_in_the_store_differ_after_a_restart(monkeypatch):
     """Or a rank would read there what one that has ended had written."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -180,7 +180,7 @@ def test_each_attempt_of_torchrun_has_names_of_its_own(monkeypatch):
 @pytest.mark.slow
 def test_ranks_find_each_other_after_a_restart_whoever_is_first(run_program, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
-    told = tmp_path / "told.json"
-    done = run_program(*launcher, "tests/programs/restarted_ranks.py", told, env=PROGRAM_ENV)
+    result = tmp_path / "result.json"
+    done = run_program(*launcher, "tests/programs/restarted_ranks.py", result, env=PROGRAM_ENV)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(told.read_text()) == {"attempt": 1, "ranks": 2}
+    assert json.loads(result.read_text()) == {"attempt": 1, "ranks": 2}

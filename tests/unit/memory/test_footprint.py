@@ -46,7 +46,7 @@ def report(*overrides, ranks=1, on="cpu", precision="fp32", **more):
     return footprint(load_config(None, ["data.train_batch_size=8", *overrides]), ranks, on, precision, PLENTY, **more)
 
 
-def test_what_stays_is_four_eight_and_what_the_frozen_selves_take():
+def test_resident_bytes_are_4_a_parameter_for_weights_8_for_moments_and_the_frozen_models():
     p = 648_064
     one = report("trainer.async_save=false")
     assert one.parameters == p
@@ -62,7 +62,7 @@ def test_what_stays_is_four_eight_and_what_the_frozen_selves_take():
     assert away.offloaded["weights"] == 4 * p and "weights" not in away.resident
 
 
-def test_gathered_layers_are_the_two_largest_units_and_what_is_left(tmp_path):
+def test_gathered_layers_are_the_two_largest_units_and_what_belongs_to_none(tmp_path):
     """By hand, for a hidden size of 32; the last norm is left."""
     tiny_model("llama", vocab_size=96, num_hidden_layers=3).save_pretrained(tmp_path)
     layer, embedding = 48 * 32 * 3 + 32 * 32 * 2 + 32 * 16 * 2 + 64, 96 * 32
@@ -74,7 +74,7 @@ def test_gathered_layers_are_the_two_largest_units_and_what_is_left(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_mixture_of_experts_is_worked_out_in_both_precisions(precision, tmp_path):
+def test_a_mixture_of_experts_has_a_report_in_both_precisions(precision, tmp_path):
     tiny_model("mixtral").config.save_pretrained(tmp_path)
     few, many = (
         report(f"model.path={tmp_path}", f"optim.micro_batch_tokens={n}", "rollout.max_new_tokens=16",
@@ -84,7 +84,7 @@ def test_a_mixture_of_experts_is_worked_out_in_both_precisions(precision, tmp_pa
     assert 0 < few < many < 6 * few
 
 
-def test_keys_and_values_by_hand():
+def test_kv_cache_by_hand():
     """Pages for 31 tokens of each of 8 x 4 answers, and for 8 prompts and those that wait."""
     short = ("rollout.n=4", "rollout.max_new_tokens=32")
     layers = json.loads((MODEL_DIR / "config.json").read_text())
@@ -96,7 +96,7 @@ def test_keys_and_values_by_hand():
     assert tight <= 0.001 * GIB and few < full
 
 
-def test_less_memory_where_a_setting_says_so():
+def test_settings_that_save_memory_lower_the_report():
     usual = report("optim.micro_batch_tokens=8192")
     smaller = report("optim.micro_batch_tokens=1024")
     again = report("optim.micro_batch_tokens=8192", "model.gradient_checkpointing=true")
@@ -148,7 +148,7 @@ def test_a_run_that_would_be_refused_has_no_report(overrides, says):
         (["trainer.n_gpus=2", "rollout.tensor_model_parallel_size=4"], "does not divide the 2 processes"),
     ],
 )
-def test_mistakes_are_told(flags, says, tmp_path, monkeypatch):
+def test_mistakes_name_the_value_and_the_place(flags, says, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     flags = [f.format(tmp=tmp_path) for f in flags]
     monkeypatch.setattr("sys.argv", ["memory", "--config", "configs/quick.yaml", *flags])
@@ -184,7 +184,7 @@ def prepare(folder, model):
         ),
     ],
 )
-def test_the_report_is_within_15_percent_of_what_a_run_takes(run_program, tmp_path, ranks, overrides):
+def test_the_report_is_within_15_percent_of_the_measured_peak(run_program, tmp_path, ranks, overrides):
     """17 million parameters, where what is counted outweighs what is not."""
     model = tiny_model("llama", **MEDIUM)
     model.config.eos_token_id = model.generation_config.eos_token_id = load_tokenizer(None).eos_token_id
@@ -195,5 +195,5 @@ def test_the_report_is_within_15_percent_of_what_a_run_takes(run_program, tmp_pa
         env={**PROGRAM_ENV, "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=5000,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert abs(told["reported"] / told["measured"] - 1) <= 0.15, done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert abs(result["reported"] / result["measured"] - 1) <= 0.15, done.stdout
