@@ -37,10 +37,10 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--compare", metavar="OTHER", help="a second model; prints the first one's win rate against it")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="JSON, JSONL or parquet prompts")
-    parser.add_argument("--n", type=int, help="samples a prompt (default 8)")
+    parser.add_argument("--n", type=int, help="samples per prompt (default 8)")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument("--temperature", type=float, help="of sampling (default 0.9)")
-    parser.add_argument("--max_new_tokens", type=int, help="longest answer")
+    parser.add_argument("--max_new_tokens", type=int, help="longest response, in tokens")
     parser.add_argument("--reward_func", metavar="FILE", help="Python file with compute_score")
     parser.add_argument("--precision", help="auto, fp32 or bf16")
     parser.add_argument("--seed", type=int, help="of sampling")
@@ -49,7 +49,7 @@ def options() -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace, model: Path | None) -> Config:
-    """The run's configuration, if the model is a run's checkpoint, changed by what the command line gives."""
+    """Return the configuration: the run's where the model is a run's checkpoint, changed by the command line."""
     run_config = model.resolve().parent.parent / "config.yaml" if model else None
     from_run = run_config is not None and run_config.exists()
     cfg = load_config(run_config if from_run else None)
@@ -78,7 +78,7 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
 
 
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
-    """Sample and score the test prompts with one model."""
+    """Sample and score responses of one model to the test prompts."""
     tokenizer = load_tokenizer(name)
     precision, _ = world.broadcast_from_main(
         lambda: choose_precision(cfg.model.precision, world.device, load_model_config(name))

@@ -1,4 +1,4 @@
-"""A run's first and last words: what is checked before it starts, and the table and commands at its end."""
+"""Check a run before it starts, and say at its end what it reached and what to type next."""
 
 import json
 import os
@@ -24,15 +24,18 @@ PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(
 
 
 def check_launch(cfg: Config, model_config: Any, world: World, started: bool = True) -> None:
-    """UserError when the configuration wants other ranks than torchrun started, or more than the model can; notes on
-    what may surprise."""
+    """Check the configuration against the ranks, the model and the tables; print notes on what may surprise.
+
+    UserError where torchrun started another number of ranks, the model cannot do what is asked, or a name is unknown.
+    `started` is false for `--check`, which runs on one rank.
+    """
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
     check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
     check_shard_size(cfg.model.shard_size, wanted or world.size)
     find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
     find_algorithm(cfg.objective.algorithm)
-    precision = DTYPES.get(cfg.model.precision, torch.float32)  # auto is measured later
+    precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
     if started and wanted not in (0, world.size):
@@ -43,14 +46,14 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     if cfg.model.path is None and cfg.optim.learning_rate < 1e-5:
         say(
             f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "
-            "the embedded one hardly moves with it and likes 3e-4."
+            "the embedded one hardly learns with it; 3e-4 suits it."
         )
     if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
-        say("warning: with top_p, top_k or min_p the distribution that is sampled is not the one that is trained.")
+        say("warning: with top_p, top_k or min_p responses are not sampled from the distribution that is trained.")
 
 
 def final_words(folder: Path, checkpoint: Path) -> str:
-    """The table of the run, before against after, and what to type next."""
+    """Return the table of the run, before against after, and what to type next."""
     reports = {}
     for name in ("before", "after"):
         file = folder / f"eval_{name}.json"

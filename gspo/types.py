@@ -104,6 +104,7 @@ class Scores:
 
     @property
     def faults(self) -> int:
+        """Calls that failed."""
         return self.errors + self.timeouts
 
 
@@ -111,9 +112,7 @@ class Scores:
 class Groups:
     """What the objective needs of G groups of N responses, besides the policy's log-probs; fixed during an update."""
 
-    anchors: (
-        Tensor  # [G, N, L] log-probs that the policy's are measured from; zeros where the anchor is `none` or `old`
-    )
+    anchors: Tensor  # [G, N, L] log-probs; zeros where the anchor is `none` or `old`
     rewards: Tensor  # [G, N]
     beats: Tensor  # [G, N, N] bool
     forks: Tensor  # [G, N, N] int64: the token at which two responses part

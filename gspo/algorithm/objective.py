@@ -1,12 +1,12 @@
-"""The objective: pure functions of log-probabilities, anchors and rewards. No models, no ranks.
+"""Compute the objective: pure functions of log-probabilities, anchors and rewards. No models, no ranks.
 
 Notation: l_it = log pi_T(y_it | x, y_i<t), each token's log-probability at the sampling temperature, [G, N, L];
-a_it its frozen anchor; D_ij = 1 where r_i - r_j > margin. Two answers i and j are alike up to a token, where they part:
-t_ij, the fork. What they share says nothing about who is better, and cancels. The implicit reward of i against j is
+a_it its frozen anchor; D_ij = 1 where r_i - r_j > margin. Two responses i and j are alike up to the token t_ij at which
+they part, the fork. The tokens they share say nothing about which is better. The implicit reward of i against j is
 
     s_ij = beta / n_i * sum_{t >= t_ij} w_t (l_it - a_it),   w = 1 at the fork, `after_fork` behind it,
 
-and all that the loss sees is the gap s_ij - s_ji. With `after_fork` 1 the gap is DPO's, of whole answers.
+and the loss depends only on the gap s_ij - s_ji. With `after_fork` 1 it is DPO's gap, of whole responses.
 All normalisers are counted over the whole mini-batch before it is cut into micro-batches or ranks (`Counts`), so the
 parts add up to the same loss however it is cut.
 
@@ -30,14 +30,15 @@ from gspo.types import Groups
 
 @dataclass(frozen=True)
 class Counts:
-    """Global counts: what a part must know about the whole."""
+    """What a micro-batch must know about the whole mini-batch."""
 
     groups: int  # B, groups in the mini-batch this gradient step is for, over all ranks
     pairs_per_group: float  # mean over the batch
 
 
 def from_fork(values: Tensor, forks: Tensor, after: float) -> Tensor:
-    """values [G, N, L], forks [G, N, N] -> [G, N, N]: i's value where it leaves j, and `after` times what follows."""
+    """Sum the values of i from the fork with j: values [G, N, L], forks [G, N, N] -> [G, N, N], the value at the fork
+    plus `after` times those that follow."""
     nothing = values.new_zeros(*values.shape[:2], 1)
     total = torch.cat([nothing, values.cumsum(-1)], -1)  # before each position
     at = torch.cat([values, nothing], -1).gather(-1, forks)
@@ -46,8 +47,10 @@ def from_fork(values: Tensor, forks: Tensor, after: float) -> Tensor:
 
 
 def gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
-    """s_ij - s_ji [G, N, N]: by how much i is preferred to j, log-odds. n_i is 1 (`sum`) or the response's length
-    (`mean`). DPO, arXiv 2305.18290, eq. 5, counted from the fork."""
+    """Return s_ij - s_ji [G, N, N], the log-odds that i is preferred to j. n_i is 1 (`sum`) or the length (`mean`).
+
+    DPO, arXiv 2305.18290, eq. 5, counted from the fork.
+    """
     s = cfg.preference_beta * from_fork(logprobs - groups.anchors.to(logprobs), groups.forks, cfg.after_fork)
     if cfg.length_norm == "mean":
         s = s / groups.lengths.clamp_min(1).to(s)[:, :, None]
@@ -55,7 +58,7 @@ def gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
 
 
 def pair_normalizer(beats: Tensor, kind: str, pairs_per_group: float) -> Tensor:
-    """Z_g [G]: what a group's pair losses are divided by. Never zero."""
+    """Return Z_g [G], what a group's pair losses are divided by. Never zero."""
     n = beats.shape[-1]
     own = beats.sum((1, 2)).double().clamp_min(1.0)
     constant = torch.full_like(own, max(n * (n - 1) / 2, 1.0))
@@ -68,7 +71,7 @@ def pair_normalizer(beats: Tensor, kind: str, pairs_per_group: float) -> Tensor:
 
 
 def preference_loss(gap: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Tensor:
-    """-log sigma(gap) over all pairs (DPO, eq. 7), gap [G, N, N].
+    """Return the mean of -log sigma(gap) over all pairs (DPO, eq. 7), gap [G, N, N].
 
     L_p = (1/B) sum_g (1/Z_g) sum_ij w_ij D_ij softplus(s_ji - s_ij).
     """
@@ -81,25 +84,28 @@ def preference_loss(gap: Tensor, groups: Groups, cfg: config.Objective, counts: 
 
 
 def ranking_loss(gap: Tensor, groups: Groups, counts: Counts) -> Tensor:
-    """A margin-gated Plackett-Luce likelihood, safe with ties, gap [G, N, N].
+    """Return the negative log of a margin-gated Plackett-Luce likelihood, safe with ties, gap [G, N, N].
 
-    L_r = (1/B) sum_g (1/|I|) sum_{i in I} logsumexp(0, {s_ji - s_ij : D_ij = 1}), I = those that beat someone.
+    L_r = (1/B) sum_g (1/|I|) sum_{i in I} logsumexp(0, {s_ji - s_ij : D_ij = 1}), I = those that beat another.
     """
     behind = (-gap).masked_fill(~groups.beats, -torch.inf)
-    per_winner = torch.cat([torch.zeros_like(gap[..., :1]), behind], -1).logsumexp(-1)  # 0 for who beats nobody
+    per_winner = torch.cat([torch.zeros_like(gap[..., :1]), behind], -1).logsumexp(
+        -1
+    )  # 0 for a response that beats none
     winners = groups.beats.any(-1).sum(-1).clamp_min(1)
     return (per_winner.sum(-1) / winners).sum() / counts.groups
 
 
 def winner_nll(logprobs: Tensor, groups: Groups, counts: Counts) -> Tensor:
-    """Mean negative log-likelihood per token of the responses that beat someone, against likelihood displacement."""
+    """Return the mean negative log-likelihood per token of the responses that beat another; it counters likelihood
+    displacement."""
     wins = groups.beats.any(-1).to(logprobs)
     per_token = -logprobs.sum(-1) / groups.lengths.clamp_min(1)
     return ((wins * per_token).sum(-1) / wins.sum(-1).clamp_min(1)).sum() / counts.groups
 
 
 def gspo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """logprobs [G, N, L] -> the weighted terms {name: scalar}, whose sum is minimised."""
+    """Return GSPO's weighted terms {name: scalar}, whose sum is minimised; logprobs [G, N, L]."""
     gap = gaps(logprobs, groups, cfg)
     terms = {"preference": preference_loss(gap, groups, cfg, counts)}
     if cfg.use_ranking_loss:
@@ -110,26 +116,26 @@ def gspo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor, counts: Counts) -> dict[str, Tensor]:
-    """REINFORCE's surrogate -(1/(B N)) sum_git A_i l_it: linear in l, so c_it = -A_i / (B N)."""
+    """Return REINFORCE's surrogate -(1/(B N)) sum_git A_i l_it: linear in l, so c_it = -A_i / (B N)."""
     return {"policy": -(advantages.to(logprobs) * logprobs.sum(-1)).sum() / (counts.groups * logprobs.shape[1])}
 
 
 def rloo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """A_i = r_i - mean of the others' rewards (leave-one-out; arXiv 2402.14740, section 3.3)."""
+    """RLOO: A_i = r_i - mean of the others' rewards (leave-one-out; arXiv 2402.14740, section 3.3)."""
     r, n = groups.rewards.to(logprobs), logprobs.shape[1]
     others = (r.sum(1, keepdim=True) - r) / (n - 1)
     return policy_gradient(logprobs, r - others, counts)
 
 
 def grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """A_i = (r_i - mean) / std, over tokens of the response: 1 / |y_i| (arXiv 2402.03300, eq. 3)."""
+    """GRPO: A_i = (r_i - mean) / std, mean over the tokens of the response: 1 / |y_i| (arXiv 2402.03300, eq. 3)."""
     r = groups.rewards.to(logprobs)
     advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + 1e-4)
     return policy_gradient(logprobs, advantages / groups.lengths.clamp_min(1), counts)
 
 
 def dr_grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """GRPO without its two biases: A_i = r_i - mean, summed over tokens (arXiv 2503.20783, section 3.2).
+    """Dr. GRPO, GRPO without its two biases: A_i = r_i - mean, summed over tokens (arXiv 2503.20783, section 3.2).
 
     The paper's constant 1 / max_tokens belongs to the learning rate.
     """
@@ -138,9 +144,10 @@ def dr_grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Cou
 
 
 def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """-log sigma(s_best - s_worst) of whole answers, one pair a group, none within the margin (arXiv 2402.04792)."""
+    """Online DPO: -log sigma(s_best - s_worst) of whole responses, one pair a group, none within the margin
+    (arXiv 2402.04792)."""
     gap = gaps(logprobs, groups, replace(cfg, after_fork=1.0))
-    # Among equals the first: argmax promises none.
+    # The first among equals; argmax promises no order.
     best, worst = (groups.rewards.sort(dim=1, descending=d, stable=True).indices[:, 0] for d in (True, False))
     pairs = groups.beats.any((1, 2)).to(gap)
     losses = F.softplus(-gap[torch.arange(len(gap), device=gap.device), best, worst])
@@ -148,7 +155,8 @@ def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: 
 
 
 def spin(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """-log sigma(s_gold - s_i) over the group's samples i; the gold text stands last (arXiv 2401.01335, eq. 4.7)."""
+    """SPIN: -log sigma(s_gold - s_i) over the group's samples i; the gold solution is last (arXiv 2401.01335,
+    eq. 4.7)."""
     gap = gaps(logprobs, groups, replace(cfg, after_fork=1.0))
     return {"preference": F.softplus(-gap[:, -1, :-1]).mean(1).sum() / counts.groups}
 
@@ -235,7 +243,7 @@ def anything_to_learn(coefficients: Tensor) -> bool:
 
 
 def kl_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, n: int, counts: Counts) -> Tensor:
-    """k2 per token, (1/(B N)) sum_i sum_t 0.5 d^2, d = log pi - log pi_ref; its gradient is the reverse KL's.
+    """Return k2 per token, (1/(B N)) sum_i sum_t 0.5 d^2, d = log pi - log pi_ref; its gradient is the reverse KL's.
 
     logprobs, reference, mask of one shape; source: joschu.net/blog/kl-approx.html, arXiv 2506.09477 on k2 in the loss.
     """
@@ -244,7 +252,7 @@ def kl_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, n: int, counts: C
 
 
 def frozen_loss(logprobs: Tensor, old: Tensor, coefs: Tensor, weights: Tensor, cfg: config.Objective) -> Tensor:
-    """PPO's clip on our coefficients: -sum_t w_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), A = -c.
+    """Return PPO's clipped loss, -sum_t w_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), with A = -c, c frozen.
 
     rho_t = pi / pi_old. All of one shape, one element a token; A is 0 in a padding.
     At rho = 1 and w = 1 its gradient is exactly sum_it c_it grad l_it. Source: PPO, arXiv 1707.06347, eq. 7.
@@ -257,11 +265,11 @@ def frozen_loss(logprobs: Tensor, old: Tensor, coefs: Tensor, weights: Tensor, c
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """The k3 estimate of KL(pi || pi_ref) per token, exp(-d) - 1 + d: never negative. The metric, not the loss."""
+    """Return the k3 estimate of KL(pi || pi_ref) per token, exp(-d) - 1 + d >= 0. The metric, not the loss."""
     d = logprobs - reference
     return torch.exp(-d) - 1 + d
 
 
 def pair_accuracy(gap: Tensor, beats: Tensor) -> float:
-    """How many pairs the implicit rewards' gaps [G, N, N] order as the rewards do; an exact tie counts one half."""
+    """Count the pairs that the gaps [G, N, N] of implicit rewards order as the rewards do; an exact tie is one half."""
     return float((beats * ((gap > 0).double() + 0.5 * (gap == 0).double())).sum())

@@ -1,4 +1,4 @@
-"""Rewards -> who beats whom; responses -> where they part."""
+"""Compare responses: which beats which by reward, and at which token two of them part."""
 
 import torch
 from torch import Tensor
@@ -7,24 +7,24 @@ TOLERANCE = 1e-6  # makes 0.8 - 0.7 > 0.1 and 1.0 - 0.9 > 0.1 agree: both are ti
 
 
 def preferences(rewards: Tensor, margin: float) -> Tensor:
-    """[G, N] rewards -> [G, N, N] bool, `[g, i, j]` true when r_i - r_j > margin. Ties never pair.
+    """Return which response beats which: rewards [G, N] -> [G, N, N] bool, `[g, i, j]` true when r_i - r_j > margin.
 
-    With the seed's levels (1.0, 0.5, 0.1, 0.0) and margin 0.1, 0.1 against 0.0 is not a pair: the seed's `>` is strict.
+    Ties never pair. At margin 0.1 the rewards 0.1 and 0.0 are no pair: the `>` is strict.
     """
     rewards = rewards.double()
     return rewards[:, :, None] - rewards[:, None, :] > margin + TOLERANCE
 
 
 def chosen_rejected(beats: Tensor, rewards: Tensor) -> list[tuple[int, int, float]]:
-    """Pairs of one group, beats [N, N] and rewards [N] -> [(winner, loser, reward gap)], widest gap first."""
+    """Return the pairs of one group as [(winner, loser, reward gap)], widest gap first; beats [N, N], rewards [N]."""
     found = [(int(i), int(j), float(rewards[i] - rewards[j])) for i, j in torch.nonzero(beats).tolist()]
     return sorted(found, key=lambda pair: (-pair[2], pair[0], pair[1]))
 
 
 def forks(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """tokens [G, N, L], lengths [G, N] -> [G, N, N] int64: the first position at which responses i and j differ.
+    """Return the first position at which responses i and j differ: tokens [G, N, L], lengths [G, N] -> [G, N, N] int64.
 
-    Where one is the beginning of the other, its end; of i and i, its length.
+    Where one response is the beginning of the other, that is its end; of i with itself, its length.
     """
     real = torch.arange(tokens.shape[2], device=tokens.device) < lengths[..., None]
     filled = torch.where(real, tokens, -1)

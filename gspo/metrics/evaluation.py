@@ -1,4 +1,4 @@
-"""Sampling and scoring held-out prompts, and the numbers of the table with their 95 % intervals."""
+"""Sample and score held-out prompts, and report accuracy with 95 % intervals."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from gspo.rollout.sampler import EVAL, GREEDY, Sampler
 from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt, Rollout, Scores
 
-CORRECT_AT = 1.0 - 1e-6  # an answer is correct when its reward is full
+CORRECT_AT = 1.0 - 1e-6  # a response is correct when its reward is full
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was sampled for P prompts: n answers each, and one greedy answer."""
+    """What was sampled for P prompts: n responses each, and a greedy one."""
 
     sources: list[str]  # P
     rewards: np.ndarray  # [P, n]
     correct: np.ndarray  # [P, n] bool
-    greedy: np.ndarray  # [P] bool, of the greedy answer
+    greedy: np.ndarray  # [P] bool, of the greedy response
     final: list[list[str]]  # P x n, the final answers, for the majority vote
     faults: int = 0  # calls of the reward function that failed
 
@@ -35,7 +35,10 @@ class Answers:
 def answer(
     sampler: Sampler, scorer: Scorer, prompts: list[Prompt], n: int, sampling: Sampling, world: World
 ) -> Answers:
-    """n sampled answers and a greedy one to every prompt, shared out over the ranks; all ranks get all the answers."""
+    """Sample n responses and a greedy one to every prompt, shared out over the ranks; every rank gets all.
+
+    UserError where the reward function failed on every response.
+    """
     places, sampled = sampler.generate_share(prompts, n, sampling, world, purpose=EVAL, on_group=scorer.begin)
     scores = scorer(sampled)
     _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY, on_group=scorer.begin)
@@ -64,14 +67,14 @@ def answer(
 
 
 def correct_of(scores: Scores) -> Tensor:
-    """[G, n] bool: what the reward function says (`acc`), or else whether the reward is full."""
+    """Return which responses are correct, [G, n] bool: as the reward function says (`acc`), or those of full reward."""
     full = scores.rewards >= CORRECT_AT
     acc = scores.parts.get("acc")
     return full if acc is None else torch.where(acc.isnan(), full, acc > 0.5)
 
 
 def finals_of(scores: Scores, sampled: Rollout) -> list[list[str]]:
-    """G x n final answers: those the reward function read (`pred`), or else ours."""
+    """Return G x n final answers: those the reward function read (`pred`), or else `extract_answer`'s."""
     return [
         [extract_answer(text) if pred is None else pred for text, pred in zip(*group, strict=True)]
         for group in zip(sampled.texts, scores.predictions, strict=True)
@@ -79,13 +82,13 @@ def finals_of(scores: Scores, sampled: Rollout) -> list[list[str]]:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased pass@k from n samples, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
+    """Estimate pass@k without bias from n samples, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
     assert k <= n
     return 1.0 - comb(n - correct, k) / comb(n, k)
 
 
 def majority_reward(rewards: np.ndarray, final: list[str]) -> float:
-    """The reward of the most frequent final answer; among equals, the mean of theirs."""
+    """Return the mean reward of the most frequent final answer; where several are, the mean over them."""
     counts = Counter(final)
     most = max(counts.values())
     winners = [a for a, c in counts.items() if c == most]
@@ -93,21 +96,21 @@ def majority_reward(rewards: np.ndarray, final: list[str]) -> float:
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n independent yes / no outcomes (Wilson 1927)."""
+    """Return the 95 % interval of a share of n independent yes / no outcomes (Wilson 1927)."""
     z, p = 1.959964, successes / n
     centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean over prompts, the same every time."""
+    """Return the 95 % percentile interval of the mean over prompts; seeded, so the same every time."""
     index = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
     low, high = np.percentile(values[index].mean(1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def summarise(answers: Answers) -> dict[str, Any]:
-    """{metric: value, ..., "interval": {metric: [low, high]}} over these prompts."""
+    """Return {metric: value, ..., "interval": {metric: [low, high]}} over these prompts."""
     correct, greedy = answers.correct, answers.greedy
     n = answers.rewards.shape[1]
     per_prompt = {
@@ -125,7 +128,7 @@ def summarise(answers: Answers) -> dict[str, Any]:
 
 
 def report(answers: Answers) -> dict[str, Any]:
-    """The summary over everything, and by data source where there are several."""
+    """Return the summary over all prompts, and by data source where there are several."""
     result = summarise(answers) | {"correct_counts": answers.correct.sum(1).tolist()}  # for paired comparisons
     if answers.faults:
         result["reward_faults"] = answers.faults
@@ -146,7 +149,7 @@ def report(answers: Answers) -> dict[str, Any]:
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:
-    """Reports side by side as text: a line a metric, each value with its interval."""
+    """Format reports side by side: a line a metric, each value with its interval."""
     metrics = [k for k in next(iter(columns.values()))["interval"]]
     cells = [["", *columns]]
     for m in metrics:

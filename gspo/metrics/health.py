@@ -156,7 +156,10 @@ class HealthCheck:
                 ("alarm", guard.alarm, self.cfg.alarm_patience),
                 ("warning", guard.warn, 1 if guard.at_once else self.cfg.patience),
             ):
-                if name and self._passed(guard, level, value, limit := getattr(self.cfg, name), patience):
+                if not name:
+                    continue
+                limit = getattr(self.cfg, name)
+                if self._passed(guard, level, value, limit, patience):
                     said = guard.says.format(limit=limit)
                     if cause := (causes or {}).get(guard.metric):
                         said += f" (not finite first: {cause})"

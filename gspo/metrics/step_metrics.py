@@ -1,4 +1,4 @@
-"""What a step shows: numbers from an experience and its update, merged over ranks."""
+"""Compute the metrics of a step from its experience and its update, and merge them over ranks."""
 
 import math
 import resource
@@ -17,7 +17,7 @@ from gspo.types import Experience, Rollout, Scores, Update
 
 
 class Meter:
-    """Sums what the ranks see into means, sums and maxima. One per step."""
+    """Collect means, sums and maxima of one step on a rank, to be merged over ranks."""
 
     def __init__(self) -> None:
         self.means: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -30,17 +30,20 @@ class Meter:
         self.means[name][1] += count
 
     def sum(self, name: str, value: float) -> None:
+        """Add to a sum over ranks."""
         self.sums[name] += value
 
     def max(self, name: str, value: float) -> None:
+        """Take the maximum over ranks."""
         self.maxima[name] = max(value, self.maxima.get(name, -math.inf))
 
     def state(self) -> tuple[dict, dict, dict]:
+        """Return what `merge` takes."""
         return dict(self.means), dict(self.sums), dict(self.maxima)
 
     @staticmethod
     def merge(states: list[tuple[dict, dict, dict]]) -> dict[str, float]:
-        """All ranks' states -> {metric: value}; a mean over nothing is left out."""
+        """Merge all ranks' states -> {metric: value}; a mean over nothing is left out."""
         whole = Meter()
         for means, sums, maxima in states:
             for name, (total, count) in means.items():
@@ -57,7 +60,7 @@ class Meter:
 
 
 class Clock:
-    """Seconds per stage of one step."""
+    """Measure the seconds of each stage of a step: `with clock("rollout"):`."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -72,14 +75,14 @@ class Clock:
         self.seconds[f"time/{stage}"] = time.perf_counter() - began
 
     def metrics(self, tokens: float) -> dict[str, float]:
-        """The step so far: seconds of its stages and in all, and sampled tokens a second."""
+        """Return the seconds of each stage and of the step so far, and sampled tokens a second."""
         step = time.perf_counter() - self.start
         rates = {"tokens_per_second": tokens / step, "tokens_per_second/rollout": tokens / self.seconds["time/rollout"]}
         return {**self.seconds, "time/step": step, **rates}
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the GPU, or of this process where there is none."""
+    """Return peak memory so far: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
