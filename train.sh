@@ -41,7 +41,7 @@ command -v "$python" > /dev/null || make -C "$root" setup
 args=(--config "$config" trainer.n_gpus="$n_gpus" trainer.nnodes="$nnodes" "${settings[@]}" "${overrides[@]}")
 [ "$n_gpus:$nnodes" != 1:1 ] || exec "$python" "$root/train.py" "${args[@]}"
 
-"$python" "$root/train.py" --check "${args[@]}"  # mistakes are told once, in one paragraph, before many processes start
+"$python" "$root/train.py" --check "${args[@]}"  # a mistake is reported once, before many processes start
 launch=(--standalone)
 [ "$nnodes" = 1 ] || launch=(--nnodes "$nnodes" --node_rank "${NODE_RANK:-0}" \
                              --master_addr "${MASTER_ADDR:?the first node}" --master_port "${MASTER_PORT:-29500}")

@@ -1,1 +1,1 @@
-"""Prompts from files, as token ids, in the order of training; nothing here samples, scores or trains."""
+"""Read prompts from files, as token ids, in the order of training; nothing here samples, scores or trains."""

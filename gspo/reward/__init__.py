@@ -1,1 +1,1 @@
-"""Scoring responses, in processes of their own; it knows no model and no training."""
+"""Score responses, in worker processes; nothing here knows of models or training."""

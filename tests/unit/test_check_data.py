@@ -78,7 +78,7 @@ def test_some_right_answers_below_full_marks_are_a_warning_with_the_first():
     assert "gives 1 of 3 sampled right answers less than 1.0; prompt 1: '#### 2' scores 0.5" in check.verdict()
 
 
-def test_calls_that_failed_are_told():
+def test_calls_that_failed_are_reported():
     check = check_gold(Scorer(lambda p, t: 0.0, faults=7), prompts("1", "2"), 16)
     assert check.faults == 7 and check.refused and "7 of its calls failed" in check.verdict()
 
@@ -181,7 +181,7 @@ def test_prompts_beyond_the_models_positions(check):
     assert code == 2 and "2048 positions" in out
 
 
-def test_a_function_that_knows_no_right_from_wrong(check):
+def test_a_function_that_does_not_tell_right_from_wrong(check):
     always = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
     code, table, out = check({"train": rows(0, 5)}, reward=always)
     assert code == 2 and table["train"]["gold > wrong"] == "0.000" and "scores no right answer above a wrong" in out

@@ -1,4 +1,4 @@
-"""Configuration: the seed's defaults, precedence, aliases, and mistakes that are told with value, place and cure."""
+"""Configuration: defaults, precedence, aliases, and mistakes that are reported with value, place and cure."""
 
 import re
 import runpy
@@ -37,7 +37,7 @@ def nested(key, value):
 
 
 @pytest.mark.parametrize("path", [None, ROOT / "configs/standard.yaml"], ids=["dataclasses", "standard"])
-def test_defaults_are_the_seeds(path):
+def test_defaults_are_those_of_the_original_description(path):
     cfg = load_config(path)
     assert (cfg.rollout.n, cfg.selfplay.rounds) == (8, 3)
     assert (cfg.objective.preference_beta, cfg.objective.margin, cfg.objective.use_ranking_loss) == (0.1, 0.1, True)
@@ -115,7 +115,7 @@ def test_an_empty_file_and_an_empty_section_change_nothing(write):
 
 
 @pytest.mark.parametrize(("path", "overrides", "name"), [(None, [], "run"), ("my.yaml", [], "my")])
-def test_a_run_is_named_after_its_file_unless_told(write, path, overrides, name):
+def test_a_run_is_named_after_its_file_unless_a_name_is_given(write, path, overrides, name):
     path = path and write("", path)
     assert load_config(path, overrides).trainer.run_name == name
     assert load_config(path, [*overrides, "trainer.run_name=other"]).trainer.run_name == "other"
@@ -123,7 +123,7 @@ def test_a_run_is_named_after_its_file_unless_told(write, path, overrides, name)
 
 # ---- aliases ----
 
-TYPED = {  # what users of the seed and of verl type: (text, our section, our name, value)
+TYPED = {  # names of the original description and of verl: (text, our section, our name, value)
     "model_path": ("some/model", "model", "path", "some/model"),
     "rollout_n": ("10", "rollout", "n", 10),
     "rollout_temperature": ("0.7", "rollout", "temperature", 0.7),
@@ -191,7 +191,7 @@ def test_aliases_set_our_parameter_and_no_other(write, key, how):
 
 
 @pytest.mark.parametrize("offload", [True, False])
-def test_the_seeds_yaml_for_offloading_the_reference(write, offload):
+def test_the_original_yaml_for_offloading_the_reference(write, offload):
     text = f"actor_rollout_ref:\n  ref:\n    fsdp_config:\n      param_offload: {str(offload).lower()}\n"
     assert load_config(write(text), []).reference.param_offload is offload
 
@@ -274,7 +274,7 @@ def test_a_run_name_must_be_a_plain_folder(name):
         (b"rollout.n=4\n", "holds a str, not a mapping"),
     ],
 )
-def test_a_file_that_is_no_configuration(write, content, said):
+def test_a_file_that_is_not_a_configuration(write, content, said):
     path = write(content)
     with pytest.raises(UserError) as e:
         load_config(path)
@@ -308,7 +308,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
     ],
     ids=["defaults", "changed"],
 )
-def test_what_is_dumped_loads_again(write, overrides):
+def test_a_dumped_configuration_loads_again(write, overrides):
     cfg = load_config(None, overrides)
     assert load_config(write(dump(cfg))) == cfg
 

@@ -15,11 +15,11 @@ PROMPTS = ["Solve: x + 5 = 12", [{"role": "user", "content": "解方程：3x - 4
 
 
 def test_answers_are_the_models_own_and_say_how_they_ended():
-    told = {}
-    groups = sample(None, PROMPTS, 5, Sampling(0.9, max_new_tokens=24), on_group=told.__setitem__)
+    seen = {}
+    groups = sample(None, PROMPTS, 5, Sampling(0.9, max_new_tokens=24), on_group=seen.__setitem__)
     model, tokenizer = load_model(None), load_tokenizer(None)
     assert [len(group) for group in groups] == [5, 5]
-    assert told == {place: [answer.text for answer in group] for place, group in enumerate(groups)}
+    assert seen == {place: [answer.text for answer in group] for place, group in enumerate(groups)}
     for group, prompt in zip(groups, PROMPTS, strict=True):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -39,7 +39,7 @@ def test_a_loaded_model_gives_what_its_folder_gives():
     assert mine == sample(None, PROMPTS, 2, settings)
 
 
-def test_a_model_without_its_tokenizer_and_an_empty_prompt_are_told_of():
+def test_a_model_without_its_tokenizer_and_an_empty_prompt_are_errors():
     with pytest.raises(UserError, match="pass tokenizer"):
         sample(load_model(None), PROMPTS)
     with pytest.raises(UserError, match="prompt 2: no `prompt`"):
@@ -81,7 +81,7 @@ def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch, capsys):
         (("--max_new_tokens", 0), "max_new_tokens = 0"),
     ],
 )
-def test_settings_that_cannot_be_are_named_and_answers_stay_as_they_were(flags, says, monkeypatch, tmp_path):
+def test_impossible_settings_are_named_and_existing_answers_stay(flags, says, monkeypatch, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
     (tmp_path / "a.jsonl").write_text("answers\n")
     command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", *flags)
@@ -94,7 +94,7 @@ def command(monkeypatch, *args):
     monkeypatch.setattr("sys.argv", ["sample", "", *map(str, args)])
 
 
-def test_prompts_are_not_overwritten_and_a_missing_folder_is_told_of(monkeypatch, tmp_path):
+def test_prompts_are_not_overwritten_and_a_missing_folder_is_an_error(monkeypatch, tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "x"}\n')
     for answers, says in ((prompts, "replace their own prompts"), (tmp_path / "no" / "a.jsonl", "cannot be written")):

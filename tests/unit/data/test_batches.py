@@ -46,7 +46,7 @@ def test_the_order_is_the_permutation_that_published_runs_had():
     assert order(Batches(some(10), 10, 0), 2) == [[4, 6, 2, 7, 3, 5, 9, 0, 8, 1], [9, 1, 3, 8, 7, 6, 0, 4, 2, 5]]
 
 
-def test_the_order_is_drawn_once_an_epoch(monkeypatch):
+def test_the_order_is_drawn_once_per_epoch(monkeypatch):
     draws = []
     rng = np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: draws.append(seed) or rng(seed))
@@ -63,7 +63,7 @@ def test_without_shuffling_the_order_is_the_files():
     assert order(Batches(some(5), 2, seed=3, shuffle=False), 5) == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]
 
 
-def test_a_solved_prompt_is_put_off_for_1_3_7_epochs():
+def test_a_solved_prompt_is_skipped_for_1_3_7_epochs():
     batches = Batches(some(8), 1, seed=0)
     came = {i: [] for i in range(8)}
     while batches.epoch < 80:
@@ -75,7 +75,7 @@ def test_a_solved_prompt_is_put_off_for_1_3_7_epochs():
     assert all(came[i][:80] == list(range(80)) for i in range(2, 8)), "the others come by every epoch"
 
 
-def test_the_longest_time_between_is_bounded():
+def test_a_prompt_is_skipped_for_at_most_63_epochs():
     batches = Batches(some(2), 1, seed=0)
     came = []
     while len(came) < 9:
@@ -93,7 +93,7 @@ def test_when_all_are_solved_those_that_wait_least_come_first_and_batches_stay_f
     assert times.min() >= 15 and times.sum() == 120
 
 
-def test_without_spacing_nothing_that_is_solved_matters():
+def test_without_spacing_solved_prompts_are_not_skipped():
     plain, solved = (Batches(some(20), 6, seed=1, spaced=False) for _ in range(2))
     assert order(plain, 20) == order(solved, 20, solved=lambda i: i % 2 == 0)
 

@@ -1,4 +1,4 @@
-"""The bound on a prompt's tokens: never below the truth, and told without tokenizing."""
+"""The bound on a prompt's number of tokens: never too low, and found without tokenizing."""
 
 import copy
 import json
@@ -84,7 +84,7 @@ def test_the_bound_holds_for_sentencepiece_like_tokenizers():
         other(normalizers.BertNormalizer()),
     ],
 )
-def test_an_unknown_step_leaves_it_to_tokenizing(odd):
+def test_an_unknown_tokenizer_step_gives_no_bound(odd):
     assert ids_per_byte(odd) is None and Encoder(odd).bound(user("x"), "here") is None
 
 
@@ -97,13 +97,13 @@ def test_an_unknown_step_leaves_it_to_tokenizing(odd):
         "{{ messages[0]['content'] | e }}",
     ],
 )
-def test_a_template_that_changes_contents_leaves_it_to_tokenizing(tokenizer, template):
+def test_a_template_that_changes_contents_gives_no_bound(tokenizer, template):
     changing = copy.deepcopy(tokenizer)
     changing.chat_template = template
     assert Encoder(changing).bound(user("hello"), "here") is None
 
 
-def test_what_only_tokenizing_tells(tokenizer):
+def test_where_only_tokenizing_can_tell_the_length(tokenizer):
     encoder = Encoder(tokenizer)
     assert encoder.bound(user("hi"), "here") == len("hi") + len(encode(user("x"), tokenizer, None, {})) + 2 * SLACK
     assert encoder.bound(user("\ud800 half"), "here") is None

@@ -1,4 +1,4 @@
-"""Rows of both schemas, mistakes told by file, row and field, and an order that depends on the seed alone."""
+"""Prompts of rows of both schemas, and mistakes that are named by file, row and field."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ def ids_of(tokenizer, text):
 # ---- the two schemas, the three formats ----
 
 
-def test_the_seeds_example_from_its_own_text(write, load, tokenizer):
+def test_the_example_row_of_the_original_description(write, load, tokenizer):
     text = '[\n  {\n    "prompt": "解方程：x + 5 = 12",\n    "ground_truth": "7",\n'
     text += '    "data_source": "math_reasoning"\n  }\n]\n'
     ids = ids_of(tokenizer, "<|user|>解方程：x + 5 = 12<|assistant|>")
@@ -73,7 +73,7 @@ def test_parquet_holds_the_same_as_json(tmp_path, write, load):
         load(write(b"PAR?", "bad.parquet"))
 
 
-def test_parquet_without_pyarrow_names_the_cure(write, load, monkeypatch):
+def test_parquet_without_pyarrow_says_what_to_install(write, load, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"rows\.parquet: .*pip install pyarrow"):
@@ -245,7 +245,7 @@ def test_neither_rows_nor_prompts_are_kept(write, tokenizer):
     assert kept < 30 * len(prompts) and peak < 60 * len(prompts) + 200_000
 
 
-def test_short_prompts_are_not_tokenized_before_they_are_asked_for(write, tokenizer, monkeypatch):
+def test_short_prompts_are_not_tokenized_before_they_are_used(write, tokenizer, monkeypatch):
     texts = ["x" * 5, "y" * 5, "z" * 60, "解" * 20, "w" * 5]
     asked = []
     monkeypatch.setattr("gspo.data.encoding.encode", lambda m, *rest: asked.append(m[0]["content"]) or encode(m, *rest))
@@ -254,7 +254,7 @@ def test_short_prompts_are_not_tokenized_before_they_are_asked_for(write, tokeni
     assert [p.text for p in prompts] == texts
 
 
-def test_a_prompt_that_the_check_let_pass_wrongly_is_named_when_it_comes(write, tokenizer, monkeypatch):
+def test_a_prompt_that_became_too_long_after_the_check_is_named_when_used(write, tokenizer, monkeypatch):
     path = write([GOOD, {**GOOD, "prompt": "x" * 90}])
     monkeypatch.setattr(Encoder, "bound", lambda *_: 1)
     prompts = load_prompts([path], tokenizer, max_prompt_length=20)
@@ -263,7 +263,7 @@ def test_a_prompt_that_the_check_let_pass_wrongly_is_named_when_it_comes(write, 
         prompts[1]
 
 
-def test_the_positions_need_the_longest_prompt_and_no_other(write, tokenizer, monkeypatch):
+def test_only_prompts_that_may_be_the_longest_are_tokenized(write, tokenizer, monkeypatch):
     texts = ["a" * n for n in (3, 40, 80, 60, 79, 50, 3)]
     checker = RowChecker(Encoder(tokenizer), max_length=1000, positions=45)
     asked = []
@@ -297,7 +297,7 @@ def test_encoding_is_the_chat_templates_text(tokenizer, messages, system, text):
     assert ids.count(tokenizer.convert_tokens_to_ids("<|system|>")) == text.count("<|system|>")
 
 
-def test_template_arguments_are_passed_on_and_without_a_template_the_text_stands_alone(tokenizer):
+def test_template_arguments_are_passed_on_and_without_a_template_the_text_is_encoded_alone(tokenizer):
     other, messages = copy.deepcopy(tokenizer), [{"role": "user", "content": "hi"}]
     other.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking %}...{% endif %}"
     assert other.decode(encode(messages, other, None, {"enable_thinking": True})) == "hi..."

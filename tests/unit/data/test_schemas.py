@@ -23,7 +23,7 @@ def test_a_math_row_as_published():
 
 
 @pytest.mark.parametrize(("row", "convert"), [(GSM8K, gsm8k_row), (MATH, math_row)])
-def test_on_the_fly_is_what_the_converter_gives(row, convert):
+def test_training_reads_what_the_converter_writes(row, convert):
     assert parse_row(row, "here") == parse_row(convert(row, "here"), "here")
 
 

@@ -184,7 +184,7 @@ def test_a_local_data_set_folder(folder):
     assert pickle.loads(pickle.dumps(source))[1] == source[1]
 
 
-def test_a_split_that_a_data_set_has_not(folder):
+def test_a_split_that_a_data_set_does_not_have(folder):
     with pytest.raises(UserError) as e:
         open_source(str(folder), "validation")
     assert str(e.value).startswith(f"data file {folder}: is a folder, and its split 'validation' cannot be loaded")

@@ -47,13 +47,13 @@ def test_limits_and_own_files(splits, write):
     assert not Path("data").exists()
 
 
-def test_only_the_test_split_where_no_more_is_wanted(splits, write):
+def test_an_evaluation_reads_only_the_test_split(splits, write):
     mine = write([GOOD])
     found = splits(f"data.train_files={mine}", f"data.test_files={mine}", "data.val_files=no.json", only_test=True)
     assert (found.train, found.val, len(found.test)) == ([], [], 1)
 
 
-def test_nothing_to_evaluate_on_is_told(splits, write):
+def test_nothing_to_evaluate_on_is_an_error(splits, write):
     with pytest.raises(UserError, match=r"data\.test_files"):
         splits(f"data.train_files={write([GOOD])}", only_test=True)
 

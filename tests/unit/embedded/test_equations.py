@@ -60,14 +60,14 @@ def test_no_written_equation_is_in_two_files_or_in_the_warm_start(rows, splits):
     assert not set(texts) & {e.text for e in splits["warm"]}
 
 
-def test_every_shape_is_in_every_split_and_none_prevails(splits):
+def test_every_shape_is_in_every_split_and_equally_common(splits):
     for name in SPLIT_SIZES:
         shapes = [e.shape for e in splits[name]]
         assert set(TRAPS) < set(shapes) and len(set(shapes)) == 8
         assert max(map(shapes.count, set(shapes))) < len(shapes) / 5
 
 
-def test_the_seeds_example_is_the_first_row(rows):
+def test_the_example_of_the_original_description_is_the_first_row(rows):
     first = rows["train"][0]
     assert {name: first[name] for name in SEED_ROW} == SEED_ROW
     assert SEED_ROW == {"prompt": "解方程：x + 5 = 12", "ground_truth": "7", "data_source": "math_reasoning"}

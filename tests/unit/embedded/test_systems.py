@@ -236,7 +236,7 @@ def test_the_model_is_the_first_ones_architecture():
     assert sum(f.stat().st_size for f in MODEL_DIR.iterdir()) <= 4 * 2**20
 
 
-def test_the_model_knows_the_task_by_half(systems_tokenizer, rows):
+def test_the_model_solves_about_half_of_the_task(systems_tokenizer, rows):
     model = load_model(str(MODEL_DIR))
     sampler = Sampler(model, systems_tokenizer, next(model.parameters()).device)
     prompts = []

@@ -135,7 +135,7 @@ def test_a_false_calculation_is_seen(text):
         *("(" * 50 + "1 + 1" + ")" * 50 + " = 3", "1" + " + 1" * 100 + " = 3", "9" * 150 + " + 1 = 2"),
     ],
 )
-def test_what_is_in_doubt_is_not_judged(text):
+def test_calculations_in_doubt_are_left_out(text):
     assert reasoning_quality(text) == 1.0
     assert reasoning_quality(text + FALSE) == 0.0
 

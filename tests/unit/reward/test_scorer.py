@@ -1,4 +1,4 @@
-"""The user's reward function: how it is found and called, what it may return, and how its faults are told."""
+"""The user's reward function: how it is found and called, what it may return, and how its faults are reported."""
 
 import re
 from pathlib import Path
@@ -56,7 +56,7 @@ def a_rollout(*texts, prompts=None):
 # ---- how it is called, what comes back ----
 
 
-def test_the_default_is_the_seeds_function():
+def test_the_default_is_compute_score():
     texts = ["#### 7", "3 + 4 = 8\n#### 7", "#### 5", "who knows"]
     scores = Scorer(Reward())(a_rollout(texts, texts[::-1]))
     assert scores.rewards.tolist() == [pytest.approx([1.0, 0.5, 0.1, 0.0]), pytest.approx([0.0, 0.1, 0.5, 1.0])]
@@ -113,7 +113,7 @@ GOOD = {
 }
 
 
-def test_a_number_from_0_to_1_in_any_dress(scorer):
+def test_a_number_from_0_to_1_of_any_type(scorer):
     values = f"import numpy as np\nimport torch\nVALUES = {{{', '.join(f'{v!r}: {v}' for v in GOOD)}}}\n"
     my = scorer("return VALUES[solution_str]", values + SIGNATURE)
     assert my.score_texts([PROMPT], [list(GOOD)]).rewards.tolist() == [list(GOOD.values())]
@@ -140,7 +140,7 @@ def test_a_part_that_only_some_responses_have_is_nan_elsewhere(scorer):
 # ---- its faults ----
 
 
-def test_a_missing_file_a_folder_and_a_file_that_is_no_python(tmp_path):
+def test_a_missing_file_a_folder_and_a_file_that_is_not_python(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for name, said in {"no.py": "no such file", "": "is a folder", "notes.txt": "is not a Python file"}.items():
         with pytest.raises(UserError) as e:
@@ -164,34 +164,34 @@ def test_a_file_that_does_not_import(tmp_path, text, said):
 
 
 @pytest.mark.parametrize("name", ["judge", "NUMBER"])
-def test_a_missing_function_and_one_that_is_none(scorer, name):
+def test_a_missing_function_and_a_name_that_is_not_a_function(scorer, name):
     with pytest.raises(
         UserError, match=rf"my_reward.py has no function '{name}' \(reward.name\); it has compute_score"
     ):
         scorer("return NUMBER", f"NUMBER = 1.0\n{SIGNATURE}", name=name)
 
 
-def test_a_function_that_raises_tells_line_response_and_prompt(scorer):
+def test_a_function_that_raises_is_reported_with_line_response_and_prompt(scorer):
     with pytest.raises(UserError) as e:
         scorer("tenth = 0.1\nreturn tenth * int(solution_str)")(a_rollout(["7", "seven"]))
     for part in ("my_reward.py", "ValueError: invalid literal", "(line 3)", "'seven'", "'x + 5 = 12?'", "'7'"):
         assert part in str(e.value)
 
 
-def test_the_line_told_is_the_last_one_in_the_users_file(scorer):
+def test_the_line_reported_is_the_last_one_in_the_users_file(scorer):
     head = "import json\n\n\ndef read(text):\n    return json.loads(text)\n\n\n"
     with pytest.raises(UserError, match=r"JSONDecodeError: .* \(line 5\)"):
         ask(scorer("return read(solution_str)", head + SIGNATURE), "{")
 
 
-def test_a_path_relative_to_the_working_folder_tells_its_lines_too(tmp_path, monkeypatch):
+def test_lines_are_reported_for_a_path_relative_to_the_working_folder_too(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(SIGNATURE + "    return 1 / 0\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(line 2\)"):
         ask(Scorer(Reward(path="./my_reward.py", on_error="stop")), "")
 
 
-def test_a_function_that_takes_other_names_is_told_by_the_name(scorer):
+def test_a_function_that_takes_other_keywords_is_an_error_that_names_one(scorer):
     with pytest.raises(UserError, match="TypeError: .*unexpected keyword argument"):
         ask(scorer("return 1.0", "def compute_score(text, gold):\n"), "")
 
@@ -217,16 +217,16 @@ BAD = {
 }
 
 
-def test_what_is_no_number_from_0_to_1_is_told_with_the_value(scorer):
+def test_a_result_that_is_not_a_number_from_0_to_1_is_reported_with_its_value(scorer):
     values = f"import numpy as np\nVALUES = {{{', '.join(f'{v!r}: {v}' for v in BAD)}}}\n"
     my = scorer("return VALUES[solution_str]", values + SIGNATURE)
-    for value, told in BAD.items():
+    for value, warning in BAD.items():
         with pytest.raises(UserError) as e:
             ask(my, value)
         said = re.search(
             r"my_reward\.py: compute_score returned (.*); it must return a number from 0 to 1", str(e.value)
         )
-        assert said and told in said[1]
+        assert said and warning in said[1]
 
 
 def test_the_default_function_survives_what_a_model_may_write():
@@ -243,14 +243,14 @@ def test_the_default_file_may_be_given_by_path():
 MIXED = "if solution_str == 'bad':\n    raise ValueError(ground_truth)\nreturn float(solution_str)"
 
 
-def test_zero_scores_the_response_0_counts_it_and_tells_each_kind_once(scorer, capfd):
+def test_zero_scores_the_response_0_counts_it_and_warns_once_of_each_kind(scorer, capfd):
     my = scorer(MIXED, on_error="zero")
     scores = my(a_rollout(["1", "bad", "0.5"], ["bad", "bad", "x"]))
     assert scores.rewards.tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
     assert (scores.calls, scores.errors, scores.timeouts, scores.faults, scores.skipped) == (6, 4, 0, 4, [])
-    told = capfd.readouterr().err
-    assert told.count("warning:") == 2 and "(line 3)" in told and "(line 4)" in told, "two lines, two kinds"
-    assert "'bad'" in told and "Traceback" not in told and "raise ValueError(ground_truth)" in told
+    warning = capfd.readouterr().err
+    assert warning.count("warning:") == 2 and "(line 3)" in warning and "(line 4)" in warning, "two lines, two kinds"
+    assert "'bad'" in warning and "Traceback" not in warning and "raise ValueError(ground_truth)" in warning
     my(a_rollout(["bad", "x"]))
     assert capfd.readouterr().err == ""
 
@@ -265,12 +265,12 @@ def test_stop_names_the_response(scorer):
         scorer(MIXED, on_error="stop")(a_rollout(["1", "bad"]))
 
 
-def test_a_call_that_hangs_is_counted_and_told_with_the_cure(scorer, capfd):
+def test_a_call_that_hangs_is_counted_and_reported_with_the_cure(scorer, capfd):
     my = scorer("while solution_str == 'bad':\n    pass\nreturn 1.0", on_error="zero", timeout_s=0.3)
     scores = my(a_rollout(["1", "bad", "1"]))
     assert scores.rewards.tolist() == [[1.0, 0.0, 1.0]] and (scores.errors, scores.timeouts) == (0, 1)
-    told = capfd.readouterr().err
-    assert re.search(r"took longer than 0.3 s \(line [23]\)", told) and "reward.timeout_s" in told
+    warning = capfd.readouterr().err
+    assert re.search(r"took longer than 0.3 s \(line [23]\)", warning) and "reward.timeout_s" in warning
 
 
 def test_stop_comes_at_the_first_fault_and_not_after_the_last(scorer, tmp_path):
@@ -295,19 +295,19 @@ def test_a_hang_now_and_then_does_not(scorer):
     assert (scores.timeouts, scores.calls) == (40, 41)
 
 
-def test_the_check_before_training_is_sooner_tired_and_silent(scorer, capfd):
+def test_the_check_before_training_gives_up_sooner_and_is_silent(scorer, capfd):
     my = scorer("import time\nprint('hello')\ntime.sleep(600)", on_error="stop", timeout_s=0.1)
     scores = my.score_texts([PROMPT], [["x"] * 50])
     assert scores.timeouts == 50 and scores.first_fault.startswith("took longer than 0.1 s (line ")
     assert capfd.readouterr().out == ""
 
 
-def test_an_error_message_of_several_lines_is_told_on_one(scorer):
+def test_an_error_message_of_several_lines_is_printed_on_one(scorer):
     with pytest.raises(UserError, match="raised ValueError: one two .line 2."):
         ask(scorer("raise ValueError('one\\n  two')"), "")
 
 
-def test_what_it_prints_is_shown_and_cut(scorer, capfd):
+def test_what_the_function_prints_is_shown_and_cut(scorer, capfd):
     my = scorer("print('seen', solution_str)\nreturn 1.0")
     my(a_rollout([str(i) for i in range(80)]))
     shown = capfd.readouterr().out.splitlines()
@@ -356,7 +356,7 @@ def test_a_rank_responses_in_the_file_scores_whole_groups(scorer):
     assert scores.rewards.tolist() == [[0.5, 1.0], [1.0, 0.5]] and scores.calls == 2
 
 
-def test_it_gets_extra_info_and_kwargs_where_it_takes_them(scorer):
+def test_a_ranking_gets_extra_info_and_kwargs_where_it_takes_them(scorer):
     head = "def rank_responses(responses, ground_truth, data_source, extra_info, bonus):\n"
     my = scorer("return [(0, bonus), (1, extra_info['index'] / 4)]", head, reward_kwargs={"bonus": 0.125})
     assert my(a_rollout(["a", "b"])).rewards.tolist() == [[0.125, 0.75]]

@@ -94,7 +94,7 @@ def children():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_fault_costs_its_own_call_only(pool, workers):
+def test_a_fault_fails_only_its_own_call(pool, workers):
     p = pool(workers=workers)
     asked = [(text, call(p, text)) for fault in FAULTS for text in ("number 0.25", fault, "number 0.75")]
     for text, future in asked:
@@ -109,7 +109,7 @@ def test_every_fault_costs_its_own_call_only(pool, workers):
     assert children() == []
 
 
-def test_a_long_print_is_no_fault_and_does_not_pile_up(pool):
+def test_a_long_print_is_no_fault_and_is_not_kept_in_memory(pool):
     seen = []
     p = pool(printed=lambda text: seen.append(len(text)))
     assert all(call(p, "print").result(PATIENCE_S).reply["score"] == 1.0 for _ in range(3))
@@ -125,14 +125,14 @@ def test_a_call_that_raises_keeps_its_process_and_its_traceback(pool):
     assert "reward_worker" not in outcome.trace, "the user's frames, not ours"
 
 
-def test_what_ran_out_of_memory_gets_a_new_process(pool):
+def test_a_process_out_of_memory_is_replaced(pool):
     p = pool()
     first = call(p, "pid").result(PATIENCE_S).reply["parts"]["pid"]
     call(p, "memory").result(PATIENCE_S)
     assert call(p, "pid").result(PATIENCE_S).reply["parts"]["pid"] != first
 
 
-def test_faults_of_one_kind_are_told_apart_from_others(pool):
+def test_faults_are_distinguished_by_kind(pool):
     p = pool()
     kinds = [call(p, text).result(PATIENCE_S).kind for text in ("raise", "raise", "sysexit", "nan", "none", "exit")]
     assert kinds[0] == kinds[1] and len(set(kinds)) == 5
@@ -172,7 +172,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path, busy):
     assert wait_until(lambda: not _runs(pid), PATIENCE_S)
 
 
-def test_the_pool_hears_of_an_import_that_fails_hangs_up_or_exits(pool):
+def test_an_import_that_fails_crashes_or_exits_is_an_error(pool):
     for text, said in {
         "import sys\nsys.exit(4)\n": r"does not import: SystemExit: 4 \(line 2\)",
         "import os\nos._exit(4)\n": "importing it ended its process with exit code 4",
@@ -183,7 +183,7 @@ def test_the_pool_hears_of_an_import_that_fails_hangs_up_or_exits(pool):
     assert children() == []
 
 
-def test_an_import_that_hangs_is_told_with_its_line(pool, monkeypatch):
+def test_an_import_that_hangs_is_reported_with_its_line(pool, monkeypatch):
     monkeypatch.setattr(worker_process, "START_S", 1.0)
     with pytest.raises(UserError, match=r"my_reward.py is still being imported after 1 s \(line 2\)"):
         pool("import time\ntime.sleep(600)\n\n\ndef compute_score(**_):\n    return 1.0\n")
@@ -197,7 +197,7 @@ def test_editing_the_file_does_not_change_a_run(pool):
     assert [p.submit({}).result(PATIENCE_S).reply["score"] for _ in range(3)] == [0.25] * 3
 
 
-def test_a_process_that_is_killed_from_outside_costs_nothing(pool):
+def test_a_process_killed_from_outside_loses_no_call(pool):
     p = pool()
     for _ in range(5):
         pid = int(call(p, "pid").result(PATIENCE_S).reply["parts"]["pid"])
@@ -256,7 +256,7 @@ def test_async_calls_share_a_process_up_to_the_limit(pool):
         ("sysexit", "error", "raised SystemExit: 3 (line 14)"),
     ],
 )
-def test_a_fault_among_async_calls_is_only_the_culprits(pool, bad, fault, said):
+def test_a_fault_among_async_calls_fails_only_its_own_call(pool, bad, fault, said):
     p = pool(ASYNC, concurrency=4)
     asked = [(text, call(p, text)) for text in ["", "", bad, "", "", "", bad, ""]]
     for text, future in asked:
@@ -278,7 +278,7 @@ def test_a_class_with_an_async_call_is_concurrent(pool):
 # ---- messages ----
 
 
-def test_long_and_odd_texts_arrive_as_they_are(pool):
+def test_long_and_odd_texts_arrive_unchanged(pool):
     p = pool("def compute_score(a, b):\n    return {'score': float(a == b), 'n': len(a)}\n")
     for text in ("", "x" * 3_000_000, "\ud800\x00\u2028", "中文" * 1000):
         reply = p.submit({"a": text, "b": text}).result(PATIENCE_S).reply

@@ -68,7 +68,7 @@ def test_other_ranks_and_short_sampling_are_silent(monkeypatch, capsys, environm
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_sees_one_line_that_moves_and_is_gone_at_the_end(monkeypatch, embedded_model, tokenizer):
+def test_a_terminal_shows_one_line_that_is_removed_at_the_end(monkeypatch, embedded_model, tokenizer):
     terminal = Terminal()
     monkeypatch.setattr(progress.sys, "stdout", terminal)
     monkeypatch.setattr(progress, "DELAY_S", 1e-9)

@@ -1,4 +1,4 @@
-"""Freed memory stays with a training process, where the C library is glibc and nobody has said otherwise."""
+"""Freed memory stays in a training process, with glibc and without malloc settings in the environment."""
 
 import platform
 
@@ -29,7 +29,7 @@ def kept_mib(run_program, **environment):
 
 
 @needs_glibc
-def test_the_memory_of_a_freed_tensor_stays(run_program):
+def test_the_memory_of_a_freed_tensor_stays_in_the_process(run_program):
     assert kept_mib(run_program) > 0.9 * TENSOR_MIB
 
 

@@ -39,7 +39,7 @@ def test_a_users_mistake_is_one_paragraph_and_leaves_nothing(run_program, tmp_pa
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_all_ranks_leave_with_2_and_the_first_says_why(monkeypatch, capsys, rank):
+def test_all_ranks_exit_with_2_and_the_first_says_why(monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", rank)
 
     def main():
@@ -51,7 +51,7 @@ def test_all_ranks_leave_with_2_and_the_first_says_why(monkeypatch, capsys, rank
     assert capsys.readouterr().err == ("error: the value, the place, the cure\n" if rank == "0" else "")
 
 
-def test_guarded_lets_bugs_show_and_results_pass():
+def test_guarded_shows_the_traceback_of_a_bug():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 / 0)
     assert guarded(lambda: None) is None
