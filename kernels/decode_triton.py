@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspo.kernels.epilogue import Shaping
+from gspo.kernels.epilogue import LogitTransform
 from gspo.kernels.epilogue_triton import shaped
 from gspo.kernels.pages import Pool
 
@@ -152,7 +152,7 @@ def decode_attention(
     slots, heads, width = q.shape
     value_width = answers.values.shape[3]
     every = split_count(prompts) + split_count(answers)
-    shaping = Shaping.of(scale, softcap, LN2)  # scores in base 2
+    transform = LogitTransform.of(scale, softcap, LN2)  # scores in base 2
     out = torch.empty(slots, heads, every, value_width, device=q.device)
     lse = torch.empty(slots, heads, every, device=q.device)
     merged = torch.empty(slots, heads, value_width, dtype=q.dtype, device=q.device)
@@ -165,10 +165,10 @@ def decode_attention(
             grid = (len(pages) * triton.cdiv(queries, sized["BLOCK_M"]), kv_heads, split_count(pool))
             part_kernel[grid](
                 q, keys, values, pages, members, sizes, starts, positions, out, lse,
-                q.stride(0), q.stride(1), shaping.inner, shaping.outer, window or 0,
+                q.stride(0), q.stride(1), transform.inner, transform.outer, window or 0,
                 pages.shape[1], split_count(pool), first, every,
                 MEMBERS=members.shape[1], KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=page,
-                D=width, DV=value_width, SHARE=SHARE, CAPPED=shaping.capped, WINDOW=window is not None, **sized,
+                D=width, DV=value_width, SHARE=SHARE, CAPPED=transform.capped, WINDOW=window is not None, **sized,
             )  # fmt: skip
         merge_kernel[(slots * heads,)](
             out, lse, merged, every, DV=value_width, BLOCK_SPLITS=triton.next_power_of_2(every),

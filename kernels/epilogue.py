@@ -20,7 +20,7 @@ BLOCK = 2**20  # elements
 LOWEST = -1e30  # the maximum of no logits; with -inf the first chunk would compute 0 * inf
 
 
-class Shaping(NamedTuple):
+class LogitTransform(NamedTuple):
     """Map raw products to logits: outer * tanh(inner * raw) if capped, else inner * raw (and outer is 1)."""
 
     inner: float
@@ -28,7 +28,7 @@ class Shaping(NamedTuple):
     capped: bool
 
     @classmethod
-    def of(cls, scale: float, softcap: float | None, temperature: float) -> "Shaping":
+    def of(cls, scale: float, softcap: float | None, temperature: float) -> "LogitTransform":
         """Make softcap * tanh(scale * raw / softcap) / temperature: the order of Cohere's scale and Gemma 2's cap."""
         if softcap is None:
             return cls(scale / temperature, 1.0, False)
@@ -49,11 +49,11 @@ def new_stats(tokens: int, like: Tensor) -> Tensor:
     return stats
 
 
-def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping) -> None:
+def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, transform: LogitTransform) -> None:
     """Add a chunk, which begins at entry `begin` of the vocabulary, to `stats` in place. `raw` is not changed."""
     m, s, t = stats
     for first, part, z, p in _blocks(raw, stats.dtype):
-        shaping(part, z)
+        transform(part, z)
         inside, column = _target_columns(part, begin + first, targets)
         t.copy_(torch.where(inside, z.gather(1, column)[:, 0], t))
         top = torch.maximum(m, z.amax(1))
@@ -63,7 +63,7 @@ def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shap
         m.copy_(top)
 
 
-def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping: Shaping) -> None:
+def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, transform: LogitTransform) -> None:
     """Overwrite a chunk of raw products with the loss's gradient with respect to them.
 
     With p = exp(z - m - log s) and dz/draw = k (1 - tanh^2):
@@ -75,13 +75,13 @@ def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping:
     """
     m, log_s, slope = rows[:, :, None]
     for first, part, z, p in _blocks(raw, rows.dtype):
-        shaping(part, z)
+        transform(part, z)
         torch.exp(z.sub_(m).sub_(log_s), out=p)
         d = p.mul_(-slope)
         inside, column = _target_columns(part, begin + first, targets)
         d.scatter_add_(1, column, torch.where(inside[:, None], slope, 0.0))
-        if shaping.capped:
-            bend = shaping(part, z).div_(shaping.outer).square_().neg_().add_(1.0)
+        if transform.capped:
+            bend = transform(part, z).div_(transform.outer).square_().neg_().add_(1.0)
             d.mul_(bend)
         part.copy_(d)
 

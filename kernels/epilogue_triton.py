@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspo.kernels.epilogue import Shaping
+from gspo.kernels.epilogue import LogitTransform
 
 BLOCK = 4096  # elements of a row that one program holds at a time
 
@@ -86,18 +86,18 @@ def _sizes(raw: Tensor) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": warps(block)}
 
 
-def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, shaping: Shaping) -> None:
+def add_statistics(raw: Tensor, begin: int, targets: Tensor, stats: Tensor, transform: LogitTransform) -> None:
     """Compute `epilogue.add_statistics`, stats in float32."""
     assert raw.stride(1) == 1 and stats.is_contiguous() and stats.dtype == torch.float32
     tokens, width = raw.shape
     with torch.cuda.device_of(raw):
         statistics_kernel[(tokens,)](
-            raw, targets, stats, tokens, begin, width, raw.stride(0), shaping.inner, shaping.outer,
-            CAPPED=shaping.capped, **_sizes(raw),
+            raw, targets, stats, tokens, begin, width, raw.stride(0), transform.inner, transform.outer,
+            CAPPED=transform.capped, **_sizes(raw),
         )  # fmt: skip
 
 
-def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping: Shaping) -> None:
+def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, transform: LogitTransform) -> None:
     """Compute `epilogue.to_gradient`, rows in float32."""
     assert raw.stride(1) == 1 and rows.is_contiguous() and rows.dtype == torch.float32
     tokens, width = raw.shape
@@ -105,6 +105,6 @@ def to_gradient(raw: Tensor, begin: int, targets: Tensor, rows: Tensor, shaping:
     blocks = triton.cdiv(width, sizes["BLOCK"])
     with torch.cuda.device_of(raw):
         gradient_kernel[(tokens * blocks,)](
-            raw, targets, rows, tokens, begin, width, raw.stride(0), blocks, shaping.inner, shaping.outer,
-            CAPPED=shaping.capped, **sizes,
+            raw, targets, rows, tokens, begin, width, raw.stride(0), blocks, transform.inner, transform.outer,
+            CAPPED=transform.capped, **sizes,
         )  # fmt: skip

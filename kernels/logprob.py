@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gspo.kernels import epilogue, epilogue_cpu
 from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
-from gspo.kernels.epilogue import Shaping
+from gspo.kernels.epilogue import LogitTransform
 from gspo.kernels.native import TYPES, cpu_kernels_take
 from gspo.kernels.whole_tiles import columns_of, whole_tiles
 
@@ -38,7 +38,7 @@ Slope = Callable[[Tensor, slice], Tensor]
 class Plan(NamedTuple):
     """What forward and backward need beside the tensors."""
 
-    shaping: Shaping
+    transform: LogitTransform
     dtype: torch.dtype  # of the matrix products
     keep: int  # bytes
     epilogue: ModuleType  # epilogue, epilogue_cpu or epilogue_triton
@@ -64,7 +64,7 @@ def linear_logprob(
     addition. weight must be a plain tensor: under FSDP2 call this inside a forward method, where it is gathered.
     """
     hidden, weight = _inputs(hidden, weight, bias)
-    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), keep)
+    plan = _plan(hidden, weight, targets, LogitTransform.of(scale, softcap, temperature), keep)
     return _LinearLogprob.apply(hidden, weight, targets.contiguous(), plan)
 
 
@@ -90,7 +90,7 @@ def linear_logprob_and_grad(
     be summed piece by piece without rounding: then the tokens stay together, and what does not fit is recomputed.
     """
     hidden, weight = _inputs(hidden, weight, bias)
-    plan = _plan(hidden, weight, targets, Shaping.of(scale, softcap, temperature), keep)
+    plan = _plan(hidden, weight, targets, LogitTransform.of(scale, softcap, temperature), keep)
     return _LinearLogprobAndGrad.apply(hidden, weight, targets.contiguous(), slope, plan)
 
 
@@ -107,7 +107,7 @@ def _inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return torch.cat([hidden, one.to(hidden.dtype).expand(len(hidden), 8)], 1), torch.cat([weight, columns], 1)
 
 
-def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, keep: int | None) -> Plan:
+def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, transform: LogitTransform, keep: int | None) -> Plan:
     assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert targets.shape == hidden.shape[:1] and targets.dtype == torch.int64, (targets.shape, targets.dtype)
     assert not hasattr(weight, "device_mesh"), "a sharded weight: enter through an FSDP forward method"
@@ -117,7 +117,7 @@ def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, shaping: Shaping, kee
     else:
         assert weight.dtype == dtype, (hidden.dtype, weight.dtype)
     keep = _for_device(KEEP_BYTES, device) if keep is None else keep
-    return Plan(shaping, dtype, keep, choose(IMPLEMENTATIONS, hidden, dtype))
+    return Plan(transform, dtype, keep, choose(IMPLEMENTATIONS, hidden, dtype))
 
 
 def _compiled(hidden: Tensor, dtype: torch.dtype) -> bool:
@@ -149,7 +149,7 @@ class _LinearLogprob(torch.autograd.Function):
         plan, work, ctx.work = ctx.plan, ctx.work, None
         if work is None:  # a second backward: the first has overwritten the products
             work = _workspace(len(hidden), weight, plan, 0)
-        rows = _gradient_rows(norm, grad, plan.shaping)
+        rows = _gradient_rows(norm, grad, plan.transform)
         dx = torch.zeros_like(hidden, dtype=norm.dtype) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         _backward(hidden.to(plan.dtype), weight, targets, rows, plan, work, dx, dw, add=False)
@@ -173,7 +173,7 @@ class _LinearLogprobAndGrad(torch.autograd.Function):
             surrogate = surrogate + (grad * logprob).sum()
             if need_x or need_w:
                 total = torch.zeros_like(x, dtype=norm.dtype) if need_x else None
-                numbers = _gradient_rows(norm, grad, plan.shaping)
+                numbers = _gradient_rows(norm, grad, plan.transform)
                 _backward(x, weight, where, numbers, plan, work, total, dw, add=k > 0)
                 if need_x:
                     dx[rows] = total
@@ -231,7 +231,7 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, plan: Plan, work: Works
     stats = epilogue.new_stats(len(x), x)
     for k, (begin, end) in enumerate(work.edges):
         raw = _product(x, weight, begin, end, work.buffers[min(k, work.kept)])
-        plan.epilogue.add_statistics(raw, begin, targets, stats, plan.shaping)
+        plan.epilogue.add_statistics(raw, begin, targets, stats, plan.transform)
     m, s, t = stats
     log_s = s.log()
     return (t - m) - log_s, torch.stack([m, log_s])
@@ -254,7 +254,7 @@ def _backward(
             raw = work.buffers[k, : len(x), : end - begin]
         else:
             raw = _product(x, weight, begin, end, work.buffers[work.kept])
-        plan.epilogue.to_gradient(raw, begin, targets, rows, plan.shaping)
+        plan.epilogue.to_gradient(raw, begin, targets, rows, plan.transform)
         if dx is not None:
             _add_product(dx, raw, weight[begin:end].to(x.dtype))
         if dw is not None:
@@ -266,9 +266,9 @@ def _product(x: Tensor, weight: Tensor, begin: int, end: int, buffer: Tensor) ->
     return torch.mm(x, weight[begin:end].to(x.dtype).t(), out=columns_of(buffer, len(x), end - begin))
 
 
-def _gradient_rows(norm: Tensor, grad: Tensor, shaping: Shaping) -> Tensor:
+def _gradient_rows(norm: Tensor, grad: Tensor, transform: LogitTransform) -> Tensor:
     """Return the numbers [3, T] that `to_gradient` reads of each token, from (m, log s) [2, T] and dL/dlogprob [T]."""
-    return torch.stack([*norm, shaping.inner * shaping.outer * grad.to(norm.dtype)])
+    return torch.stack([*norm, transform.inner * transform.outer * grad.to(norm.dtype)])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

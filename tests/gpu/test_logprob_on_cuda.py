@@ -48,15 +48,15 @@ def test_a_chunk_of_more_than_2_to_the_31_elements():
     raw = torch.zeros(tokens, 32_768, dtype=torch.bfloat16, device="cuda")[:, :width]
     raw[last] = torch.randn(10, width, device="cuda").bfloat16()
     targets = torch.randint(width, (tokens,), device="cuda")
-    shaping = epilogue.Shaping.of(1.0, None, 0.9)
+    transform = epilogue.LogitTransform.of(1.0, None, 0.9)
     stats, expected = (epilogue.new_stats(n, raw) for n in (tokens, 10))
-    epilogue_triton.add_statistics(raw, 0, targets, stats, shaping)
-    epilogue.add_statistics(raw[last], 0, targets[last], expected, shaping)
+    epilogue_triton.add_statistics(raw, 0, targets, stats, transform)
+    epilogue.add_statistics(raw[last], 0, targets[last], expected, transform)
     torch.testing.assert_close(stats[:, last], expected, rtol=1e-5, atol=1e-4)
     rows = torch.stack([stats[0], stats[1].log(), torch.ones(tokens, device="cuda")])
     gradient = raw[last].clone()
-    epilogue.to_gradient(gradient, 0, targets[last], rows[:, last].contiguous(), shaping)
-    epilogue_triton.to_gradient(raw, 0, targets, rows, shaping)
+    epilogue.to_gradient(gradient, 0, targets[last], rows[:, last].contiguous(), transform)
+    epilogue_triton.to_gradient(raw, 0, targets, rows, transform)
     torch.testing.assert_close(raw[last], gradient, rtol=1e-2, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ from pack_cases import LARGE, PACKS, a_pack, draw, outcome
 
 from gspo.kernels import epilogue, epilogue_cpu, native, sampling_cpu
 from gspo.kernels.decode_cpu import Pool, Sequences, decode_step
-from gspo.kernels.epilogue import Shaping
+from gspo.kernels.epilogue import LogitTransform
 from gspo.kernels.layers import rms_norm, rotate, silu_product
 from gspo.kernels.linear import can_lay_out, laid_out_linear, lay_out
 from gspo.kernels.rows import rows_attention, rows_kernel_takes
@@ -209,17 +209,17 @@ def test_a_chunk_of_logits_gives_what_pytorch_makes_of_it(dtype, softcap, width)
     memory = (20 * torch.randn(7, 2 * width + 5, generator=g)).to(dtype)
     memory[3, : width // 2] = -torch.inf
     targets = torch.tensor([0, width - 1, width, 2 * width - 1, 0, width // 2, 1])
-    shaping = Shaping.of(0.7, softcap, 0.9)
+    transform = LogitTransform.of(0.7, softcap, 0.9)
     outcomes = []
     for module in (epilogue, epilogue_cpu):
         both, stats = memory.clone(), epilogue.new_stats(7, memory)
         chunks = both[:, :width], both[:, width : 2 * width]
         for i, raw in enumerate(chunks):
-            module.add_statistics(raw, i * width, targets, stats, shaping)
+            module.add_statistics(raw, i * width, targets, stats, transform)
         m, s, _ = stats
         rows = torch.stack([m, s.log(), torch.randn(7, generator=torch.Generator().manual_seed(1))])
         for i, raw in enumerate(chunks):
-            module.to_gradient(raw, i * width, targets, rows, shaping)
+            module.to_gradient(raw, i * width, targets, rows, transform)
         assert both[:, 2 * width :].equal(memory[:, 2 * width :])
         outcomes.append((stats, both))
     (stats, gradient), (mine, ours) = outcomes
