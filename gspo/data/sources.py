@@ -159,6 +159,7 @@ class ArrowRows(Source):
             yield from rows
 
     def _or_error(self, i: int) -> Any:
+        """Return a row, or its error."""
         try:
             return self[i]
         except UserError as e:

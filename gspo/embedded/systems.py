@@ -82,6 +82,7 @@ def calculate(a: int, op: str, b: int) -> int:
 
 
 def _divide(of: str, by: int) -> Step:
+    """Return the step that divides `2x` by its coefficient."""
     return Step(of[-1], of, "/", by, "-")  # a coefficient taken away rather than divided by
 
 

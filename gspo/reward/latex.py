@@ -31,6 +31,7 @@ def equivalent(gold: str, given: str) -> bool:
 
 
 def _equivalent(gold: str, given: str) -> bool:
+    """Compare two texts, unit by unit, word by word, or as objects; may raise."""
     (gold, gold_unit), (given, given_unit) = _split_unit(_tidy(gold)), _split_unit(_tidy(given))
     # 12 cm is taken for 12 but not for 12 m; 50% is neither 50 nor 0.5.
     if gold_unit != given_unit and ((gold_unit and given_unit) or "%" in gold_unit + given_unit):
@@ -91,6 +92,7 @@ _WORD = re.compile(r"\\text|(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{4}
 
 
 def _tidy(text: str) -> str:
+    """Write what is the same in one way: characters, spaces, commands."""
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _TIDY.items():
         text = re.sub(pattern, replacement, text)
@@ -112,6 +114,7 @@ def _split_unit(text: str) -> tuple[str, str]:
 
 
 def _as_words(text: str) -> str:
+    """Return the words of a text, in lower case, for comparison as text."""
     return " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).casefold().split())
 
 
@@ -185,6 +188,7 @@ _UNREADABLE = re.compile(
 
 
 def _one_reading(text: str) -> str:
+    """Rewrite a text with several readings to have one. Raise ValueError for what the library would misread."""
     for pattern, replacement in _READINGS.items():
         text = re.sub(pattern, replacement, text)
     braces, brackets = (
@@ -223,12 +227,14 @@ def _solutions(read):
 
 
 def _is_inequality(read) -> bool:
+    """Return whether this is a relation other than an equation, or a chain of them."""
     import sympy
 
     return isinstance(read, (sympy.core.relational.Relational, sympy.And)) and not isinstance(read, sympy.Eq)
 
 
 def _same(a, b) -> bool:
+    """Return whether two sympy objects are the same, member by member where they have members."""
     import sympy
     from math_verify import verify
 
@@ -281,6 +287,7 @@ def _are_matched(left: list, right: list) -> bool:
 
 
 def _same_relation(a, b) -> bool:
+    """Return whether two relations are the same, turned around or multiplied by a number."""
     import sympy
 
     if type(a) is not type(b):
