@@ -24,7 +24,7 @@ from gspo.packing.logprobs import response_logprobs, surrogate
 from gspo.packing.pack import PackedBatch
 from gspo.rollout.attention import forward
 from gspo.rollout.pages import Layer
-from gspo.rollout.steps import side_by_side
+from gspo.rollout.steps import pack_prompts
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -85,7 +85,7 @@ class FakeModel:
     def kv_layout(self) -> dict[int, Layer]:
         """Return for each layer the shape of the keys and values that it caches for a token."""
         with torch.no_grad(), self.mode, LiveBytes():
-            forward(self.model, probe := side_by_side([(0,)], torch.device("cpu")))
+            forward(self.model, probe := pack_prompts([(0,)], torch.device("cpu")))
         return probe.layout
 
     def training_bytes(self, pack: PackedBatch, autocast: Autocast, exact: bool, accumulating: bool) -> int:

@@ -20,7 +20,7 @@ from gspo.models.loading import load_model_config, resolve_path
 from gspo.models.precision import DTYPES
 from gspo.packing.micro_batches import Row, micro_batches
 from gspo.packing.pack import PackedBatch, pack_rows
-from gspo.rollout.kv_budget import MOST, SHARE, answer_page_size, free_bytes, plan_slots
+from gspo.rollout.kv_budget import MOST, SHARE, free_bytes, plan_slots, response_page_size
 from gspo.rollout.sampler import shares_weights
 from gspo.rollout.weight_layout import laid_out_bytes
 from gspo.types import Prompt, Rollout
@@ -279,14 +279,14 @@ def _sampling(setup: _Setup, sampler: FakeModel, longest_prompt: int, groups: in
     r, layout = setup.cfg.rollout, sampler.kv_layout()
     max_slots = min(groups * r.n, MOST if r.max_slots == "auto" else r.max_slots)
     budget = max(0, int(SHARE * free)) if r.kv_memory_gib == "auto" else int(r.kv_memory_gib * GIB)
-    page, prompts = answer_page_size(r.max_new_tokens), [longest_prompt] * groups
+    page, prompts = response_page_size(r.max_new_tokens), [longest_prompt] * groups
     try:
         plan = plan_slots(layout, prompts, r.n, r.max_new_tokens, max_slots, budget, page)
     except UserError:
         if r.kv_memory_gib != "auto":
             raise
         plan = plan_slots(layout, prompts, r.n, r.max_new_tokens, 1, 2**62, page)  # report what one slot would need
-    tokens = plan.prompt_pages * plan.prompt_page + plan.answer_pages * plan.page
+    tokens = plan.prompt_pages * plan.prompt_page + plan.response_pages * plan.page
     token_bytes = sum(layer.token_bytes for layer in layout.values())
     head = sampler.model.get_output_embeddings().weight  # [V, D]
     float32_copy = FLOAT32 if setup.device == "cuda" else 0

@@ -1,1 +1,1 @@
-"""A Hugging Face model and tokenizer: opened, checked, made faster, never trained here."""
+"""Hugging Face models and tokenizers: opened, checked and made faster; nothing here trains or samples."""

@@ -1,1 +1,1 @@
-"""The sampling engine: N responses to each prompt; it knows no rewards, pairs or losses."""
+"""Sampling: N responses to each prompt, by an engine; nothing here knows rewards, pairs or losses."""

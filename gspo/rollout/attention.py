@@ -1,8 +1,9 @@
-"""The sampler's attention, registered with transformers.
+"""Attend in the sampler, by a function registered with transformers under the name `SLOTS`.
 
-A prompt attends causally to itself, once, and leaves its keys and values in pages. A new token then attends to its
-prompt's pages and to its own: all the answers to a prompt ask its pages together, in one matrix product (Hydragen,
-Juravsky et al. 2024), each slot asks its own pages, and the two parts are merged by their log-sum-exp.
+Prefill: prompts attend causally to themselves, once, and write their keys and values to pages. Decoding: a new token
+attends to its prompt's pages and to its own response's. All responses to a prompt read its pages together, in one
+matrix product (Hydragen, Juravsky et al. 2024), each slot reads its own pages, and the two parts are merged by their
+log-sum-exp.
 """
 
 import math
@@ -30,14 +31,14 @@ from gspo.models.architecture import (
 from gspo.rollout.device_tables import FixedStep, Tables
 from gspo.rollout.pages import PAGE, Layer, Plan
 from gspo.rollout.slots import Slots
-from gspo.rollout.steps import Prefill, Step, side_by_side
+from gspo.rollout.steps import Prefill, Step, pack_prompts
 
 SLOTS = "gspo_slots"
 LN2 = math.log(2)
-QUERIES = 128  # of a prompt at a time: their scores stay in the cache, and half of what is hidden is never computed
-TOLERANCE = {torch.float32: 1e-4}  # mean error of a logit at the median token, as a share of their mean size
-ROUGH = 0.3  # ... in half precision, where the same model run as one batch and as two differs, now and then wholly
-Part = tuple[Tensor, Tensor]  # what a query found [..., Dv], and the log of its weight, base 2 [..., 1]
+QUERIES = 128  # of a prompt at a time: their scores stay in the CPU's cache, and half of the hidden ones are skipped
+TOLERANCE = {torch.float32: 1e-4}  # mean error of a logit at the median token / the logits' mean size
+HALF_TOLERANCE = 0.3  # in half precision, where a model run as one batch and as two may differ, at times completely
+Part = tuple[Tensor, Tensor]  # attention over some of the keys [..., Dv], and its log-sum-exp, base 2 [..., 1]
 
 
 def slot_attention(
@@ -53,44 +54,48 @@ def slot_attention(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers calls it: query [B, H, Q, D], key, value [B, Hk, Q, D] -> [B, Q, H, Dv].
+    """Attend as transformers calls it: query [B, H, Q, D], key, value [B, Hk, Q, D] -> [B, Q, H, Dv].
 
-    B = 1 and Q = T for a `Prefill`, B = S and Q = 1 for a step. Raises UserError where the model asks for an
-    attention that this is not.
+    B = 1 and Q = T for a `Prefill`, B = S and Q = 1 for a step. Raises UserError where the model asks for another kind
+    of attention than this.
     """
-    assert attention_mask is None and dropout == 0.0, "no mask is built for us, and a sampler is in eval mode"
+    assert attention_mask is None and dropout == 0.0, (
+        "transformers builds no mask for us, and a sampler is in eval mode"
+    )
     check_attention_arguments(module, slots, options)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise unsupported_model(module.config, "does not number its layers")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    over = {Prefill: attend_prompts, Step: attend_slots, FixedStep: attend_fixed}[type(slots)]
-    return over(slots, layer, query, key, value, scale, softcap, options.get("sliding_window")), None
+    attend = {Prefill: attend_prompts, Step: attend_slots, FixedStep: attend_fixed}[type(slots)]
+    return attend(slots, layer, query, key, value, scale, softcap, options.get("sliding_window")), None
 
 
 AttentionInterface.register(SLOTS, slot_attention)
 
 
 def attend_prompts(
-    p: Prefill, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
+    prefill: Prefill, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    """Prompts side by side, query [1, H, T, D], each with itself -> [1, T, H, Dv]; keys and values go to its pages."""
-    if p.pool is None:
-        p.layout[layer] = Layer(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+    """Attend causally within each prompt, query [1, H, T, D] -> [1, T, H, Dv]; write keys and values to its pages."""
+    if prefill.pool is None:
+        prefill.layout[layer] = Layer(key.shape[1], key.shape[3], value.shape[3], key.dtype)
     else:
         rows = (x[0].transpose(0, 1).flatten(0, 1) for x in (key, value))
-        p.pool.write(layer, p.places(key.shape[1]), *rows)
-        p.pool.attention_kinds_seen.add((scale, softcap, window))
+        prefill.pool.write(layer, prefill.places(key.shape[1]), *rows)
+        prefill.pool.attention_kinds_seen.add((scale, softcap, window))
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
     if (backend := backend_for(*tokens, softcap)) is not None:
-        return backend.forward(*(x.contiguous() for x in tokens), Rule(p.segments(window), scale, softcap))[0][None]
+        return backend.forward(*(x.contiguous() for x in tokens), Rule(prefill.segments(window), scale, softcap))[0][
+            None
+        ]
     if rows_kernel_takes(*tokens):
-        return rows_attention(*tokens, p.rows if has_storage(query) else NO_ROWS, scale, softcap, window)[None]
+        return rows_attention(*tokens, prefill.rows if has_storage(query) else NO_ROWS, scale, softcap, window)[None]
     heads, kv_heads = query.shape[1], key.shape[1]
     out = query.new_empty(query.shape[2], heads, value.shape[3])
     start = 0
-    for size, alike in groupby(p.sizes):  # neighbours of one length go together
+    for size, alike in groupby(prefill.sizes):  # neighbours of one length go together
         count = len(list(alike))
         mine = slice(start, start := start + count * size)
         q, keys, values = (x[0, :, mine].unflatten(1, (count, size)) for x in (query, key, value))
@@ -103,7 +108,7 @@ def attend_prompts(
                 q[:, :, at:end].unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(kv_heads * count, -1, q.shape[3])
             )
             shape = (kv_heads * count, heads // kv_heads, end - at)
-            bias = p.bias(at, end, first, window)
+            bias = prefill.bias(at, end, first, window)
             sums, total, _ = weigh(some, keys[:, first:end], values[:, first:end], shape, bias, scale, softcap)
             sums = sums.div_(total).view(kv_heads, count, *sums.shape[1:])
             found[:, at:end] = sums.permute(1, 3, 0, 2, 4).flatten(2, 3)
@@ -114,8 +119,10 @@ def attend_slots(
     step: Step, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    """One new token a slot, query [S, H, 1, D], with its prompt and what was answered so far -> [S, 1, H, Dv]."""
-    if cpu_kernels_take(query, key, value, step.answers.keys[layer]) and query.shape[-1] % 2 == 0:  # halves go by pairs
+    """Attend from one new token a slot, query [S, H, 1, D], to its prompt and its response so far -> [S, 1, H, Dv]."""
+    if (
+        cpu_kernels_take(query, key, value, step.responses.keys[layer]) and query.shape[-1] % 2 == 0
+    ):  # halves go by pairs
         tokens = (x[:, :, 0] for x in (query, key, value))
         read = (
             Pool(x.keys[layer], x.values[layer], y) for x, y in zip(step.pools, step.sequences(window), strict=True)
@@ -124,12 +131,12 @@ def attend_slots(
     count, heads, _, width = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    step.answers.write(layer, step.places(kv_heads), key[:, :, 0].flatten(0, 1), value[:, :, 0].flatten(0, 1))
+    step.responses.write(layer, step.places(kv_heads), key[:, :, 0].flatten(0, 1), value[:, :, 0].flatten(0, 1))
 
     q = query.reshape(count, kv_heads, group, width)
-    keys, values = step.answers.read(layer, len(step.answer_owner))
-    bias = step.answer_bias(window)
-    own = attend_pages(q, keys, values, step.answer_owner, step.answer_only, bias, scale, softcap)
+    keys, values = step.responses.read(layer, len(step.response_owner))
+    bias = step.response_bias(window)
+    own = attend_pages(q, keys, values, step.response_owner, step.response_only, bias, scale, softcap)
 
     prompts, most = step.members.shape
     q = q.index_select(0, step.members.flatten()).view(prompts, most, kv_heads, group, width)
@@ -138,7 +145,7 @@ def attend_slots(
     bias = step.prompt_bias(window, group)
     shared = attend_pages(q, keys, values, step.prompt_owner, step.prompt_only, bias, scale, softcap)
     shared = [
-        x.view(prompts, kv_heads, most, group, -1).transpose(1, 2).flatten(0, 1).index_select(0, step.place)
+        x.view(prompts, kv_heads, most, group, -1).transpose(1, 2).flatten(0, 1).index_select(0, step.member_index)
         for x in shared
     ]
     weight = torch.sigmoid((shared[1] - own[1]) * LN2)  # of the prompt: 2^a / (2^a + 2^b)
@@ -149,7 +156,7 @@ def attend_fixed(
     step: FixedStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    """The same as `attend_slots` by tables on the device, in shapes that do not depend on them."""
+    """Attend as `attend_slots` does, by tables on the device and in shapes that do not depend on their contents."""
     step.write(layer, key[:, :, 0], value[:, :, 0])
     return decode_attention(query[:, :, 0], *step.pools(layer), step.flat_positions, scale, softcap, window)[:, None]
 
@@ -164,11 +171,11 @@ def attend_pages(
     scale: float,
     softcap: float | None,
 ) -> Part:
-    """Queries q [O, Hk, M, D] of O owners over pages keys, values [n, Hk, page, D], owned by owner [n].
+    """Attend with queries q [O, Hk, M, D] of O owners to pages keys, values [n, Hk, page, D], owned by owner [n].
 
-    only [O] is the page of each owner where none has more than one, and there is nothing to merge;
-    bias [n, 1, 1 or M, page] is 0 on what is seen and HIDDEN elsewhere. -> outputs [O, Hk, M, Dv] and the log-sum-exp
-    of their scores [O, Hk, M, 1], base 2, float32.
+    only [O] is the page of each owner where none has more than one, so that there is nothing to merge;
+    bias [n, 1, 1 or M, page] is 0 on keys that are seen and HIDDEN elsewhere. -> outputs [O, Hk, M, Dv] and the
+    log-sum-exp of their scores [O, Hk, M, 1], base 2, float32.
     """
     n, kv_heads = keys.shape[:2]
     rows = q.index_select(0, owner).flatten(0, 1)
@@ -193,10 +200,11 @@ def weigh(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, M, D], keys [B, K, D], values [B, K, Dv], of which B * M is taken as `shape`, with a bias [..., K] for it.
+    """Compute an unnormalized softmax: q [B, M, D], keys [B, K, D], values [B, K, Dv], bias [..., K].
 
-    -> sums of the values by weights 2^(score - top) [*shape, Dv], sums of the weights and top [*shape, 1], in float32;
-    products are in the type of the keys. On CPUs exp2 takes a third of exp's time, and a twelfth where exp underflows.
+    `shape` is what B * M is viewed as, to match the bias. -> the values weighted by 2^(score - top) [*shape, Dv], the
+    sums of these weights and top [*shape, 1], in float32; products are in the keys' dtype. On CPUs exp2 takes a third
+    of exp's time, and a twelfth where exp underflows.
     """
     scores = torch.bmm(whole_tiles(q), whole_tiles(keys).transpose(1, 2)).view(*shape, -1)
     if softcap is not None:
@@ -210,7 +218,7 @@ def weigh(
 
 
 def forward(model: nn.Module, slots: Prefill | Step | FixedStep, tokens: Tensor | None = None) -> Tensor:
-    """The model over prompts -> logits [B, V] at their ends; over one token [S] a slot -> logits [S, V]."""
+    """Run the model over prompts -> logits [B, V] at their last tokens; over one token [S] a slot -> logits [S, V]."""
     with attention_implementation(model.config.get_text_config(), SLOTS):
         if not isinstance(slots, Prefill):
             given = {"input_ids": tokens[:, None], "position_ids": slots.positions}
@@ -222,32 +230,31 @@ def forward(model: nn.Module, slots: Prefill | Step | FixedStep, tokens: Tensor 
 
 @torch.no_grad()
 def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> dict[int, Layer]:
-    """What each layer keeps of a token. UserError unless slots give a few tokens the logits of plain forwards, by steps
-    of either kind.
+    """Return what each layer keeps of a token; raise UserError unless slots give the logits of plain forwards.
 
-    Sees what no configuration says: a model that keeps state of its own, that counts positions by itself, or that gives
-    its attention something we do not know.
+    A few tokens are decoded by steps, with `fixed` those of device_tables.py. This finds what no configuration says: a
+    model that keeps state of its own, that counts positions itself, or that passes unknown arguments to its attention.
     """
     check_architecture(model.config)
     first = ordinary_token(model.config)
     prompts = [(first + 3, first + 1, first + 4), (first + 1,)]
-    answers = first + torch.tensor([[1, 5, 9], [2, 6, 5], [5, 3, 5]], device=device)
+    responses = first + torch.tensor([[1, 5, 9], [2, 6, 5], [5, 3, 5]], device=device)
     try:
-        probe = side_by_side([(0,)], device)
+        probe = pack_prompts([(0,)], device)
         forward(model, probe)
         page = PAGE if fixed else 2
         slots = Slots(probe.layout, Plan(3, 3, 3, page=page, prompt_page=page), device)
         logits = forward(model, slots.prefill([0, 1], prompts))
         slots.seat([0, 1, 2], owners := [0, 0, 1])
         step = partial(_fixed_step, Tables(slots, 3, 2, 3, 3)) if fixed else slots.step
-        mine = [logits[owners]] + [forward(model, step(), answers[:, t]) for t in range(2)]
+        mine = [logits[owners]] + [forward(model, step(), responses[:, t]) for t in range(2)]
     except (TypeError, KeyError) as e:
         raise unsupported_model(model.config, f"cannot be run token by token ({type(e).__name__}: {e})") from e
     plain = []
-    for owner, answer in zip(owners, answers.tolist(), strict=True):
-        ids = torch.tensor([[*prompts[owner], *answer]], device=device)
+    for owner, response in zip(owners, responses.tolist(), strict=True):
+        ids = torch.tensor([[*prompts[owner], *response]], device=device)
         plain.append(model(input_ids=ids, use_cache=False).logits[0, -4:-1].float())
-    tolerance = TOLERANCE.get(logits.dtype, ROUGH)
+    tolerance = TOLERANCE.get(logits.dtype, HALF_TOLERANCE)
     mine, plain = torch.stack(mine, 1).float(), torch.stack(plain)
     size = (plain - plain.mean(-1, keepdim=True)).abs().mean()
     if (mine - plain).abs().mean(-1).median() > tolerance * size:
@@ -256,7 +263,7 @@ def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> 
 
 
 def _fixed_step(tables: Tables) -> FixedStep:
-    """A step of a block of its own."""
+    """Return the only step of a block."""
     slots = tables.slots
     tables.load(len(slots), slots.length + 1, spare_row=len(slots))
     slots.length = slots.length + 1

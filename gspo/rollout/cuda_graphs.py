@@ -1,4 +1,4 @@
-"""Work that never waits for the host, as CUDA graphs: recorded once a size, then launched as a whole."""
+"""Replay a decoding step as a CUDA graph: captured once for each number of slots, then launched as a whole."""
 
 import sys
 import warnings
@@ -11,17 +11,17 @@ Work = Callable[[int], None]
 
 
 class Replay:
-    """Calls work(size), always the same work; by graphs on a GPU `device`, where it is run as it is the first time that
-    a size comes, and recorded the second.
+    """Call work(size), always the same work; on a GPU `device` through one CUDA graph for each size.
 
-    The work is not kept: it may own what owns its graphs. Only its effects on tensors that were there before are its
-    own: what it allocates belongs to its graph. Work that waits for the device, or cannot be recorded, goes on being
-    run as it is, and one line on stderr says so.
+    The first call with a size runs the work directly, the second captures it, later ones replay the graph. The work
+    is not kept in here, as it may own this object. Its results must be written to tensors that existed before:
+    whatever it allocates belongs to the graph. Work that waits for the device or cannot be captured is always run
+    directly, and one line on stderr says so.
     """
 
     def __init__(self, device: torch.device | None):
         self._device = device
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: seen once
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: run once, not captured yet
 
     def __call__(self, work: Work, size: int) -> None:
         if self._device is None:
@@ -48,7 +48,7 @@ class Replay:
             work(size)
 
     def _first(self, work: Work, size: int) -> None:
-        """Compiles what has to be compiled; an error where something waits for the device."""
+        """Run the work directly, which compiles its kernels; RuntimeError where it waits for the device."""
         with no_waiting():
             work(size)
 
@@ -64,10 +64,10 @@ class Replay:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """RuntimeError where the host is about to wait for the device inside."""
+    """Raise RuntimeError where the host would wait for the device inside."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is new
+        warnings.simplefilter("ignore")  # PyTorch's note that the debug mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield

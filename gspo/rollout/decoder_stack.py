@@ -81,7 +81,7 @@ def _stack(layers: list[nn.Module], laid_out: dict[nn.Module, Tensor], slots: Sl
     weights = [_weights(layer, laid_out) for layer in layers]
     numbers = [layer.self_attn.layer_idx for layer in layers]
     pages = [
-        LayerPages(*(x for pool in (slots.prompts, slots.answers) for x in pool.read(i, pool.count))) for i in numbers
+        LayerPages(*(x for pool in (slots.prompts, slots.responses) for x in pool.read(i, pool.count))) for i in numbers
     ]
     return Stack(weights, pages, sizes, first.scaling, norm_eps(layers[0].input_layernorm))
 

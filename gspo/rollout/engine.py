@@ -18,7 +18,7 @@ from gspo.rollout.attention import check_slots, forward
 from gspo.rollout.cuda_graphs import Replay
 from gspo.rollout.decoder_stack import fused_decoder_stack
 from gspo.rollout.device_tables import FixedStep, Tables
-from gspo.rollout.kv_budget import SHARE, answer_page_size, free_bytes, plan_slots
+from gspo.rollout.kv_budget import SHARE, free_bytes, plan_slots, response_page_size
 from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.sampling import draw
 from gspo.rollout.slots import Slots
@@ -47,7 +47,7 @@ class PagedEngine:
             longest,
             None if options.max_slots == "auto" else options.max_slots,
             self._kv_bytes(),
-            options.page or answer_page_size(longest),
+            options.page or response_page_size(longest),
         )
         return PagedGeneration(self.model, Slots(self.layout, plan, self.device), plan.slots, requests, options.agree)
 

@@ -1,4 +1,4 @@
-"""How many answers can be generated at the same time in the memory there is."""
+"""Plan slots and pages: how many responses can be generated at the same time in the memory there is."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from gspo.system.torchrun import local_world_size
 
 SHARE = 0.5  # of what is free, where `rollout.kv_memory_gib` is auto
 MOST = 1024  # slots, where `rollout.max_slots` is auto: beyond it steps only grow longer
-WASTE = 1.125  # of the prompts' pages, for larger ones
+WASTE = 1.125  # tokens of the prompts' pages may grow so many times for larger pages
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take on the device; processes of one machine share its own equally."""
+    """Return the memory that this process can still take on the device; a machine's processes share its RAM equally."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,21 +29,25 @@ def free_bytes(device: torch.device) -> int:
     return free // local_world_size()
 
 
-def answer_page_size(longest: int) -> int:
-    """PAGE, or less where answers of at most `longest` tokens would leave most of it empty: all of a page is read."""
+def response_page_size(longest: int) -> int:
+    """Return PAGE, or less where responses of at most `longest` tokens would leave most of a page empty: all of it is
+    read."""
     return min(PAGE, max(16, 1 << (longest - 1).bit_length()))
 
 
 def prompt_page_size(sizes: list[int], page: int) -> int:
-    """`page`, or a multiple, up to 8 PAGE, where prompts of these sizes leave hardly more of such pages empty.
+    """Return `page` or a multiple, up to 8 PAGE, if prompts of these sizes leave hardly more of such pages empty.
 
-    Larger pages make larger matrix products, and less to merge.
+    Larger pages make larger matrix products, and fewer parts to merge.
     """
-    kept = lambda width: sum(pages_for(size, width) * width for size in sizes)  # noqa: E731
+
+    def tokens(width: int) -> int:
+        return sum(pages_for(size, width) * width for size in sizes)
+
     widths = [page]
     while 2 * widths[-1] <= 8 * max(page, PAGE):
         widths.append(2 * widths[-1])
-    return max(width for width in widths if kept(width) <= WASTE * kept(page))
+    return max(width for width in widths if tokens(width) <= WASTE * tokens(page))
 
 
 def plan_slots(
@@ -55,10 +59,10 @@ def plan_slots(
     budget: int,
     page: int = PAGE,
 ) -> Plan:
-    """As many slots as `budget` bytes hold keys and values for, at most `max_slots`.
+    """Plan as many slots as `budget` bytes hold keys and values for, at most `max_slots`.
 
-    `sizes` are the prompts' tokens, of which half as many again are kept as the slots need at one time: prompts whose
-    last answer is long stay while others come. Raises UserError where not even one answer fits.
+    `sizes` are the prompts' tokens. Pages are planned for half as many prompts again as the slots need at one time, as
+    a prompt whose last response is long stays while others come. Raises UserError where not even one response fits.
     """
     token_bytes = sum(layer.token_bytes for layer in layout.values())
     wide = prompt_page_size(sizes, page)
@@ -77,8 +81,8 @@ def plan_slots(
         low, high = (middle, high) if need(middle) <= budget else (low, middle - 1)
     if low == 0:
         raise UserError(
-            f"rollout.kv_memory_gib: the keys and values of one answer of {longest} tokens to a prompt of {largest[0]} "
-            f"need {need(1) / 2**30:.3g} GiB, and there are {budget / 2**30:.3g}. Raise it, or lower "
+            f"rollout.kv_memory_gib: the keys and values of one response of {longest} tokens to a prompt of "
+            f"{largest[0]} need {need(1) / 2**30:.3g} GiB, and there are {budget / 2**30:.3g}. Raise it, or lower "
             "rollout.max_new_tokens or data.max_prompt_length."
         )
     return Plan(low, prompt_pages(low), low * each, page, wide)

@@ -1,4 +1,4 @@
-"""Pages that hold keys and values, PAGE tokens of one owner each, and who has which."""
+"""Hold keys and values in pages of PAGE tokens of one owner each, with a list of the free ones (the KV cache)."""
 
 import heapq
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 PAGE = 64  # tokens
-FAR = 2**62  # first position of a page that nobody reads
+FAR = 2**62  # start position of a page that must not be read
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer keeps of a token on this rank: `heads` keys of `key_dim` numbers and values of `value_dim`."""
+    """What one layer keeps of a token on this rank: `heads` keys [key_dim] and values [value_dim]."""
 
     heads: int
     key_dim: int
@@ -26,31 +26,32 @@ class Layer:
 
 
 def pages_for(tokens: int, page: int = PAGE) -> int:
+    """Return how many pages so many tokens take."""
     return -(-tokens // page)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is allocated: answers generated at the same time, and the pages and their sizes, in tokens."""
+    """What is allocated: slots, and pages with their sizes in tokens."""
 
     slots: int
     prompt_pages: int
-    answer_pages: int
+    response_pages: int
     page: int = PAGE
     prompt_page: int = PAGE
 
 
 class Pages:
-    """A pool of pages with their owners. Those in use lie among the first `reach`, which is what attention reads."""
+    """A pool of `count` pages with their owners. Attention reads the first `reach`, which hold all pages in use."""
 
     def __init__(self, layout: dict[int, Layer], count: int, device: torch.device, page: int = PAGE):
-        def room(layer: Layer, width: int) -> Tensor:  # zeros: what was never written must not be NaN
+        def allocate(layer: Layer, width: int) -> Tensor:  # zeros: memory that was never written must not be NaN
             return torch.zeros(count, layer.heads, page, width, dtype=layer.dtype, device=device)
 
         self.page, self.count = page, count
-        self.keys = {i: room(layer, layer.key_dim) for i, layer in layout.items()}
-        self.values = {i: room(layer, layer.value_dim) for i, layer in layout.items()}
-        self.owner = np.full(count, -1)
+        self.keys = {i: allocate(layer, layer.key_dim) for i, layer in layout.items()}
+        self.values = {i: allocate(layer, layer.value_dim) for i, layer in layout.items()}
+        self.owner = np.full(count, -1)  # number of a prompt or slot; -1: free
         self.start = np.zeros(count, dtype=np.int64)  # position of a page's first token in its sequence
         self._free = list(range(count))
         self.attention_kinds_seen: set[tuple[float, float | None, int | None]] = set()  # (scale, soft cap, window)
@@ -70,39 +71,39 @@ class Pages:
 
     @property
     def spare(self) -> int:
-        """A page that nobody has."""
+        """Return a free page, without taking it."""
         assert self._free, "every page has an owner"
         return self._free[0]
 
     def take(self, owners: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Page numbers, the lowest that are free, for these owners and first positions."""
-        assert len(owners) <= self.free, "pages were promised that are not there"
+        """Take the lowest free pages for these owners and start positions -> their numbers."""
+        assert len(owners) <= self.free, "more pages are taken than the plan allocated"
         pages = np.array([heapq.heappop(self._free) for _ in owners], dtype=np.int64)
         self.owner[pages], self.start[pages] = owners, starts
         return pages
 
-    def release(self, gone: np.ndarray) -> None:
-        """Free the pages of which `gone` [count] is true."""
-        for page in np.flatnonzero(gone).tolist():
+    def release(self, released: np.ndarray) -> None:
+        """Free the pages for which `released` [count] is true."""
+        for page in np.flatnonzero(released).tolist():
             heapq.heappush(self._free, page)
-        self.owner[gone] = -1
+        self.owner[released] = -1
 
     def write(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys, values [T * Hk, D] at `where` [T * Hk], of `places`."""
+        """Write keys, values [T * Hk, D] at `where` [T * Hk], as `places` returns it."""
         self.keys[layer].view(-1, keys.shape[1]).index_copy_(0, where, keys)
         self.values[layer].view(-1, values.shape[1]).index_copy_(0, where, values)
 
     def places(self, pages: Tensor, offsets: Tensor, heads: int) -> Tensor:
-        """[T * Hk]: which rows of [count * Hk * page] are those at `offsets` [T] of `pages` [T]."""
+        """Return the rows of [count * Hk * page] that belong to `offsets` [T] of `pages` [T]: [T * Hk]."""
         head = torch.arange(heads, device=pages.device)
         return ((pages[:, None] * heads + head) * self.page + offsets[:, None]).flatten()
 
     def read(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `count` pages, [count, Hk, page, D]."""
+        """Return keys and values of the first `count` pages, [count, Hk, page, D]."""
         return self.keys[layer][:count], self.values[layer][:count]
 
-    def gather(self) -> None:
-        """Move pages down into free ones when most of those read are free: the last long answers are then cheap."""
+    def compact(self) -> None:
+        """Move pages down into free ones when most of those read are free: then the last long responses stay cheap."""
         used = np.flatnonzero(self.owner >= 0)
         if self.reach <= 2 * len(used):
             return

@@ -1,4 +1,4 @@
-"""Random numbers and the choice of a token: pure functions.
+"""Draw tokens from logits, with random numbers that belong to the token: pure functions.
 
 Randomness is stateless: the uniform behind a token depends on (seed, purpose, step, prompt, sample, position) and on
 nothing else, so a response does not change with its batch mates, with the order of work or with the number of ranks.
@@ -15,22 +15,22 @@ from gspo.errors import UserError
 from gspo.kernels.sampling import sample
 
 _MASK32 = 0xFFFFFFFF
-BLOCK = 256  # vocabulary entries that are summed in float32 before float64 takes over
-NUCLEUS = 256  # tokens sorted at first for top_p
-CPU_ENTRIES = 2**20  # logits worked on at a time: their passes find 4 MiB in a cache
+BLOCK = 256  # vocabulary entries summed in float32; blocks are added up in float64
+NUCLEUS = 256  # likeliest tokens sorted at first for top_p; more only if needed
+CPU_ENTRIES = 2**20  # logits worked on at a time: 4 MiB stay in a CPU's cache from pass to pass
 LN2 = math.log(2)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy. Raises UserError for what cannot be."""
+    """How tokens are drawn; `temperature` 0 is greedy. Raises UserError for values out of range."""
 
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
     max_new_tokens: int = 64
-    stop: tuple[str, ...] = ()  # an answer ends with the token that completes one of these, and keeps it
+    stop: tuple[str, ...] = ()  # a response ends with the token that completes one of these, and keeps it
 
     def __post_init__(self) -> None:
         for name, fits, wanted in (
@@ -56,7 +56,7 @@ class Sampling:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """lowbias32, a 32-bit integer hash (nullprogram.com/blog/2018/07/31), on int64 tensors holding 32-bit values."""
+    """Hash 32-bit values, held in int64 tensors, by lowbias32 (nullprogram.com/blog/2018/07/31)."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK32
     x = x ^ (x >> 15)
@@ -71,7 +71,7 @@ def fold(state: Tensor, value: Tensor | int) -> Tensor:
 
 
 def sample_keys(seed: int, purpose: int, step: int, prompt_ids: Tensor, sample_index: Tensor) -> Tensor:
-    """One 32-bit key a sequence: [R] int64 from prompt ids [R] and sample indices [R]."""
+    """Return one 32-bit key a response: [R] int64, from prompt ids [R] and sample indices [R]."""
     key = torch.zeros_like(prompt_ids)
     for value in (seed, purpose, step, prompt_ids, sample_index):
         key = fold(key, value)
@@ -79,16 +79,16 @@ def sample_keys(seed: int, purpose: int, step: int, prompt_ids: Tensor, sample_i
 
 
 def uniforms(keys: Tensor, position: Tensor | int) -> Tensor:
-    """[R] float64, uniform on (0, 1), for token `position` ([R], or one for all) of the sequences with these keys."""
+    """Return [R] float64, uniform on (0, 1), for token `position` ([R], or one for all) of the responses of `keys`."""
     high, low = fold(keys, 2 * position), fold(keys, 2 * position + 1)
     return (((high << 21) ^ low).double() + 0.5) / 2.0**53
 
 
 def threshold(logits: Tensor, sampling: Sampling) -> Tensor | None:
-    """[R, 1]: the least temperature-scaled logit [R, V] that top_k, top_p and min_p, in this order, leave in the draw.
+    """Return the smallest temperature-scaled logit of [R, V] that top_k, top_p and min_p, in this order, keep: [R, 1].
 
-    Tokens as likely as the last one kept are kept, too, so the draw does not depend on how ties are sorted. None where
-    nothing is ruled out.
+    Tokens as likely as the last one kept are kept, too, so that the draw does not depend on how ties are sorted. None
+    where all tokens are kept.
     """
     least = None
     if sampling.top_k:
@@ -102,9 +102,10 @@ def threshold(logits: Tensor, sampling: Sampling) -> Tensor | None:
 
 
 def _nucleus(logits: Tensor, least: Tensor | None, top_p: float) -> Tensor:
-    """[R, 1]: the last logit before which less than `top_p` lies, of what is at least `least` [R, 1].
+    """Return the smallest logit of the nucleus [R, 1]: the likeliest tokens until their probabilities reach `top_p`.
 
-    Only the likeliest `count` tokens are sorted, more of them until they hold the nucleus.
+    Logits below `least` [R, 1] do not count. Only the likeliest `count` tokens are sorted, more of them until they hold
+    the nucleus.
     """
     kept = logits if least is None else logits.masked_fill(logits < least, -torch.inf)
     total, count = kept.logsumexp(-1, keepdim=True), NUCLEUS
@@ -120,9 +121,9 @@ def _nucleus(logits: Tensor, least: Tensor | None, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, keys: Tensor, position: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """`choose` from logits [R, V], by the uniforms of the sequences with these keys [R] for tokens `position` [R].
+    """Draw as `choose` does from logits [R, V], with the uniforms of the responses of `keys` [R] at `position` [R].
 
-    By a kernel that takes these logits (kernels/sampling.py), on CUDA without a wait for the device, or by `choose`.
+    By a kernel that takes these logits (kernels/sampling.py), on CUDA without waiting for the device, or by `choose`.
     """
     s = sampling
     drawn = sample(logits, keys, position, s.temperature, s.top_k, s.top_p, s.min_p)
@@ -145,7 +146,7 @@ def choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor
 
 
 def _choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """In base 2: on CPUs exp2 takes a third of exp's time."""
+    """Choose in base 2: on CPUs exp2 takes a third of exp's time."""
     below = logits.float() * (1 / (LN2 * (sampling.temperature or 1.0)))
     below.sub_(below.amax(-1, keepdim=True))
     weights = below.exp2()
@@ -167,7 +168,7 @@ def _choose(logits: Tensor, u: Tensor | None, sampling: Sampling) -> tuple[Tenso
 
 
 def invert(weights: Tensor, u: Tensor) -> Tensor:
-    """The first token at which the running sum of weights [R, V] reaches the share u [R] of the whole: [R].
+    """Return the first token at which the running sum of weights [R, V] reaches the share u [R] of the whole: [R].
 
     Two levels: float32 sums of blocks, added up in float64, choose the block; float64 sums inside it choose the token.
     What is drawn follows the weights as exactly as float32 holds them, and only V / BLOCK + BLOCK entries a row are

@@ -1,4 +1,4 @@
-"""What a forward of the sampler needs to know: prompts side by side, or one new token for each slot."""
+"""Hold what attention needs to know in a forward of the sampler: of a prefill, or of one new token for each slot."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,33 +14,33 @@ from gspo.kernels.rows import Rows
 from gspo.kernels.varlen import Segments
 from gspo.rollout.pages import FAR, Layer, Pages
 
-HIDDEN = -1e30  # added to the scores of what is not seen; finite, so that a page without anything seen gives no NaN
+HIDDEN = -1e30  # added to the scores of keys that are not seen; finite, so that a page with none seen gives no NaN
 
 
 @dataclass(eq=False)
 class Prefill:
-    """Prompts side by side, T tokens without padding: what the model's forward over them needs."""
+    """B prompts of T tokens together, one after the other without padding."""
 
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T]
-    last: Tensor  # [B], where each prompt ends
+    last: Tensor  # [B], index of each prompt's last token
     sizes: list[int]  # B
-    pages: Tensor | None = None  # [T], where its keys and values go
+    pages: Tensor | None = None  # [T], where keys and values are written
     offsets: Tensor | None = None  # [T]
-    pool: Pages | None = None  # None: nothing is kept but the layout
+    pool: Pages | None = None  # None: only the layout is recorded
     layout: dict[int, Layer] = field(default_factory=dict)
     _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _bias: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
     _segments: dict[int | None, Segments] = field(default_factory=dict, repr=False)
 
     def places(self, heads: int) -> Tensor:
-        """[T * Hk]: where in the pool its keys and values go."""
+        """Return where in the pool keys and values are written: [T * Hk]."""
         if heads not in self._places:
             self._places[heads] = self.pool.places(self.pages, self.offsets, heads)
         return self._places[heads]
 
     def segments(self, window: int | None) -> Segments:
-        """The prompts, each of which attends causally to itself."""
+        """Return the prompts as segments that attend causally to themselves."""
         if window not in self._segments:
             sizes = torch.tensor(self.sizes)
             self._segments[window] = Segments.of(sizes, sizes, True, window, self.ids.device)
@@ -48,11 +48,11 @@ class Prefill:
 
     @cached_property
     def rows(self) -> Rows:
-        """The prompts as compiled code wants them (kernels/rows.py)."""
+        """Return the prompts in the form that compiled code takes (kernels/rows.py)."""
         return Rows.apart(self.sizes)
 
     def bias(self, at: int, end: int, first: int, window: int | None) -> Tensor:
-        """[end - at, end - first]: HIDDEN where a prompt's tokens from `at` to `end` do not see those from `first`."""
+        """[end - at, end - first]: HIDDEN where queries `at` to `end` do not see keys `first` to `end`."""
         if (key := (at, end, first, window)) not in self._bias:
             query = torch.arange(at, end, device=self.ids.device)[:, None]
             other = torch.arange(first, end, device=self.ids.device)
@@ -63,54 +63,54 @@ class Prefill:
 
 @dataclass(eq=False)
 class Step:
-    """One new token for each of S slots, asked of B prompts by at most M slots each."""
+    """One new token for each of S slots, whose responses belong to B prompts, at most M of them to one prompt."""
 
     positions: Tensor  # [S, 1]
-    lengths: Tensor  # [S], tokens of the answer kept, the new one included
-    answers: Pages
-    page: Tensor  # [S], where the new token's keys and values go
+    lengths: Tensor  # [S], tokens of each response, the new one included
+    responses: Pages
+    page: Tensor  # [S], where the new token's keys and values are written
     offset: Tensor  # [S]
-    answer_owner: Tensor  # [n], the slot that each page belongs to; 0 for free ones, which are hidden
-    answer_only: Tensor | None  # [S], the page of each slot, if none has more
-    answer_start: Tensor  # [n]; so far behind that nothing is seen, for free ones
+    response_owner: Tensor  # [n], the slot that owns each page; 0 for free ones, which are hidden
+    response_only: Tensor | None  # [S], the page of each slot, if each has only one
+    response_start: Tensor  # [n], position of the page's first token; FAR for free ones
     prompts: Pages
-    prompt_owner: Tensor  # [m], the place among the B prompts
+    prompt_owner: Tensor  # [m], which of the B prompts owns each page
     prompt_only: Tensor | None  # [B]
     prompt_start: Tensor  # [m]
     prompt_sizes: Tensor  # [B]
-    members: Tensor  # [B, M], slots that answer each prompt; 0 where there are fewer
-    place: Tensor  # [S], each slot's index in [B * M]
-    asks: Tensor  # [S], the place of each slot's prompt among the B
+    members: Tensor  # [B, M], the slots of each prompt; 0 where there are fewer
+    member_index: Tensor  # [S], each slot's index in [B * M]
+    prompt_of_slot: Tensor  # [S], which of the B prompts
     _bias: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     _places: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _sequences: dict[int | None, tuple[Sequences, Sequences]] = field(default_factory=dict, repr=False)
 
     @property
     def pools(self) -> tuple[Pages, Pages]:
-        return self.prompts, self.answers
+        return self.prompts, self.responses
 
     def sequences(self, window: int | None) -> tuple[Sequences, Sequences]:
-        """The prompts and the answers as compiled code wants them (kernels/decode_cpu.py)."""
+        """Return prompts and responses in the form that compiled code takes (kernels/decode_cpu.py)."""
         if window not in self._sequences:
-            lengths, which, sizes = self.lengths.numpy(), self.asks.numpy(), self.prompt_sizes.numpy()
+            lengths, which, sizes = self.lengths.numpy(), self.prompt_of_slot.numpy(), self.prompt_sizes.numpy()
             far = self.positions[:, 0].numpy() + 1 if window is None else window
             self._sequences[window] = (
                 _sequences(self.prompt_owner, self.prompt_start, sizes, which, sizes[which] + lengths - far),
-                _sequences(self.answer_owner, self.answer_start, lengths, np.arange(len(lengths)), lengths - far),
+                _sequences(self.response_owner, self.response_start, lengths, np.arange(len(lengths)), lengths - far),
             )
         return self._sequences[window]
 
     def places(self, heads: int) -> Tensor:
-        """[S * Hk]: where among the answers' pages the new keys and values go."""
+        """Return where in the responses' pages the new keys and values are written: [S * Hk]."""
         if heads not in self._places:
-            self._places[heads] = self.answers.places(self.page, self.offset, heads)
+            self._places[heads] = self.responses.places(self.page, self.offset, heads)
         return self._places[heads]
 
-    def answer_bias(self, window: int | None) -> Tensor:
+    def response_bias(self, window: int | None) -> Tensor:
         """[n, 1, 1, page]: HIDDEN where a page holds nothing that its slot sees."""
         if (key := ("answer", window)) not in self._bias:
-            at = self.answer_start[:, None] + torch.arange(self.answers.page, device=self.lengths.device)
-            length = self.lengths.index_select(0, self.answer_owner)[:, None]
+            at = self.response_start[:, None] + torch.arange(self.responses.page, device=self.lengths.device)
+            length = self.lengths.index_select(0, self.response_owner)[:, None]
             seen = at < length if window is None else (at < length) & (at >= length - window)
             self._bias[key] = _bias(seen)[:, None, None]
         return self._bias[key]
@@ -130,7 +130,7 @@ class Step:
 
 
 def _sequences(owner: Tensor, start: Tensor, sizes: np.ndarray, which: np.ndarray, hidden: np.ndarray) -> Sequences:
-    """Pages owned by `owner` [n] from position `start` [n] on, in order, for slots that read sequence `which` [S]."""
+    """Sort pages, owned by `owner` [n] from position `start` [n] on, for slots that read sequence `which` [S]."""
     owner, start = owner.numpy(), start.numpy()
     pages = np.lexsort((start, owner))
     pages = pages[start[pages] < FAR]
@@ -142,8 +142,8 @@ def _bias(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, HIDDEN)
 
 
-def side_by_side(prompts: list[tuple[int, ...]], device: torch.device) -> Prefill:
-    """A pass over these prompts that keeps nothing yet."""
+def pack_prompts(prompts: list[tuple[int, ...]], device: torch.device) -> Prefill:
+    """Lay prompts one after the other, for a forward that keeps no keys and values yet."""
     sizes = [len(ids) for ids in prompts]
     ends = list(accumulate(sizes))
     return Prefill(

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sampler = sampler_for(model, max_slots="auto", kv_memory_gib=float(sys.argv[1]) / 1024, page=16)
     sampler.generate(prompts_of((5,)), 1, Sampling(1.0, max_new_tokens=2))
     made, begin = [], Slots.__init__
-    Slots.__init__ = lambda slots, *a: begin(slots, *a) or made.append(slots.prompts.bytes + slots.answers.bytes)
+    Slots.__init__ = lambda slots, *a: begin(slots, *a) or made.append(slots.prompts.bytes + slots.responses.bytes)
     before = watch_peak()
     sampler.end_ids = set()
     sampler.generate(prompts_of((5, 8, 3, 17)), 24, Sampling(1.0, max_new_tokens=33))

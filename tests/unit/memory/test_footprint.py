@@ -127,7 +127,7 @@ def test_the_command_needs_no_weights(run_program, tmp_path):
     [
         (["rollout.tensor_model_parallel_size=3"], "tensor_model_parallel_size = 3 does not divide the 2 processes"),
         (["rollout.weights=share"], "rollout.weights = 'share' is not possible"),
-        (["rollout.kv_memory_gib=1e-7"], "rollout.kv_memory_gib: the keys and values of one answer"),
+        (["rollout.kv_memory_gib=1e-7"], "rollout.kv_memory_gib: the keys and values of one response"),
         (["model.shard_size=4"], "model.shard_size = 4 does not divide"),
     ],
 )

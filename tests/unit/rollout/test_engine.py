@@ -13,7 +13,7 @@ from gspo.kernels import varlen
 from gspo.rollout import attention as decode_attention
 from gspo.rollout import device_tables as tables
 from gspo.rollout import engine
-from gspo.rollout.device_tables import Tables, _together
+from gspo.rollout.device_tables import Tables, _shared_reads
 from gspo.rollout.pages import Layer, Plan
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.sampling import Sampling
@@ -76,7 +76,7 @@ def test_slots_and_pages_do_not_show(options, monkeypatch):
 
 def test_slots_behind_the_last_answer_stand_still(monkeypatch):
     """Steps of 4, 8 and 16 slots with fewer answers in them, on pages that are all taken but one."""
-    monkeypatch.setattr(tables, "LEAST", 4)
+    monkeypatch.setattr(tables, "SMALLEST_STEP", 4)
     counts, count = [], Tables.count
     monkeypatch.setattr(Tables, "count", lambda t: counts.append((count(t), len(t.slots))) or count(t))
     model, limits = tiny_model("llama"), torch.arange(1, 13).view(4, 3)
@@ -87,7 +87,7 @@ def test_slots_behind_the_last_answer_stand_still(monkeypatch):
 
 
 def test_prompts_with_more_answers_than_are_read_together(monkeypatch):
-    monkeypatch.setattr(tables, "TOGETHER", 2)
+    monkeypatch.setattr(tables, "READ_TOGETHER", 2)
     model = tiny_model("mistral")
     assert_same(sampled(model, 3, monkeypatch), sampled(model, 0, monkeypatch))
 
@@ -118,9 +118,9 @@ def test_pages_stay_within_the_budget_and_leave_with_their_owner(page, monkeypat
         load(t, *a, spare_row=spare_row)
         if spare_row != 12:  # the check of the model
             return
-        held.append(t.slots.prompts.bytes + t.slots.answers.bytes)
+        held.append(t.slots.prompts.bytes + t.slots.responses.bytes)
         assert {g for g in t.slots.prompts.owner.tolist() if g >= 0} == set(t.slots.sizes)
-        assert set(t.slots.answers.owner.tolist()) - {-1} == set(range(len(t.slots)))
+        assert set(t.slots.responses.owner.tolist()) - {-1} == set(range(len(t.slots)))
 
     monkeypatch.setattr(Tables, "load", watched)
     sampled(model, 3, monkeypatch, max_slots="auto", kv_memory_gib=100 * token / 2**30, page=page)
@@ -132,7 +132,7 @@ def test_pages_stay_within_the_budget_and_leave_with_their_owner(page, monkeypat
 
 def test_who_reads_together_by_hand():
     """Slots 0, 2, 3 answer the first prompt, 1 the second, 4 stands still; two at a time."""
-    prompt, members = _together(np.array([0, 1, 0, 0, 2]), 2, 5)
+    prompt, members = _shared_reads(np.array([0, 1, 0, 0, 2]), 2, 5)
     assert prompt.tolist() == [0, 0, 1, 2, 2]
     assert members.tolist() == [[0, 2], [3, -1], [1, -1], [4, -1], [-1, -1]]
 
@@ -144,12 +144,12 @@ def test_tables_by_hand():
     slots.seat([30, 70], [3, 7])
     slots.reserve(np.array([2, 4]))
     slots.length = np.array([2, 4])
-    t = Tables(slots, 4, 2, longest_prompt=5, longest_answer=7)
+    t = Tables(slots, 4, 2, longest_prompt=5, longest_response=7)
     t.load(4, np.array([5, 5]), spare_row=99)
     assert (
         t.rows.tolist() == [30, 70, 99, 99] and t.lengths.tolist() == [3, 5, 1, 1] and t.sizes.tolist() == [5, 3, 0, 0]
     )
-    assert t.answer_pages.tolist() == [[0, 3, 4], [1, 2, 5], [6, 6, 6], [6, 6, 6]], "page 6 is the first that is free"
+    assert t.response_pages.tolist() == [[0, 3, 4], [1, 2, 5], [6, 6, 6], [6, 6, 6]], "page 6 is the first that is free"
     assert t.prompt_sizes.tolist() == [5, 3, 0, 0] and t.prompt_pages[:2].tolist() == [[1, 2], [0, 0]]
     assert t.members.tolist() == [[0, -1], [1, -1], [2, 3], [-1, -1]]
     rows, lengths = t.read()

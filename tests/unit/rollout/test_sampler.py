@@ -14,7 +14,7 @@ from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout import attention as decode_attention
 from gspo.rollout.engine import PagedGeneration
-from gspo.rollout.kv_budget import answer_page_size, plan_slots, prompt_page_size
+from gspo.rollout.kv_budget import plan_slots, prompt_page_size, response_page_size
 from gspo.rollout.pages import Layer, Plan, pages_for
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.rollout.sampling import Sampling, choose, sample_keys, uniforms
@@ -180,9 +180,9 @@ def test_keys_and_values_stay_within_their_budget_and_leave_with_their_owner(mon
 
     def watched(slots):
         out = step(slots)
-        held.append(slots.prompts.bytes + slots.answers.bytes)
+        held.append(slots.prompts.bytes + slots.responses.bytes)
         assert {g for g in slots.prompts.owner.tolist() if g >= 0} == set(slots.sizes)
-        assert (slots.answers.owner >= 0).sum() == sum(pages_for(int(n), page) for n in slots.length)
+        assert (slots.responses.owner >= 0).sum() == sum(pages_for(int(n), page) for n in slots.length)
         return out
 
     monkeypatch.setattr(Slots, "step", watched)
@@ -211,7 +211,7 @@ def test_pages_of_prompts_are_as_large_as_their_lengths_let_them(sizes, page):
 
 
 def test_short_answers_have_small_pages_and_their_prompts_large_ones_still():
-    assert [answer_page_size(longest) for longest in (1, 14, 17, 33, 64, 65, 4096)] == [16, 16, 32, 64, 64, 64, 64]
+    assert [response_page_size(longest) for longest in (1, 14, 17, 33, 64, 65, 4096)] == [16, 16, 32, 64, 64, 64, 64]
     assert [prompt_page_size([size] * 3, 16) for size in (20, 512)] == [32, 512]
 
 
