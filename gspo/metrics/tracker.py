@@ -95,14 +95,14 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, float], total_steps: int, causes: dict[str, str] | None = None) -> None:
         """Write the metrics of a step, counted from 1, and print its line and its warnings.
 
-        Metrics that are neither in the glossary nor the reward function's are left out. `causes` says in words what is
+        Metrics are left out unless they are in the glossary, the reward function's or terms of the loss. `causes` says in words what is
         behind a metric, for a warning about it.
         """
         if not self.writers:
             return
         news = self.health.check(metrics, causes)
         values = metrics | self.health.derived
-        values = {name: x for name, x in values.items() if name in GLOSSARY or name.startswith("reward/")}
+        values = {name: x for name, x in values.items() if name in GLOSSARY or name.startswith(("reward/", "loss/"))}
         for writer in self.writers:
             self._warn_once(writer.metrics(step, values))
         for level, text in news:

@@ -56,6 +56,12 @@ def test_a_data_source_is_one_class_and_one_line(run_program, tmp_path):
     }
 
 
+def test_a_tracker_is_one_class_and_one_line(run_program, tmp_path):
+    metrics = train_a_step(run_program, tmp_path, example("gspo/metrics/spreadsheet.py"))
+    (row,) = (tmp_path / "quick" / "metrics.csv").read_text().splitlines()
+    assert [float(x) for x in row.split(",")] == [1, metrics["reward_mean"], metrics["kl_divergence"]]
+
+
 def test_a_kernel_is_a_formula_a_file_and_a_line(tmp_path):
     for name in ("kl_rows.py", "kl_rows_triton.py"):
         (tmp_path / name).write_text(example(f"kernels/{name}"))
