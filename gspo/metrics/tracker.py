@@ -95,8 +95,8 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, float], total_steps: int, causes: dict[str, str] | None = None) -> None:
         """Write the metrics of a step, counted from 1, and print its line and its warnings.
 
-        Metrics are left out unless they are in the glossary, the reward function's or terms of the loss. `causes` says in words what is
-        behind a metric, for a warning about it.
+        Metrics are left out unless they are in the glossary, the reward function's or terms of the loss. `causes` says
+        in words what is behind a metric, for a warning about it.
         """
         if not self.writers:
             return
