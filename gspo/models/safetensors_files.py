@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: those of a folder read by name and slice, and files of them written with a checksum."""
+"""Read the tensors of a folder's safetensors files by name and slice; write such files with a checksum."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ DTYPES = {  # as the format spells them, https://huggingface.co/docs/safetensors
 
 
 class Weights:
-    """The tensors of one or several safetensors files, by name. Nothing is read before it is asked for."""
+    """The tensors of one or several safetensors files, by name; each is read only when `read` is called."""
 
     def __init__(self, files: dict[str, Path]):
         self._files, self._open = files, {}  # tensor -> its file; file -> its handle
@@ -43,8 +43,11 @@ class Weights:
         return next(dtype for dtype, known in DTYPES.items() if known == spelled)
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
-        """The tensor, or its part at `slices` (one a dimension), on the CPU: a view of the file's own pages, of which
-        only those that are looked at come into memory. Copy it before changing it."""
+        """Return a tensor, or its part at `slices` (one a dimension), on the CPU.
+
+        It is a view of the memory-mapped file, of which only the pages that are used come into memory. Copy it before
+        changing it.
+        """
         return self._slice(name)[slices] if slices else self._handle(name).get_tensor(name)
 
     def _slice(self, name: str):
@@ -58,9 +61,9 @@ class Weights:
 
 
 def open_weights(folder: Path, stem: str = "model") -> Weights:
-    """`<stem>.safetensors` of a folder, or the shards that `<stem>.safetensors.index.json` lists.
+    """Open `<stem>.safetensors` of a folder, or the shards that `<stem>.safetensors.index.json` lists.
 
-    UserError when there is neither, or a file is damaged.
+    Raises UserError where there is neither, or a file is damaged.
     """
     folder = Path(folder)
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"

@@ -108,7 +108,7 @@ class Step:
 
     def response_bias(self, window: int | None) -> Tensor:
         """[n, 1, 1, page]: HIDDEN where a page holds nothing that its slot sees."""
-        if (key := ("answer", window)) not in self._bias:
+        if (key := ("response", window)) not in self._bias:
             at = self.response_start[:, None] + torch.arange(self.responses.page, device=self.lengths.device)
             length = self.lengths.index_select(0, self.response_owner)[:, None]
             seen = at < length if window is None else (at < length) & (at >= length - window)
