@@ -152,7 +152,7 @@ def test_frequencies_chosen_by_length_are_served_exactly_up_to_where_they_change
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", BY_LENGTH)
-def test_and_are_refused_by_name_beyond_for_a_longer_batch_mate_would_change_an_answer(case, monkeypatch):
+def test_and_are_refused_by_name_beyond_as_a_longer_batch_mate_would_change_a_response(case, monkeypatch):
     model = by_length(case)
     sampler, sampling = sampler_for(model), Sampling(1.0, max_new_tokens=12)
     kind = "dynamic" if case == "dynamic" else "longrope"
@@ -167,6 +167,6 @@ def test_and_are_refused_by_name_beyond_for_a_longer_batch_mate_would_change_an_
 
 
 @pytest.mark.parametrize("rope", [PLAIN, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}], ids=str)
-def test_other_frequencies_reach_as_far_as_one_likes(rope):
+def test_other_frequencies_have_no_limit(rope):
     check_length(tiny_model("llama", rope_parameters=rope, max_position_embeddings=24).config, 10**6)
     check_length(AutoConfig.for_model("bloom"), 10**6)

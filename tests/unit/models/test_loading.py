@@ -29,7 +29,7 @@ def test_the_decoder_layers_are_found(family):
     assert len(layers) == 2 and "Layer" in type(layers[0]).__name__
 
 
-def test_what_is_no_model_is_refused_by_name(tmp_path):
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
     for make in (load_model, load_tokenizer, architecture):
         with pytest.raises(UserError, match="nothing-here"):
             make(str(tmp_path / "nothing-here"))

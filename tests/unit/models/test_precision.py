@@ -1,4 +1,4 @@
-"""`model.precision`: what is asked for is done; `auto` is measured where it matters, once a run."""
+"""`model.precision`: fp32 and bf16 are taken as they are; `auto` is measured where it matters, once a run."""
 
 import json
 from types import SimpleNamespace
@@ -18,9 +18,9 @@ def a_config(width):
     return config
 
 
-@pytest.mark.parametrize("asked", ["fp32", "bf16"])
-def test_what_is_asked_for_is_not_measured(asked):
-    assert choose_precision(asked, CPU, None) == (asked, "")
+@pytest.mark.parametrize("named", ["fp32", "bf16"])
+def test_a_named_precision_is_not_measured(named):
+    assert choose_precision(named, CPU, None) == (named, "")
 
 
 @pytest.mark.parametrize(("width", "times", "expected"), [(896, 2.0, "bf16"), (896, 1.2, "fp32"), (128, 9.0, "fp32")])
@@ -36,7 +36,7 @@ def test_both_precisions_are_timed():
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_first_answer(run_program, tmp_path):
+def test_a_run_keeps_its_first_measurement(run_program, tmp_path):
     """A checkpoint made in bf16 goes on in bf16, whatever would be measured now."""
     command = ["train.py", "--config", "configs/quick.yaml", f"trainer.output_dir={tmp_path}", "eval.round_prompts=0",
                "eval.before_and_after=false", "data.train_batch_size=4", "rollout.max_new_tokens=8"]  # fmt: skip

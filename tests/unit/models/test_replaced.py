@@ -1,4 +1,4 @@
-"""What is replaced for a block is as it was behind it, whatever happened inside."""
+"""What is replaced for a block is restored after it, whatever happened inside."""
 
 import pytest
 from architectures import tiny_model
@@ -11,7 +11,7 @@ class Wrong(Exception):
     pass
 
 
-def test_methods_own_attributes_classes_and_properties_return():
+def test_methods_own_attributes_classes_and_properties_are_restored():
     """A method of the class, a forward of the layer's own, a class's method, and a property of transformers' config."""
     model, plain = tiny_model("llama"), nn.Linear(2, 2)
     own, config = nn.Linear(2, 2), model.config
@@ -28,7 +28,7 @@ def test_methods_own_attributes_classes_and_properties_return():
     assert nn.Module.register_parameter is register and config._attn_implementation == "sdpa"
 
 
-def test_what_was_replaced_before_a_fault_returns():
+def test_what_was_replaced_before_an_error_is_restored():
     plain = nn.Linear(2, 2)
     with pytest.raises(AttributeError), replaced([(plain, "forward", abs), (plain, "no_such_name", abs)]):
         pytest.fail("the block ran")

@@ -11,7 +11,7 @@ from gspo.errors import UserError
 from gspo.models.safetensors_files import DTYPES, open_weights, write_weights
 
 
-def test_what_is_written_is_read_by_safetensors_and_has_the_checksum_that_is_told(tmp_path):
+def test_what_is_written_is_read_by_safetensors_and_has_the_checksum_returned(tmp_path):
     tensors = {f"层.{i}": torch.randint(0, 2, (2, 3, i + 1)).to(dtype) for i, dtype in enumerate(DTYPES)}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "bits": torch.randn(5).bfloat16()}
     size, digest = write_weights(tmp_path / "model.safetensors", tensors)
@@ -51,7 +51,7 @@ def test_a_part_is_read_without_the_rest(tmp_path):
     assert part.sum() == 500_000 and resident_kb() - before < 20_000
 
 
-def test_what_is_no_folder_of_weights_is_refused_by_name(tmp_path):
+def test_a_folder_without_weights_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"has no model.safetensors"):
         open_weights(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x09" + bytes(30))

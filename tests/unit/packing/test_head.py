@@ -1,4 +1,4 @@
-"""What a class makes of its head's products is found out; a head of another kind is left to the model itself."""
+"""Scale and soft cap of a head are measured; with a head of another kind, log-probs come from the model's logits."""
 
 from dataclasses import replace
 
@@ -91,7 +91,7 @@ def test_another_kind_of_head_is_left_to_the_model(kind):
     assert_plain(model, replace(RAGGED, tokens=RAGGED.tokens.clamp_max(95)), SOME_ROWS)
 
 
-def test_nothing_stays_hooked():
+def test_no_hook_is_left_behind():
     model = tiny_model("gemma2")
     ids = torch.tensor([[5, 6, 7]])
     before = model(input_ids=ids).logits

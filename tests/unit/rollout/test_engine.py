@@ -1,4 +1,4 @@
-"""Blocks of steps without a look in between, as CUDA has them, run on the CPU: what they may not change."""
+"""Blocks of steps that the host reads once, as on CUDA, run on the CPU: what they must not change."""
 
 import gc
 import weakref
@@ -49,14 +49,14 @@ def assert_same(mine, plain):
         *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen3", "mistral", "gpt_neox")),
     ],
 )
-def test_blocks_give_the_tokens_of_single_looks(family, monkeypatch):
+def test_blocks_give_the_tokens_of_single_steps(family, monkeypatch):
     """Windows, soft caps, grouped heads, wide keys; slots are refilled between blocks, and half of them stand still."""
     model, refills = tiny_model(family), []
     plain = sampled(model, 0, monkeypatch)
     for steps in (1, 3, 8):
         with watched_seats(refills):
             assert_same(sampled(model, steps, monkeypatch), plain)
-    assert max(refills[1:]) > 0, "no answer began while others were under way"
+    assert max(refills[1:]) > 0, "no response began while others were under way"
     assert plain.finished.any() and (plain.lengths == LIMITS).any()
 
 
@@ -68,13 +68,13 @@ def test_blocks_give_the_tokens_of_single_looks(family, monkeypatch):
     ],
     ids=str,
 )
-def test_slots_and_pages_do_not_show(options, monkeypatch):
+def test_slots_and_pages_change_no_sample(options, monkeypatch):
     model = tiny_model("gemma2")
     plain = sampled(model, 0, monkeypatch, Sampling(0.0, max_new_tokens=14))
     assert_same(sampled(model, 4, monkeypatch, Sampling(0.0, max_new_tokens=14), **options), plain)
 
 
-def test_slots_behind_the_last_answer_stand_still(monkeypatch):
+def test_slots_after_the_last_response_idle(monkeypatch):
     """Steps of 4, 8 and 16 slots with fewer answers in them, on pages that are all taken but one."""
     monkeypatch.setattr(tables, "SMALLEST_STEP", 4)
     counts, count = [], Tables.count
@@ -86,13 +86,13 @@ def test_slots_behind_the_last_answer_stand_still(monkeypatch):
     assert {size for size, _ in counts} == {12, 6} and any(size > used for size, used in counts)
 
 
-def test_prompts_with_more_answers_than_are_read_together(monkeypatch):
+def test_prompts_with_more_responses_than_read_their_pages_together(monkeypatch):
     monkeypatch.setattr(tables, "READ_TOGETHER", 2)
     model = tiny_model("mistral")
     assert_same(sampled(model, 3, monkeypatch), sampled(model, 0, monkeypatch))
 
 
-def test_stop_strings_cut_what_a_block_has_drawn_behind_them(embedded_model, tokenizer, monkeypatch):
+def test_stop_strings_trim_what_a_block_has_drawn_after_them(embedded_model, tokenizer, monkeypatch):
     texts = ["Solve: x + 5 = 12", "解方程：3x - 4 = 20"]
     prompts = [
         Prompt(i, tuple(tokenizer(f"<|user|>{t}<|assistant|>")["input_ids"]), t, "", "") for i, t in enumerate(texts)
@@ -110,7 +110,7 @@ def test_stop_strings_cut_what_a_block_has_drawn_behind_them(embedded_model, tok
 
 
 @pytest.mark.parametrize("page", [2, 8])
-def test_pages_stay_within_the_budget_and_leave_with_their_owner(page, monkeypatch):
+def test_pages_stay_within_the_budget_and_are_freed_with_their_owner(page, monkeypatch):
     model, held, load = tiny_model("llama"), [], Tables.load
     token = 2 * 2 * (8 + 8) * 4  # layers x KV heads x (key + value) x float32
 
@@ -130,7 +130,7 @@ def test_pages_stay_within_the_budget_and_leave_with_their_owner(page, monkeypat
 # ---- the tables ----
 
 
-def test_who_reads_together_by_hand():
+def test_slots_that_read_together_by_hand():
     """Slots 0, 2, 3 answer the first prompt, 1 the second, 4 stands still; two at a time."""
     prompt, members = _shared_reads(np.array([0, 1, 0, 0, 2]), 2, 5)
     assert prompt.tolist() == [0, 0, 1, 2, 2]
@@ -168,8 +168,8 @@ def test_prompts_by_a_varlen_backend_are_the_same(family, monkeypatch):
     assert_same(sampled(model, 0, monkeypatch), plain)
 
 
-def test_pages_are_free_as_soon_as_the_engine_is(monkeypatch):
-    """Nothing in a circle, which would wait for the garbage collector."""
+def test_pages_are_freed_as_soon_as_a_generation_ends(monkeypatch):
+    """No reference cycle, which would wait for the garbage collector."""
     made, begin = [], Slots.__init__
     monkeypatch.setattr(Slots, "__init__", lambda slots, *a: begin(slots, *a) or made.append(weakref.ref(slots)))
     gc.disable()

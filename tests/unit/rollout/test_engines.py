@@ -36,15 +36,15 @@ class Uncached:
                 yield g
 
         def respond(self, g, row):
-            asked, out, ids = self.requests, self._results, [*self.requests.prompts[g]]
-            while out.lengths[row] < asked.limits[row] and not out.finished[row]:
-                at, key = out.lengths[row : row + 1].clone(), asked.keys[row : row + 1]
+            requests, out, ids = self.requests, self._results, [*self.requests.prompts[g]]
+            while out.lengths[row] < requests.limits[row] and not out.finished[row]:
+                at, key = out.lengths[row : row + 1].clone(), requests.keys[row : row + 1]
                 logits = self.model(input_ids=torch.tensor([ids])).logits[:, -1]
-                token, out.logprobs[row, at], out.entropy[row, at] = draw(logits, key, at, asked.sampling)
+                token, out.logprobs[row, at], out.entropy[row, at] = draw(logits, key, at, requests.sampling)
                 out.tokens[row, at] = token
                 ids.append(int(token))
                 out.lengths[row] += 1
-                out.finished[row] = bool((token == asked.end_ids).any())
+                out.finished[row] = bool((token == requests.end_ids).any())
             self.ended += 1
 
         def progress(self):
@@ -54,7 +54,7 @@ class Uncached:
             return self._results
 
 
-def test_an_engine_of_ones_own_samples_the_same_responses(monkeypatch):
+def test_an_engine_of_another_class_samples_the_same_responses(monkeypatch):
     monkeypatch.setitem(ENGINES, "uncached", Uncached)
     limits = torch.tensor([[9, 1, 4], [3, 9, 9]])
     rollouts = [

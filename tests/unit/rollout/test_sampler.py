@@ -38,7 +38,7 @@ def test_greedy_tokens_and_log_probs_equal_plain_transformers(family, monkeypatc
     sampler = sampler_for(model, max_slots=5, page=4)
     with watched_seats(refills):
         rollout = sampler.generate(prompts_of((3, 11, 1, 7)), n, sampling, limits=limits)
-    assert max(refills[1:]) > 0, "no answer began while others were under way"
+    assert max(refills[1:]) > 0, "no response began while others were under way"
     for g, prompt in enumerate(rollout.prompts):
         length = int(rollout.lengths[g].max())
         i = int(rollout.lengths[g].argmax())
@@ -89,7 +89,7 @@ def test_a_sample_depends_on_nothing_but_its_key(embedded_model, tokenizer):
     assert answers(256, prompts, step=3) != whole != answers(256, prompts, purpose=EVAL)
 
 
-def test_answers_end_at_the_first_end_token_and_are_cut_at_the_limit():
+def test_responses_end_at_the_first_end_token_and_are_cut_off_at_the_limit():
     model = tiny_model("llama")
     rollout = sampler_for(model).generate(prompts_of((3, 5)), 64, Sampling(1.5, max_new_tokens=20))
     for answer, length, finished in zip(
@@ -120,37 +120,37 @@ def test_first_tokens_follow_the_softmax_at_the_temperature():
     assert chi2 < dof + 4 * (2 * dof) ** 0.5
 
 
-def test_every_group_is_told_of_once_with_its_texts_when_its_last_answer_ends(monkeypatch):
-    """... and before the sampler has decoded what the longer groups still need."""
-    sampler, told, decoded, step = sampler_for(tiny_model("llama")), {}, [0], Slots.step
+def test_on_group_is_called_once_a_group_with_its_texts_when_its_last_response_ends(monkeypatch):
+    """... before the longer groups have ended."""
+    sampler, called, decoded, step = sampler_for(tiny_model("llama")), {}, [0], Slots.step
     monkeypatch.setattr(Slots, "step", lambda slots: decoded.__setitem__(0, decoded[0] + 1) or step(slots))
 
     def on_group(place, prompt, texts):
-        assert place not in told
-        told[place] = (prompt.id, texts, decoded[0])
+        assert place not in called
+        called[place] = (prompt.id, texts, decoded[0])
 
     prompts, limits = prompts_of((3, 9, 5, 7, 4)), torch.tensor([[30], [1], [40], [12], [40]]).expand(-1, 3)
     rollout = sampler.generate(prompts, 3, Sampling(1.5, max_new_tokens=40), on_group=on_group, limits=limits)
-    assert {place: texts for place, (_, texts, _) in told.items()} == dict(enumerate(rollout.texts))
-    assert all(rollout.prompts[place].id == id for place, (id, _, _) in told.items())
+    assert {place: texts for place, (_, texts, _) in called.items()} == dict(enumerate(rollout.texts))
+    assert all(rollout.prompts[place].id == id for place, (id, _, _) in called.items())
     longest = rollout.lengths.amax(1)
-    assert [told[place][2] for place in range(5)] == (longest - 1).tolist(), "told at the step of its last token"
+    assert [called[place][2] for place in range(5)] == (longest - 1).tolist(), "called at the step of its last token"
     assert len(longest.unique()) > 2, "lengths should differ, or the test says little"
 
 
-def test_a_rank_is_told_of_its_own_prompts_only_by_their_place_in_its_rollout():
+def test_on_group_is_called_for_a_ranks_own_prompts_only_by_their_place_in_its_rollout():
     """Two ranks that share a tensor-parallel model sample all prompts together."""
-    sampler, told = sampler_for(tiny_model("llama"), tp=2), {}
+    sampler, called = sampler_for(tiny_model("llama"), tp=2), {}
     world = World(1, 2, torch.device("cpu"), None)
     places, rollout = sampler.generate_share(
         prompts_of((3, 9, 5, 7, 4)), 2, Sampling(1.5, max_new_tokens=8), world,
-        on_group=lambda place, prompt, texts: told.update({place: (prompt, texts)}),
+        on_group=lambda place, prompt, texts: called.update({place: (prompt, texts)}),
     )  # fmt: skip
-    assert places == [1, 3] and told == dict(enumerate(zip(rollout.prompts, rollout.texts, strict=True)))
+    assert places == [1, 3] and called == dict(enumerate(zip(rollout.prompts, rollout.texts, strict=True)))
 
 
 @pytest.mark.usefixtures("kernels")
-def test_slots_pages_and_memory_do_not_show(tokenizer):
+def test_slots_pages_and_memory_change_no_sample(tokenizer):
     """Gemma 2, windows and soft caps: any number of slots, size of page, and budget, the same tokens."""
     model, prompts, sampling = tiny_model("gemma2"), prompts_of((9, 1, 14, 4)), Sampling(1.2, max_new_tokens=14)
     limits = torch.tensor([[14, 3, 9, 14], [1, 14, 14, 2], [14, 14, 1, 6], [8, 14, 5, 14]])
@@ -169,7 +169,7 @@ def test_slots_pages_and_memory_do_not_show(tokenizer):
 
 
 @pytest.mark.parametrize("page", [2, 8])
-def test_keys_and_values_stay_within_their_budget_and_leave_with_their_owner(monkeypatch, page):
+def test_keys_and_values_stay_within_their_budget_and_are_freed_with_their_owner(monkeypatch, page):
     """Bytes of all pages, and those in use at every step: no more than the prompts and answers under way hold."""
     model, held = tiny_model("llama"), []
     token = 2 * 2 * (8 + 8) * 4  # layers x KV heads x (key + value) x float32
@@ -210,7 +210,7 @@ def test_pages_of_prompts_are_as_large_as_their_lengths_let_them(sizes, page):
     assert prompt_page_size(sizes, 64) == page
 
 
-def test_short_answers_have_small_pages_and_their_prompts_large_ones_still():
+def test_short_responses_have_small_pages_while_their_prompts_have_large_ones():
     assert [response_page_size(longest) for longest in (1, 14, 17, 33, 64, 65, 4096)] == [16, 16, 32, 64, 64, 64, 64]
     assert [prompt_page_size([size] * 3, 16) for size in (20, 512)] == [32, 512]
 
@@ -226,7 +226,7 @@ def test_resident_memory_grows_by_no_more_than_the_budget(run_program):
 # ---- how answers end ----
 
 
-def test_a_stop_string_ends_an_answer_with_the_token_that_completes_it(embedded_model, tokenizer):
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(embedded_model, tokenizer):
     """Against cutting plain samples at the first token whose text completes one."""
     texts = ["Solve: x + 5 = 12", "解方程：3x - 4 = 20", "Solve for x: 40 - x = 7", "求 x：x / 3 + 10 = 7"]
     prompts = [
@@ -250,9 +250,9 @@ def test_a_stop_string_ends_an_answer_with_the_token_that_completes_it(embedded_
     assert 3 < stopped < 24
 
 
-def test_a_stop_string_is_looked_for_only_where_its_last_character_appears(tokenizer):
-    stop, looks = StopStrings(tokenizer, ("12",), 300, torch.device("cpu")), []
-    text = lambda ids: looks.append(len(ids)) or tokenizer.decode(ids)  # noqa: E731
+def test_text_is_decoded_only_where_the_last_character_of_a_stop_string_appears(tokenizer):
+    stop, decoded_sizes = StopStrings(tokenizer, ("12",), 300, torch.device("cpu")), []
+    text = lambda ids: decoded_sizes.append(len(ids)) or tokenizer.decode(ids)  # noqa: E731
     stop._text = text
     ids = tokenizer("x = 5 + 7, x = 12" + 40 * " y", add_special_tokens=False)["input_ids"]
     answers = torch.tensor([ids])
@@ -260,7 +260,7 @@ def test_a_stop_string_is_looked_for_only_where_its_last_character_appears(token
     ends = [int(stop.ends(answers, row, torch.tensor([k]), torch.tensor([k + 1]))) for k in range(len(ids))]
     (end,) = [end for end in ends if end]
     assert ends.index(end) == end - 1 and tokenizer.decode(ids[:end]).endswith("12")
-    assert len(looks) < 4 and max(looks) <= stop.tail
+    assert len(decoded_sizes) < 4 and max(decoded_sizes) <= stop.tail
     assert int(stop.ends(answers, row, torch.tensor([2]), torch.tensor([len(ids)]))) == end, "many tokens at once"
 
 
@@ -269,7 +269,7 @@ def test_an_empty_stop_string_is_the_users_mistake(tokenizer):
         StopStrings(tokenizer, ("a", ""), 300, torch.device("cpu"))
 
 
-def test_every_end_token_ends_an_answer():
+def test_every_end_token_ends_a_response():
     model = tiny_model("llama")
     sampler = sampler_for(model)
     once = sampler.generate(prompts_of((3, 5)), 16, Sampling(1.5, max_new_tokens=12))
@@ -290,13 +290,16 @@ def test_every_end_token_ends_an_answer():
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_one_token_answers_need_no_slot(monkeypatch, n):
+def test_one_token_responses_need_no_slot(monkeypatch, n):
     monkeypatch.setattr(PagedGeneration, "_decode", lambda generation: pytest.fail("nothing to decode"))
-    told = []
+    called = []
     rollout = sampler_for(tiny_model("qwen2")).generate(
-        prompts_of((1, 6)), n, Sampling(1.0, max_new_tokens=1), on_group=lambda place, prompt, texts: told.append(place)
+        prompts_of((1, 6)),
+        n,
+        Sampling(1.0, max_new_tokens=1),
+        on_group=lambda place, prompt, texts: called.append(place),
     )
-    assert rollout.tokens.shape == (2, n, 1) and (rollout.lengths == 1).all() and sorted(told) == [0, 1]
+    assert rollout.tokens.shape == (2, n, 1) and (rollout.lengths == 1).all() and sorted(called) == [0, 1]
 
 
 def test_no_prompts_give_an_empty_rollout():

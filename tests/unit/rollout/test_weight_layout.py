@@ -1,4 +1,4 @@
-"""Prepared linear layers multiply as they did, and are themselves again afterwards."""
+"""Linear layers with laid-out weights give the same products, and are as before afterwards."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_products_are_the_same_to_rounding(dtype, shape):
 
 
 @needed
-def test_layers_are_themselves_again_after_a_fault():
+def test_layers_are_as_before_after_an_error():
     model = tiny_model("llama")
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     with pytest.raises(KeyboardInterrupt), laid_out_weights(model, 4):
