@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-PARTS = ("preference", "ranking", "nll", "pairs", "ordered", "gap_sum", "gap_squares")
+PARTS = ("preference", "ranking", "nll")
 
 
 class PairSettings(NamedTuple):
@@ -26,7 +26,7 @@ class PairSettings(NamedTuple):
 
 
 class PairwiseLoss(NamedTuple):
-    """The gradient, and statistics. (coefficients.detach() * logprobs).sum() has the loss's gradient."""
+    """The gradient, and the terms. (coefficients.detach() * logprobs).sum() has the loss's gradient."""
 
     coefficients: Tensor  # [G, N, L] dL/dl, in the log-probs' dtype
-    parts: Tensor  # [G, 7] each group's share of `PARTS`, at least float32
+    parts: Tensor  # [G, 3] each group's share of the terms `PARTS`, at least float32

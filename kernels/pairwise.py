@@ -1,4 +1,4 @@
-"""Compute the loss of all pairs of a group, its gradient in closed form, and its statistics.
+"""Compute the loss of all pairs of a group, its terms, and its gradient in closed form.
 
 A group's N responses have log-probs l_it and anchors a_it; i and j differ from the token t_ij (their fork) on. The loss
 is a function of
@@ -39,13 +39,12 @@ def pairwise_loss(
     lengths: Tensor,
     settings: PairSettings,
 ) -> PairwiseLoss:
-    """Return gradient and statistics for logprobs, anchors [G, N, L], rewards, lengths [G, N], beats [G, N, N] bool and
+    """Return gradient and terms for logprobs, anchors [G, N, L], rewards, lengths [G, N], beats [G, N, N] bool and
     forks [G, N, N] in [0, L].
 
     The caller sums `parts` over groups (so that this is one launch, with no order among programs): the three terms,
-    times their coefficients; the number of pairs, and of those that the gaps order as the rewards do (an exact tie
-    counts one half); the sum of the pairs' gaps, and of their squares. All L tokens count, so l - a must be 0 after a
-    response's end. The result is not differentiable.
+    times their coefficients. All L tokens count, so l - a must be 0 after a response's end. The result is not
+    differentiable.
     """
     g, n, _ = logprobs.shape
     assert anchors.shape == logprobs.shape, (anchors.shape, logprobs.shape)
@@ -79,10 +78,6 @@ def plain_pairwise_loss(
     coefs = _to_tokens(settings.beta * (slope - slope.mT) / per, forks, settings.after_fork, values.shape[-1])
     coefs = (coefs + bonus[..., None]).to(logprobs.dtype)
 
-    of_pairs = gap.masked_fill(~beats, 0.0)
-    parts["pairs"] = beats.sum((1, 2)).to(dtype)
-    parts["ordered"] = (beats * (0.5 + 0.5 * gap.sign())).sum((1, 2))
-    parts["gap_sum"], parts["gap_squares"] = of_pairs.sum((1, 2)), of_pairs.square().sum((1, 2))
     return PairwiseLoss(coefs, torch.stack([parts[name] for name in PARTS], -1))
 
 

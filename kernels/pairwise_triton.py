@@ -72,10 +72,6 @@ def pairwise_kernel(
     wins = tl.max(one, 0)
     winners = tl.maximum(tl.sum(wins), 1.0)
     parts_ptr += group * COLUMNS
-    tl.store(parts_ptr + 3, pairs)
-    tl.store(parts_ptr + 4, tl.sum(one * tl.where(gap > 0.0, 1.0, tl.where(gap == 0.0, 0.5, 0.0))))
-    tl.store(parts_ptr + 5, tl.sum(one * gap))
-    tl.store(parts_ptr + 6, tl.sum(one * gap * gap))
 
     z = divisor
     if NORMALIZER == "group":

@@ -165,7 +165,7 @@ def gspo_on_cuda(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts
     """`gspo` with its coefficients in closed form: one kernel, in the log-probs' dtype."""
     found = gspo_in_closed_form(logprobs, groups, cfg, counts)
     used = {"preference": True, "ranking": cfg.use_ranking_loss, "nll": bool(cfg.nll_coef)}
-    terms = dict(zip(PARTS, found.parts.sum(0), strict=False))
+    terms = dict(zip(PARTS, found.parts.sum(0), strict=True))
     return Evaluation({name: terms[name] for name, on in used.items() if on}, found.coefficients)
 
 
