@@ -34,7 +34,6 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     check_shard_size(cfg.model.shard_size, wanted or world.size)
     find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
-    find_algorithm(cfg.objective.algorithm)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
