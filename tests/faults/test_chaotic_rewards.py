@@ -42,8 +42,9 @@ def alive(folder):
 
 
 @pytest.mark.timeout(1000)
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, pytest.param(200, marks=pytest.mark.hour)])
-@pytest.mark.parametrize("on_error", ["zero", pytest.param("skip_group", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on_error", ["zero", "skip_group"])
 def test_training_goes_on_and_counts(run_program, tmp_path, steps, on_error):
     log = tmp_path / "log"
     log.touch()

@@ -33,6 +33,7 @@ def uninterrupted(run_program, tmp_path_factory):
     return train_whole(run_program, tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_ends_bit_for_bit_the_same(uninterrupted, run_program, tmp_path):
     """Killed while it saves, in the second round, when the opponent is no longer the initial model."""
     whole, _ = uninterrupted

@@ -94,6 +94,7 @@ def test_one_prompt_on_two_ranks_neither_hangs_nor_differs(run_program, tmp_path
         assert (one[name] - two[name]).abs().max() <= 1e-5 * one[name].abs().max(), name
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program, tmp_path):
     """Weights, moments and opponent after two rounds; then one process takes over."""
     args = ("--config", "configs/quick.yaml", *FEW, "eval.before_and_after=false", "eval.round_prompts=4")
@@ -137,7 +138,8 @@ def test_loss_and_gradients_of_random_batches_equal_one_process(run_program, tmp
     assert worst["gradient"] <= 1e-5 and worst["loss"] <= 1e-5, worst
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_an_offloaded_reference_has_one_unit_on_the_device_at_a_time(run_program, tmp_path, family):
     """Beside the last norm, or a tied embedding, which stays for the whole forward; nothing between uses."""
     tiny_model(family, vocab_size=96).save_pretrained(tmp_path)

@@ -50,6 +50,7 @@ def test_no_groups():
     assert coefs.shape == (0, 3, 4) and parts.shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_interpreted_kernel_is_as_near_to_the_objective_as_float32_allows(tmp_path):
     """Unwritten memory is NaN."""
     pytest.importorskip("triton")

@@ -250,7 +250,7 @@ def test_async_calls_share_a_process_up_to_the_limit(pool):
     ("bad", "fault", "said"),
     [
         ("hang", "timeout", "took longer than 2 s"),
-        ("block", "timeout", "took longer than 2 s (line 11)"),
+        pytest.param("block", "timeout", "took longer than 2 s (line 11)", marks=pytest.mark.slow),
         ("exit", "error", "ended its process with exit code 3"),
         ("raise", "error", "raised ValueError: no (line 13)"),
         ("sysexit", "error", "raised SystemExit: 3 (line 14)"),
