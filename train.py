@@ -105,7 +105,7 @@ def take_step(run: Run) -> None:
     with clock("reward"):
         scores = scorer(rollout)
         run.batches.mark_solved(world.gather_rows(places, correct_of(scores).all(1)).tolist())
-    with clock("reference"):
+    with clock("reference"):  # pairs, and log-probs under the frozen models
         places, rollout, scores, imbalance = balance(places, rollout, scores, cfg.optim.minibatches, world)
         if find_algorithm(cfg.objective.algorithm).needs_solutions:
             rollout = add_solutions(rollout, run.sampler.tokenizer, run.sampler.end_id, models.policy.config, world)
@@ -125,10 +125,10 @@ def gather_experience(
     cfg: Config,
     world: World,
 ) -> Experience:
-    """Rewards -> pairs, and the log-probs that the objective measures the policy's from."""
+    """Rewards -> pairs, and the log-probs of the reference and the anchor, which the objective compares with."""
     rewards = add_solution_rewards(scores.rewards, rollout).to(world.device)
     beats = prefer_solutions(preferences(rewards, cfg.objective.margin), rollout.sampled)
-    reference, anchors = models.reference(rollout)
+    reference, anchors = models.reference_and_anchor_logprobs(rollout)
     groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths)
     return Experience(rollout, groups, reference, places, batch_groups, batch_pairs=int(world.sum(int(beats.sum()))))
 

@@ -4,11 +4,12 @@ group        a prompt and its N responses
 response     what the policy samples for a prompt, or a row's gold solution (`Rollout.sampled` tells them apart)
 fork         the token at which two responses of a group first differ
 pair         two responses of which one beats the other: its reward is larger by more than the margin
-anchor       log-probs that the objective measures the policy's from: the opponent's, the initial model's, or none
+anchor       log-probs subtracted from the policy's in the objective: the opponent's, the initial model's, or none
 opponent     the policy as it was when the self-play round began
 reference    the model that the KL term is measured to: the opponent or the initial model
 place        a group's index in the global batch, over all ranks
-slot, page   a sequence that is being decoded; a block of the KV cache (gspo/rollout/)
+slot         holds a response while it is decoded (gspo/rollout/slots.py)
+page         a block of the KV cache: keys and values of some tokens (gspo/rollout/pages.py)
 pack         responses behind one prompt in one sequence, so that the prompt is computed once (gspo/packing/)
 micro-batch  rows of one forward and backward on a rank; mini-batch: groups of one optimizer step, over all ranks
 
@@ -145,4 +146,4 @@ class Update:
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0  # optimizer steps not taken because the gradient was not finite
     not_finite: str = ""  # what was not finite first in the first of these, on any rank
-    empty: int = 0  # ... because no response was better than another: AdamW would make full steps of the KL term alone
+    empty: int = 0  # optimizer steps not taken for want of a pair: AdamW would make full steps of the KL term alone

@@ -16,7 +16,7 @@ CPU `decode_cpu.py` does the same from tables of its own.
 import torch
 from torch import Tensor
 
-from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
+from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
 from gspo.kernels.pages import Pool
 
 
@@ -92,6 +92,6 @@ def _part(
 
 
 IMPLEMENTATIONS = (
-    Implementation(on_cuda, triton("decode_triton", "decode_attention")),
+    Implementation(on_cuda, triton_kernel("decode_triton", "decode_attention")),
     Implementation(always, lambda q: plain_decode_attention),
 )

@@ -36,12 +36,12 @@ def always(*arguments: Any) -> bool:
 
 
 def on_cuda(x: Tensor, *arguments: Any) -> bool:
-    """Return whether x is what Triton kernels take: a tensor on CUDA, in float32 or half precision."""
+    """Return whether x is what Triton kernels take: on CUDA, and not in float64."""
     return x.is_cuda and x.dtype != torch.float64
 
 
-def triton(module: str, function: str | None = None) -> Callable[..., Any]:
-    """Make the `load` of a Triton kernel: `function` of gspo/kernels/`module`, or the module itself.
+def triton_kernel(module: str, function: str | None = None) -> Callable[..., Any]:
+    """Make the `load` of a Triton kernel: `function` of kernels/`module`.py, or the module itself.
 
     Nothing is imported before the first call. Without Triton that call returns None and says so, once a process.
     """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gspo.kernels import epilogue, epilogue_cpu
-from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
+from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
 from gspo.kernels.epilogue import LogitTransform
 from gspo.kernels.native import TYPES, cpu_kernels_take
 from gspo.kernels.whole_tiles import columns_of, whole_tiles
@@ -125,7 +125,7 @@ def _compiled(hidden: Tensor, dtype: torch.dtype) -> bool:
 
 
 IMPLEMENTATIONS = (  # of the epilogue, for `hidden` and products in `dtype`
-    Implementation(on_cuda, triton("epilogue_triton")),
+    Implementation(on_cuda, triton_kernel("epilogue_triton")),
     Implementation(_compiled, lambda hidden, dtype: epilogue_cpu),
     Implementation(always, lambda hidden, dtype: epilogue),
 )

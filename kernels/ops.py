@@ -3,8 +3,9 @@
 Each operation is a file with its formulas in PyTorch and a table of its implementations (`dispatch.py`); beside it
 stand `_triton.py` (CUDA) and `_cpu.py` (C++). `linear_logprob` puts such kernels between matrix products,
 `pairwise_loss` is one Triton kernel. `varlen.py` chooses a FlashAttention that returns its log-sum-exp. The sampler
-uses `decode.py`, attention over pages, and `sampling.py`, the draw of a token; on CPUs also `rows.py`, `layers.py`,
-`linear.py` and `stack.py`, which exist in C++ only and replace PyTorch's operators.
+uses `decode.py`, attention over pages, and `sampling.py`, the draw of a token; on CPUs also
+`packed_attention_cpu.py`, `layers.py`, `linear.py` and `stack.py`, which exist in C++ only and replace PyTorch's
+operators.
 """
 
 from gspo.kernels.logprob import linear_logprob, linear_logprob_and_grad

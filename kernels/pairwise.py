@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton
+from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
 from gspo.kernels.pair_settings import PARTS, PairSettings, PairwiseLoss
 
 MOST_RESPONSES = 64  # N whose N x N comparisons fit in the registers of one program
@@ -121,6 +121,6 @@ def _fits_a_program(logprobs: Tensor) -> bool:
 
 
 IMPLEMENTATIONS = (
-    Implementation(_fits_a_program, triton("pairwise_triton", "pairwise_loss")),
+    Implementation(_fits_a_program, triton_kernel("pairwise_triton", "pairwise_loss")),
     Implementation(always, lambda logprobs: plain_pairwise_loss),
 )

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gspo.kernels import sampling_cpu
-from gspo.kernels.dispatch import Implementation, choose, on_cuda, triton
+from gspo.kernels.dispatch import Implementation, choose, on_cuda, triton_kernel
 
 IMPLEMENTATIONS = (  # for logits [S, V], and whether the draw is truncated
-    Implementation(on_cuda, triton("sampling_triton", "sample")),
+    Implementation(on_cuda, triton_kernel("sampling_triton", "sample")),
     Implementation(
         lambda logits, truncated: sampling_cpu.serves(logits) and not truncated,
         lambda logits, truncated: sampling_cpu.sample,

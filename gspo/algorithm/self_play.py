@@ -15,7 +15,7 @@ from gspo.distributed.transfer import copy_weights
 from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model
 from gspo.models.precision import cast_linear_layers
-from gspo.packing.head import measure_head
+from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import check_packing, rollout_logprobs
 from gspo.packing.micro_batches import micro_batches
 from gspo.rollout.sampler import shares_weights
@@ -115,7 +115,7 @@ class SelfPlayModels:
         temperature, count = self.cfg.rollout.temperature, self.world.max(len(parts))
         return rollout_logprobs(model, self.head, rollout, parts, count, temperature, self.autocast)
 
-    def reference(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def reference_and_anchor_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Return log-probs [G, N, L] under the KL reference and the anchor; zeros for the anchors `none` and `old`."""
         under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
         nothing = torch.zeros_like(rollout.logprobs)

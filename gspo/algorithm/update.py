@@ -1,12 +1,14 @@
 """Take the optimizer steps of one rollout, with gradients that depend neither on micro-batches nor on the number of
 ranks.
 
-The loss enters the network only through c_it = dL/dl_it and a per-token KL. The objective is evaluated once a step:
+The loss enters the network only through c_it = dL/dl_it, its slope at token t of response i, and a per-token KL
+(notation: objective.py). The objective is evaluated once a training step:
 
-- live: with one optimizer step a rollout, and groups that fit a micro-batch whole, at the log-probs of each
-  micro-batch's forward, whose backward follows. One forward and one backward in all.
-- frozen: otherwise at log-probs from a pass without gradients. The c_it are frozen, and each optimizer step minimises a
-  clipped ratio to the policy that sampled, a sum over tokens; at the first step that is the same gradient.
+- live: if a rollout gets one optimizer step and every group fits into one micro-batch, then in each micro-batch between
+  its forward and its backward. One forward and one backward in all.
+- frozen: otherwise once, at log-probs from a pass without gradients. The c_it are frozen, and each optimizer step
+  minimises a clipped ratio to the policy before the update, a sum over tokens; at the first step that is the same
+  gradient.
 """
 
 import math
@@ -22,7 +24,7 @@ from gspo.config import Config
 from gspo.distributed.sharding import after_backward, before_backward
 from gspo.distributed.transfer import full_tensor, local_shard
 from gspo.distributed.world import World
-from gspo.packing.head import Head
+from gspo.packing.head_probe import Head
 from gspo.packing.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
 from gspo.packing.micro_batches import Row, micro_batches, minibatch_of
 from gspo.packing.pack import PackedBatch, pack_rows
@@ -32,7 +34,7 @@ LossOf = Callable[[list[Row], PackedBatch], Tensor]  # the loss of one micro-bat
 
 
 def make_optimizer(policy: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """Build AdamW with weight decay on matrices only; one pass over memory a step."""
+    """Build AdamW with weight decay on matrices only, fused into one kernel a step."""
     matrices = [p for p in policy.parameters() if p.ndim > 1]
     vectors = [p for p in policy.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": cfg.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -197,8 +199,8 @@ class Updater:
         return micro_batches(exp.rollout, groups, **limits, whole_groups=whole_groups)
 
     def _accumulate_gradient(self, exp: Experience, parts: list[list[Row]], loss_of: LossOf) -> None:
-        """Sum the gradient over micro-batches and ranks. FSDP averages over ranks, where a sum is needed: so the losses
-        come times the number of ranks."""
+        """Sum the gradient over micro-batches and ranks. FSDP averages gradients over ranks and a sum is needed, so
+        each loss is multiplied by the number of ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         count, cfg = self.world.max(len(parts)), self.cfg
         keep_weights, reduce_once = not cfg.model.reshard_after_forward, cfg.optim.gradient_reduction == "step"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from gspo.models.compiled_layers import install_compiled_layers
 from gspo.models.loading import checkpoint_activations
-from gspo.packing.head import Head
+from gspo.packing.head_probe import Head
 from gspo.packing.logprobs import response_logprobs, surrogate
 from gspo.packing.pack import PackedBatch
 from gspo.rollout.attention import forward

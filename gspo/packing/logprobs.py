@@ -15,7 +15,7 @@ from gspo.distributed.sharding import run_as_forward
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad
 from gspo.models.architecture import attention_implementation, check_architecture, ordinary_token, unsupported_model
 from gspo.packing.attention import PACKED
-from gspo.packing.head import Head
+from gspo.packing.head_probe import Head
 from gspo.packing.micro_batches import Row
 from gspo.packing.pack import PackedBatch, pack, pack_rows
 from gspo.types import Prompt, Rollout

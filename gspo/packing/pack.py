@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo.kernels.rows import Rows
+from gspo.kernels.packed_attention_cpu import Rows
 from gspo.kernels.varlen import Segments
 from gspo.packing.micro_batches import Row
 from gspo.types import Prompt, Rollout
@@ -106,7 +106,7 @@ class PackedBatch:
 
     @cached_property
     def rows(self) -> Rows:
-        """Return the prompts, then the rows of responses, in the form that compiled code takes (kernels/rows.py)."""
+        """Return the prompts, then the rows of responses, as kernels/packed_attention_cpu.py takes them."""
         prompts, width = self.prompt_index.shape
         padded, position = self.padded_index.numpy(), self.positions[0].numpy()
         in_responses = padded - prompts * width

@@ -1,4 +1,4 @@
-"""Call a function in worker processes that it may hang, crash or fill; every call gets an outcome.
+"""Call a function that may hang, crash or fill its process; every call gets an outcome.
 
 One thread per process sends calls, waits for replies and, where a call costs the process its life, finds out which one
 it was, starts another process and goes on with the rest. Nothing here knows of rewards beyond the worker it starts.
@@ -70,15 +70,16 @@ class WorkerPool:
             self.changed.notify()
         return call.future
 
-    def take(self, most: Callable[[int], int], wait: bool, alone: bool) -> list[Call]:
-        """Take up to `most(len(queue))` calls from the queue; one that must run `alone` is taken by itself."""
+    def take(self, room: Callable[[int], int], wait: bool, idle: bool) -> list[Call]:
+        """Take up to `room(len(queue))` calls from the queue. One that must run alone is taken by itself, by an idle
+        worker."""
         with self.changed:
             while wait and not self.queue and not self.closing:
                 self.changed.wait()
             taken: list[Call] = []
-            count = 0 if self.closing else min(most(len(self.queue)), len(self.queue))
+            count = 0 if self.closing else min(room(len(self.queue)), len(self.queue))
             while len(taken) < count:
-                if self.queue[0].alone and (taken or not alone):
+                if self.queue[0].alone and (taken or not idle):
                     break
                 taken.append(self.queue.popleft())
                 if taken[-1].alone:
@@ -137,7 +138,7 @@ class WorkerThread(threading.Thread):
     def run(self) -> None:
         """Send calls and deliver their outcomes until the pool closes."""
         while not self.pool.closing:
-            calls = self.pool.take(self._room, wait=not self.running, alone=not self.running)
+            calls = self.pool.take(self._room, wait=not self.running, idle=not self.running)
             try:
                 self._send(calls)
                 self._receive()
@@ -217,7 +218,7 @@ class WorkerThread(threading.Thread):
         """Find the call that ended the process, and repeat the others.
 
         A timeout is the fault of the call at work. A death is the fault of a call that dies again, alone in a new
-        process: the first time, the kernel may have chosen the process, or an earlier call may be the cause.
+        process: the first time, the operating system may have ended it for memory, or an earlier call may be the cause.
         """
         calls = list(self.running.values())
         suspects = calls if self.pool.concurrent else calls[:1]

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from gspo.kernels.decode import decode_attention
 from gspo.kernels.decode_cpu import Pool, decode_step
 from gspo.kernels.native import cpu_kernels_take, has_storage
-from gspo.kernels.rows import NO_ROWS, rows_attention, rows_kernel_takes
+from gspo.kernels.packed_attention_cpu import NO_ROWS, rows_attention, rows_kernel_takes
 from gspo.kernels.varlen import Rule, backend_for
 from gspo.kernels.whole_tiles import whole_tiles
 from gspo.models.architecture import (

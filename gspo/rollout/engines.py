@@ -1,7 +1,7 @@
 """List the rollout engines by name. A new one is a class with the methods of `requests.Engine` and one line here."""
 
 from gspo.errors import UserError
-from gspo.rollout.engine import PagedEngine
+from gspo.rollout.paged_engine import PagedEngine
 from gspo.rollout.requests import Engine
 
 ENGINES: dict[str, type[Engine]] = {

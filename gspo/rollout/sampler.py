@@ -1,6 +1,6 @@
 """Sample N responses to each prompt: `Sampler` turns prompts into an engine's requests, and its results into a Rollout.
 
-Which engine does the sampling is a name in engines.py; ours is engine.py. Randomness is keyed (sampling.py), so a
+Which engine does the sampling is a name in engines.py; ours is paged_engine.py. Randomness is keyed (sampling.py), so a
 response does not depend on how the work is cut into batches.
 """
 

@@ -1,8 +1,8 @@
 """Keep the tables of the slots: which response each one grows, and which pages hold its keys and values.
 
 A prompt's pages are written once and read by all its responses together; a response's pages are read by its own slot.
-A slot is one row of a few small tables. When a response ends, its pages are freed and its row is dropped; the next
-waiting response gets a new row, and no keys or values are moved for it.
+A slot is one entry of a few small tables. When a response ends, its pages are freed and its slot is dropped; the next
+waiting response gets a slot of its own, and no keys or values are moved for it.
 """
 
 import numpy as np
@@ -14,7 +14,8 @@ from gspo.rollout.steps import Prefill, Step, pack_prompts
 
 
 class Slots:
-    """S slots in use: for each, a row of the results, the number of its prompt, and the length of its response."""
+    """S slots in use. Each holds its response's row in the results, the number of its prompt, and how many of the
+    response's tokens have keys and values in pages: the newest token has none until the step that reads it."""
 
     def __init__(self, layout: dict[int, Layer], plan: Plan, device: torch.device):
         self.device = device
@@ -63,7 +64,7 @@ class Slots:
         self.rows, self.prompt, self.length = (x[going_on] for x in (self.rows, self.prompt, self.length))
 
     def reserve(self, upto: np.ndarray) -> None:
-        """Take the further pages that the first `upto` [S] tokens of the responses need."""
+        """Take the further pages that the first `upto` [S] tokens of the responses need, for a block of steps."""
         page = self.responses.page
         have = -(-self.length // page)
         more = -(-upto // page) - have
@@ -72,8 +73,8 @@ class Slots:
         self.responses.take(owners, (have[owners] + nth) * page)
 
     def step(self) -> Step:
-        """Take room for one more token in every slot -> the tables of the step that computes it."""
-        page, offset = self._places()
+        """Take room for one more token in every slot and return the tables of the step that computes it, on CPUs."""
+        page, offset = self._next_position()
         self.length = self.length + 1
         numbers, which = np.unique(self.prompt, return_inverse=True)
         sizes = np.array([self.sizes[number] for number in numbers.tolist()])
@@ -82,7 +83,7 @@ class Slots:
         owner = self.prompts.owner[: self.prompts.reach]
         known = np.searchsorted(numbers, owner).clip(max=len(numbers) - 1)
         read = numbers[known] == owner  # false for prompts whose responses all wait for a slot
-        slot = self.responses.owner[: self.responses.reach]
+        page_owner = self.responses.owner[: self.responses.reach]
         t = self._tensor
         return Step(
             positions=t(sizes[which] + self.length - 1)[:, None],
@@ -90,12 +91,12 @@ class Slots:
             responses=self.responses,
             page=t(page),
             offset=t(offset),
-            response_owner=t(slot.clip(min=0)),
-            response_only=self._only(np.arange(len(self)), slot),
-            response_start=t(np.where(slot >= 0, self.responses.start[: len(slot)], FAR)),
+            response_owner=t(page_owner.clip(min=0)),
+            response_only=self._single_pages(np.arange(len(self)), page_owner),
+            response_start=t(np.where(page_owner >= 0, self.responses.start[: len(page_owner)], FAR)),
             prompts=self.prompts,
             prompt_owner=t(np.where(read, known, 0)),
-            prompt_only=self._only(numbers, owner),
+            prompt_only=self._single_pages(numbers, owner),
             prompt_start=t(np.where(read, self.prompts.start[: len(owner)], FAR)),
             prompt_sizes=t(sizes),
             members=t(members),
@@ -103,7 +104,7 @@ class Slots:
             prompt_of_slot=t(which),
         )
 
-    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+    def _next_position(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the page [S] and the offset in it [S] of each slot's next token; take a page where one begins."""
         size, pool = self.responses.page, self.responses
         fresh = np.flatnonzero(self.length % size == 0)
@@ -115,8 +116,9 @@ class Slots:
         page[pool.owner[last]] = last
         return page, self.length % size
 
-    def _only(self, owners: np.ndarray, owner: np.ndarray) -> Tensor | None:
-        """Return the only page of each of `owners`, ascending, of pages owned by `owner`; None if some have several."""
+    def _single_pages(self, owners: np.ndarray, owner: np.ndarray) -> Tensor | None:
+        """Return the page of each of `owners`, in their ascending order, if each has exactly one; else None. `owner`
+        has every page's owner."""
         pages = np.flatnonzero(np.isin(owner, owners))
         return self._tensor(pages[owner[pages].argsort()]) if len(pages) == len(owners) else None
 
@@ -125,7 +127,8 @@ class Slots:
 
 
 def _members(which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Group slots by prompt, which [S] -> members [B, M], the slots of each prompt, and each slot's index there [S]."""
+    """Group the S slots by prompt: which [S], the prompt of each -> the slots of each of B prompts [B, M], M the most
+    that one has, and each slot's index in that table [S]."""
     order, counts = which.argsort(kind="stable"), np.bincount(which)
     nth = np.empty_like(which)
     nth[order] = np.arange(len(which)) - (counts.cumsum() - counts)[which[order]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo.kernels.decode_cpu import Sequences
-from gspo.kernels.rows import Rows
+from gspo.kernels.packed_attention_cpu import Rows
 from gspo.kernels.varlen import Segments
 from gspo.rollout.pages import FAR, Layer, Pages
 
@@ -48,7 +48,7 @@ class Prefill:
 
     @cached_property
     def rows(self) -> Rows:
-        """Return the prompts in the form that compiled code takes (kernels/rows.py)."""
+        """Return the prompts as kernels/packed_attention_cpu.py takes them."""
         return Rows.apart(self.sizes)
 
     def bias(self, at: int, end: int, first: int, window: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-// Causal attention of sequences that share tokens, forward and backward (kernels/rows.py says what is computed).
+// Causal attention of sequences that share tokens, forward and backward (kernels/packed_attention_cpu.py says what is computed).
 // A task is a row, a KV head and some columns; keys are read in place, one run of consecutive tokens after another.
 #include "online.h"
 
@@ -246,7 +246,7 @@ void backward(const T* dout, const T* q, const T* k, const T* v, const T* out, c
 }  // namespace gspo
 
 namespace {
-struct Given {  // pointers and numbers in the order in which kernels/rows.py puts them
+struct Given {  // pointers and numbers in the order in which kernels/packed_attention_cpu.py puts them
     gspo::Rows rows;
     gspo::Shape shape;
     gspo::Strides q, k, v;

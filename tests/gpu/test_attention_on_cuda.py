@@ -7,7 +7,7 @@ from pack_cases import KINDS, LARGE, PACKS, SCALE, a_pack, by_rows, draw, outcom
 
 from gspo.kernels import varlen
 from gspo.packing import attention
-from gspo.packing.head import measure_head
+from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.shared_prefix import shared_prefix_attention
 

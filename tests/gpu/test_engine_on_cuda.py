@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from gspo.kernels import decode, decode_triton
 from gspo.kernels.dispatch import choose
 from gspo.kernels.sampling import sample
-from gspo.packing.head import measure_head
+from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout.cuda_graphs import Replay, no_waiting

@@ -12,7 +12,7 @@ from gspo.errors import UserError
 from gspo.models.architecture import attention_implementation, check_length
 from gspo.models.loading import cast_parameters
 from gspo.packing.attention import PACKED
-from gspo.packing.head import measure_head
+from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import check_packing, response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout.attention import check_slots

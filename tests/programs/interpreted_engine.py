@@ -8,7 +8,7 @@ from interpreted_logprob import repair_interpreter, use_triton
 from tiny_sampler import LIMITS, prompts_of, sampler_for
 
 from gspo.kernels import decode, sampling
-from gspo.rollout import engine
+from gspo.rollout import paged_engine
 from gspo.rollout.sampling import Sampling
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     plain = [sampled(*run) for run in runs]
     use_triton(decode)
     use_triton(sampling)
-    engine.STEPS_PER_BLOCK["cpu"] = 4
+    paged_engine.STEPS_PER_BLOCK["cpu"] = 4
     results = {}
     for (family, *_), theirs, mine in zip(runs, plain, [sampled(*run) for run in runs], strict=True):
         same = all(getattr(mine, k).equal(getattr(theirs, k)) for k in ("tokens", "lengths", "finished"))

@@ -15,7 +15,7 @@ from gspo.distributed.transfer import full_tensor
 from gspo.distributed.world import process_group
 from gspo.models.loading import load_model
 from gspo.models.safetensors_files import Weights
-from gspo.packing.head import measure_head
+from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import check_packing
 from gspo.system.program import end_process
 

@@ -239,9 +239,9 @@ WRONG = {
         "gspo.system.files imports gspo.embedded",
     ),
     "stage": (
-        "gspo/rollout/engine.py",
+        "gspo/rollout/paged_engine.py",
         "from gspo.reward import scorer",
-        "gspo.rollout.engine imports gspo.reward.scorer",
+        "gspo.rollout.paged_engine imports gspo.reward.scorer",
     ),
     "torch.distributed": (
         "gspo/packing/logprobs.py",
@@ -253,7 +253,11 @@ WRONG = {
         "from transformers import PreTrainedModel",
         "gspo.kernels.reference imports transformers",
     ),
-    "kernel too": ("kernels/rows.py", "from gspo.types import Prompt", "gspo.kernels.rows imports gspo.types"),
+    "kernel too": (
+        "kernels/packed_attention_cpu.py",
+        "from gspo.types import Prompt",
+        "gspo.kernels.packed_attention_cpu imports gspo.types",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from gspo.kernels.decode_cpu import Pool, Sequences, decode_step
 from gspo.kernels.epilogue import LogitTransform
 from gspo.kernels.layers import rms_norm, rotate, silu_product
 from gspo.kernels.linear import can_lay_out, laid_out_linear, lay_out
-from gspo.kernels.rows import rows_attention, rows_kernel_takes
+from gspo.kernels.packed_attention_cpu import rows_attention, rows_kernel_takes
 from gspo.models.compiled_layers import compiled_layers_enabled, install_compiled_layers, is_gated_mlp, norm_offset
 from gspo.packing.attention import _padded_attention
 from gspo.rollout.decoder_stack import stack_serves

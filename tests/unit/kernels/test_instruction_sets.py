@@ -30,7 +30,7 @@ def instruction_sets():
 def test_bfloat16_by_each_instruction_set(name):
     """The tests marked `bf16`, in a process of their own: oneDNN reads the limit once."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "bf16", "tests"],
+        [sys.executable, "-m", "pytest", "-m", "bf16", "tests"],
         cwd=ROOT,
         env=os.environ | {"ONEDNN_MAX_CPU_ISA": name, "OMP_NUM_THREADS": "1"},  # small products
         capture_output=True,

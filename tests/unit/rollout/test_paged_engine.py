@@ -12,7 +12,7 @@ from tiny_sampler import LIMITS, prompts_of, sampler_for, watched_seats
 from gspo.kernels import varlen
 from gspo.rollout import attention as decode_attention
 from gspo.rollout import device_tables as tables
-from gspo.rollout import engine
+from gspo.rollout import paged_engine
 from gspo.rollout.device_tables import Tables, _shared_reads
 from gspo.rollout.pages import Layer, Plan
 from gspo.rollout.sampler import Sampler
@@ -25,7 +25,7 @@ def sampled(model, steps, monkeypatch, sampling=None, limits=LIMITS, **options):
     """Twelve answers, as blocks of `steps` have them, or (0) as the CPU does."""
     with monkeypatch.context() as patch:
         if steps:
-            patch.setitem(engine.STEPS_PER_BLOCK, "cpu", steps)
+            patch.setitem(paged_engine.STEPS_PER_BLOCK, "cpu", steps)
         sampler = sampler_for(model, **{"max_slots": 5, "page": 4, **options})
         sampler.end_ids = set(range(1, 8))
         return sampler.generate(
@@ -101,7 +101,7 @@ def test_stop_strings_trim_what_a_block_has_drawn_after_them(embedded_model, tok
     for steps in (0, 8):
         with monkeypatch.context() as patch:
             if steps:
-                patch.setitem(engine.STEPS_PER_BLOCK, "cpu", steps)
+                patch.setitem(paged_engine.STEPS_PER_BLOCK, "cpu", steps)
             sampler = Sampler(embedded_model, tokenizer, torch.device("cpu"), max_slots=7, seed=3)
             rollouts.append(sampler.generate(prompts, 6, Sampling(0.9, max_new_tokens=32, stop=("= 7", "案", "so"))))
     plain, mine = rollouts
