@@ -128,7 +128,9 @@ def _verify(part: Path, weights: Weights, dtype: torch.dtype | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: unchanged)")

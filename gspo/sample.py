@@ -133,7 +133,9 @@ def _answers(rollout: Rollout) -> list[list[Answer]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="HF folder or name; '' for the embedded model")
     parser.add_argument("prompts", help="file of rows, or a data set owner/name[:config][@split]")
     parser.add_argument("answers", type=Path, help="JSONL file to write")

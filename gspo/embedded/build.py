@@ -166,7 +166,9 @@ def warm_start(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.embedded.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=TASKS, default="equations")
     parser.add_argument("--out", type=Path, help="default: where the model ships")
     parser.add_argument("--steps", type=int, help="default: as the model that ships")

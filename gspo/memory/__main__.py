@@ -46,7 +46,9 @@ def report_text(report: Footprint, free: int | None) -> str:
 
 def _arguments() -> argparse.Namespace:
     """Parse the command line. UserError for a number that is out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default=STANDARD, help="YAML preset (default: %(default)s)")
     parser.add_argument("--ranks", type=int, help="processes of the run (default: trainer.n_gpus x nnodes, or 1)")
     parser.add_argument("--on", choices=["cpu", "cuda"], help="their devices (default: those of this machine)")

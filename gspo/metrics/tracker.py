@@ -171,6 +171,6 @@ def sample_rows(exp: Experience, count: int) -> Samples:
 
 
 if __name__ == "__main__":
-    print("| metric | meaning |\n|---|---|")
-    for name, meaning in GLOSSARY.items():
-        print(f"| `{name}` | {meaning} |")
+    print(
+        "\n".join(["| metric | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in GLOSSARY.items())])
+    )
