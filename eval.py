@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.algorithm.self_play import win_rate
+from gspo.algorithm.self_play_models import win_rate
 from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.config import Config
 from gspo.data.prompts import load_splits
@@ -23,8 +23,8 @@ from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_config import load_config, set_value
 from gspo.reward.scorer import Scorer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.system.console import say
 from gspo.system.files import write_json
 from gspo.system.program import guarded

@@ -9,10 +9,10 @@ round ends, the opponent becomes a copy of the policy. This file is where the st
 
 import argparse
 
+from gspo.algorithm.gold_solutions import add_solution_rewards, add_solutions, prefer_solutions
 from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.pairs import forks, preferences
-from gspo.algorithm.self_play import SelfPlayModels
-from gspo.algorithm.solutions import add_solution_rewards, add_solutions, prefer_solutions
+from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
 from gspo.config import Config
@@ -22,8 +22,8 @@ from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch import check_launch, final_words
 from gspo.metrics.evaluation import correct_of
+from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
-from gspo.metrics.tracker import sample_rows
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
 from gspo.read_config import STANDARD, load_config
@@ -70,7 +70,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         if state.step:
             save_checkpoint(run, at_once=True)
             checkpoints.require(state.step)
-        run.tracker.close()
+        run.log.close()
     if stop and stop.kind == "alarm":
         raise UserError(f"stopped after step {state.step}, with a checkpoint: {stop.text}")
     if stop:
@@ -145,8 +145,8 @@ def finish_step(
     metrics |= {"round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
     metrics |= end_round_if_over(run)
     metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
-    run.tracker.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
-    run.tracker.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
+    run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
+    run.log.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
     run.checkpoints.commit()
     best = state.is_best(metrics) and cfg.trainer.keep_best
     if best or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):

@@ -20,8 +20,8 @@ from gspo.data.prompts import load_splits
 from gspo.models.loading import load_model, load_tokenizer
 from gspo.reward import reward_func
 from gspo.reward.scorer import Scorer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 SLOW = "import time\ndef compute_score(**_):\n    time.sleep(0.01)\n    return 1.0\n"

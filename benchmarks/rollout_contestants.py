@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 N, PROMPTS, TAIL_PROMPTS, TAIL_SLOTS, TEMPERATURE = 8, 8, 16, 32, 0.9

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from benchmarks.common import heading, table
 from benchmarks.rollout_contestants import TEMPERATURE, N, draw, generate, generate_batch, ours, seconds
 from gspo.models.loading import load_tokenizer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 
 PROMPTS, SLOTS, STEPS = 64, 256, 128
 ARCHITECTURES = {  # Qwen2.5's, with random weights

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from gspo.errors import UserError
-from gspo.metrics.tracker import SEED_FIVE
+from gspo.metrics.run_log import SEED_FIVE
 from gspo.system.program import guarded
 
 HEALTHY = {"preference_accuracy": (0.6, None), "kl_divergence": (0.001, 0.1)}

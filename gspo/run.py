@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from gspo.algorithm.self_play import SelfPlayModels, kl_divergence_to, round_of, win_rate
+from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
@@ -16,11 +16,11 @@ from gspo.data.prompts import Splits
 from gspo.distributed.world import World
 from gspo.memory.footprint import memory_report_line
 from gspo.metrics.evaluation import answer, correct_of, report
-from gspo.metrics.tracker import Tracker
+from gspo.metrics.run_log import RunLog
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.reward.scorer import Scorer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.system.console import say
 from gspo.system.files import write_json
 from gspo.system.preemption import Preemption
@@ -47,7 +47,7 @@ class Run:
     sampler: Sampler
     sampling: Sampling
     updater: Updater
-    tracker: Tracker
+    log: RunLog
     state: State
     folder: Path
     checkpoints: Checkpoints
@@ -96,10 +96,10 @@ def start_run(
         tp=cfg.rollout.tensor_model_parallel_size,
         agree=models.agree,
     )
-    sampling, tracker = Sampling.of(cfg.rollout), Tracker(folder, cfg, state.step)
+    sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step)
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
-        cfg, world, splits, batches, scorer, models, sampler, sampling, updater, tracker, state, folder, checkpoints,
+        cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,
         preemption, total_steps,
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ def start_run(
 def stop_reason(run: Run) -> StopReason | None:
     """Return why to end before the next step, the same on every rank: the alarm of a step, also of one before a resumed
     run's checkpoint, or a signal to any rank."""
-    reasons = (run.tracker.health.alarmed or "", run.preemption.signal_name)
+    reasons = (run.log.health.alarmed or "", run.preemption.signal_name)
     alarms, signals = zip(*run.world.gather(reasons), strict=True)
     if any(alarms):
         return StopReason("alarm", max(alarms))

@@ -25,8 +25,8 @@ from gspo.data.sources import open_source
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.system.console import say
 from gspo.system.files import replacing
 from gspo.system.program import guarded

@@ -1,7 +1,7 @@
 """Compute log-probs of tokens from the hidden states and the head's weight, without holding [T, V] logits.
 
 The vocabulary is cut into chunks. Forward: the raw products of one chunk at a time go through a buffer, and three
-numbers a token are carried along (`epilogue.py`). Backward: the products are computed again, turned in place into the
+numbers a token are carried along (`logprob_chunk.py`). Backward: the products are computed again, turned into the
 loss's gradient with respect to them, `d`, and then `dhidden += d @ weight[chunk]` in float32 and
 `dweight[chunk] = d.T @ hidden`, written once. That is 8 T D V floating-point operations; with unlimited memory it
 would be 6. The forward keeps the first products, up to `keep` bytes, for the backward, so that small problems and
@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gspo.kernels import epilogue, epilogue_cpu
+from gspo.kernels import logprob_chunk, logprob_chunk_cpu
+from gspo.kernels.amx_padding import columns_of, whole_tiles
 from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
-from gspo.kernels.epilogue import LogitTransform
+from gspo.kernels.logprob_chunk import LogitTransform
 from gspo.kernels.native import TYPES, cpu_kernels_take
-from gspo.kernels.whole_tiles import columns_of, whole_tiles
 
 MIB = 2**20
 CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     transform: LogitTransform
     dtype: torch.dtype  # of the matrix products
     keep: int  # bytes
-    epilogue: ModuleType  # epilogue, epilogue_cpu or epilogue_triton
+    functions: ModuleType  # logprob_chunk, logprob_chunk_cpu or logprob_chunk_triton
 
 
 def linear_logprob(
@@ -124,10 +124,10 @@ def _compiled(hidden: Tensor, dtype: torch.dtype) -> bool:
     return dtype in TYPES and cpu_kernels_take(hidden)
 
 
-IMPLEMENTATIONS = (  # of the epilogue, for `hidden` and products in `dtype`
-    Implementation(on_cuda, triton_kernel("epilogue_triton")),
-    Implementation(_compiled, lambda hidden, dtype: epilogue_cpu),
-    Implementation(always, lambda hidden, dtype: epilogue),
+IMPLEMENTATIONS = (  # of a chunk's processing, for `hidden` and products in `dtype`
+    Implementation(on_cuda, triton_kernel("logprob_chunk_triton")),
+    Implementation(_compiled, lambda hidden, dtype: logprob_chunk_cpu),
+    Implementation(always, lambda hidden, dtype: logprob_chunk),
 )
 
 
@@ -228,10 +228,10 @@ def _pieces(tokens: int, weight: Tensor, plan: Plan) -> tuple[list[slice], int]:
 
 def _forward(x: Tensor, weight: Tensor, targets: Tensor, plan: Plan, work: Workspace) -> tuple[Tensor, Tensor]:
     """Return log-probs [T] of x [T, D], and (m, log s) [2, T]. The workspace keeps the products it has room for."""
-    stats = epilogue.new_stats(len(x), x)
+    stats = logprob_chunk.new_stats(len(x), x)
     for k, (begin, end) in enumerate(work.edges):
         raw = _product(x, weight, begin, end, work.buffers[min(k, work.kept)])
-        plan.epilogue.add_statistics(raw, begin, targets, stats, plan.transform)
+        plan.functions.add_statistics(raw, begin, targets, stats, plan.transform)
     m, s, t = stats
     log_s = s.log()
     return (t - m) - log_s, torch.stack([m, log_s])
@@ -254,7 +254,7 @@ def _backward(
             raw = work.buffers[k, : len(x), : end - begin]
         else:
             raw = _product(x, weight, begin, end, work.buffers[work.kept])
-        plan.epilogue.to_gradient(raw, begin, targets, rows, plan.transform)
+        plan.functions.to_gradient(raw, begin, targets, rows, plan.transform)
         if dx is not None:
             _add_product(dx, raw, weight[begin:end].to(x.dtype))
         if dw is not None:

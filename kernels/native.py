@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
-from gspo.kernels.signatures import SIGNATURES
+from gspo.kernels.native_signatures import SIGNATURES
 
 SOURCES = Path(__file__).resolve().parent / "cpu"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -53,7 +53,7 @@ def is_bf16(x: Tensor) -> bool:
 
 
 def call(kernel: str, **arguments: Any) -> None:
-    """Run a kernel of signatures.py with as many threads as PyTorch has; do nothing where a tensor has no storage."""
+    """Run a kernel of native_signatures.py with PyTorch's number of threads; do nothing if a tensor has no storage."""
     signature = SIGNATURES[kernel]
     assert arguments.keys() == signature.keys(), (kernel, *arguments.keys() ^ signature.keys())
     if not all(map(has_storage, arguments.values())):

@@ -2,16 +2,16 @@
 
 Each operation is a file with its formulas in PyTorch and a table of its implementations (`dispatch.py`); beside it
 stand `_triton.py` (CUDA) and `_cpu.py` (C++). `linear_logprob` puts such kernels between matrix products,
-`pairwise_loss` is one Triton kernel. `varlen.py` chooses a FlashAttention that returns its log-sum-exp. The sampler
-uses `decode.py`, attention over pages, and `sampling.py`, the draw of a token; on CPUs also
-`packed_attention_cpu.py`, `layers.py`, `linear.py` and `stack.py`, which exist in C++ only and replace PyTorch's
-operators.
+`pairwise_loss` is one Triton kernel. `segment_attention.py` chooses a FlashAttention that returns its log-sum-exp.
+The sampler uses `decode_attention.py`, attention over pages, and `draw_token.py`, the draw of a token; on CPUs also
+`packed_attention_cpu.py`, `norm_gate_rotary_cpu.py`, `linear_cpu.py` and `decoder_layers_cpu.py`, which exist in C++
+only and replace PyTorch's operators.
 """
 
 from gspo.kernels.logprob import linear_logprob, linear_logprob_and_grad
 from gspo.kernels.pair_settings import PairSettings, PairwiseLoss
 from gspo.kernels.pairwise import pairwise_loss
-from gspo.kernels.reference import reference_linear_logprob
+from gspo.kernels.plain_logprob import reference_linear_logprob
 
 __all__ = [
     "PairSettings",

@@ -1,4 +1,4 @@
-"""Compute causal attention of sequences that share tokens on a CPU, forward and backward (cpu/rows.cpp).
+"""Compute causal attention of sequences that share tokens on a CPU, forward and backward (cpu/packed_attention.cpp).
 
 Nothing is gathered or padded, and no mask is built: a sequence is a list of token indices, and a prefix that several
 sequences share is stored once. Scores and sums are float32; in bfloat16 the attention weights are rounded before they

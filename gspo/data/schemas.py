@@ -144,5 +144,5 @@ def math_row(row: Any, place: str) -> Row:
     return {**converted, "extra_info": extra} if extra else converted
 
 
-# name, as in `python -m gspo.convert NAME` -> converter of a row
+# name, as in `python -m gspo.convert_data NAME` -> converter of a row
 FORMATS: dict[str, Callable[[Any, str], Row]] = {"gsm8k": gsm8k_row, "math": math_row}

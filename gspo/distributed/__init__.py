@@ -1,1 +1,1 @@
-"""Ranks, device meshes, shards, transfers: the only room that may use torch.distributed. It knows no training stage."""
+"""Ranks, device meshes, shards, transfers; only this folder uses torch.distributed. No training stage is known here."""

@@ -21,7 +21,7 @@ from gspo.distributed.transfer import ReadSlices, fill_weights
 from gspo.errors import UserError
 from gspo.models.compiled_layers import install_compiled_layers
 from gspo.models.loading import cannot_open, cast_parameters, load_model_config, resolve_path
-from gspo.models.replaced import replaced
+from gspo.models.patching import replaced
 from gspo.models.safetensors_files import Weights, open_weights
 
 NamesOfPattern = dict[str, list[str]]  # a pattern of transformers' weight conversion -> the stored tensors it matches

@@ -23,8 +23,8 @@ from gspo.packing.head_probe import Head
 from gspo.packing.logprobs import response_logprobs, surrogate
 from gspo.packing.pack import PackedBatch
 from gspo.rollout.attention import forward
+from gspo.rollout.attention_inputs import pack_prompts
 from gspo.rollout.pages import Layer
-from gspo.rollout.steps import pack_prompts
 
 Autocast = Callable[[], AbstractContextManager]
 

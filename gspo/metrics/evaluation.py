@@ -13,8 +13,8 @@ from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.reward.reward_func import extract_answer
 from gspo.reward.scorer import Scorer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, GREEDY, Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt, Rollout, Scores
 
 CORRECT_AT = 1.0 - 1e-6  # a response is correct when its reward is full

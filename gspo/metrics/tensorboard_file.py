@@ -16,7 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from gspo.config import Config
-from gspo.metrics.writers import FileWriter, Samples
+from gspo.metrics.trackers import FileTracker, Samples
 from gspo.system.files import AppendedFile
 
 PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healthy high), limits of `config.Health`
@@ -29,7 +29,7 @@ PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healt
 SAMPLES, SAMPLES_EVERY = 2, 10  # groups shown as text, and every how many steps
 
 
-class TensorboardFile(FileWriter):
+class TensorboardFile(FileTracker):
     """tensorboard/: one event file for each start of the run; curves, limits of healthy ranges, tables of samples."""
 
     def __init__(self, folder: Path, cfg: Config, start_step: int):

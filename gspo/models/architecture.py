@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from gspo.errors import UserError
 from gspo.models.compiled_layers import compiled_layers_enabled
-from gspo.models.replaced import replaced
+from gspo.models.patching import replaced
 
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 

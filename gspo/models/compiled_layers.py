@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspo.kernels.layers import rms_norm, rotate, silu_product
 from gspo.kernels.native import cpu_kernels_take, library
-from gspo.models.replaced import replace
+from gspo.kernels.norm_gate_rotary_cpu import rms_norm, rotate, silu_product
+from gspo.models.patching import replace
 
 ROTARY = "apply_rotary_pos_emb"
 _forwards_of_ours = 0  # under way now

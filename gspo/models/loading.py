@@ -15,7 +15,7 @@ from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 from gspo.models.architecture import attention_implementation
 from gspo.models.compiled_layers import install_compiled_layers
-from gspo.models.replaced import replace
+from gspo.models.patching import replace
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()

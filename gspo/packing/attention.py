@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from gspo.kernels.native import has_storage
 from gspo.kernels.packed_attention_cpu import NO_ROWS, rows_attention, rows_kernel_takes
-from gspo.kernels.varlen import backend_for
+from gspo.kernels.segment_attention import backend_for
 from gspo.models.architecture import check_attention_arguments
 from gspo.packing.pack import PackedBatch
 from gspo.packing.shared_prefix import shared_prefix_attention
@@ -77,7 +77,7 @@ def _cast_alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
     On CUDA to the dtype that autocast gives PyTorch's own attention. On a CPU to the value's where our kernels serve
     it, and else to float32: there PyTorch's attention is faster than in bf16, its backward three times, and its
-    products read no further than their rows (kernels/whole_tiles.py).
+    products read no further than their rows (kernels/amx_padding.py).
     """
     device, value = tensors[0].device.type, tensors[2]
     if device == "cpu":

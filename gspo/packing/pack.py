@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from gspo.kernels.packed_attention_cpu import Rows
-from gspo.kernels.varlen import Segments
+from gspo.kernels.segment_attention import Segments
 from gspo.packing.micro_batches import Row
 from gspo.types import Prompt, Rollout
 

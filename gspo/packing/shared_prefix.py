@@ -14,7 +14,7 @@ of each part with the merged out and lse is exact.
 import torch
 from torch import Tensor
 
-from gspo.kernels.varlen import Backend, Rule
+from gspo.kernels.segment_attention import Backend, Rule
 from gspo.packing.pack import PackedBatch
 
 

@@ -301,8 +301,8 @@ def _latex_pool(process: int) -> Any:
     """Return the pool of one process that compares LaTeX; None where gspo or math-verify is not installed."""
     try:
         from gspo.reward import latex
+        from gspo.reward.worker_handle import Settings
         from gspo.reward.worker_pool import WorkerPool
-        from gspo.reward.worker_process import Settings
     except ImportError:
         return None
     if not latex.available():

@@ -23,8 +23,8 @@ import torch
 from gspo.config import Reward
 from gspo.errors import UserError
 from gspo.reward import reward_func
+from gspo.reward.worker_handle import Outcome, Settings
 from gspo.reward.worker_pool import GAVE_UP, MOST_TIMEOUTS, WorkerPool
-from gspo.reward.worker_process import Outcome, Settings
 from gspo.system.console import say, track
 from gspo.system.torchrun import cpu_cores, is_main, rank
 from gspo.types import Prompt, Rollout, Scores

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
-from gspo.reward.worker_process import GRACE_S, Outcome, Settings, WorkerEnded, WorkerProcess
+from gspo.reward.worker_handle import GRACE_S, Outcome, Settings, WorkerEnded, WorkerProcess
 
 GAVE_UP = "gave up"  # the kind of fault of calls that were never made
 LONGEST_CHUNK = 16  # calls sent at once: a message costs about as much as a short call

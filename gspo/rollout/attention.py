@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from gspo.kernels.decode import decode_attention
-from gspo.kernels.decode_cpu import Pool, decode_step
+from gspo.kernels.amx_padding import whole_tiles
+from gspo.kernels.decode_attention import decode_attention
+from gspo.kernels.decode_attention_cpu import Pool, decode_step
 from gspo.kernels.native import cpu_kernels_take, has_storage
 from gspo.kernels.packed_attention_cpu import NO_ROWS, rows_attention, rows_kernel_takes
-from gspo.kernels.varlen import Rule, backend_for
-from gspo.kernels.whole_tiles import whole_tiles
+from gspo.kernels.segment_attention import Rule, backend_for
 from gspo.models.architecture import (
     attention_implementation,
     check_architecture,
@@ -28,10 +28,10 @@ from gspo.models.architecture import (
     ordinary_token,
     unsupported_model,
 )
-from gspo.rollout.device_tables import FixedStep, Tables
+from gspo.rollout.attention_inputs import Prefill, Step, pack_prompts
+from gspo.rollout.cuda_graph_tables import FixedStep, Tables
 from gspo.rollout.pages import PAGE, Layer, Plan
 from gspo.rollout.slots import Slots
-from gspo.rollout.steps import Prefill, Step, pack_prompts
 
 SLOTS = "gspo_slots"
 LN2 = math.log(2)
@@ -232,7 +232,7 @@ def forward(model: nn.Module, slots: Prefill | Step | FixedStep, tokens: Tensor 
 def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> dict[int, Layer]:
     """Return what each layer keeps of a token; raise UserError unless slots give the logits of plain forwards.
 
-    A few tokens are decoded by steps, with `fixed` those of device_tables.py. This finds what no configuration says: a
+    A few tokens are decoded by steps, with `fixed` from a CUDA graph's tables. This finds what no configuration says: a
     model that keeps state of its own, that counts positions itself, or that passes unknown arguments to its attention.
     """
     check_architecture(model.config)

@@ -1,4 +1,4 @@
-"""Run all decoder layers of a model by one kernel call per decoding step (kernels/stack.py), on CPUs.
+"""Run all decoder layers of a model by one kernel call per decoding step (kernels/decoder_layers_cpu.py), on CPUs.
 
 The model's class still embeds tokens, chooses rotary angles, and makes logits; the first layer's forward computes all
 layers, and the others return their input. Whether the kernel computes what a model's layers do is found by trial: with
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspo.kernels.stack import LayerPages, LayerWeights, Sizes, Stack
+from gspo.kernels.decoder_layers_cpu import LayerPages, LayerWeights, Sizes, Stack
 from gspo.models.compiled_layers import is_gated_mlp, norm_eps, norm_offset
-from gspo.models.replaced import replaced
+from gspo.models.patching import replaced
+from gspo.rollout.attention_inputs import Step
 from gspo.rollout.slots import Slots
-from gspo.rollout.steps import Step
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS, NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
@@ -108,7 +108,7 @@ def _scale(norm: nn.Module) -> Tensor:
 
 
 def stack_serves(model: nn.Module) -> bool:
-    """Tell whether kernels/stack.py computes what all layers of a model do; found once a model."""
+    """Tell whether kernels/decoder_layers_cpu.py computes what all layers of a model do; found once a model."""
     if model not in _SERVED:
         layers = _layers(model)
         _SERVED[model] = bool(layers) and all(_serves_layer(model, layer) for layer in layers)
@@ -121,7 +121,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _serves_layer(model: nn.Module, layer: nn.Module) -> bool:
-    """Tell whether kernels/stack.py computes what a layer does: by its parts, and by a trial of its class."""
+    """Tell whether the kernel computes what a layer does: by its parts, and by a trial of its class."""
     parts, attention = layer._modules, getattr(layer, "self_attn", None)
     if set(parts) != PARTS or set(attention._modules) not in (PROJECTIONS, PROJECTIONS | NORMS):
         return False
@@ -166,7 +166,7 @@ def _small_layer_agrees(model: nn.Module, layer: nn.Module) -> bool:
 
 
 def _formula(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
-    """Compute what kernels/stack.py does, for a whole sequence x [1, T, K]."""
+    """Compute what kernels/decoder_layers_cpu.py does, for a whole sequence x [1, T, K]."""
     attention, mlp = layer.self_attn, layer.mlp
 
     def norm(m: nn.Module | None, y: Tensor) -> Tensor:

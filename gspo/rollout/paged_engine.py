@@ -2,7 +2,7 @@
 
 Prompts wait in a queue and are prefilled together; responses grow in slots by a token a step; a response that ends
 frees its slot and pages for the next. On CPUs the host reads every token and lays out the next step without gaps. On
-CUDA it reads every few steps; the steps in between all have one shape (device_tables.py) and are replayed as a CUDA
+CUDA it reads every few steps; the steps in between all have one shape (cuda_graph_tables.py) and are replayed as a CUDA
 graph (cuda_graphs.py).
 """
 
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspo.rollout.attention import check_slots, forward
+from gspo.rollout.cuda_graph_tables import FixedStep, Tables
 from gspo.rollout.cuda_graphs import Replay
 from gspo.rollout.decoder_stack import fused_decoder_stack
-from gspo.rollout.device_tables import FixedStep, Tables
+from gspo.rollout.draw_tokens import draw
 from gspo.rollout.kv_budget import SHARE, free_bytes, plan_slots, response_page_size
 from gspo.rollout.requests import EngineOptions, Requests, Results
-from gspo.rollout.sampling import draw
 from gspo.rollout.slots import Slots
 from gspo.rollout.weight_layout import laid_out_weights
 

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from gspo.rollout.sampling import Sampling
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.stop_strings import StopStrings
 
 
@@ -22,7 +22,7 @@ class Requests:
     prompts: list[tuple[int, ...]]  # G, token ids
     n: int
     sampling: Sampling
-    keys: Tensor  # [R] int64: the key of each row's random numbers (sampling.py)
+    keys: Tensor  # [R] int64: the key of each row's random numbers (draw_tokens.py)
     limits: Tensor  # [R] int64, 1..L: tokens that each response may have
     end_ids: Tensor  # [E] int64: tokens that end a response
     pad_id: int  # fills `Results.tokens` behind a response

@@ -1,7 +1,7 @@
 """Sample N responses to each prompt: `Sampler` turns prompts into an engine's requests, and its results into a Rollout.
 
-Which engine does the sampling is a name in engines.py; ours is paged_engine.py. Randomness is keyed (sampling.py), so a
-response does not depend on how the work is cut into batches.
+Which engine does the sampling is a name in engines.py; ours is paged_engine.py. Randomness is keyed (draw_tokens.py):
+a response does not depend on how the work is cut into batches.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.architecture import check_length
 from gspo.models.loading import end_and_pad_ids
+from gspo.rollout.draw_tokens import Sampling, sample_keys
 from gspo.rollout.engines import engine_class
 from gspo.rollout.requests import EngineOptions, Requests, Results
-from gspo.rollout.sampling import Sampling, sample_keys
 from gspo.rollout.stop_strings import StopStrings
 from gspo.system.console import track_sampling
 from gspo.types import Prompt, Rollout

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gspo.rollout.attention_inputs import Prefill, Step, pack_prompts
 from gspo.rollout.pages import FAR, Layer, Pages, Plan, pages_for
-from gspo.rollout.steps import Prefill, Step, pack_prompts
 
 
 class Slots:

@@ -1,4 +1,4 @@
-// Attention of one new token a slot over keys and values in pages (kernels/decode.py says what is computed).
+// Attention of one new token a slot over keys and values in pages (kernels/decode_attention.py says what is computed).
 //
 // All slots that read a sequence, and all query heads of its KV head, are columns of the same matrix products.
 #pragma once

@@ -5,7 +5,7 @@ import torch
 from architectures import tiny_model
 from pack_cases import KINDS, LARGE, PACKS, SCALE, a_pack, by_rows, draw, outcome
 
-from gspo.kernels import varlen
+from gspo.kernels import segment_attention
 from gspo.packing import attention
 from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
@@ -22,7 +22,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def the_backend(name):
-    found = [b for b in varlen.installed(torch.device("cuda", 0)) if type(b).__name__ == name]
+    found = [b for b in segment_attention.installed(torch.device("cuda", 0)) if type(b).__name__ == name]
     return found[0] if found else pytest.skip(f"no {name} here")
 
 
@@ -38,7 +38,7 @@ def errors(mine, exact):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_trial_passes(name, width, dtype):
-    assert varlen.trial(the_backend(name), torch.device("cuda", 0), dtype, width) is None
+    assert segment_attention.trial(the_backend(name), torch.device("cuda", 0), dtype, width) is None
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -67,10 +67,10 @@ def test_two_parts_are_as_near_to_float64_as_rows(name, kind, heads, dtype):
 
 def test_a_proven_backend_is_chosen():
     device = torch.device("cuda", 0)
-    if not varlen.installed(device):
+    if not segment_attention.installed(device):
         pytest.skip("no backend here")
     q, k = (torch.zeros(8, heads, 64, dtype=torch.bfloat16, device=device) for heads in (4, 2))
-    assert type(varlen.backend_for(q, k, k)) is type(varlen.installed(device)[0])
+    assert type(segment_attention.backend_for(q, k, k)) is type(segment_attention.installed(device)[0])
 
 
 @pytest.mark.parametrize("cast", ["weights", "autocast"])
@@ -86,11 +86,11 @@ def test_whole_models_in_bf16_are_as_near_to_float32_as_rows(family, cast, monke
         model = model.bfloat16()
     softcap = getattr(model.config, "attn_logit_softcapping", None)
     example = torch.zeros(2, 2, 8, dtype=torch.bfloat16, device="cuda")
-    backend = varlen.backend_for(example, example, example, softcap)
+    backend = segment_attention.backend_for(example, example, example, softcap)
     if backend is None:
         pytest.skip("no backend here")
     results = []
-    for chosen, padded in ((lambda *_: None, attention._padded_attention), (varlen.backend_for, None)):
+    for chosen, padded in ((lambda *_: None, attention._padded_attention), (segment_attention.backend_for, None)):
         monkeypatch.setattr(attention, "backend_for", chosen)
         monkeypatch.setattr(attention, "_padded_attention", padded)
         with torch.autocast("cuda", torch.bfloat16, enabled=cast == "autocast"):

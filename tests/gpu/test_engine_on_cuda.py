@@ -13,15 +13,15 @@ from sampling_cases import differences, keys_of, observed
 from tiny_sampler import Tokens, prompts_of
 from transformers import GenerationConfig
 
-from gspo.kernels import decode, decode_triton
+from gspo.kernels import decode_attention, decode_attention_triton
 from gspo.kernels.dispatch import choose
-from gspo.kernels.sampling import sample
+from gspo.kernels.draw_token import sample
 from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout.cuda_graphs import Replay, no_waiting
+from gspo.rollout.draw_tokens import Sampling, uniforms
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling, uniforms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,10 +36,10 @@ LIMITS = torch.tensor([[40, 1, 7], [2, 40, 4], [23, 3, 9], [5, 40, 1]])
 
 
 def test_small_cases_are_as_near_to_float64_as_plain_pytorch(monkeypatch):
-    for share in (32, decode_triton.SHARE):
-        monkeypatch.setattr(decode_triton, "SHARE", share)
-        found = choose(decode.IMPLEMENTATIONS, torch.zeros(1, device="cuda"))
-        assert found.__module__ == "gspo.kernels.decode_triton"
+    for share in (32, decode_attention_triton.SHARE):
+        monkeypatch.setattr(decode_attention_triton, "SHARE", share)
+        found = choose(decode_attention.IMPLEMENTATIONS, torch.zeros(1, device="cuda"))
+        assert found.__module__ == "gspo.kernels.decode_attention_triton"
         wrong = [line for case in cases() for line in too_far(case, "cuda")]
         assert not wrong, "\n".join(wrong)
 

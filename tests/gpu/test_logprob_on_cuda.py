@@ -4,7 +4,7 @@ import pytest
 import torch
 from logprob_cases import HEADS, Case, cases, draw, outcome, too_far
 
-from gspo.kernels import epilogue, logprob
+from gspo.kernels import logprob, logprob_chunk
 from gspo.kernels.dispatch import choose
 from gspo.kernels.ops import linear_logprob
 
@@ -25,7 +25,7 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("known", [False, True], ids=["backward", "and_grad"])
 def test_small_cases_are_as_near_to_float64_as_plain_pytorch(small_chunks, known):
     found = choose(logprob.IMPLEMENTATIONS, torch.zeros(1, device="cuda"), torch.bfloat16)
-    assert found.__name__ == "gspo.kernels.epilogue_triton"
+    assert found.__name__ == "gspo.kernels.logprob_chunk_triton"
     wrong = [line for case in cases() for line in too_far(case, "cuda", known)]
     assert not wrong, "\n".join(wrong)
 
@@ -42,21 +42,21 @@ def test_chunks_as_they_are_used(dtype, vocabulary):
 
 def test_a_chunk_of_more_than_2_to_the_31_elements():
     """The last rows of 4.3 GB of products, at 64-bit offsets, against the same pass in PyTorch."""
-    from gspo.kernels import epilogue_triton
+    from gspo.kernels import logprob_chunk_triton
 
     tokens, width, last = 66_000, 32_640, slice(65_990, 66_000)
     raw = torch.zeros(tokens, 32_768, dtype=torch.bfloat16, device="cuda")[:, :width]
     raw[last] = torch.randn(10, width, device="cuda").bfloat16()
     targets = torch.randint(width, (tokens,), device="cuda")
-    transform = epilogue.LogitTransform.of(1.0, None, 0.9)
-    stats, expected = (epilogue.new_stats(n, raw) for n in (tokens, 10))
-    epilogue_triton.add_statistics(raw, 0, targets, stats, transform)
-    epilogue.add_statistics(raw[last], 0, targets[last], expected, transform)
+    transform = logprob_chunk.LogitTransform.of(1.0, None, 0.9)
+    stats, expected = (logprob_chunk.new_stats(n, raw) for n in (tokens, 10))
+    logprob_chunk_triton.add_statistics(raw, 0, targets, stats, transform)
+    logprob_chunk.add_statistics(raw[last], 0, targets[last], expected, transform)
     torch.testing.assert_close(stats[:, last], expected, rtol=1e-5, atol=1e-4)
     rows = torch.stack([stats[0], stats[1].log(), torch.ones(tokens, device="cuda")])
     gradient = raw[last].clone()
-    epilogue.to_gradient(gradient, 0, targets[last], rows[:, last].contiguous(), transform)
-    epilogue_triton.to_gradient(raw, 0, targets, rows, transform)
+    logprob_chunk.to_gradient(gradient, 0, targets[last], rows[:, last].contiguous(), transform)
+    logprob_chunk_triton.to_gradient(raw, 0, targets, rows, transform)
     torch.testing.assert_close(raw[last], gradient, rtol=1e-2, atol=1e-6)
 
 

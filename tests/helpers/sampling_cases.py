@@ -1,4 +1,4 @@
-"""Draws of a token, shared by the tests of all that draws: where one differs from gspo/rollout/sampling.py's."""
+"""Draws of a token, shared by the tests of all that draws: where one differs from gspo/rollout/draw_tokens.py's."""
 
 import math
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gspo.kernels.sampling import sample
-from gspo.rollout.sampling import Sampling, choose, sample_keys, threshold, uniforms
+from gspo.kernels.draw_token import sample
+from gspo.rollout.draw_tokens import Sampling, choose, sample_keys, threshold, uniforms
 
 NEAR = 1e-5  # of the distribution: how far a draw may lie beside a token that the other order of sums chose
 

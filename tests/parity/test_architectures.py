@@ -16,8 +16,8 @@ from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import check_packing, response_logprobs
 from gspo.packing.pack import pack_rows
 from gspo.rollout.attention import check_slots
-from gspo.rollout.sampling import Sampling
-from gspo.rollout.steps import Step
+from gspo.rollout.attention_inputs import Step
+from gspo.rollout.draw_tokens import Sampling
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from compiled_logprob import TARGETS, assemble
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gspo.kernels import decode_triton
+from gspo.kernels import decode_attention_triton
 
 # query heads, KV heads, width of keys and of values, answers together, page: 0.5B, 8B, Gemma 2, 80 wide, DeepSeek's
 SHAPES = {
@@ -38,19 +38,19 @@ def compiled(kernel, capability: int, values: dict, types: dict, divisible: list
 def part(capability: int, shape: tuple[int, ...], dtype: str, capped: bool, window: bool):
     heads, kv_heads, width, value_width, members, page = shape
     group = heads // kv_heads
-    values = decode_triton.blocks(members * group, page, width, value_width, ITEMSIZE[dtype])
+    values = decode_attention_triton.blocks(members * group, page, width, value_width, ITEMSIZE[dtype])
     options = {k: values.pop(k) for k in ("num_warps", "num_stages")}
     values |= {"MEMBERS": members, "KV_HEADS": kv_heads, "GROUP": group, "PAGE": page, "D": width, "DV": value_width}
-    values |= {"SHARE": decode_triton.SHARE, "CAPPED": capped, "WINDOW": window}
+    values |= {"SHARE": decode_attention_triton.SHARE, "CAPPED": capped, "WINDOW": window}
     types = {f"{x}_ptr": f"*{dtype}" for x in ("q", "keys", "values")}
     types |= {"out_ptr": "*fp32", "lse_ptr": "*fp32", "inner": "fp32", "outer": "fp32"}
-    return compiled(decode_triton.part_kernel, capability, values, types, ["q_slot", "q_head"], options)
+    return compiled(decode_attention_triton.part_kernel, capability, values, types, ["q_slot", "q_head"], options)
 
 
 def merge(capability: int, dtype: str):
     types = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "merged_ptr": f"*{dtype}"}
     values = {"DV": 128, "BLOCK_SPLITS": 16, "BLOCK_DV": 128}
-    return compiled(decode_triton.merge_kernel, capability, values, types, [], {"num_warps": 1})
+    return compiled(decode_attention_triton.merge_kernel, capability, values, types, [], {"num_warps": 1})
 
 
 def report(kernel, target: str) -> dict[str, int]:

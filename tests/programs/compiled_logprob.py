@@ -14,17 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gspo.kernels import epilogue_triton
+from gspo.kernels import logprob_chunk_triton
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 TARGETS = {"sm_80": 80, "sm_90a": 90}
-KERNELS = (epilogue_triton.statistics_kernel, epilogue_triton.gradient_kernel)
+KERNELS = (logprob_chunk_triton.statistics_kernel, logprob_chunk_triton.gradient_kernel)
 
 
 def compile_kernel(kernel, capability: int, raw: str, capped: bool) -> str:
-    """PTX, with the divisibility that `epilogue_triton` gives at run time."""
+    """PTX, with the divisibility that `logprob_chunk_triton` gives at run time."""
     types = {"raw_ptr": f"*{raw}", "target_ptr": "*i64", "inner": "fp32", "outer": "fp32"}
-    values = {"CAPPED": capped, "BLOCK": epilogue_triton.BLOCK}
+    values = {"CAPPED": capped, "BLOCK": logprob_chunk_triton.BLOCK}
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in values else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
@@ -34,7 +34,7 @@ def compile_kernel(kernel, capability: int, raw: str, capped: bool) -> str:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr") or name == "stride"
     }
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in values.items()}, divisible)
-    warps = epilogue_triton.warps(epilogue_triton.BLOCK)
+    warps = logprob_chunk_triton.warps(logprob_chunk_triton.BLOCK)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm["ptx"]
 
 

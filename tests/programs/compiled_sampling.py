@@ -6,8 +6,8 @@ from itertools import product
 from compiled_decode import compiled
 from compiled_logprob import TARGETS, assemble
 
-from gspo.kernels import sampling_triton as kernels
-from gspo.kernels.sampling_triton import BLOCK, PER_CHUNK
+from gspo.kernels import draw_token_triton as kernels
+from gspo.kernels.draw_token_triton import BLOCK, PER_CHUNK
 
 TYPES = {f"{name}_ptr": "*fp32" for name in ("least", "tops", "totals", "bends", "sums", "logprobs", "entropies")}
 TYPES |= {f"{name}_ptr": "*i64" for name in ("keys", "positions", "tokens")}

@@ -6,14 +6,14 @@ import torch
 from decode_cases import cases, too_far
 from interpreted_logprob import repair_interpreter, use_triton
 
-from gspo.kernels import decode, decode_triton
+from gspo.kernels import decode_attention, decode_attention_triton
 
 
 def main() -> None:
     repair_interpreter()
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
-    decode_triton.SHARE = 32  # several programs a sequence
-    use_triton(decode)
+    decode_attention_triton.SHARE = 32  # several programs a sequence
+    use_triton(decode_attention)
     print(json.dumps({case.name(): too_far(case) for case in cases()}))
 
 

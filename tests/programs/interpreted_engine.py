@@ -7,9 +7,9 @@ from architectures import tiny_model
 from interpreted_logprob import repair_interpreter, use_triton
 from tiny_sampler import LIMITS, prompts_of, sampler_for
 
-from gspo.kernels import decode, sampling
+from gspo.kernels import decode_attention, draw_token
 from gspo.rollout import paged_engine
-from gspo.rollout.sampling import Sampling
+from gspo.rollout.draw_tokens import Sampling
 
 
 def sampled(family: str, dtype: torch.dtype, sampling: Sampling):
@@ -23,8 +23,8 @@ def main() -> None:
     runs = [("gemma2", torch.float32, Sampling(1.2, max_new_tokens=14, top_k=40)),
             ("qwen3", torch.float32, Sampling(0.0, max_new_tokens=14))]  # fmt: skip
     plain = [sampled(*run) for run in runs]
-    use_triton(decode)
-    use_triton(sampling)
+    use_triton(decode_attention)
+    use_triton(draw_token)
     paged_engine.STEPS_PER_BLOCK["cpu"] = 4
     results = {}
     for (family, *_), theirs, mine in zip(runs, plain, [sampled(*run) for run in runs], strict=True):

@@ -13,7 +13,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from logprob_cases import HEADS, Case, too_far
 
-from gspo.kernels import epilogue_triton, logprob
+from gspo.kernels import logprob, logprob_chunk_triton
 from gspo.kernels.dispatch import always
 
 SHAPES = [(12, 8, 700), (1, 8, 300), (13, 24, 257)]
@@ -57,7 +57,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
     use_triton(logprob)
     logprob.CHUNK_BYTES["cpu"], logprob.LEAST_WIDTH["cpu"] = 0, 256  # several chunks,
-    epilogue_triton.BLOCK = 128  # of several blocks
+    logprob_chunk_triton.BLOCK = 128  # of several blocks
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:

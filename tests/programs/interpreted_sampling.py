@@ -9,22 +9,22 @@ from sampling_cases import cases, differences, keys_of, observed
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-from gspo.kernels import sampling, sampling_triton
-from gspo.rollout.sampling import Sampling, uniforms
+from gspo.kernels import draw_token, draw_token_triton
+from gspo.rollout.draw_tokens import Sampling, uniforms
 
 
 @triton.jit
 def uniform_kernel(keys_ptr, positions_ptr, out_ptr):
     row = tl.program_id(0)
-    u = sampling_triton.uniform(tl.load(keys_ptr + row), tl.load(positions_ptr + row))
+    u = draw_token_triton.uniform(tl.load(keys_ptr + row), tl.load(positions_ptr + row))
     tl.store(out_ptr + row, u)
 
 
 def main() -> None:
     repair_interpreter()
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
-    use_triton(sampling)
-    sampling_triton.PER_CHUNK, sampling_triton.PIECE = 2, 1024  # several chunks, and pieces, a row
+    use_triton(draw_token)
+    draw_token_triton.PER_CHUNK, draw_token_triton.PIECE = 2, 1024  # several chunks, and pieces, a row
     keys, positions = keys_of(100)
     u = torch.empty(100, dtype=torch.float64)
     uniform_kernel[(100,)](keys, positions, u)

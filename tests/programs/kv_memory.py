@@ -7,7 +7,7 @@ import torch
 from architectures import tiny_model
 from tiny_sampler import prompts_of, sampler_for
 
-from gspo.rollout.sampling import Sampling
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.slots import Slots
 
 STATUS = Path("/proc/self/status")

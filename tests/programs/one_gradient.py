@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from gspo.algorithm.self_play import SelfPlayModels
+from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
@@ -19,8 +19,8 @@ from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
 from gspo.read_config import load_config
 from gspo.reward.scorer import Scorer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.system.program import end_process
 from train import gather_experience
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.algorithm.self_play import SelfPlayModels
+from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.distributed.transfer import full_tensor
 from gspo.distributed.world import process_group

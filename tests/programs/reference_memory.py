@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gspo.algorithm.self_play import SelfPlayModels
+from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.distributed.sharding import is_sharded, sharding_units
 from gspo.distributed.world import process_group
 from gspo.read_config import load_config

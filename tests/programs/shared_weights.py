@@ -1,5 +1,5 @@
-"""A program for test_self_play.py: prints the MiB of a model, and those by which a process grows for the models of one
-that shares its weights with the sampler, and of one that does not."""
+"""A program for test_self_play_models.py: prints the MiB of a model, and those by which a process grows for the models
+of one that shares its weights with the sampler, and of one that does not."""
 
 import gc
 import tempfile
@@ -8,7 +8,7 @@ import torch
 from kv_memory import resident
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.algorithm.self_play import SelfPlayModels
+from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.distributed.sharding import local_bytes
 from gspo.distributed.world import World
 from gspo.read_config import load_config

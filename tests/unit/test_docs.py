@@ -8,7 +8,7 @@ from repository import ROOT
 
 from gspo.config import Config, flatten, known_keys, parameters_page, to_dict
 from gspo.config_aliases import ALIASES
-from gspo.metrics.tracker import GLOSSARY
+from gspo.metrics.run_log import GLOSSARY
 
 READMES = ["README.md", "README.zh.md"]
 PAGES = sorted(

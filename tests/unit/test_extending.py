@@ -9,8 +9,8 @@ from repository import ROOT
 from tiny_sampler import prompts_of, sampler_for
 from triton_programs import results
 
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.engines import ENGINES
-from gspo.rollout.sampling import Sampling
 
 FEW = ("--config", "configs/quick.yaml", "trainer.max_steps=1", "data.train_batch_size=8", "eval.round_prompts=0",
        "eval.before_and_after=false", "model.precision=fp32")  # fmt: skip

@@ -45,8 +45,8 @@ STAGES = {
     "update": ["gspo.algorithm.update"],
     "log": [
         "gspo.metrics.step_metrics",
-        "gspo.metrics.tracker",
-        "gspo.metrics.writers",
+        "gspo.metrics.run_log",
+        "gspo.metrics.trackers",
         "gspo.metrics.tensorboard_file",
         "gspo.metrics.health",
     ],
@@ -249,9 +249,9 @@ WRONG = {
         "gspo.packing.logprobs imports torch.distributed",
     ),
     "kernel": (
-        "kernels/reference.py",
+        "kernels/plain_logprob.py",
         "from transformers import PreTrainedModel",
-        "gspo.kernels.reference imports transformers",
+        "gspo.kernels.plain_logprob imports transformers",
     ),
     "kernel too": (
         "kernels/packed_attention_cpu.py",

@@ -8,7 +8,7 @@ import torch
 
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_tokenizer
-from gspo.rollout.sampling import Sampling
+from gspo.rollout.draw_tokens import Sampling
 from gspo.sample import main, sample
 
 PROMPTS = ["Solve: x + 5 = 12", [{"role": "user", "content": "解方程：3x - 4 = 20"}]]

@@ -20,8 +20,8 @@ from gspo.embedded.systems import (
     write_splits,
 )
 from gspo.models.loading import load_model, load_tokenizer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 GOLD = "x = 6, y = 4"

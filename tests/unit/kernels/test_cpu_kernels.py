@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from architectures import tiny_model
 from pack_cases import LARGE, PACKS, a_pack, draw, outcome
 
-from gspo.kernels import epilogue, epilogue_cpu, native, sampling_cpu
-from gspo.kernels.decode_cpu import Pool, Sequences, decode_step
-from gspo.kernels.epilogue import LogitTransform
-from gspo.kernels.layers import rms_norm, rotate, silu_product
-from gspo.kernels.linear import can_lay_out, laid_out_linear, lay_out
+from gspo.kernels import draw_token_cpu, logprob_chunk, logprob_chunk_cpu, native
+from gspo.kernels.decode_attention_cpu import Pool, Sequences, decode_step
+from gspo.kernels.linear_cpu import can_lay_out, laid_out_linear, lay_out
+from gspo.kernels.logprob_chunk import LogitTransform
+from gspo.kernels.norm_gate_rotary_cpu import rms_norm, rotate, silu_product
 from gspo.kernels.packed_attention_cpu import rows_attention, rows_kernel_takes
 from gspo.models.compiled_layers import compiled_layers_enabled, install_compiled_layers, is_gated_mlp, norm_offset
 from gspo.packing.attention import _padded_attention
 from gspo.rollout.decoder_stack import stack_serves
-from gspo.rollout.sampling import Sampling
+from gspo.rollout.draw_tokens import Sampling
 
 needed = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
 HALF, FULL = torch.bfloat16, torch.float32
@@ -159,13 +159,13 @@ def test_a_step_attends_to_prompt_and_answer(dtype, softcap, window, heads, kv_h
 @needed
 def test_draws_are_pytorchs_but_for_those_between_two_tokens():
     cases = [c for c in sampling_cases.cases() if not c.sampling.truncates and c.dtype in native.TYPES]
-    wrong = [line for case in cases for line in sampling_cases.differences(case, sample=sampling_cpu.sample)]
+    wrong = [line for case in cases for line in sampling_cases.differences(case, sample=draw_token_cpu.sample)]
     assert len(cases) == 13 and not wrong, "\n".join(wrong)
 
 
 @needed
 def test_tokens_are_drawn_as_often_as_softmax_has_them():
-    seen, expected = sampling_cases.observed(600, Sampling(0.9), 50_000, sample=sampling_cpu.sample)
+    seen, expected = sampling_cases.observed(600, Sampling(0.9), 50_000, sample=draw_token_cpu.sample)
     common = expected >= 5
     statistic = ((seen - expected)[common].square() / expected[common]).sum() + (
         (seen[~common].sum() - expected[~common].sum()).square() / expected[~common].sum()
@@ -179,9 +179,9 @@ def test_tokens_are_drawn_as_often_as_softmax_has_them():
 def test_a_draw_does_not_depend_on_other_rows_or_on_where_it_lies(dtype):
     logits = (3 * torch.randn(9, 1000)).to(dtype)
     keys, positions = sampling_cases.keys_of(9)
-    together = sampling_cpu.sample(logits, keys, positions, 0.8)
-    alone = [sampling_cpu.sample(logits[[i]], keys[[i]], positions[[i]], 0.8) for i in range(9)]
-    spread = sampling_cpu.sample(logits.T.contiguous().T, keys, positions, 0.8)
+    together = draw_token_cpu.sample(logits, keys, positions, 0.8)
+    alone = [draw_token_cpu.sample(logits[[i]], keys[[i]], positions[[i]], 0.8) for i in range(9)]
+    spread = draw_token_cpu.sample(logits.T.contiguous().T, keys, positions, 0.8)
     for found, one, other in zip(together, zip(*alone, strict=True), spread, strict=True):
         assert found.equal(torch.cat(one)) and found.equal(other)
 
@@ -191,7 +191,7 @@ def test_a_draw_does_not_depend_on_other_rows_or_on_where_it_lies(dtype):
 def test_a_row_of_nan_is_told_by_its_log_prob(temperature):
     logits = torch.randn(3, 300)
     logits[1, 270] = torch.nan
-    tokens, logprobs, entropies = sampling_cpu.sample(logits, *sampling_cases.keys_of(3), temperature)
+    tokens, logprobs, entropies = draw_token_cpu.sample(logits, *sampling_cases.keys_of(3), temperature)
     assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True, False]
     assert ((tokens >= 0) & (tokens < 300)).all()
 
@@ -211,8 +211,8 @@ def test_a_chunk_of_logits_gives_what_pytorch_makes_of_it(dtype, softcap, width)
     targets = torch.tensor([0, width - 1, width, 2 * width - 1, 0, width // 2, 1])
     transform = LogitTransform.of(0.7, softcap, 0.9)
     outcomes = []
-    for module in (epilogue, epilogue_cpu):
-        both, stats = memory.clone(), epilogue.new_stats(7, memory)
+    for module in (logprob_chunk, logprob_chunk_cpu):
+        both, stats = memory.clone(), logprob_chunk.new_stats(7, memory)
         chunks = both[:, :width], both[:, width : 2 * width]
         for i, raw in enumerate(chunks):
             module.add_statistics(raw, i * width, targets, stats, transform)

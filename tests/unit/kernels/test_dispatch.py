@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from gspo.kernels import decode, dispatch, epilogue, logprob, pairwise, sampling
+from gspo.kernels import decode_attention, dispatch, draw_token, logprob, logprob_chunk, pairwise
 from gspo.kernels.dispatch import Implementation, choose
 
 TABLES = {  # an operation, and what its table is asked with for a tensor x
-    "decode": (decode, lambda x: (x,)),
+    "decode": (decode_attention, lambda x: (x,)),
     "logprob": (logprob, lambda x: (x, x.dtype)),
     "pairwise": (pairwise, lambda x: (x,)),
-    "sampling": (sampling, lambda x: (x, False)),
+    "sampling": (draw_token, lambda x: (x, False)),
 }
 
 
@@ -46,7 +46,11 @@ def test_a_missing_triton_is_said_once_and_pytorch_takes_over(monkeypatch, capsy
         found = {name: choose(module.IMPLEMENTATIONS, *asked(x)) for name, (module, asked) in TABLES.items()}
     finally:
         dispatch._import.cache_clear()
-    plain = {"decode": decode.plain_decode_attention, "logprob": epilogue, "pairwise": pairwise.plain_pairwise_loss}
+    plain = {
+        "decode": decode_attention.plain_decode_attention,
+        "logprob": logprob_chunk,
+        "pairwise": pairwise.plain_pairwise_loss,
+    }
     assert found == {**plain, "sampling": None}
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("kernels: Triton cannot be imported (No module named 'triton')")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from logprob_cases import Case, cases, draw, outcome, too_far
 
-from gspo.kernels import epilogue, logprob
+from gspo.kernels import logprob, logprob_chunk
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
 
 
@@ -17,7 +17,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(logprob.CHUNK_BYTES, "cpu", 0)
     monkeypatch.setitem(logprob.LEAST_WIDTH, "cpu", 128)
     monkeypatch.setattr(logprob, "LEAST_PIECE", 16)
-    monkeypatch.setattr(epilogue, "BLOCK", 2000)
+    monkeypatch.setattr(logprob_chunk, "BLOCK", 2000)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

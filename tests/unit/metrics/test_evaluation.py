@@ -24,8 +24,8 @@ from gspo.metrics.evaluation import (
     wilson,
 )
 from gspo.reward.scorer import Scorer
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt, Rollout, Scores
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from gspo.config import Health, parameters
 from gspo.metrics.health import GUARDS, HealthCheck
-from gspo.metrics.tracker import GLOSSARY
+from gspo.metrics.run_log import GLOSSARY
 
 WELL = {
     "reward_mean": 0.5,

@@ -10,8 +10,8 @@ from architectures import tiny_model
 from pack_cases import KINDS, LARGE, PACKS, SCALE, a_pack, by_rows, draw, outcome
 from plain_logprobs import RAGGED, SOME_ROWS, assert_plain
 
-from gspo.kernels import varlen
-from gspo.kernels.varlen import FlashAttention, Plain, Rule, Segments, TorchFlash
+from gspo.kernels import segment_attention
+from gspo.kernels.segment_attention import FlashAttention, Plain, Rule, Segments, TorchFlash
 from gspo.packing import attention
 from gspo.packing.shared_prefix import shared_prefix_attention
 
@@ -79,10 +79,10 @@ def test_the_trial_passes_the_formulas_and_names_what_is_wrong():
             return super().forward(q, k, v, Rule(dataclasses.replace(rule.segments, causal=False), *rule[1:]))
 
     at = torch.device("cpu"), torch.float32, 16
-    assert varlen.trial(Plain(), *at) is None
-    assert "lse" in varlen.trial(Transposed(), *at)
-    assert "dq" in varlen.trial(OwnSoftmax(), *at)
-    assert "causal True" in varlen.trial(AlignedAtTheStart(), *at)
+    assert segment_attention.trial(Plain(), *at) is None
+    assert "lse" in segment_attention.trial(Transposed(), *at)
+    assert "dq" in segment_attention.trial(OwnSoftmax(), *at)
+    assert "causal True" in segment_attention.trial(AlignedAtTheStart(), *at)
 
 
 def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
@@ -116,17 +116,17 @@ def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
     package._flash_attn_varlen_backward = _flash_attn_varlen_backward
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
-    assert varlen.trial(FlashAttention(), torch.device("cpu"), torch.float32, 16) is None
+    assert segment_attention.trial(FlashAttention(), torch.device("cpu"), torch.float32, 16) is None
 
 
 def test_which_tensors_go_to_which_backend(monkeypatch):
     """By shape and dtype alone: tensors of a GPU that is not there, none proven but one without softcaps."""
     torch_flash = TorchFlash()
-    monkeypatch.setattr(varlen, "_proven", lambda kind, *_: torch_flash if kind is TorchFlash else None)
+    monkeypatch.setattr(segment_attention, "_proven", lambda kind, *_: torch_flash if kind is TorchFlash else None)
 
     def chosen(width=64, dtype=HALF, value=None, device="cuda", **options):
         q, k, v = (torch.empty(8, 2, n, dtype=dtype, device=device) for n in (width, width, value or width))
-        return varlen.backend_for(q, k, v, **options)
+        return segment_attention.backend_for(q, k, v, **options)
 
     assert chosen(device="cpu") is None
     with torch._subclasses.FakeTensorMode():

@@ -11,9 +11,9 @@ from processes import wait_until
 from repository import ROOT
 
 from gspo.errors import UserError
-from gspo.reward import worker_process
+from gspo.reward import worker_handle
+from gspo.reward.worker_handle import Settings
 from gspo.reward.worker_pool import WorkerPool
-from gspo.reward.worker_process import Settings
 
 CHAOS = """
 import ctypes, os, subprocess, sys, time
@@ -161,7 +161,7 @@ def test_a_killed_trainer_leaves_no_process(tmp_path, busy):
     )
     (tmp_path / "r.py").write_text(f"{text}    {busy}\n")
     program = "import time\nfrom gspo.reward.worker_pool import WorkerPool\n"
-    program += "from gspo.reward.worker_process import Settings\n"
+    program += "from gspo.reward.worker_handle import Settings\n"
     program += f"pool = WorkerPool(Settings({str(tmp_path / 'r.py')!r}, 'compute_score', timeout_s=1), 1)\n"
     program += "pool.submit({}); time.sleep(60)"
     trainer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
@@ -184,7 +184,7 @@ def test_an_import_that_fails_crashes_or_exits_is_an_error(pool):
 
 
 def test_an_import_that_hangs_is_reported_with_its_line(pool, monkeypatch):
-    monkeypatch.setattr(worker_process, "START_S", 1.0)
+    monkeypatch.setattr(worker_handle, "START_S", 1.0)
     with pytest.raises(UserError, match=r"my_reward.py is still being imported after 1 s \(line 2\)"):
         pool("import time\ntime.sleep(600)\n\n\ndef compute_score(**_):\n    return 1.0\n")
     assert children() == []

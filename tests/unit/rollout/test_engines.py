@@ -6,9 +6,9 @@ from architectures import tiny_model
 from tiny_sampler import prompts_of, sampler_for
 
 from gspo.errors import UserError
+from gspo.rollout.draw_tokens import Sampling, draw
 from gspo.rollout.engines import ENGINES, engine_class
 from gspo.rollout.requests import EngineOptions, Requests, Results
-from gspo.rollout.sampling import Sampling, draw
 
 
 class Uncached:

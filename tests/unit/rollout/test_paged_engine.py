@@ -9,14 +9,14 @@ import torch
 from architectures import tiny_model
 from tiny_sampler import LIMITS, prompts_of, sampler_for, watched_seats
 
-from gspo.kernels import varlen
+from gspo.kernels import segment_attention
 from gspo.rollout import attention as decode_attention
-from gspo.rollout import device_tables as tables
+from gspo.rollout import cuda_graph_tables as tables
 from gspo.rollout import paged_engine
-from gspo.rollout.device_tables import Tables, _shared_reads
+from gspo.rollout.cuda_graph_tables import Tables, _shared_reads
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.pages import Layer, Plan
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.rollout.slots import Slots
 from gspo.types import Prompt
 
@@ -164,7 +164,7 @@ def test_prompts_by_a_varlen_backend_are_the_same(family, monkeypatch):
     """As on CUDA in half precision, by the formulas that the backends there are measured by."""
     model = tiny_model(family)
     plain = sampled(model, 0, monkeypatch)
-    monkeypatch.setattr(decode_attention, "backend_for", lambda q, k, v, softcap: varlen.Plain())
+    monkeypatch.setattr(decode_attention, "backend_for", lambda q, k, v, softcap: segment_attention.Plain())
     assert_same(sampled(model, 0, monkeypatch), plain)
 
 

@@ -7,8 +7,8 @@ import pytest
 from tqdm import tqdm
 
 import gspo.system.console as progress
+from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.sampling import Sampling
 from gspo.types import Prompt
 
 

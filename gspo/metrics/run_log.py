@@ -1,0 +1,176 @@
+"""Show a run: write metrics and samples to every tracker, print the console line and the warnings of health.py.
+
+Nothing here stops a run: what a full disk does not take is written when there is room again.
+
+`GLOSSARY` is the one list of metrics and their meaning; docs/metrics.md is printed from it
+(`python -m gspo.metrics.run_log`). `TRACKERS` is the one list of places they are written to.
+"""
+
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from gspo.algorithm.pairs import chosen_rejected
+from gspo.config import Config
+from gspo.metrics.health import HealthCheck
+from gspo.metrics.tensorboard_file import TensorboardFile
+from gspo.metrics.trackers import MetricsFile, Samples, SamplesFile, Tracker, read_rows
+from gspo.system.console import say
+from gspo.system.torchrun import is_main
+from gspo.types import Experience
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "metrics.jsonl": MetricsFile,
+    "samples.jsonl": SamplesFile,
+    "tensorboard": TensorboardFile,
+}
+GLOSSARY = {
+    "reward_mean": "mean reward of the sampled responses (should rise)",
+    "reward_max": "mean over prompts of the best response's reward (should rise)",
+    "preference_accuracy": "share of pairs that the implicit rewards order as the rewards do (healthy above 0.6)",
+    "kl_divergence": "KL to the reference, nats per token, k3 estimate (healthy 0.001 to 0.1); 0 when a round begins",
+    "ranking_loss": "the ranking term, before its weight is applied (should fall)",
+    "reward/correct": "of the default reward: share of right final answers (a list may be half right)",
+    "reward/reasoning": "of the default reward: share of the stated calculations that hold",
+    "reward/format": "of the default reward: share of responses whose answer is clearly marked",
+    "reward/errors": "calls of the reward function that raised, returned no score or took their process with them",
+    "reward/timeouts": "calls of the reward function that were ended for taking longer than reward.timeout_s",
+    "reward/faults": "share of calls that failed in either way",
+    "loss/total": "the loss that is minimised",
+    "loss/preference": "its preference term",
+    "loss/ranking": "its ranking term, weighted",
+    "loss/kl": "its KL term, weighted",
+    "loss/nll": "its winners' likelihood term, weighted (off by default)",
+    "pairs/per_group": "preference pairs per prompt",
+    "pairs/groups_without": "share of prompts whose responses give no pair: nothing to learn from them",
+    "pairs/gap_std": "standard deviation over pairs of the implicit reward gap: above 1, the sigmoid saturates",
+    "winner_logprob": "log-prob of the responses that beat another, before the update, nats per token",
+    "winner_logprob_drop": "its fall since the round began (healthy below 0.2: else likelihood displacement)",
+    "response/length_mean": "tokens per response",
+    "response/length_ratio": "tokens per response / mean over the first three steps (healthy below 1.5)",
+    "response/length_max": "longest response, tokens",
+    "response/cutoff": "share of responses cut off at max_new_tokens",
+    "entropy": "entropy of the sampled distribution, nats per token",
+    "entropy_ratio": "entropy / mean over the first three steps (healthy above 0.3, until the task is solved)",
+    "grad_norm": "gradient norm before clipping, mean over the step's updates",
+    "skipped_updates": "updates skipped because the gradient was not finite",
+    "empty_updates": "updates skipped because no response was better than another: nothing to learn but the KL term",
+    "learning_rate": "AdamW step size",
+    "round": "self-play round, from 0",
+    "win_rate": "once a round: how often responses beat those of the round before on held-out prompts; ties count half",
+    "win_rate/ties": "share of ties in it",
+    "kl_to_initial": "once a round: KL to the initial model on held-out prompts, nats per token",
+    "heldout/reward_mean": "once a round: mean reward on held-out prompts",
+    "heldout/accuracy": "with it: share of right responses: those of full reward, or as the function's `acc` says",
+    "heldout/diverging": "once a round: rounds in a row in which training reward rose and held-out accuracy fell",
+    "mismatch": "mean |sampler - trainer| log-prob of the same token",
+    "balance": "tokens trained on by the fullest rank / mean over ranks: 1.0 where no rank waits for another",
+    "tokens_per_second": "sampled tokens a second, over the whole step",
+    "tokens_per_second/rollout": "... over the seconds of sampling alone",
+    "tokens_sampled": "sampled tokens since the start",
+    "time/rollout": "seconds sampling",
+    "time/reward": "seconds scoring",
+    "time/reference": "seconds for the reference's log-probs",
+    "time/update": "seconds for forward, backward and optimizer",
+    "time/step": "seconds for the whole step",
+    "memory/peak_gib": "peak memory: of the GPU, or of the process on CPU",
+}
+SEED_FIVE = ("reward_mean", "reward_max", "preference_accuracy", "kl_divergence", "ranking_loss")
+
+
+class RunLog:
+    """Write and print what a run shows. On ranks other than 0 it does nothing."""
+
+    def __init__(self, folder: Path, cfg: Config, start_step: int):
+        self.folder, self.health = folder, HealthCheck(cfg.health)
+        self.trackers: list[Tracker] = []
+        self.last_line, self.disk_full = 0.0, False
+        if not is_main():
+            return
+        self.trackers = [tracker(folder, cfg, start_step) for tracker in TRACKERS.values()]
+        for row in read_rows(folder / "metrics.jsonl"):  # a resumed run knows what it has seen and warned of
+            self.health.check(row)
+
+    def log(self, step: int, metrics: dict[str, float], total_steps: int, causes: dict[str, str] | None = None) -> None:
+        """Write the metrics of a step, counted from 1, and print its line and its warnings.
+
+        Metrics are left out unless they are in the glossary, the reward function's or terms of the loss. `causes` says
+        in words what is behind a metric, for a warning about it.
+        """
+        if not self.trackers:
+            return
+        news = self.health.check(metrics, causes)
+        values = metrics | self.health.derived
+        values = {name: x for name, x in values.items() if name in GLOSSARY or name.startswith(("reward/", "loss/"))}
+        for tracker in self.trackers:
+            self._warn_once(tracker.metrics(step, values))
+        for level, text in news:
+            say(f"{level}, step {step}: {text}.")
+        self._line(step, values, total_steps)
+
+    def samples(self, step: int, parts: list[Samples]) -> None:
+        """Write all ranks' `sample_rows`, by place."""
+        rows = dict(sorted(item for part in parts for item in part.items()))
+        for tracker in self.trackers:
+            self._warn_once(tracker.samples(step, rows))
+
+    def close(self) -> None:
+        """Write what still waits, or say that it is lost."""
+        for tracker in self.trackers:
+            self._warn_once(tracker.close())
+        if self.disk_full:
+            say(f"warning: {self.folder}: the last curves and samples found no room, and are lost.")
+
+    def _line(self, step: int, row: dict[str, float], total_steps: int) -> None:
+        now = time.monotonic()
+        if now - self.last_line < 2.0 and step not in (1, total_steps):
+            return
+        self.last_line = now
+        seen = defaultdict(lambda: math.nan, row)  # a step may have no pairs, or no rewards
+        say(
+            f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  reward {seen['reward_mean']:.3f}  "
+            f"best {seen['reward_max']:.3f}  pairs {row['pairs/per_group']:.1f}  "
+            f"accuracy {seen['preference_accuracy']:.2f}  kl {row['kl_divergence']:.4f}  "
+            f"length {row['response/length_mean']:.1f}  {row['tokens_per_second']:.0f} tok/s  "
+            f"{row['time/step']:.2f} s"
+        )
+
+    def _warn_once(self, error: OSError | None) -> None:
+        """Say once that the disk takes nothing, and once that it does again."""
+        if error and not self.disk_full:
+            say(
+                f"warning: {self.folder}: curves and samples cannot be written ({error.strerror}); they wait in "
+                "memory, and training goes on."
+            )
+        waiting = any(tracker.waiting for tracker in self.trackers)
+        if self.disk_full and not waiting:
+            say(f"{self.folder}: curves and samples are written again, none is missing.")
+        self.disk_full = waiting
+
+
+def sample_rows(exp: Experience, count: int) -> Samples:
+    """Return {place: prompt, responses, rewards, the widest pair} of this rank's groups among the first `count`."""
+    rows = {}
+    for g, place in enumerate(exp.places):
+        if place >= count:
+            continue
+        prompt, sampled = exp.rollout.prompts[g], exp.rollout.sampled[g]
+        texts = [text for text, kept in zip(exp.rollout.texts[g], sampled.tolist(), strict=True) if kept]
+        beats, rewards = exp.groups.beats[g][sampled][:, sampled], exp.groups.rewards[g][sampled]
+        pairs = chosen_rejected(beats, rewards)
+        rows[place] = {
+            "prompt": prompt.text,
+            "ground_truth": prompt.ground_truth,
+            "responses": texts,
+            "rewards": [round(r, 6) for r in rewards.tolist()],
+            "chosen": texts[pairs[0][0]] if pairs else None,
+            "rejected": texts[pairs[0][1]] if pairs else None,
+        }
+    return rows
+
+
+if __name__ == "__main__":
+    print(
+        "\n".join(["| metric | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in GLOSSARY.items())])
+    )

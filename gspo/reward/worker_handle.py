@@ -1,0 +1,206 @@
+"""Run one worker process, seen from the trainer: start it, send it calls, read its replies, end it.
+
+The function that it calls may hang, raise, print without end, eat memory or end its process.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gspo.errors import UserError
+from gspo.reward.channel import Channel
+
+ROOT = str(Path(__file__).resolve().parents[2])
+START_S = 120.0  # time limit for the imports of the user's file
+GRACE_S = 1.0  # an async call has a time limit in the worker, which must come first
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a worker process."""
+
+    path: str  # the user's file, absolute
+    name: str  # the function in it
+    timeout_s: float = 10.0
+    memory_gib: float = 4.0  # 0: no limit
+    concurrency: int = 16  # calls at the same time in one process, for async functions
+    imports: tuple[str, ...] = ()  # modules to import before the first call, outside its time limit
+    allow_ranking: bool = False  # call the file's `rank_responses`, if there is one, instead of the function
+    default_ranking: str = ""  # source text of one that is not called, as it only sorts scores of the function
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The reply to a call, or why there is none: `fault` is "" | "error" | "timeout"."""
+
+    reply: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
+    kind: str = ""  # of several faults of one kind, the first is reported
+    message: str = ""  # `raised ValueError: ... (line 3)`
+    trace: str = ""
+
+
+class WorkerEnded(Exception):
+    """The worker process has ended, or was ended because a call timed out (`fault` == "timeout")."""
+
+    def __init__(self, fault: str, kind: str, message: str):
+        super().__init__(message)
+        self.outcome = Outcome(fault=fault, kind=kind, message=message)
+
+
+class WorkerProcess:
+    """One worker process. Raises UserError where it does not start."""
+
+    def __init__(self, settings: Settings, source: str, on_print: Callable[[str], None]):
+        self.settings, self.on_print = settings, lambda text: None  # nothing is shown before it has started
+        self._start_process()
+        hello = self._start_function(source)
+        self.on_print = on_print
+        if self.tail:
+            on_print(self.tail)
+        # What the function is: `rank_responses`? async? the keywords it takes (None: any).
+        self.scores_groups, self.concurrent = hello["scores_groups"], hello["concurrent"]
+        self.keywords = hello["keywords"]
+
+    def _start_process(self) -> None:
+        """Start the process, with a socket for calls and replies and a pipe for what it prints."""
+        ours, theirs = socket.socketpair()
+        self.channel, self.tail = Channel(ours), ""  # `tail`: the last 4,000 characters printed
+        self.output, write_end = os.pipe()
+        os.set_blocking(self.output, False)
+        self.ready = select.poll()
+        for end in (ours, self.output):
+            self.ready.register(end, select.POLLIN)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *_entries("PYTHONPATH")])}
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gspo.reward.worker_main", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # it gets no Ctrl-C, and is killed with all that it starts
+                env=environment,
+            )
+        finally:
+            theirs.close()
+            os.close(write_end)
+
+    def _start_function(self, source: str) -> dict[str, Any]:
+        """Have the user's file imported; return what the worker says of the function. Raise UserError."""
+        settings = self.settings
+        try:
+            self.channel.send(pickle.dumps({**vars(settings), "source": source}))
+            hello = self.receive(time.monotonic() + START_S)
+        except (WorkerEnded, OSError) as e:
+            self.end()
+            if isinstance(e, WorkerEnded) and e.outcome.fault == "timeout":
+                place = e.outcome.kind.removeprefix("timeout")
+                raise UserError(f"{settings.path} is still being imported after {START_S:g} s{place}.") from e
+            last_words = f": {self.tail.strip().splitlines()[-1][:200]}" if self.tail.strip() else ""
+            limit = f" (reward.memory_gib = {settings.memory_gib:g})" if 0 < settings.memory_gib < 0.5 else ""
+            raise UserError(f"{settings.path}: importing it {e}{limit}{last_words}.") from e
+        if "refused" in hello:
+            self.end()
+            raise UserError(hello["refused"])
+        return hello
+
+    def send(self, index: int, arguments: dict[str, Any]) -> None:
+        """Send a call. Raise WorkerEnded where the process is too busy to read; `receive` finds one that has died."""
+        self.channel.sock.settimeout(self.settings.timeout_s + GRACE_S)
+        try:
+            self.channel.send(pickle.dumps((index, arguments)))
+        except TimeoutError:
+            raise self.end_overdue() from None
+        except OSError:
+            pass  # replies to earlier calls may still be there to read
+
+    def receive(self, deadline: float, poll: float | None = None) -> dict[str, Any] | None:
+        """Return the next reply, or None after `poll` seconds. Raise WorkerEnded at its end or the deadline."""
+        until = min(deadline, time.monotonic() + poll) if poll else deadline
+        while (message := self.channel.next()) is None:
+            left = until - time.monotonic()
+            ready = {fd for fd, _ in self.ready.poll(max(0.0, 1000 * left))}
+            if left <= 0 and self.channel.sock.fileno() not in ready:
+                if until < deadline:
+                    return None
+                raise self.end_overdue()
+            if self.output in ready:
+                self.read_output()
+            if self.channel.sock.fileno() in ready:
+                try:
+                    alive = self.channel.fill()
+                except OSError:
+                    alive = False
+                if not alive:
+                    raise self.collect_dead()
+        return json.loads(message)
+
+    def read_output(self, show: bool = True) -> bool:
+        """Pass on what the process printed. Return whether there was anything to read."""
+        try:
+            data = os.read(self.output, 1 << 16)
+        except BlockingIOError:
+            return False
+        text = data.decode("utf-8", "replace")
+        self.tail = (self.tail + text)[-4000:]
+        if show:
+            self.on_print(text)
+        return bool(data)
+
+    def end_overdue(self) -> WorkerEnded:
+        """Ask the process which line it is in, end it, and return the error to raise."""
+        place = ""
+        with contextlib.suppress(OSError):
+            os.kill(self.process.pid, signal.SIGUSR2)
+            self.tail, until = "", time.monotonic() + 0.5
+            while time.monotonic() < until and "in <module>" not in self.tail:
+                self.ready.poll(50)
+                self.read_output(show=False)
+            lines = re.findall(re.escape(f'File "{self.settings.path}", line ') + r"(\d+)", self.tail)
+            place = f" (line {lines[0]})" if lines else ""
+        self.end()
+        return WorkerEnded("timeout", f"timeout{place}", f"took longer than {self.settings.timeout_s:g} s{place}")
+
+    def collect_dead(self) -> WorkerEnded:
+        """Read the last output of a dead process, clean up, and return the error to raise."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+        for _ in range(64):
+            if not self.read_output():
+                break
+        code = self.process.poll()
+        self.end()
+        if code is not None and code < 0:
+            how = f"ended its process by {signal.Signals(-code).name}"
+        else:
+            how = f"ended its process with exit code {code}"
+        return WorkerEnded("error", how, how)
+
+    def end(self) -> None:
+        """Kill the process and all that it started; leave no zombie and no open file."""
+        if self.output < 0:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.channel.sock.close()
+        os.close(self.output)
+        self.output = -1
+
+
+def _entries(variable: str) -> list[str]:
+    """Return an environment variable as a list, empty where it is not set."""
+    return [os.environ[variable]] if os.environ.get(variable) else []

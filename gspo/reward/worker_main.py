@@ -1,0 +1,280 @@
+"""Run a reward function in a process of its own. Standard library only, so that it starts fast.
+
+The parent (worker_handle.py) sends through a socket, whose number is the only argument, first the settings, then
+calls, as pickles. Replies are JSON and not pickles: code that ran here may have been written by a model. What is
+printed goes to the parent through a pipe. When the parent ends, however it ends, so do this process and all that it
+started.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import importlib
+import inspect
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from queue import SimpleQueue
+from types import ModuleType
+from typing import Any
+
+from gspo.reward.channel import Channel
+
+BACKSTOP_S = 5.0  # a process without parent that holds the interpreter's lock dies this long after the time limit
+
+
+# ---- the user's file ----
+
+
+def load(source: str, path: str) -> ModuleType:
+    """Import the source text that the parent read once: editing the file during a run changes nothing."""
+    sys.path.append(os.path.dirname(path))  # for imports of modules beside it
+    module = ModuleType(f"user_reward_{os.path.splitext(os.path.basename(path))[0]}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look up their module
+    exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def where(error: BaseException, path: str) -> str:
+    """Return `KeyError: 'x' (line 12)`: the error, and the line of the user's file that led to it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    line = lines[-1] if lines else error.lineno if isinstance(error, SyntaxError) else None
+    return f"{type(error).__name__}: {' '.join(said.split())}" + (f" (line {line})" if line else "")
+
+
+def fault_of(error: BaseException, path: str) -> dict[str, str]:
+    """Report an exception: the kind it is counted under, one line, and the user's part of the traceback."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    place = f"{lines[-1].filename}:{lines[-1].lineno}" if lines else ""
+    trace = "".join(traceback.format_list(lines[-8:])) + f"{type(error).__name__}: {str(error)[:500]}"
+    return {"kind": f"{type(error).__name__} {place}", "message": f"raised {where(error, path)[:500]}", "trace": trace}
+
+
+# ---- the value that the function returned ----
+
+
+def number(value: Any) -> float | None:
+    """Return a number of Python, numpy or torch as a float; None for anything else."""
+    with contextlib.suppress(Exception):  # an array of several numbers has no item(), 10**400 is no float
+        value = value.item() if hasattr(value, "item") else value
+        return float(value) if isinstance(value, int | float) else None
+    return None
+
+
+class NotAScoreError(ValueError):
+    """The function returned something that is not a reward."""
+
+
+def one_score(value: Any) -> dict[str, Any]:
+    """Return {"score", "parts", "pred"} of a number or a dict with `score`. Raise NotAScoreError for anything else."""
+    is_dict = isinstance(value, dict)
+    score = number(value.get("score") if is_dict else value)
+    if score is None or not 0.0 <= score <= 1.0:
+        raise NotAScoreError(
+            f"returned {value!r:.60}; it must return a number from 0 to 1, or a dict whose 'score' is one"
+        )
+    parts = {str(k): x for k, v in value.items() if k != "score" and (x := number(v)) is not None} if is_dict else {}
+    pred = value.get("pred") if is_dict else None
+    return {"score": score, "parts": parts, "pred": None if pred is None else str(pred)}
+
+
+def ranked_scores(value: Any, count: int) -> dict[str, Any]:
+    """Return {"scores"} of [(index, score), ...] with each index once. Raise NotAScoreError for anything else."""
+    try:
+        scores = {int(index): number(score) for index, score in value}
+        complete = len(list(value)) == count and sorted(scores) == list(range(count))
+    except (TypeError, ValueError):
+        complete = False
+    if not complete or not all(s is not None and 0.0 <= s <= 1.0 for s in scores.values()):
+        raise NotAScoreError(
+            f"returned {value!r:.120}; it must return (index, score from 0 to 1) for each of the {count} responses"
+        )
+    return {"scores": [scores[i] for i in range(count)]}
+
+
+# ---- the process ----
+
+
+class Worker:
+    """Answer calls until the parent is gone."""
+
+    def __init__(self, channel: Channel, settings: dict[str, Any]):
+        self.channel, self.settings, self.path = channel, settings, settings["path"]
+        self.requests: SimpleQueue[tuple[int, dict]] = SimpleQueue()
+        self.arrived: Callable[[], None] | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """Queue the calls that arrive; at the end of the stream, end the process group."""
+        with contextlib.suppress(OSError):
+            while (message := self.channel.receive()) is not None:
+                self.requests.put(pickle.loads(message))
+                if self.arrived:
+                    self.arrived()
+        os.killpg(0, signal.SIGKILL)  # the parent is gone; this also ends what the function started
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message to the parent."""
+        self.channel.send(json.dumps(message).encode())
+
+    def load_function(self) -> Callable[..., Any] | None:
+        """Import the file and return the function to call; tell the parent what it is, or why there is none."""
+        try:
+            for name in self.settings["imports"]:
+                importlib.import_module(name)
+            module = load(self.settings["source"], self.path)
+            ranking = getattr(module, "rank_responses", None) if self.settings["allow_ranking"] else None
+            self.scores_groups = callable(ranking) and not self._is_default(ranking)
+            function = ranking if self.scores_groups else getattr(module, self.settings["name"], None)
+        except BaseException as e:  # also sys.exit() in a module
+            self.send({"refused": f"{self.path} does not import: {where(e, self.path)}."})
+            return None
+        if not callable(function):
+            there = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+            refused = f"{self.path} has no function {self.settings['name']!r} (reward.name); "
+            refused += f"it has {', '.join(there)}." if there else "it has no function at all."
+            self.send({"refused": refused})
+            return None
+        # An object with `async def __call__` counts as well.
+        self.concurrent = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
+        self.send({"scores_groups": self.scores_groups, "concurrent": self.concurrent, "keywords": _keywords(function)})
+        return function
+
+    def _is_default(self, ranking: Callable[..., Any]) -> bool:
+        """Return whether this is our own `rank_responses` or a copy: it only sorts the scores of compute_score."""
+        with contextlib.suppress(OSError, TypeError):
+            return inspect.getsource(ranking) == self.settings["default_ranking"]
+        return False
+
+    def score_reply(self, value: Any, call: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply for a value that the function returned. Raise NotAScoreError."""
+        return ranked_scores(value, len(call["responses"])) if self.scores_groups else one_score(value)
+
+    def fault_reply(self, error: BaseException) -> dict[str, Any]:
+        """Return the reply for an exception."""
+        if isinstance(error, NotAScoreError):
+            return {"fault": {"kind": str(error)[:24], "message": str(error), "trace": ""}}
+        reply = {"fault": fault_of(error, self.path)}
+        if isinstance(error, MemoryError):
+            reply["fault"]["message"] += f"; reward.memory_gib = {self.settings['memory_gib']:g} is the limit"
+            reply["last"] = True  # its memory may be used up: a new process takes over
+        return reply
+
+    def serve(self, function: Callable[..., Any]) -> None:
+        """Make one call after another. An awaitable that a plain function returns is run to its end."""
+        loop = None
+        while True:
+            index, call = self.requests.get()
+            signal.setitimer(signal.ITIMER_REAL, self.settings["timeout_s"] + BACKSTOP_S)
+            try:
+                value = function(**call)
+                if inspect.isawaitable(value):
+                    loop = loop or asyncio.new_event_loop()
+                    reply = loop.run_until_complete(self.await_reply(value, call))
+                else:
+                    reply = self.score_reply(value, call)
+            except BaseException as e:
+                reply = self.fault_reply(e)
+            value = None
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            self.reply(index, reply)
+
+    async def await_reply(self, value: Awaitable[Any], call: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply to a call that returned an awaitable, which is cancelled at the time limit."""
+
+        async def score() -> dict[str, Any]:
+            try:
+                return self.score_reply(await value, call)
+            except BaseException as e:  # a SystemExit would end the loop and every other call in it
+                return self.fault_reply(e)
+
+        task = asyncio.ensure_future(score())
+        done, _ = await asyncio.wait({task}, timeout=self.settings["timeout_s"])
+        if not done:
+            task.cancel()
+            return {"timeout": ""}
+        return task.result()
+
+    async def serve_concurrently(self, function: Callable[..., Any]) -> None:
+        """Make all calls that have arrived at the same time."""
+        loop, arrived, running = asyncio.get_running_loop(), asyncio.Event(), set()
+        self.arrived = lambda: loop.call_soon_threadsafe(arrived.set)
+
+        async def one(index: int, call: dict[str, Any]) -> None:
+            try:
+                reply = await self.await_reply(function(**call), call)
+            except Exception as e:  # e.g. it does not take these keywords
+                reply = self.fault_reply(e)
+            self.reply(index, reply)
+
+        while True:
+            while not self.requests.empty():
+                task = loop.create_task(one(*self.requests.get()))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            await arrived.wait()
+            arrived.clear()
+
+    def reply(self, index: int, reply: dict[str, Any]) -> None:
+        """Send a reply, after what was printed; after the last one, end the process."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        self.send({"index": index, **reply})
+        if reply.get("last"):
+            os._exit(0)
+
+
+def _keywords(function: Callable[..., Any]) -> list[str] | None:
+    """Return the keywords that `function` takes; None where it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def limit_memory(gib: float) -> None:
+    """Limit this process's memory; let the kernel, when memory runs out, end it before the trainer."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        if gib:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), int(gib * 2**30)))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    """Connect to the parent, import the user's file and answer calls."""
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    first = channel.receive()
+    if first is None:
+        return
+    settings = pickle.loads(first)
+    faulthandler.enable()  # a segmentation fault prints its line
+    faulthandler.register(signal.SIGUSR2, all_threads=False)  # the parent asks a call that hangs for its line
+    limit_memory(settings["memory_gib"])
+    worker = Worker(channel, settings)
+    function = worker.load_function()
+    if function is None:
+        os._exit(0)
+    if worker.concurrent:
+        asyncio.run(worker.serve_concurrently(function))
+    else:
+        worker.serve(function)
+
+
+if __name__ == "__main__":
+    main()
