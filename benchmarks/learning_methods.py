@@ -1,75 +1,68 @@
-"""List the tasks, methods and ablations that learning.py trains, each as settings of train.py."""
+"""List the tasks, methods and variants that learning.py trains, each as settings of train.py."""
 
-from dataclasses import dataclass
-from pathlib import Path
+EVERY = 16  # steps between evaluations on the dev split
+POOL = 256  # training prompts: three epochs of 16 steps
+TUNING_SEED = 100  # of the runs that choose step sizes and KL weights; no run of a table has it
 
-GRID = (5e-5, 1e-4, 2e-4, 4e-4)
-GRID_SEED = 100  # not used by any final run
-EVERY = 8  # steps between evaluations on the dev split
-POOL = 512  # training prompts: three epochs of 16 steps
 
-TASKS = {
-    "equations": [
-        f"data.train_files=[data/equations/train_{POOL}.json]",
-        "data.val_files=[data/equations/dev.json]",
-        "data.test_files=[data/equations/test.json]",
-        "rollout.max_new_tokens=32",
-    ],
-    "systems": [
-        "model.path=gspo/embedded/systems_model",
-        "reward.path=benchmarks/systems_reward.py",
-        f"data.train_files=[data/systems/train_{POOL}.json]",
-        "data.val_files=[data/systems/dev.json]",
-        "data.test_files=[data/systems/test.json]",
-        "rollout.max_new_tokens=64",
-    ],
+def _embedded(name: str, max_new_tokens: int, *more: str) -> list[str]:
+    """Return the settings of an embedded task: its splits, and the longest response."""
+    return [
+        f"data.train_files=[data/{name}/train_{POOL}.json]",
+        f"data.val_files=[data/{name}/dev.json]",
+        f"data.test_files=[data/{name}/test.json]",
+        f"rollout.max_new_tokens={max_new_tokens}",
+        *more,
+    ]
+
+
+# Everything that is a matter of choice was chosen on the development tasks, by their test splits too, before any method
+# was trained on a report task. There, each method's step size and KL weight are chosen on the task's dev split.
+DEVELOPMENT = {
+    "equations": _embedded("equations", 32),
+    "systems": _embedded(
+        "systems", 64, "model.path=gspo/embedded/systems_model", "reward.path=benchmarks/systems_reward.py"
+    ),
 }
+REPORT: dict[str, list[str]] = {}
+TASKS = {**DEVELOPMENT, **REPORT}
+
 COMMON = [
-    *("rollout.n=4", "data.train_batch_size=32", "selfplay.rounds=2", "trainer.max_steps=48"),
+    *("rollout.n=8", "data.train_batch_size=16", "selfplay.rounds=2", "trainer.max_steps=48", "data.spaced=false"),
     *("optim.schedule=cosine", "optim.min_lr_ratio=0.1", "optim.warmup_steps=5"),
     *("optim.epochs_per_rollout=2", "optim.minibatches=2"),
-    *("eval.n=8", "eval.prompts=256", "eval.round_prompts=128", f"eval.freq={EVERY}"),
+    *("eval.n=8", "eval.prompts=256", "eval.round_prompts=128", f"eval.freq={EVERY}", "eval.before_and_after=false"),
     *("trainer.save_freq=0", "trainer.keep_last=1", "trainer.sample_rows=0", "reward.workers=1", "reward.check_rows=0"),
 ]
 FAST = ["trainer.max_steps=12", "optim.warmup_steps=2", "eval.prompts=96", "eval.round_prompts=64", "eval.freq=4"]
+
+# The original description's formula, and the differences from it that are on trial, one at a time and together.
+ORIGINAL = ["objective.anchor=none", "objective.after_fork=1", "objective.normalizer=batch", "data.spaced=false"]
+DIFFERENCES = {
+    "anchor": ["objective.anchor=opponent"],
+    "fork": ["objective.after_fork=0.3"],
+    "constant Z": ["objective.normalizer=constant"],
+    "spaced": ["data.spaced=true"],
+    "gap weights": ["objective.pair_weight=gap"],
+    "no ranking": ["objective.use_ranking_loss=false"],
+}
+DEFAULTS: list[str] = []  # GSPO as gspo/config.py has it
+VARIANTS = {
+    "original": ORIGINAL,
+    **{f"original + {name}": [*ORIGINAL, *change] for name, change in DIFFERENCES.items()},
+    "anchor, fork": [*ORIGINAL, *DIFFERENCES["anchor"], *DIFFERENCES["fork"]],
+    "anchor, fork, constant Z": [
+        *ORIGINAL, *DIFFERENCES["anchor"], *DIFFERENCES["fork"], *DIFFERENCES["constant Z"]
+    ],
+    "anchor, fork, constant Z, spaced": [
+        *ORIGINAL, *DIFFERENCES["anchor"], *DIFFERENCES["fork"], *DIFFERENCES["constant Z"], *DIFFERENCES["spaced"]
+    ],
+}  # fmt: skip
 METHODS = {
-    "GSPO": [],
-    "GSPO, literal formula": ["objective.anchor=none", "objective.after_fork=1"],
+    "GSPO": DEFAULTS,
+    "GSPO, the original formula": ORIGINAL,
     "RLOO": ["objective.algorithm=rloo"],
     "GRPO": ["objective.algorithm=grpo"],
-    "Dr. GRPO": ["objective.algorithm=dr_grpo"],
     "online DPO": ["objective.algorithm=online_dpo"],
     "SPIN": ["objective.algorithm=spin"],
 }
-OURS = ("GSPO", "GSPO, literal formula")
-ABLATIONS = {  # one setting changed at a time, at GSPO's own best learning rate
-    "default": [],
-    **{f"after_fork {w}": [f"objective.after_fork={w}"] for w in (0, 0.1, 1)},
-    **{f"anchor {a}": [f"objective.anchor={a}"] for a in ("none", "initial", "old")},
-    "no ranking loss": ["objective.use_ranking_loss=false"],
-    **{f"Z {z}": [f"objective.normalizer={z}"] for z in ("batch", "group", "sqrt")},
-    "pair weight gap": ["objective.pair_weight=gap"],
-    **{f"margin {m}": [f"objective.margin={m}"] for m in (0, 0.05, 0.2)},
-    # The same number of sampled responses a step.
-    **{f"N {n}": [f"rollout.n={n}", f"data.train_batch_size={128 // n}"] for n in (2, 8, 12)},
-    **{f"rounds {r}": [f"selfplay.rounds={r}"] for r in (1, 3, 5)},
-    "one step a rollout": ["optim.epochs_per_rollout=1", "optim.minibatches=1"],
-    "prompts not spaced": ["data.spaced=false"],
-    "RLOO": ["objective.algorithm=rloo"],  # and whether the same helps a baseline
-    "RLOO, prompts not spaced": ["objective.algorithm=rloo", "data.spaced=false"],
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run."""
-
-    task: str
-    method: str
-    lr: float
-    seed: int
-    settings: tuple[str, ...]
-
-    def folder(self, out: Path) -> Path:
-        name = f"{self.method}-{self.lr:g}-{self.seed}".replace(" ", "_").replace(",", "").replace(".", "_")
-        return out / "runs" / self.task / name

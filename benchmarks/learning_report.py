@@ -1,104 +1,87 @@
-"""Compute the statistics of learning.py's runs and write them as a table, a CSV file and a picture."""
+"""Compute the statistics of learning.py's runs, and write them as tables and pictures."""
 
-import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import table
-from benchmarks.learning_methods import OURS, Job
+from benchmarks.learning_search import dev_score
+
+DRAWS = 10_000
+SAMPLES = 8  # responses to each test prompt
+Runs = list[dict[str, Any]]  # one a seed, in the order of seeds
 
 
-def grid_score(result: dict[str, Any]) -> float:
-    """Return the mean dev accuracy over the last third of the run, which is less noisy than the last value."""
-    dev = result["dev"]
-    return float(np.mean(dev[-max(1, len(dev) // 3) :]))
+def bootstrap_differences(mine: Runs, theirs: Runs) -> np.ndarray:
+    """Return sorted means of the difference in test pass@1 over resampled seeds and prompts, both paired: [DRAWS]."""
+    a, b = (np.array([r["correct_counts"] for r in runs], float) / SAMPLES for runs in (mine, theirs))
+    gap, rng = a - b, np.random.default_rng(0)  # [seeds, prompts]
+    seeds = rng.integers(0, gap.shape[0], (DRAWS, gap.shape[0]))
+    prompts = rng.integers(0, gap.shape[1], (DRAWS, gap.shape[1]))
+    return np.sort([gap[s][:, p].mean() for s, p in zip(seeds, prompts, strict=True)])
 
 
-def difference(
-    mine: list[dict[str, Any]], theirs: list[dict[str, Any]], draws: int = 4000
-) -> tuple[float, float, float]:
-    """Return (mean, low, high) of the difference in test pass@1: paired bootstrap over seeds and prompts, 95 %."""
-    a, b = (np.array([r["correct_counts"] for r in rs], float) / 8 for rs in (mine, theirs))  # [seeds, prompts]
-    gap, rng = a - b, np.random.default_rng(0)
-    seeds = rng.integers(0, gap.shape[0], (draws, gap.shape[0]))
-    prompts = rng.integers(0, gap.shape[1], (draws, gap.shape[1]))
-    means = [gap[s][:, p].mean() for s, p in zip(seeds, prompts, strict=True)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(gap.mean()), float(low), float(high)
+def interval(means: np.ndarray, level: float) -> tuple[float, float]:
+    """Return the percentile interval of sorted bootstrap means at this level, such as 0.95."""
+    low, high = np.percentile(means, [50 - 50 * level, 50 + 50 * level])
+    return float(low), float(high)
 
 
-def verdict(gap: tuple[float, float, float]) -> str:
-    """Return `ahead` or `behind`, or `tie` where the interval contains 0."""
-    _, low, high = gap
-    return "ahead" if low > 0 else "behind" if high < 0 else "tie"
+def p_value(means: np.ndarray) -> float:
+    """Return the two-sided share of bootstrap means on the other side of 0, never below 1 / DRAWS."""
+    return float(max(2 * min((means <= 0).mean(), (means >= 0).mean()), 1 / len(means)))
 
 
-def best_within_kl(result: dict[str, Any], limit: float = 0.1) -> float:
-    """Return the best dev accuracy among evaluations whose KL to the initial model was within the limit."""
-    return max((a for a, kl in zip(result["dev"], result["dev_kl"], strict=True) if kl <= limit), default=float("nan"))
+def holm(samples: dict[str, np.ndarray], alpha: float = 0.05) -> dict[str, tuple[float, float, str]]:
+    """Return {name: (low, high, verdict)} for comparisons made together (Holm 1979).
+
+    The k-th smallest of m p-values is judged at alpha / (m - k + 1), and its interval has that level. From the first
+    that fails on, all are ties.
+    """
+    found, tied = {}, False
+    for k, name in enumerate(sorted(samples, key=lambda name: p_value(samples[name]))):
+        level = alpha / (len(samples) - k)
+        low, high = interval(samples[name], 1 - level)
+        tied = tied or low <= 0 <= high
+        found[name] = (low, high, "tie" if tied else "ahead" if low > 0 else "behind")
+    return found
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Return mean ± standard deviation of the values that are not NaN, and their number if some are."""
-    known = [v for v in values if not np.isnan(v)]
-    if not known:
-        return "never"
-    deviation = np.std(known, ddof=1) if len(known) > 1 else 0.0
-    some = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
-    return f"{np.mean(known):.{digits}f} ± {deviation:.{digits}f}{some}"
+    """Return mean ± standard deviation over seeds."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def task_table(results: dict[str, list[dict[str, Any]]], rates: dict[str, float], against: str) -> str:
-    """Return a markdown table, one line a method: means and deviations over seeds, and the difference to `against`."""
-    before = next(iter(results.values()))[0]["before"]
-    lines = [["before training", "", *(f"{before[k]:.3f}" for k in ("pass@1", "pass@8")), *[""] * 5]]
-    for method, runs in results.items():
-        gap = difference(runs, results[against])
-        said = "" if method == against else "{:+.3f} [{:+.3f}, {:+.3f}] {}".format(*gap, verdict(gap))
-        column = {key: [r[key] for r in runs] for key in ("pass@1", "pass@8", "kl", "length")}
+def comparisons(runs: dict[str, Runs], ours: str) -> dict[str, tuple[float, float, float, str]]:
+    """Return {method: (difference, low, high, verdict)}: `ours` against each of the others, judged together."""
+    samples = {name: bootstrap_differences(runs[ours], other) for name, other in runs.items() if name != ours}
+    means = {name: float(np.mean([m["pass@1"] for m in runs[ours]]) - np.mean([r["pass@1"] for r in runs[name]]))
+             for name in samples}  # fmt: skip
+    return {name: (means[name], *judged) for name, judged in holm(samples).items()}
+
+
+def task_table(runs: dict[str, Runs], before: dict[str, float], ours: str) -> str:
+    """Return a markdown table, one line a method: means and deviations over seeds, and how far `ours` is from it."""
+    against = comparisons(runs, ours)
+    lines = [["before training", "", "", f"{before['pass@1']:.3f}", f"{before['pass@8']:.3f}", *[""] * 5]]
+    for method, results in runs.items():
+        said = "{:+.3f} [{:+.3f}, {:+.3f}] {}".format(*against[method]) if method in against else ""
+        column = {key: [r[key] for r in results] for key in ("pass@1", "pass@8", "kl", "length", "cpu_seconds")}
         lines.append(
             [
-                *(method, f"{rates[method]:g}", spread(column["pass@1"]), spread(column["pass@8"])),
-                *(spread([grid_score(r) for r in runs]), spread([best_within_kl(r) for r in runs])),
-                *(spread(column["kl"]), f"{np.mean(column['length']):.1f}", said),
+                *(method, f"{results[0]['lr']:g}", f"{results[0]['kl_coef']:g}"),
+                *(spread(column["pass@1"]), spread(column["pass@8"]), spread([dev_score(r) for r in results])),
+                *(spread(column["kl"]), f"{np.mean([r['tokens'][-1] for r in results]) / 1000:.0f}"),
+                *(f"{np.mean(column['cpu_seconds']):.0f}", said),
             ]
         )
-    titles = [
-        "",
-        "lr",
-        "pass@1",
-        "pass@8",
-        "dev, last third",
-        "best dev at KL ≤ 0.1",
-        "KL",
-        "length",
-        f"against {against}",
-    ]
-    return table(titles, lines)
+    titles = ["", "lr", "KL weight", "pass@1", "pass@8", "dev, at the end", "KL", "tokens, thousands", "CPU s"]
+    return table([*titles, f"{ours}, ahead by"], lines)
 
 
-def best_baseline(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the method with the best mean test pass@1 that is not one of ours."""
-    means = {m: np.mean([r["pass@1"] for r in runs]) for m, runs in results.items() if m not in OURS}
-    return max(means, key=lambda m: means[m])
-
-
-def write_csv(path: Path, results: dict[Job, dict[str, Any]]) -> None:
-    """Write a line a run."""
-    with path.open("w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(
-            ["task", "method", "lr", "seed", "pass@1", "pass@8", "greedy", "reward", "kl", "length", "seconds"]
-        )
-        for j, r in results.items():
-            numbers = [f"{r[k]:.4f}" for k in ("pass@1", "pass@8", "greedy", "reward", "kl", "length")]
-            writer.writerow([j.task, j.method, j.lr, j.seed, *numbers, f"{r['seconds']:.0f}"])
-
-
-def draw(path: Path, by_task: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+def draw(path: Path, by_task: dict[str, dict[str, Runs]], ours: str) -> None:
     """Plot dev accuracy over sampled tokens, one panel a task; bands are standard deviations over seeds."""
     try:
         import matplotlib
@@ -110,22 +93,14 @@ def draw(path: Path, by_task: dict[str, dict[str, list[dict[str, Any]]]]) -> Non
     figure, axes = plt.subplots(1, len(by_task), figsize=(6 * len(by_task), 4), squeeze=False)
     for axis, (task, results) in zip(axes[0], by_task.items(), strict=True):
         for method, runs in results.items():
-            tokens = np.mean([r["tokens"] for r in runs], 0)
+            tokens = np.mean([r["tokens"] for r in runs], 0) / 1000
             dev = np.array([r["dev"] for r in runs])
-            (line,) = axis.plot(tokens / 1000, dev.mean(0), label=method, linewidth=2.2 if method == "GSPO" else 1.2)
-            axis.fill_between(
-                tokens / 1000, *(dev.mean(0) + k * dev.std(0) for k in (-1, 1)), alpha=0.12, color=line.get_color()
-            )
+            (line,) = axis.plot(tokens, dev.mean(0), label=method, linewidth=2.2 if method == ours else 1.2)
+            bounds = (dev.mean(0) + k * dev.std(0) for k in (-1, 1))
+            axis.fill_between(tokens, *bounds, alpha=0.12, color=line.get_color())
         axis.set(title=task, xlabel="sampled tokens, thousands", ylabel="held-out accuracy")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     return None
-
-
-def sections(by_task: dict, rates: dict[str, dict[str, float]], against: str | None) -> Iterator[str]:
-    """Yield the heading and the table of each task; `against` None: the best baseline."""
-    for task, results in by_task.items():
-        yield f"### {task}\n"
-        yield task_table(results, rates[task], against or best_baseline(results))
