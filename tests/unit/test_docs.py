@@ -133,3 +133,9 @@ def test_the_chinese_page_of_parameters_has_every_parameter_with_its_default():
     pages = ("docs/parameters.md", "docs/zh/parameters.md")
     english, chinese = (re.findall(r"^(\| `[a-z_0-9.]+` \| .*?) \|", text(page), re.MULTILINE) for page in pages)
     assert chinese == english and len(english) > 90
+
+
+@pytest.mark.parametrize("page", ["docs/algorithm.md", "docs/zh/algorithm.md"])
+def test_the_page_of_the_algorithm_names_every_parameter_of_the_loss(page):
+    names = to_dict(Config())["objective"]
+    assert [name for name in names if not re.search(rf"`(objective\.)?{name}\b", text(page))] == []

@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import pytest
 import torch
 
 from gspo.algorithm.objective import Counts, Groups, evaluate, from_fork, gaps
@@ -56,46 +57,77 @@ def test_at_zero_only_the_tokens_at_a_fork_learn():
     assert more[1, 3] > 0 and more[:, :2].abs().max() == 0, "what is shared learns nothing at any setting"
 
 
-def test_the_expected_gradient_at_a_state_is_the_policys_own():
-    """Two tokens of a two-token vocabulary: over all groups of two, on-policy, with gap weights, the gradient at each
-    state is its policy gradient sum_a grad pi(a|s) Q(s, a), times how often both answers come by: d(s)^2 at the fork
-    for d(s) once, and `after` times what is missing from the second."""
-    torch.manual_seed(0)
-    theta = torch.randn(3, 2, dtype=torch.float64)  # states: the start, after 0, after 1
-    answers = list(product((0, 1), (0, 1)))
-    reward = torch.tensor([0.0, 0.3, 1.0, 0.2], dtype=torch.float64)
-    logp = theta.log_softmax(-1)
-    token_logp = torch.stack([torch.stack([logp[0, a], logp[1 + a, b]]) for a, b in answers])
-    prob = token_logp.sum(-1).exp()
-    tokens = torch.tensor(answers)
-    visits = torch.tensor([1.0, *logp[0].exp()], dtype=torch.float64)
+# ---- the expected gradient, over every group that the policy can sample ----
 
-    def q_gradient(state):
-        own = theta[state].clone().requires_grad_()
-        pi = own.softmax(-1)
+# Two tokens of a two-token vocabulary, after the start, after 0, and after 1: three states, four responses.
+RESPONSES = list(product((0, 1), (0, 1)))
+MARGIN = 0.1
+
+
+def policy_gradients(theta, reward):
+    """The policy gradient sum_a grad pi(a|s) Q(s, a) of each state's two logits, theta [3, 2], reward [4] -> [3, 2]."""
+    pi, found = theta.softmax(-1), []
+    for state in range(3):
         if state == 0:
-            q = torch.stack([(logp[1 + a].exp() * reward[2 * a : 2 * a + 2]).sum() for a in (0, 1)])
+            q = torch.stack([(pi[1 + a] * reward[2 * a : 2 * a + 2]).sum() for a in (0, 1)])
         else:
             q = reward[2 * (state - 1) : 2 * state]
-        return torch.autograd.grad((pi * q).sum(), own)[0]
+        own = theta[state].clone().requires_grad_()
+        found.append(torch.autograd.grad((own.softmax(-1) * q).sum(), own)[0])
+    return torch.stack(found)
 
+
+def expected_ascent(theta, reward, cfg, n):
+    """-E[dL/dtheta] of the objective over all groups of n responses, on-policy, [3, 2]."""
+    logp, total, tokens = theta.log_softmax(-1), torch.zeros_like(theta), torch.tensor(RESPONSES)
+    token_logp = torch.stack([torch.stack([logp[0, a], logp[1 + a, b]]) for a, b in RESPONSES])
+    lengths = torch.full((1, n), 2)
+    for group in product(range(4), repeat=n):
+        lp, rewards = token_logp[list(group)][None], reward[list(group)][None]
+        apart = forks(tokens[list(group)][None], lengths)
+        groups = Groups(lp, rewards, preferences(rewards, MARGIN), apart, lengths)
+        c = evaluate(lp, groups, cfg, Counts(1, 1.0)).coefficients[0]
+        for k, response in enumerate(group):
+            a, b = RESPONSES[response]
+            for state, token, coef in ((0, a, c[k, 0]), (1 + a, b, c[k, 1])):
+                onehot = torch.eye(2, dtype=torch.float64)[token]
+                total[state] -= lp.sum().exp() * coef * (onehot - theta[state].softmax(-1))
+    return total
+
+
+def preference_only(weight, after=0.3):
+    """The preference term where a round begins: the policy is its own anchor."""
+    return Objective(anchor="old", pair_weight=weight, margin=MARGIN, use_ranking_loss=False, after_fork=after)
+
+
+GRADED, BINARY = (torch.tensor(r, dtype=torch.float64) for r in ([0.0, 0.3, 1.0, 0.15], [0.0, 1.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(("weight", "reward"), [("gap", GRADED), ("one", BINARY)], ids=["gap", "one, binary rewards"])
+def test_the_expected_gradient_at_a_state_is_the_policys_own(weight, reward, n):
+    """It is each state's policy gradient, times how often two of the group come by: d(s)^2 at the fork for d(s) once,
+    and `after` times what is missing from the second."""
+    torch.manual_seed(0)
+    theta = torch.randn(3, 2, dtype=torch.float64)
+    visits = torch.tensor([1.0, *theta[0].softmax(-1)], dtype=torch.float64)[:, None]
     for after in (0.0, 0.4, 1.0):
-        cfg = Objective(anchor="old", pair_weight="gap", margin=0.0, use_ranking_loss=False, after_fork=after)
-        total = torch.zeros_like(theta)
-        for i, j in product(range(4), repeat=2):
-            pair = [i, j]
-            rewards = reward[pair][None]
-            apart = forks(tokens[pair][None], torch.tensor([[2, 2]]))
-            lp = token_logp[pair][None]
-            groups = Groups(lp, rewards, preferences(rewards, 0.0), apart, torch.tensor([[2, 2]]))
-            c = evaluate(lp, groups, cfg, Counts(1, 1.0)).coefficients[0]
-            for k, answer in enumerate(pair):
-                a, b = answers[answer]
-                for state, token, coef in ((0, a, c[k, 0]), (1 + a, b, c[k, 1])):
-                    onehot = torch.eye(2, dtype=torch.float64)[token]
-                    total[state] -= prob[i] * prob[j] * coef * (onehot - theta[state].softmax(-1))
-        for state in range(3):
-            d = visits[state]
-            weight = d * d + after * d * (1 - d)  # both come by and part here, or one comes by alone
-            scale = cfg.preference_beta  # Z = 1, sigmoid(0) = 1/2, two answers
-            torch.testing.assert_close(total[state], scale * weight * q_gradient(state), rtol=1e-10, atol=1e-14)
+        cfg = preference_only(weight, after)
+        share = visits**2 + after * visits * (1 - visits)  # two come by and part here, or one comes by alone
+        # sigmoid(0) = 1/2, and each pair of Z = N(N-1)/2 has two responses.
+        expected = cfg.preference_beta * share * policy_gradients(theta, reward)
+        torch.testing.assert_close(expected_ascent(theta, reward, cfg, n), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_with_graded_rewards_equal_weights_may_push_against_the_policy_gradient(n):
+    """After 0 comes a reward of 1.0 with probability 0.35, else 0; after 1 always 0.2. 0 is worth more, and loses more
+    often: pairs that count alike push it down, pairs that count by their gap lift it."""
+    theta = torch.tensor([[0.5, 0.5], [0.35, 0.65], [0.5, 0.5]], dtype=torch.float64).log()
+    reward = torch.tensor([1.0, 0.0, 0.2, 0.2], dtype=torch.float64)
+    right = policy_gradients(theta, reward)[0, 0]
+    one, gap = (expected_ascent(theta, reward, preference_only(weight), n)[0, 0] for weight in ("one", "gap"))
+    assert one < 0 < min(right, gap)
+    assert right == pytest.approx(0.25 * (0.35 - 0.2)), "pi(0) pi(1) (Q(0) - Q(1))"
+    default = Objective(anchor="old", use_ranking_loss=False)
+    assert expected_ascent(theta, reward, default, n)[0, 0] == one, "equal weights are the default"
