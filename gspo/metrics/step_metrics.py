@@ -15,6 +15,8 @@ from gspo import config
 from gspo.algorithm.objective import Counts, gaps, kl_k3, pair_accuracy, ranking_loss
 from gspo.types import Experience, Rollout, Scores, Update
 
+RETURNED = "/returned"  # `reward/<part>/returned`: the share of responses for which the function returned the part
+
 
 class Meter:
     """Collect means, sums and maxima of one step on a rank, to be merged over ranks."""
@@ -43,7 +45,8 @@ class Meter:
 
     @staticmethod
     def merge(states: list[tuple[dict, dict, dict]]) -> dict[str, float]:
-        """Merge all ranks' states -> {metric: value}; a mean over nothing is left out."""
+        """Merge all ranks' states -> {metric: value}; a mean over nothing is left out, and so is the share of responses
+        with a reward part where all have it."""
         whole = Meter()
         for means, sums, maxima in states:
             for name, (total, count) in means.items():
@@ -53,6 +56,11 @@ class Meter:
             for name, value in maxima.items():
                 whole.max(name, value)
         values = {name: total / count for name, (total, count) in whole.means.items() if count}
+        scored = whole.sums.pop("responses", 0.0)
+        for name in [name for name in whole.sums if name.endswith(RETURNED)]:
+            share = whole.sums.pop(name) / max(scored, 1.0)
+            if 0 < share < 1:
+                values[name] = share
         if "gap_squares" in values:
             variance = values.pop("gap_squares") - values.pop("gap_sum") ** 2
             values["pairs/gap_std"] = math.sqrt(max(0.0, variance))
@@ -108,9 +116,11 @@ def _observe_rewards(meter: Meter, scores: Scores) -> None:
     meter.sum("reward/errors", scores.errors)
     meter.sum("reward/timeouts", scores.timeouts)
     meter.mean("reward/faults", scores.faults, scores.calls)
+    meter.sum("responses", len(kept) * n)
     for name, values in scores.parts.items():
-        known = values[~values.isnan()]
+        known = values[kept][~values[kept].isnan()]
         meter.mean(f"reward/{name}", float(known.sum()), known.numel())
+        meter.sum(f"reward/{name}{RETURNED}", known.numel())
 
 
 def _observe_responses(meter: Meter, rollout: Rollout) -> None:

@@ -43,6 +43,7 @@ def test_one_rank_by_hand():
     assert m["reward_mean"] == pytest.approx((1.0 + 0.0 + 0.1 + 0.1) / 4)
     assert m["reward_max"] == pytest.approx((1.0 + 0.1) / 2)
     assert m["reward/acc"] == pytest.approx(2 / 3), "what a response did not report is not counted"
+    assert m["reward/acc/returned"] == 3 / 4
     assert (m["pairs/per_group"], m["pairs/groups_without"]) == (0.5, 0.5)
     assert (m["response/length_mean"], m["response/length_max"], m["response/cutoff"]) == (9 / 4, 3, 1 / 4)
     assert m["tokens"] == 9 and m["entropy"] == pytest.approx(0.5)
@@ -96,6 +97,24 @@ def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():
     m = Meter.merge([observe(exp, scores, update, Objective()).state()] * 2)
     assert (m["reward_mean"], m["reward_max"]) == (0.5, 1.0)
     assert (m["reward/errors"], m["reward/timeouts"], m["reward/faults"]) == (2, 4, 6 / 24)
+
+
+def test_a_reward_part_is_a_mean_over_the_responses_that_have_it_and_says_how_many_have():
+    """Of 12 responses on three ranks, 4 + 0 + 1 have `brevity`, all but a group left out have `right`."""
+    exp, update = an_experience([0, 1])
+    nothing = math.nan
+    brevity = [[[0.2, 0.4], [0.6, 0.8]], None, [[nothing, nothing], [nothing, 1.0]]]
+    right = [[[1.0, 1.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, nothing]], [[0.0, 1.0], [1.0, 1.0]]]
+    states = []
+    for mine, answers in zip(brevity, right, strict=True):
+        parts = {"right": torch.tensor(answers)} | ({} if mine is None else {"brevity": torch.tensor(mine)})
+        scores = Scores(REWARDS, parts, skipped=[1] if mine is None else [])
+        states.append(observe(exp, scores, update, Objective()).state())
+    m = Meter.merge(states)
+    assert m["reward/brevity"] == pytest.approx((0.2 + 0.4 + 0.6 + 0.8 + 1.0) / 5)
+    assert m["reward/brevity/returned"] == 5 / 10
+    assert m["reward/right"] == pytest.approx((3 + 2 + 3) / 10)
+    assert "reward/right/returned" not in m, "every response that counts has it"
 
 
 def test_tokens_a_second_of_the_step_and_of_sampling(monkeypatch):
