@@ -48,7 +48,12 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
             "the embedded one hardly learns with it; 3e-4 suits it."
         )
     if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
-        say("warning: with top_p, top_k or min_p responses are not sampled from the distribution that is trained.")
+        say(
+            "warning: with top_p, top_k or min_p responses are not sampled from the distribution that is trained: "
+            "kl_divergence and the KL term do not see tokens that are cut off (kl_divergence is at most KL / z where a "
+            "share z of the probability is kept, and may be far lower), and entropy is of all tokens. rollout.top_p=1, "
+            "rollout.top_k=0 and rollout.min_p=0 have no such bias."
+        )
 
 
 def final_words(folder: Path, checkpoint: Path) -> str:

@@ -45,7 +45,7 @@ class Rollout:
     tokens: Tensor  # [G, N, L] int64, right-padded
     lengths: Tensor  # [G, N] int64, tokens of the response, end-of-sequence included
     logprobs: Tensor  # [G, N, L] float32, the sampler's, at the sampling temperature; 0 in the padding
-    entropy: Tensor  # [G, N, L] float32, nats, of the distribution sampled from; 0 in the padding
+    entropy: Tensor  # [G, N, L] float32, nats, of softmax(logits / T) before top_p, top_k, min_p; 0 in the padding
     finished: Tensor  # [G, N] bool, ended by itself (not cut off at max_new_tokens)
     texts: list[list[str]]  # G x N
     sampled: Tensor | None = None  # [G, N] bool, sampled by the policy, not a gold solution; by default all are

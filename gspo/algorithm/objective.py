@@ -156,7 +156,7 @@ def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: 
 
 def spin(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
     """SPIN: -log sigma(s_gold - s_i) over the group's samples i; the gold solution is last (arXiv 2401.01335,
-    eq. 4.7)."""
+    eq. 4.7). Unlike in the paper, the samples are the current policy's, not the opponent's."""
     gap = gaps(logprobs, groups, replace(cfg, after_fork=1.0))
     return {"preference": F.softplus(-gap[:, -1, :-1]).mean(1).sum() / counts.groups}
 
@@ -265,7 +265,11 @@ def frozen_loss(logprobs: Tensor, old: Tensor, coefs: Tensor, weights: Tensor, c
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Return the k3 estimate of KL(pi || pi_ref) per token, exp(-d) - 1 + d >= 0. The metric, not the loss."""
+    """Return the k3 estimate of KL(pi || pi_ref) per token, exp(-d) - 1 + d >= 0. The metric, not the loss.
+
+    Its mean over tokens of pi is the KL. Over tokens of pi truncated to a share z of its probability, it is at most
+    KL / z, and nothing of what moved among the tokens cut off.
+    """
     d = logprobs - reference
     return torch.exp(-d) - 1 + d
 

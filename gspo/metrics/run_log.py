@@ -51,7 +51,7 @@ GLOSSARY = {
     "response/length_ratio": "tokens per response / mean over the first three steps (healthy below 1.5)",
     "response/length_max": "longest response, tokens",
     "response/cutoff": "share of responses cut off at max_new_tokens",
-    "entropy": "entropy of the sampled distribution, nats per token",
+    "entropy": "entropy of the policy at the sampling temperature, before top_p, top_k and min_p, nats per token",
     "entropy_ratio": "entropy / mean over the first three steps (healthy above 0.3, until the task is solved)",
     "grad_norm": "gradient norm before clipping, mean over the step's updates",
     "skipped_updates": "updates skipped because the gradient was not finite",

@@ -36,7 +36,7 @@ class Results:
     tokens: Tensor  # [R, L] int64, padded on the right with `pad_id`
     lengths: Tensor  # [R] int64, tokens of the response, the one that ended it included
     logprobs: Tensor  # [R, L] float32, at the sampling temperature; 0 in the padding
-    entropy: Tensor  # [R, L] float32, nats, of the distribution that was sampled from; 0 in the padding
+    entropy: Tensor  # [R, L] float32, nats, of softmax(logits / T) before top-k, top-p, min-p; 0 in the padding
     finished: Tensor  # [R] bool, ended by an end token or a stop string, not by its limit
 
 

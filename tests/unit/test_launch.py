@@ -56,7 +56,7 @@ def test_an_unknown_algorithm_is_refused_with_the_names_there_are():
         (
             ["optim.learning_rate=3e-4", "rollout.top_p=0.9"],
             1,
-            ["warning", "not sampled from the distribution that is trained"],
+            ["warning", "not sampled from the distribution that is trained", "kl_divergence", "entropy", "top_p=1"],
         ),
         (["optim.learning_rate=3e-4", "rollout.top_k=5"], 1, ["warning"]),
         (["optim.learning_rate=3e-4", "rollout.min_p=0.1"], 1, ["warning"]),

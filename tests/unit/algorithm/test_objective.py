@@ -229,6 +229,20 @@ def test_k3_is_unbiased_and_never_negative():
     torch.testing.assert_close((logp.exp() * kl_k3(logp, ref)).sum(), exact)
 
 
+def test_on_truncated_samples_k3_misses_the_tail_and_is_at_most_the_kl_by_the_share_kept():
+    """By enumeration: a policy truncated to its likeliest tokens, against references that moved anywhere, or in the
+    tail only."""
+    logp = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64).log()
+    kept, z = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64), 0.9
+    sampled = logp.exp() * kept / z
+    tail_only = torch.tensor([0.4, 0.3, 0.2, 0.01, 0.09], dtype=torch.float64).log()
+    for ref in (torch.randn(5, dtype=torch.float64).log_softmax(0), tail_only):
+        kl = (logp.exp() * (logp - ref)).sum()
+        seen = (sampled * kl_k3(logp, ref)).sum()
+        assert -1e-12 < seen <= kl / z
+    assert float(kl) > 0.1 and abs(float(seen)) < 1e-12, "what moved in the tail alone is not seen"
+
+
 def test_pair_accuracy_counts_a_tie_as_half():
     beats = torch.zeros(1, 3, 3, dtype=torch.bool)
     beats[0, 0, 1] = beats[0, 0, 2] = beats[0, 1, 2] = True
