@@ -88,12 +88,23 @@ def ranking_loss(gap: Tensor, groups: Groups, counts: Counts) -> Tensor:
 
     L_r = (1/B) sum_g (1/|I|) sum_{i in I} logsumexp(0, {s_ji - s_ij : D_ij = 1}), I = those that beat another.
     """
-    behind = (-gap).masked_fill(~groups.beats, -torch.inf)
-    per_winner = torch.cat([torch.zeros_like(gap[..., :1]), behind], -1).logsumexp(
-        -1
-    )  # 0 for a response that beats none
     winners = groups.beats.any(-1).sum(-1).clamp_min(1)
-    return (per_winner.sum(-1) / winners).sum() / counts.groups
+    return (ranking_terms(gap, groups.beats).sum(-1) / winners).sum() / counts.groups
+
+
+def ranking_terms(gap: Tensor, beats: Tensor) -> Tensor:
+    """Return each response's part of the ranking loss, gap and beats [G, N, N] -> [G, N]; 0 for one that beats none."""
+    behind = (-gap).masked_fill(~beats, -torch.inf)
+    return torch.cat([torch.zeros_like(gap[..., :1]), behind], -1).logsumexp(-1)
+
+
+def relative_ranking_terms(gap: Tensor, beats: Tensor) -> Tensor:
+    """Return `ranking_terms` of the W winners as shares of their value at gaps of 0, log(1 + responses beaten): [W].
+
+    That is 1 for a policy equal to its anchor, however many pairs there are, and below 1 where winners lead.
+    """
+    winners = beats.any(-1)
+    return ranking_terms(gap, beats)[winners] / beats.sum(-1)[winners].to(gap).log1p()
 
 
 def winner_nll(logprobs: Tensor, groups: Groups, counts: Counts) -> Tensor:

@@ -30,7 +30,7 @@ GLOSSARY = {
     "reward_max": "mean over prompts of the best response's reward (should rise)",
     "preference_accuracy": "share of pairs that the implicit rewards order as the rewards do (healthy above 0.6)",
     "kl_divergence": "KL to the reference, nats per token, k3 estimate (healthy 0.001 to 0.1); 0 when a round begins",
-    "ranking_loss": "the ranking term, before its weight is applied (should fall)",
+    "ranking_loss": "ranking term per winner / log(1 + responses beaten): 1 when a round begins (should fall)",
     "reward/correct": "of the default reward: share of right final answers (a list may be half right)",
     "reward/reasoning": "of the default reward: share of the stated calculations that hold",
     "reward/format": "of the default reward: share of responses whose answer is clearly marked",

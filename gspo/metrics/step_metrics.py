@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from gspo import config
-from gspo.algorithm.objective import Counts, gaps, kl_k3, pair_accuracy, ranking_loss
+from gspo.algorithm.objective import gaps, kl_k3, pair_accuracy, relative_ranking_terms
 from gspo.types import Experience, Rollout, Scores, Update
 
 RETURNED = "/returned"  # `reward/<part>/returned`: the share of responses for which the function returned the part
@@ -152,7 +152,8 @@ def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Ob
     of_pairs = gap[beats]
     meter.mean("gap_squares", float(of_pairs.square().sum()), of_pairs.numel())
     meter.mean("gap_sum", float(of_pairs.sum()), of_pairs.numel())
-    meter.sum("ranking_loss", float(ranking_loss(gap, groups, Counts(exp.batch_groups, 0.0))))
+    terms = relative_ranking_terms(gap, beats)
+    meter.mean("ranking_loss", float(terms.sum()), len(terms))
 
 
 def _observe_update(meter: Meter, exp: Experience, update: Update) -> None:

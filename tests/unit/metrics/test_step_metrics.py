@@ -53,7 +53,7 @@ def test_one_rank_by_hand():
     assert m["winner_logprob"] == -1.5, "the only winner, -1 - 2 over two tokens"
     # The only pair: s = 0.2 * (0.5, 0), so the winner leads by 0.1.
     assert m["preference_accuracy"] == 1.0 and m["pairs/gap_std"] == pytest.approx(0.0, abs=1e-6)
-    assert m["ranking_loss"] == pytest.approx(math.log(1 + math.exp(-0.1)) / 2, rel=1e-6)
+    assert m["ranking_loss"] == pytest.approx(math.log(1 + math.exp(-0.1)) / math.log(2), rel=1e-6)
     assert m["grad_norm"] == 2.0 and m["loss/total"] == m["loss/preference"] == 0.5
 
 
@@ -89,6 +89,30 @@ def test_winners_count_once_however_many_they_beat():
     wide = Experience(wide, groups, reference, [0, 1], 2, pairs)
     m = observe(wide, Scores(twice(REWARDS)), replace(update, logprobs=twice(LOGPROBS)), Objective())
     assert Meter.merge([m.state()])["winner_logprob"] == pytest.approx((-1.5 - 2.0) / 2)
+
+
+def ranked(rewards, lead):
+    """The metrics of a group of these rewards, whose implicit rewards are `lead` times them."""
+    n = len(rewards)
+    rewards, anchors = torch.tensor([rewards]), torch.zeros(1, n, 1)
+    logprobs = lead * rewards[..., None]
+    tokens, lengths = torch.arange(n).view(1, n, 1), torch.ones(1, n, dtype=torch.long)
+    real = torch.ones(1, n, dtype=torch.bool)
+    rollout = Rollout([Prompt(0, (1,), "", "", "")], tokens, lengths, logprobs, anchors, real, [[""] * n])
+    beats = preferences(rewards, 0.1)
+    groups = Groups(anchors, rewards, beats, forks(tokens, lengths), lengths)
+    exp = Experience(rollout, groups, anchors, [0], 1, int(beats.sum()))
+    return Meter.merge([observe(exp, Scores(rewards), Update(logprobs), Objective(preference_beta=1.0)).state()])
+
+
+def test_the_ranking_loss_is_1_at_a_rounds_beginning_and_falls_with_the_leads_however_many_pairs_there_are():
+    """With graded rewards a good run has ever more pairs: from 3 in a group to 28."""
+    few, many = [0.0, 0.0, 0.0, 1.0], [i / 7 for i in range(8)]
+    for rewards in (few, many):
+        values = [ranked(rewards, lead)["ranking_loss"] for lead in (0.0, 0.5, 1.0, 2.0)]
+        assert values[0] == pytest.approx(1.0) and values == sorted(values, reverse=True) and values[-1] < 0.75
+        assert ranked(rewards, -1.0)["ranking_loss"] > 1.0
+    assert (ranked(few, 0.0)["pairs/per_group"], ranked(many, 0.0)["pairs/per_group"]) == (3, 28)
 
 
 def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():
