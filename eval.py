@@ -18,6 +18,7 @@ from gspo.config import Config
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
+from gspo.launch import say_inputs
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
@@ -71,8 +72,13 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
     for key, value in given.items():
         if value is not None:
             set_value(cfg, key, value, "command line")
+    if not from_run and model and not args.data:
+        raise UserError(
+            f"{model} is no checkpoint of a run, so it is not known what to evaluate it on: give --data FILE; "
+            "--data embedded takes the embedded equations."
+        )
     if args.data:
-        cfg.data.train_files = cfg.data.val_files = args.data
+        cfg.data.train_files = cfg.data.val_files = cfg.data.test_files
     cfg.eval.round_prompts = 0
     return cfg
 
@@ -84,7 +90,9 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
         lambda: choose_precision(cfg.model.precision, world.device, load_model_config(name))
     )
     model = load_model(name, DTYPES[precision]).to(world.device)
-    prompts = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True)).test
+    splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True))
+    scorer = Scorer(cfg.reward)
+    say_inputs(name, splits, scorer.title)
     sampler = Sampler(
         model,
         tokenizer,
@@ -94,7 +102,7 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
         kv_memory_gib=cfg.rollout.kv_memory_gib,
         seed=cfg.trainer.seed,
     )
-    return answer(sampler, Scorer(cfg.reward), prompts, cfg.eval.n, Sampling.of(cfg.rollout), world)
+    return answer(sampler, scorer, splits.test, cfg.eval.n, Sampling.of(cfg.rollout), world)
 
 
 def main() -> None:
@@ -102,6 +110,10 @@ def main() -> None:
     name = args.model
     if name and (newest := latest_checkpoint(Path(name))):
         name = str(newest)
+    if name is not None and not name.strip():
+        raise UserError(
+            "the model's name is empty (a variable of the shell that is not set?); leave it out for the embedded model."
+        )
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
     cfg = configure(args, Path(name) if name else None)

@@ -20,7 +20,7 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch import check_launch, final_words
+from gspo.launch import check_launch, final_words, say_inputs
 from gspo.metrics.evaluation import correct_of
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
@@ -50,6 +50,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     check_launch(cfg, model_config, world, started=not check_only)
     scorer = Scorer(cfg.reward)
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model_config))
+    say_inputs(cfg.model.path, splits, scorer.title)
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
     world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))

@@ -14,9 +14,9 @@ import yaml
 from gspo.config_aliases import ALIASES
 
 
-def opt(default: Any, help: str, **bounds: float) -> Any:
-    """Declare a parameter: its default, its meaning, and optional bounds `ge`, `gt`, `le`, `lt`."""
-    metadata = {"help": help, **bounds}
+def opt(default: Any, help: str, path: bool = False, **bounds: float) -> Any:
+    """Declare a parameter: default, meaning, whether it is a path, and optional bounds `ge`, `gt`, `le`, `lt`."""
+    metadata = {"help": help, "path": path, **bounds}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -26,7 +26,7 @@ def opt(default: Any, help: str, **bounds: float) -> Any:
 class Model:
     """The model that is trained, and how it is sharded over the ranks."""
 
-    path: str | None = opt(None, "Hugging Face folder or hub name; empty: the embedded model")
+    path: str | None = opt(None, "Hugging Face folder or hub name; empty: the embedded model", path=True)
     precision: Literal["auto", "fp32", "bf16"] = opt(
         "auto",
         "number format of matrix products; weights and optimizer stay fp32. auto: bf16 on CUDA; on a CPU, the faster "
@@ -50,9 +50,14 @@ class Model:
 class Data:
     """The prompts: where they are read from, and in what order they are trained on."""
 
-    train_files: list[str] = opt([], "training prompts: JSON, JSONL or parquet; empty: the embedded equations")
-    val_files: list[str] = opt([], "held-out prompts for the win rate of each round")
-    test_files: list[str] = opt([], "prompts for the evaluation before and after training; empty: val_files")
+    train_files: list[str] = opt(
+        [],
+        "training prompts: JSON, JSONL or parquet; `embedded`, or empty where model.path is empty too: the embedded "
+        "equations",
+        path=True,
+    )
+    val_files: list[str] = opt([], "held-out prompts for the win rate of each round", path=True)
+    test_files: list[str] = opt([], "prompts for the evaluation before and after training; empty: val_files", path=True)
     train_batch_size: int = opt(256, "prompts per step, over all ranks", ge=1)
     max_prompt_length: int = opt(1024, "longest prompt in tokens, chat template included", ge=1)
     overlong: Literal["error", "drop"] = opt("error", "what to do with a longer prompt")
@@ -98,7 +103,7 @@ class Rollout:
 class Reward:
     """The reward function, and the processes that call it."""
 
-    path: str | None = opt(None, "your Python file with compute_score; empty: gspo/reward/reward_func.py")
+    path: str | None = opt(None, "your Python file with compute_score; empty: gspo/reward/reward_func.py", path=True)
     name: str = opt("compute_score", "name of the function in that file")
     reward_kwargs: dict[str, Any] = opt({}, "further keyword arguments for the function")
     workers: int | None = opt(
@@ -258,12 +263,13 @@ class Trainer:
     keep_last: int = opt(3, "checkpoints to keep; 0: all", ge=0)
     keep_best: bool = opt(True, "also save and keep the checkpoint with the best held-out accuracy, as `best`")
     async_save: bool = opt(True, "write checkpoints while training goes on, from a copy in CPU memory")
-    output_dir: str = opt("outputs", "folder that holds the folders of all runs")
+    output_dir: str = opt("outputs", "folder that holds the folders of all runs", path=True)
     run_name: str | None = opt(None, "folder name of the run; empty: the name of the config file")
     seed: int = opt(0, "random seed of sampling and data order", ge=0)
     resume: str = opt(
         "auto",
         "auto: go on where the run stopped; never: start anew; a checkpoint folder: start a run from that checkpoint",
+        path=True,
     )
     sample_rows: int = opt(8, "groups per step written to samples.jsonl", ge=0)
     n_gpus: int | None = opt(None, "processes per node; checked against torchrun's", ge=1)

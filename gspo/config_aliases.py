@@ -39,11 +39,20 @@ ALIASES = {
     "trainer.resume_mode": "trainer.resume",
     "trainer.default_local_dir": "trainer.output_dir",
     "trainer.test_freq": "eval.freq",
+    "trainer.total_training_steps": "trainer.max_steps",
+    "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": "optim.warmup_steps",
 }
 # (parameter, value as verl writes it) -> value
 VALUE_ALIASES = {
     ("trainer.resume", "disable"): "never",
     ("rollout.top_k", -1): 0,
     ("eval.freq", -1): 0,
+    ("eval.prompts", -1): None,
+    ("optim.micro_batch_responses", -1): None,
+    ("optim.warmup_steps", -1): 0,
+    ("trainer.keep_last", -1): 0,
+    ("trainer.max_steps", -1): None,
+    ("trainer.save_freq", -1): 0,
     ("model.shard_size", -1): None,
 }

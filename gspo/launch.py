@@ -4,12 +4,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 
 from gspo.algorithm.objective import find_algorithm
 from gspo.config import Config
+from gspo.data.prompts import Splits
 from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
 from gspo.distributed.world import World
 from gspo.errors import UserError
@@ -56,6 +58,13 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
         )
 
 
+def say_inputs(model: str | None, splits: Splits, reward: str) -> None:
+    """Print one line that names the model, the data files with their numbers of rows, and the reward function."""
+    found = {name: getattr(splits, name) for name in ("train", "val", "test")}
+    data = "; ".join(f"{name} {prompts.files()}" for name, prompts in found.items() if prompts)
+    say(f"model: {model or 'the embedded model'} | data: {data} | reward: {reward}")
+
+
 def final_words(folder: Path, checkpoint: Path) -> str:
     """Return the table of the run, before against after, and what to type next."""
     reports = {}
@@ -72,12 +81,13 @@ def final_words(folder: Path, checkpoint: Path) -> str:
         ]
     else:
         lines = ["\nnothing was evaluated (eval.before_and_after, data.test_files)"]
+    evaluate = os.path.relpath(Path(__file__).parent.parent / "eval.py")
     return "\n".join(
         [
             *lines,
             "\nnext:",
-            f"  curves     {PYTHON} -m tensorboard.main --logdir {folder / 'tensorboard'}",
-            f"  evaluate   {PYTHON} {os.path.relpath(Path(__file__).parent.parent / 'eval.py')} {checkpoint}",
+            f"  curves     {quote(PYTHON)} -m tensorboard.main --logdir {quote(str(folder / 'tensorboard'))}",
+            f"  evaluate   {quote(PYTHON)} {quote(evaluate)} {quote(str(checkpoint))}",
             f"  use        transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
             f"  samples    {folder / 'samples.jsonl'}",
         ]

@@ -8,6 +8,7 @@ import difflib
 import math
 import operator
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -18,19 +19,27 @@ import yaml
 from gspo.config import PARAMETERS, Config, known_keys
 from gspo.config_aliases import ALIASES, VALUE_ALIASES
 from gspo.errors import UserError
+from gspo.read_yaml import TwiceError, Written, parse_json, parse_yaml, plain
 
 ROOM = Path(__file__).resolve().parent
 PRESETS = next(folder for folder in (ROOM / "configs", ROOM.parent / "configs") if folder.is_dir())  # installed, or not
 STANDARD = os.path.relpath(PRESETS / "standard.yaml")
+MAY_BE_EMPTY = ("data.system_prompt",)  # an empty system message stands in for the chat template's own
 
 
-def parameter_of(typed: str, place: str) -> str:
-    """Return the `section.name` that was meant. Raise UserError with the nearest known name for an unknown one."""
+def find_parameter(typed: str, place: str) -> tuple[str, tuple[str, ...]]:
+    """Return the `section.name` that was meant, and the keys inside it where it is a mapping: `reward.reward_kwargs.k`.
+
+    Raise UserError with the nearest known name for an unknown one.
+    """
     key = typed.lstrip("+")  # Hydra, which verl uses, wants `+` before a new key
-    if key in ALIASES:
-        return ALIASES[key]
-    if key in PARAMETERS:
-        return key
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        name, inside = ".".join(parts[:length]), tuple(parts[length:])
+        name = ALIASES.get(name, name)
+        is_mapping = name in PARAMETERS and typing.get_origin(PARAMETERS[name].type) is dict
+        if name in PARAMETERS and (not inside or (is_mapping and all(inside))):
+            return name, inside
     near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
     raise UserError(f"{place}: unknown key {key!r}; did you mean {near[0]!r}? `python -m gspo.config` lists every key.")
 
@@ -59,6 +68,8 @@ def _number(value: Any, kind: type) -> int | float | None:
 def coerce(value: Any, kind: Any, key: str, place: str, also: tuple[Any, ...] = ()) -> Any:
     """Return `value` as the parameter's type `kind`. Raise UserError where it has none (`also`: further values)."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, Written) and origin is not list:
+        value = value.text if kind in (str, str | None) else value.value
     if origin in (types.UnionType, typing.Union):  # only `X | None` and `X | Literal[...]` occur
         if value is None and args[1] is types.NoneType or value in typing.get_args(args[1]):
             return value
@@ -73,10 +84,10 @@ def coerce(value: Any, kind: Any, key: str, place: str, also: tuple[Any, ...] = 
         items = [] if value is None else value if isinstance(value, list) else [value]
         return [coerce(item, args[0], key, place) for item in items]
     if origin is dict and isinstance(value, dict):
-        return value
+        return plain(value)
     expected = f"one of {', '.join(map(str, args))}" if origin is Literal else _type_name(kind)
     expected = " or ".join([expected, *map(str, also)])
-    raise UserError(f"{place}: {key} = {value!r} is not {expected}.")
+    raise UserError(f"{place}: {key} = {plain(value)!r} is not {expected}.")
 
 
 BOUNDS = {"ge": (">=", operator.ge), "gt": (">", operator.gt), "le": ("<=", operator.le), "lt": ("<", operator.lt)}
@@ -93,15 +104,44 @@ def _check_bounds(value: Any, f: dataclasses.Field, key: str, place: str) -> Non
             raise UserError(f"{place}: {key} = {value} is out of range, it must be {sign} {bound}.{cure}")
 
 
+def _check_text(text: str, is_path: bool, key: str, place: str) -> str:
+    """Return a text, `~` expanded where it is a path. Raise UserError where it is empty or names a shell's variable."""
+    if (not text or (is_path and text.isspace())) and key not in MAY_BE_EMPTY:
+        raise UserError(f"{place}: {key} has an empty text; leave it out, or write null for what is not set.")
+    if not is_path:
+        return text
+    if re.match(r"\$\w|.*\$\{", text):
+        raise UserError(f"{place}: {key} = {text!r}: variables are not replaced here; write the path itself.")
+    expanded = os.path.expanduser(text)
+    if re.match(r"~[\w-]+/", expanded):
+        raise UserError(f"{place}: {key} = {text!r}: there is no such user. A folder of that name is './{text}'.")
+    return expanded
+
+
 def set_value(config: Config, typed: str, value: Any, place: str) -> None:
-    """Set one parameter, named by its key or an alias, after checking type and range. Raise UserError."""
-    key = parameter_of(typed, place)
-    if isinstance(value, str | int):
-        value = VALUE_ALIASES.get((key, value), value)
-    f = PARAMETERS[key]
+    """Set one parameter, named by its key or an alias, or a key inside one, after checking type and range.
+
+    Raise UserError.
+    """
+    key, inside = find_parameter(typed, place)
+    f, (section, name) = PARAMETERS[key], key.split(".")
+    if inside:
+        inner = getattr(getattr(config, section), name)
+        for part in inside[:-1]:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{place}: {typed}: {part!r} is set to {inner!r:.60}, so nothing can be set inside it.")
+        inner[inside[-1]] = plain(value)
+        return
     value = coerce(value, f.type, key, place)
+    if isinstance(value, str | int | float):
+        value = VALUE_ALIASES.get((key, value), value)
     _check_bounds(value, f, key, place)
-    section, name = key.split(".")
+    is_path = bool(f.metadata.get("path"))
+    if isinstance(value, str):
+        value = _check_text(value, is_path, key, place)
+    elif isinstance(value, list):
+        value = [_check_text(item, is_path, key, place) for item in value]
     setattr(getattr(config, section), name, value)
 
 
@@ -120,47 +160,76 @@ def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def read_yaml(path: Path) -> dict:
-    """Return the file's YAML mapping. Raise UserError where it is missing or holds something else."""
+def read_file(path: Path) -> dict:
+    """Return the mapping in a YAML or JSON file. Raise UserError where it is missing or holds something else."""
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        tree = parse_json(text) if kind == "JSON" else parse_yaml(text)
     except OSError as e:
         raise UserError(
             f"--config {path}: {e.strerror or e}. Presets: {os.path.relpath(PRESETS)}/quick.yaml, "
             "standard.yaml and high_quality.yaml."
         ) from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(e).split())}") from e
+    except TwiceError as e:
+        raise UserError(f"--config {path}: {e}. One of the two would be lost: leave one out.") from e
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UserError(f"--config {path} is not valid {kind}: {' '.join(str(e).split())}") from e
     if not isinstance(tree, dict | None):
-        raise UserError(f"--config {path} holds a {type(tree).__name__}, not a mapping of sections.")
+        raise UserError(f"--config {path} holds a {type(plain(tree)).__name__}, not a mapping of sections.")
     return tree or {}
 
 
-def _typed(key: str, text: str) -> Any:
-    """Return what was typed after the equals sign, read as YAML; a text parameter takes it as it is."""
-    kind = PARAMETERS[parameter_of(key, "command line")].type
-    if not text or text == "null":
-        return None
-    if kind in (str, str | None):
-        return text
+def _set_from_file(config: Config, path: Path) -> None:
+    """Set what the file says. Raise UserError where it says one thing twice, by different names."""
+    seen: dict[tuple[str, ...], str] = {}
+    for typed, value in _leaves(read_file(path)):
+        key, inside = find_parameter(typed, str(path))
+        names = [(key, *inside)]
+        if isinstance(value, dict):
+            names += [(key, *inside, name) for name in value]
+        for name in names:
+            if name in seen:
+                raise UserError(
+                    f"{path}: {typed} and {seen[name]} set the same parameter, {'.'.join(name)}; leave one out."
+                )
+        seen |= dict.fromkeys(names, typed)
+        set_value(config, typed, value, str(path))
+
+
+def _typed(item: str) -> tuple[str, Any]:
+    """Return key and value of `section.name=value`, the value read as YAML; a text parameter takes it as it is."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise UserError(f"command line: {item!r} is not of the form section.key=value.")
+    name, inside = find_parameter(key, "command line")
+    if not text.strip() or text.strip() in ("''", '""') or (name == "data.train_files" and text.strip() == "[]"):
+        raise UserError(
+            f"command line: {item!r} gives {name} no value (a variable of the shell that is not set?). Give one, leave "
+            f"the argument out, or write {key}=null for what is not set."
+        )
+    if text == "null":
+        return key, None
+    if PARAMETERS[name].type in (str, str | None) and not inside:
+        return key, text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        return key, parse_yaml(text)
+    except TwiceError as e:
+        raise UserError(f"command line: {key}={text}: {e}.") from e
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return key, text
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Return the defaults, overwritten by the YAML file, overwritten by `section.name=value` texts. Raise UserError."""
     config = Config()
     if path is not None:
-        for key, value in _leaves(read_yaml(Path(path))):
-            set_value(config, key, value, str(path))
-        config.trainer.run_name = config.trainer.run_name or Path(path).stem
+        path = Path(path).expanduser()
+        _set_from_file(config, path)
+        config.trainer.run_name = config.trainer.run_name or path.stem
     for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"command line: {item!r} is not of the form section.key=value.")
-        set_value(config, key, _typed(key, text), "command line")
+        key, value = _typed(item)
+        set_value(config, key, value, "command line")
     name = config.trainer.run_name = config.trainer.run_name or "run"
     if Path(name).name != name or name in ("checkpoints", ".."):
         raise UserError(f"trainer.run_name = {name!r} must be a plain folder name, and not 'checkpoints'.")

@@ -21,7 +21,8 @@ from gspo.errors import UserError
 from gspo.system.console import say, track
 from gspo.types import Prompt
 
-EMBEDDED = {"train": "train.json", "val": "dev.json", "test": "test.json"}
+EMBEDDED = "embedded"  # in place of a file's name: the embedded equations
+EMBEDDED_FILE = {"train": "train.json", "val": "dev.json", "test": "test.json"}
 HUB_SPLIT = {"train": "train", "val": "validation", "test": "test"}  # split of a data set whose name gives none
 NO_LIMIT = 1 << 62
 SPACES = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)
@@ -53,6 +54,10 @@ class Prompts(Sequence[Prompt]):
         number = int(self._kept[i])
         k = bisect_right(self._firsts, number) - 1
         return number, self._sources[k], number - self._firsts[k]
+
+    def files(self) -> str:
+        """Return the names of the sources with their numbers of rows: `a.jsonl (1,200 rows), b.jsonl (7 rows)`."""
+        return ", ".join(f"{s.name} ({len(s):,} row{'s' * (len(s) != 1)})" for s in self._sources)
 
     def place(self, i: int) -> str:
         """Return where prompt `i` is, for messages: file and row or line."""
@@ -195,10 +200,22 @@ class SplitFiles:
 
 
 def configured_splits(cfg: Config, only_test: bool = False) -> Iterator[SplitFiles]:
-    """Yield the splits that have files; without training files, those of the embedded equations, written if missing."""
+    """Yield the splits that have files; `embedded` is the embedded equations, written if they are missing.
+
+    Without training files the embedded model trains on these, and any other is refused: UserError.
+    """
     files = {"train": cfg.data.train_files, "val": cfg.data.val_files, "test": cfg.data.test_files}
     if not files["train"]:
-        files = {name: given or [str(DATA_DIR / EMBEDDED[name])] for name, given in files.items()}
+        if cfg.model.path is not None and not only_test:
+            raise UserError(
+                f"model.path = {cfg.model.path!r}, but data.train_files names no data to train it on. Give "
+                "data.train_files=[FILE]; data.train_files=embedded trains on the embedded equations."
+            )
+        files = {name: given or [EMBEDDED] for name, given in files.items()}
+    files = {
+        name: [str(DATA_DIR / EMBEDDED_FILE[name]) if f == EMBEDDED else f for f in given]
+        for name, given in files.items()
+    }
     if any(not Path(f).exists() and Path(f).parent == DATA_DIR for given in files.values() for f in given):
         equations.write_splits()
     hub_split = {**HUB_SPLIT, "test": HUB_SPLIT["test" if files["test"] else "val"]}

@@ -11,6 +11,7 @@ response without a score gets.
 """
 
 import inspect
+import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -63,6 +64,11 @@ class Scorer:
         self.begun: dict[int, list[Future[Outcome]]] = {}  # place of a group -> its calls
         self.warned: set[str] = set()  # kinds of faults
         self.close = weakref.finalize(self, self.pool.close)
+
+    @property
+    def title(self) -> str:
+        """Return the file and the function in it, for messages."""
+        return f"{'' if self.cfg.path else 'the default, '}{os.path.relpath(self.path)}: {self.name}"
 
     def begin(self, place: int, prompt: Prompt, texts: list[str]) -> None:
         """Start scoring group `place` while others are still being sampled, if calls are long enough to gain by it."""

@@ -32,7 +32,15 @@ ORDER = {
     "vocabulary": "the configuration and its reading, types.py, errors.py: the words that all rooms share",
     "kernels": "operations on tensors; they know neither models nor training",
 }
-VOCABULARY = {"gspo", "gspo.config", "gspo.config_aliases", "gspo.read_config", "gspo.types", "gspo.errors"}
+VOCABULARY = {
+    "gspo",
+    "gspo.config",
+    "gspo.config_aliases",
+    "gspo.read_config",
+    "gspo.read_yaml",
+    "gspo.types",
+    "gspo.errors",
+}
 
 # A step, stage by stage. No stage imports another; train.py hands each what those before it made.
 STAGES = {

@@ -1,6 +1,7 @@
 """What is checked before a run, and what it says at its end."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_what_may_surprise_is_said_and_nothing_else(capsys, overrides, size, sai
     assert [part for part in said if part not in out] == []
 
 
+def test_one_line_names_model_data_and_reward(run_program, tmp_path):
+    rows, reward = tmp_path / "my rows.jsonl", tmp_path / "my_reward.py"
+    rows.write_text('{"prompt": "1 + 1?", "ground_truth": "2"}\n' * 3)
+    reward.write_text("def judge(solution_str, **rest):\n    return float('2' in solution_str)\n")
+    done = run_program(
+        "train.py", "--config", "configs/quick.yaml", "--check", f"data.train_files={rows}", f"reward.path={reward}",
+        "reward.name=judge", "reward.workers=1", "reward.check_rows=0", "data.val_files=embedded",
+    )  # fmt: skip
+    first = done.stdout.splitlines()[0]
+    assert first.startswith(
+        f"model: the embedded model | data: train {rows} (3 rows); val data/equations/dev.json (256"
+    )
+    assert first.endswith("my_reward.py: judge") and "the default" not in first
+
+
 # ---- the end ----
 
 
@@ -83,6 +99,15 @@ def test_the_last_words_hold_both_evaluations_and_where_things_are(tmp_path):
     assert row.split() == ["pass@1", "0.250", "[0.125,", "0.375]", "0.750", "[0.625,", "0.875]"]
     for path in ("tensorboard", "checkpoints/step_000150", "samples.jsonl"):
         assert str(tmp_path / path) in words
+
+
+@pytest.mark.parametrize("name", ["有 空格", "it's", "$HOME", "a;b", "plain"])
+def test_the_commands_to_type_next_can_be_pasted(tmp_path, name):
+    folder = tmp_path / name
+    words = final_words(folder, folder / "checkpoints" / "step_000001").splitlines()
+    commands = {line.split()[0]: shlex.split(line)[1:] for line in words if line.startswith(("  curves", "  evaluate"))}
+    assert commands["curves"][-2:] == ["--logdir", str(folder / "tensorboard")]
+    assert commands["evaluate"][-1] == str(folder / "checkpoints" / "step_000001")
 
 
 def test_the_last_words_say_when_nothing_was_evaluated(tmp_path):

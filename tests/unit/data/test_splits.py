@@ -111,3 +111,32 @@ def test_which_split_of_a_data_set_each_list_of_files_means(splits, monkeypatch)
     with pytest.raises(Enough):
         splits("data.train_files=a")
     assert asked == [("a", "train")]
+
+
+# ---- what is trained on is always said ----
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.path=m"], ["model.path=m", "data.val_files=a.json"], ["model_path=m", "data.train_files=null"]],
+)
+def test_a_model_without_data_is_refused(splits, overrides):
+    with pytest.raises(UserError, match=r"model.path = 'm', but data.train_files names no data.*train_files=embedded"):
+        splits(*overrides)
+    assert not Path("data").exists()
+
+
+def test_the_embedded_equations_can_be_asked_for_in_place_of_any_file(splits, write):
+    mine = write([GOOD])
+    found = splits("model.path=m", "data.train_files=embedded")
+    assert (len(found.train), found.val, found.test) == (2048, [], [])
+    found = splits(f"data.train_files=[{mine}, embedded]", "data.val_files=embedded")
+    assert [len(part) for part in (found.train, found.val, found.test)] == [2049, 64, 256]
+    with pytest.raises(UserError, match="no/embedded"):
+        splits("data.train_files=no/embedded")
+
+
+def test_prompts_name_their_files_and_how_many_rows_these_have(splits, write):
+    a, b = write([GOOD] * 1200, "a.json"), write([GOOD], "b.json")
+    found = splits(f"data.train_files=[{a}, {b}]", f"data.val_files={b}")
+    assert found.train.files() == f"{a} (1,200 rows), {b} (1 row)" and found.val.files() == f"{b} (1 row)"
