@@ -20,7 +20,7 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch import check_launch, final_words, say_inputs
+from gspo.launch import check_launch, check_steps, final_words, say_inputs
 from gspo.metrics.evaluation import correct_of
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
@@ -53,6 +53,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     say_inputs(cfg.model.path, splits, scorer.title)
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
+    check_steps(cfg, total)
     world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} responses")
@@ -64,7 +65,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     else:
         if evaluates:
             evaluate_run(run, "eval_before")
-        evaluate_held_out(run, round_ended=True)
+        evaluate_held_out(run, round_ended=False, round_begins=True)
 
     with run.checkpoints as checkpoints:  # when something fails, a checkpoint that is being written is finished
         stop = take_steps(run)

@@ -164,7 +164,11 @@ class Objective:
 class SelfPlay:
     """The rounds of self-play."""
 
-    rounds: int = opt(3, "rounds; when one starts, the opponent becomes a copy of the policy", ge=1)
+    rounds: int = opt(
+        3,
+        "rounds; when one starts, the opponent becomes a copy of the policy. A run that is extended has more of them",
+        ge=1,
+    )
 
 
 @dataclass

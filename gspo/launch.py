@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from gspo.algorithm.objective import find_algorithm
+from gspo.algorithm.self_play_models import round_of
+from gspo.algorithm.update import learning_rate
+from gspo.checkpoint.checkpoints import State
 from gspo.config import Config
 from gspo.data.prompts import Splits
 from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
@@ -63,6 +66,50 @@ def say_inputs(model: str | None, splits: Splits, reward: str) -> None:
     found = {name: getattr(splits, name) for name in ("train", "val", "test")}
     data = "; ".join(f"{name} {prompts.files()}" for name, prompts in found.items() if prompts)
     say(f"model: {model or 'the embedded model'} | data: {data} | reward: {reward}")
+
+
+def check_steps(cfg: Config, total: int) -> None:
+    """Warn where the steps do not suffice for the rounds or the warm-up, and where the last one cannot learn."""
+    o, rounds, last = cfg.optim, cfg.selfplay.rounds, learning_rate(total - 1, total, cfg)
+    if total < rounds:
+        say(
+            f"warning: selfplay.rounds = {rounds}, but the run ends after step {total}, so some rounds have none. "
+            "Lower selfplay.rounds, or take more steps (trainer.max_steps)."
+        )
+    if o.warmup_steps >= total:
+        say(
+            f"warning: optim.warmup_steps = {o.warmup_steps}, but the run ends after step {total}: the learning rate "
+            f"still rises at its last step, to {last:g} of {o.learning_rate:g}. Lower optim.warmup_steps."
+        )
+    if last == 0:
+        say(
+            f"warning: optim.schedule = {o.schedule} ends at a learning rate of 0, so step {total}, the last, learns "
+            "nothing. Set optim.min_lr_ratio, for example to 0.1."
+        )
+
+
+def say_what_changed(state: State, cfg: Config, total: int, held_out: int) -> None:
+    """Say what another number of steps, or of held-out prompts, changes in a run that goes on."""
+    planned, before, step = state.planned_steps, state.total_steps, state.step
+    if before and before != total and step < total:
+        old, new = learning_rate(min(step, before - 1), before, cfg), learning_rate(step, total, cfg)
+        rounds, length = round_of(total - 1, planned, cfg.selfplay.rounds) + 1, planned / cfg.selfplay.rounds
+        rate = ""
+        if old != new:
+            rate = (
+                f" optim.schedule = {cfg.optim.schedule} is spread over all of them, so the learning rate goes from "
+                f"{old:.3g} to {new:.3g} at step {step + 1}; for another one, begin a run from the checkpoint "
+                "(trainer.resume=FOLDER, another trainer.run_name, optim.learning_rate)."
+            )
+        say(
+            f"warning: this run was to have {before} steps, and now has {total}.{rate} Rounds keep their length of "
+            f"{length:g} steps, so there are {rounds}."
+        )
+    kept = 0 if state.round_rewards is None else len(state.round_rewards)
+    if kept != held_out:
+        both = min(kept, held_out)
+        effect = f"it is compared on the first {both} of them" if both else "it has no win rate"
+        say(f"eval.round_prompts was {kept} when this round began, and is {held_out} now: {effect}.")
 
 
 def final_words(folder: Path, checkpoint: Path) -> str:

@@ -14,6 +14,7 @@ from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import Splits
 from gspo.distributed.world import World
+from gspo.launch import say_what_changed
 from gspo.memory.footprint import memory_report_line
 from gspo.metrics.evaluation import answer, correct_of, report
 from gspo.metrics.run_log import RunLog
@@ -84,6 +85,8 @@ def start_run(
     if resume:
         restore(resume, models.policy, optimizer, models.frozen, state)
         batches.load_state(load_order(resume))
+        say_what_changed(state, cfg, total_steps, len(splits.val))
+    state.planned_steps, state.total_steps = state.planned_steps or total_steps, total_steps
     updater = Updater(models.policy, models.head, optimizer, cfg, world, models.autocast)
     sampler = Sampler(
         models.sampler,
@@ -135,23 +138,26 @@ def evaluate_run(run: Run, name: str) -> None:
 def end_round_if_over(run: Run) -> dict[str, float]:
     """Evaluate held-out prompts where due, and begin the next round where this one is over; return the metrics."""
     cfg, state, metrics = run.cfg, run.state, {}
-    next_round = round_of(state.step, run.total_steps, cfg.selfplay.rounds)
-    round_ended = state.step == run.total_steps or next_round > state.round
+    next_round = round_of(state.step, state.planned_steps, cfg.selfplay.rounds)
+    round_begins = next_round > state.round
+    round_ended = state.step == run.total_steps or round_begins
     if round_ended or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
-        metrics = evaluate_held_out(run, round_ended)
-    if next_round > state.round:
+        metrics = evaluate_held_out(run, round_ended, round_begins)
+    if round_begins:
         run.models.new_opponent()
         state.round = next_round
     return metrics
 
 
-def evaluate_held_out(run: Run, round_ended: bool) -> dict[str, float]:
+def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[str, float]:
     """Sample and score responses to the held-out prompts; return the metrics.
 
-    When a round ended, they are compared with the responses of the round before, and kept for the next comparison.
+    When a round ended, they are compared with those of its beginning; when one begins, they are kept for that.
     """
     cfg, world, state = run.cfg, run.world, run.state
     if not run.splits.val:
+        if round_begins:
+            state.round_rewards = None  # of an earlier round
         return {}
     run.models.refresh_sampler()
     places, rollout = run.sampler.generate_share(
@@ -165,7 +171,8 @@ def evaluate_held_out(run: Run, round_ended: bool) -> dict[str, float]:
         metrics["kl_to_initial"] = kl_divergence_to(run.models, run.models.initial(), rollout, world)
     if round_ended and state.round_rewards is not None:
         before = torch.tensor(state.round_rewards)
-        metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards, before, cfg.objective.margin)
-    if round_ended:
+        both = min(len(rewards), len(before))  # eval.round_prompts may have changed since
+        metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards[:both], before[:both], cfg.objective.margin)
+    if round_begins:
         state.round_rewards = rewards.tolist()
     return metrics

@@ -126,10 +126,12 @@ class SelfPlayModels:
         return self.frozen.get("initial") or self._open(self.cfg.model.path, frozen=True)
 
 
-def round_of(step: int, total_steps: int, rounds: int) -> int:
-    """Return the round that `step` belongs to: of R rounds in S steps, round k starts at step floor(k S / R)."""
-    starts = [k * total_steps // rounds for k in range(rounds)]
-    return max(k for k, start in enumerate(starts) if start <= step)
+def round_of(step: int, planned_steps: int, rounds: int) -> int:
+    """Return the round that `step` belongs to: of R rounds planned for S steps, round k starts at step floor(k S / R).
+
+    A run that is longer than planned goes on with rounds of the same length.
+    """
+    return ((step + 1) * rounds - 1) // planned_steps
 
 
 def win_rate(mine: Tensor, theirs: Tensor, margin: float) -> tuple[float, float]:

@@ -42,6 +42,8 @@ class State:
 
     step: int = 0  # steps done
     round: int = 0  # self-play round, from 0
+    planned_steps: int = 0  # steps that the run was to have when it began: they fix the length of a round; 0: not known
+    total_steps: int = 0  # steps that it was to have when it was last started; 0: not known
     bad_steps: int = 0  # steps in a row with a non-finite update
     round_rewards: list[list[float]] | None = None  # [P, N] rewards of the previous round's policy, held-out prompts
     tokens_sampled: int = 0

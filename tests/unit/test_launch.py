@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.launch import check_launch, final_words
+from gspo.launch import check_launch, check_steps, final_words
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 
@@ -83,6 +83,26 @@ def test_one_line_names_model_data_and_reward(run_program, tmp_path):
         f"model: the embedded model | data: train {rows} (3 rows); val data/equations/dev.json (256"
     )
     assert first.endswith("my_reward.py: judge") and "the default" not in first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "total", "said"),
+    [
+        ([], 3, []),
+        ([], 2, ["selfplay.rounds = 3", "after step 2", "Lower selfplay.rounds"]),
+        (["optim.warmup_steps=9"], 10, []),
+        (["optim.warmup_steps=10"], 10, ["optim.warmup_steps = 10", "after step 10", "to 1e-06 of 1e-06"]),
+        (["optim.warmup_steps=20"], 10, ["optim.warmup_steps = 20", "to 5e-07 of 1e-06", "Lower optim.warmup_steps"]),
+        (["optim.schedule=cosine"], 10, ["optim.schedule = cosine", "step 10, the last", "optim.min_lr_ratio"]),
+        (["optim.schedule=linear"], 10, ["optim.schedule = linear", "optim.min_lr_ratio"]),
+        (["optim.schedule=cosine", "optim.min_lr_ratio=0.1"], 10, []),
+    ],
+)
+def test_steps_that_do_not_suffice_are_warned_of_in_one_line(capsys, overrides, total, said):
+    check_steps(load_config(None, overrides), total)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(said) and all(line.startswith("warning: ") for line in lines)
+    assert [part for part in said if part not in lines[0]] == []
 
 
 # ---- the end ----

@@ -44,6 +44,13 @@ def test_round_k_starts_at_floor_of_k_s_over_r(steps, rounds):
         assert of.index(k) == k * steps // rounds
 
 
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 60))
+def test_a_longer_run_goes_on_with_rounds_of_the_same_length(steps, rounds, more):
+    of = [round_of(step, steps, rounds) for step in range(steps + more)]
+    for k in set(of):
+        assert of.index(k) == k * steps // rounds
+
+
 @pytest.mark.parametrize(
     ("mine", "theirs", "margin", "wins", "ties"),
     [

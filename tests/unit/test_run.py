@@ -1,0 +1,71 @@
+"""A run that is started again with another length, or with other held-out prompts."""
+
+import json
+
+import pytest
+import torch
+from quick_run import rows
+
+from gspo.distributed.world import World
+from gspo.read_config import load_config
+from train import train
+
+TINY = ("data.train_batch_size=2", "rollout.n=2", "rollout.max_new_tokens=8", "reward.workers=1", "reward.check_rows=0",
+        "optim.warmup_steps=0", "model.precision=fp32", "eval.before_and_after=false", "trainer.save_freq=0",
+        "eval.round_prompts=2")  # fmt: skip
+
+
+def run(folder, *overrides):
+    """Train in this process -> the rows of its curves."""
+    cfg = load_config("configs/quick.yaml", [*TINY, f"trainer.output_dir={folder}", *overrides])
+    train(cfg, World(0, 1, torch.device("cpu"), None))
+    return rows(folder / "quick" / "metrics.jsonl")
+
+
+def state(folder, step):
+    file = folder / "quick" / "checkpoints" / f"step_{step:06d}" / "trainer" / "state.json"
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_an_extended_run_goes_on_as_one_that_was_planned_with_as_many_rounds_of_that_length(tmp_path, capsys):
+    constant = ("optim.schedule=constant", "eval.round_prompts=2")
+    run(tmp_path / "a", *constant, "selfplay.rounds=2", "trainer.max_steps=4")
+    capsys.readouterr()
+    extended = run(tmp_path / "a", *constant, "selfplay.rounds=2", "trainer.max_steps=7")
+    said = capsys.readouterr().out
+    assert "was to have 4 steps, and now has 7. Rounds keep their length of 2 steps, so there are 4." in said
+    assert [row["round"] for row in extended] == [0, 0, 1, 1, 2, 2, 3]
+    planned = run(tmp_path / "b", *constant, "selfplay.rounds=4", "trainer.max_steps=8")
+    timed = ("time/", "tokens_per_second", "memory/")
+    for mine, theirs in zip(extended[:6], planned, strict=False):
+        assert {k: v for k, v in mine.items() if not k.startswith(timed)} == {
+            k: v for k, v in theirs.items() if not k.startswith(timed)
+        }
+
+
+def test_a_schedule_is_spread_over_the_new_length_and_both_learning_rates_are_said(tmp_path, capsys):
+    run(tmp_path, "trainer.max_steps=2")
+    capsys.readouterr()
+    went_on = run(tmp_path, "trainer.max_steps=4")
+    assert [row["round"] for row in went_on] == [0, 1, 2, 3], "rounds go on"
+    rates = [row["learning_rate"] for row in went_on]
+    assert rates == pytest.approx([3e-4, 3e-5, 3e-4 * (0.1 + 0.9 * 0.25), 3e-5])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "was to have 2 steps" in line]
+    assert line.startswith("warning: ") and "goes from 3e-05 to 9.75e-05 at step 3" in line
+    assert (state(tmp_path, 4)["planned_steps"], state(tmp_path, 4)["total_steps"]) == (2, 4)
+    run(tmp_path, "trainer.max_steps=4")
+    assert "was to have" not in capsys.readouterr().out, "it is said once"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(4, 3), *(pytest.param(*counts, marks=pytest.mark.slow) for counts in ((2, 3), (2, 0), (0, 2)))],
+)
+def test_a_run_goes_on_with_another_number_of_held_out_prompts(tmp_path, capsys, before, after):
+    run(tmp_path, "trainer.max_steps=1", "selfplay.rounds=1", f"eval.round_prompts={before}")
+    capsys.readouterr()
+    went_on = run(tmp_path, "trainer.max_steps=2", "selfplay.rounds=1", f"eval.round_prompts={after}")
+    assert len(went_on) == 2 and ("win_rate" in went_on[1]) == (before > 0 < after)
+    said = [line for line in capsys.readouterr().out.splitlines() if "eval.round_prompts" in line]
+    assert len(said) == 1 and f"was {before} when this round began, and is {after} now" in said[0]
