@@ -157,7 +157,9 @@ def finish_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=STANDARD, help="YAML preset (default: %(default)s)")
+    parser.add_argument(
+        "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
     args = parser.parse_intermixed_args()

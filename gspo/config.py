@@ -130,8 +130,14 @@ class Objective:
 
     algorithm: str = opt(
         "gspo",
-        "objective: gspo, a baseline (rloo, grpo, dr_grpo, online_dpo, spin), or your own line of ALGORITHMS in "
-        "gspo/algorithm/objective.py",
+        "objective: gspo, a baseline (rloo, grpo, dr_grpo, maxrl, tempo, online_dpo, spin), or your own line of "
+        "ALGORITHMS in gspo/algorithm/objective.py",
+    )
+    form: Literal["default", "seed"] = opt(
+        "default",
+        "seed: the algorithm of the original description (docs/seed.md): algorithm gspo, anchor none, after_fork 1, "
+        "length_norm sum, pair_weight one, normalizer batch, nll_coef 0, data.shuffle true, data.spaced false, and to "
+        "set one of these otherwise is an error; default: every setting as it stands",
     )
     preference_beta: float = opt(0.1, "temperature of the preference loss", gt=0.0)
     margin: float = opt(0.1, "two responses form a pair when their rewards differ by more than this", ge=0.0, lt=1.0)
@@ -147,7 +153,11 @@ class Objective:
         le=1.0,
     )
     length_norm: Literal["sum", "mean"] = opt("sum", "log-prob of a response: the sum over its tokens, or their mean")
-    pair_weight: Literal["one", "gap"] = opt("one", "weight of a pair: 1, or its reward gap")
+    pair_weight: Literal["one", "gap", "branch"] = opt(
+        "one",
+        "weight of a pair: 1; its reward gap; or branch: the mean reward of the responses that go the winner's way at "
+        "the fork, less that of those that go the loser's, or 0",
+    )
     normalizer: Literal["constant", "batch", "group", "sqrt"] = opt(
         "constant", "what the pair losses of a group are divided by"
     )

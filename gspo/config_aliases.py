@@ -1,4 +1,5 @@
-"""Name the other ways to write a parameter: names of the original description (those without a dot) and of verl."""
+"""Name the other ways to write a parameter: names of the original description (those without a dot) and of verl, and
+the settings that one `objective.form` stands for."""
 
 # name -> parameter
 ALIASES = {
@@ -42,6 +43,21 @@ ALIASES = {
     "trainer.total_training_steps": "trainer.max_steps",
     "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
     "actor_rollout_ref.actor.optim.lr_warmup_steps": "optim.warmup_steps",
+}
+# objective.form -> the settings that it stands for
+FORMS = {
+    "default": {},
+    "seed": {  # the algorithm of the original description: -E[log sigma(beta (log pi(y_w) - log pi(y_l)))]
+        "objective.algorithm": "gspo",
+        "objective.anchor": "none",  # nothing is subtracted from the log-probs
+        "objective.after_fork": 1.0,  # of whole responses
+        "objective.length_norm": "sum",
+        "objective.pair_weight": "one",
+        "objective.normalizer": "batch",  # E: the mean over all pairs of the batch
+        "objective.nll_coef": 0.0,
+        "data.shuffle": True,
+        "data.spaced": False,  # every prompt once an epoch
+    },
 }
 # (parameter, value as verl writes it) -> value
 VALUE_ALIASES = {

@@ -1,6 +1,7 @@
 """Read the configuration: defaults <- YAML file <- `section.key=value` arguments, every key and value checked.
 
 `load_config(path, overrides)` is the only way in. An unknown key is an error that names the nearest known one.
+`objective.form` is one setting for several: they are set last, and nothing else may set them otherwise.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from gspo.config import PARAMETERS, Config, known_keys
-from gspo.config_aliases import ALIASES, VALUE_ALIASES
+from gspo.config_aliases import ALIASES, FORMS, VALUE_ALIASES
 from gspo.errors import UserError
 from gspo.read_yaml import TwiceError, Written, parse_json, parse_yaml, plain
 
@@ -118,10 +119,10 @@ def _check_text(text: str, is_path: bool, key: str, place: str) -> str:
     return expanded
 
 
-def set_value(config: Config, typed: str, value: Any, place: str) -> None:
+def set_value(config: Config, typed: str, value: Any, place: str) -> str:
     """Set one parameter, named by its key or an alias, or a key inside one, after checking type and range.
 
-    Raise UserError.
+    Return its key. Raise UserError.
     """
     key, inside = find_parameter(typed, place)
     f, (section, name) = PARAMETERS[key], key.split(".")
@@ -132,7 +133,7 @@ def set_value(config: Config, typed: str, value: Any, place: str) -> None:
             if not isinstance(inner, dict):
                 raise UserError(f"{place}: {typed}: {part!r} is set to {inner!r:.60}, so nothing can be set inside it.")
         inner[inside[-1]] = plain(value)
-        return
+        return key
     value = coerce(value, f.type, key, place)
     if isinstance(value, str | int | float):
         value = VALUE_ALIASES.get((key, value), value)
@@ -143,6 +144,21 @@ def set_value(config: Config, typed: str, value: Any, place: str) -> None:
     elif isinstance(value, list):
         value = [_check_text(item, is_path, key, place) for item in value]
     setattr(getattr(config, section), name, value)
+    return key
+
+
+def apply_form(config: Config, places: dict[str, str]) -> None:
+    """Set what `objective.form` stands for; places: parameter -> where it was set. UserError where one contradicts."""
+    form = config.objective.form
+    for key, meant in FORMS[form].items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if key in places and value != meant:
+            raise UserError(
+                f"{places[key]}: {key} = {value!r} contradicts objective.form = {form}, which stands for {key} = "
+                f"{meant!r}. Leave one of the two out; with objective.form=default every setting counts as it stands."
+            )
+        setattr(getattr(config, section), name, meant)
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
@@ -160,6 +176,12 @@ def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def find_config(name: str | Path) -> Path:
+    """Return the file that was named: a path, or, where there is no such file, a preset's name without its .yaml."""
+    path, preset = Path(name).expanduser(), PRESETS / f"{name}.yaml"
+    return preset if not path.is_file() and len(path.parts) == 1 and preset.is_file() else path
+
+
 def read_file(path: Path) -> dict:
     """Return the mapping in a YAML or JSON file. Raise UserError where it is missing or holds something else."""
     kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
@@ -167,9 +189,10 @@ def read_file(path: Path) -> dict:
         text = path.read_text(encoding="utf-8-sig")
         tree = parse_json(text) if kind == "JSON" else parse_yaml(text)
     except OSError as e:
+        *others, last = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
         raise UserError(
-            f"--config {path}: {e.strerror or e}. Presets: {os.path.relpath(PRESETS)}/quick.yaml, "
-            "standard.yaml and high_quality.yaml."
+            f"--config {path}: {e.strerror or e}. Give a YAML file, or the name of a preset in "
+            f"{os.path.relpath(PRESETS)}: {', '.join(others)} or {last}."
         ) from e
     except TwiceError as e:
         raise UserError(f"--config {path}: {e}. One of the two would be lost: leave one out.") from e
@@ -180,8 +203,9 @@ def read_file(path: Path) -> dict:
     return tree or {}
 
 
-def _set_from_file(config: Config, path: Path) -> None:
-    """Set what the file says. Raise UserError where it says one thing twice, by different names."""
+def _set_from_file(config: Config, path: Path) -> dict[str, str]:
+    """Set what the file says; return {parameter: the file}. Raise UserError where it says one thing twice, by different
+    names."""
     seen: dict[tuple[str, ...], str] = {}
     for typed, value in _leaves(read_file(path)):
         key, inside = find_parameter(typed, str(path))
@@ -195,6 +219,7 @@ def _set_from_file(config: Config, path: Path) -> None:
                 )
         seen |= dict.fromkeys(names, typed)
         set_value(config, typed, value, str(path))
+    return {names[0]: str(path) for names in seen}
 
 
 def _typed(item: str) -> tuple[str, Any]:
@@ -222,14 +247,15 @@ def _typed(item: str) -> tuple[str, Any]:
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Return the defaults, overwritten by the YAML file, overwritten by `section.name=value` texts. Raise UserError."""
-    config = Config()
+    config, places = Config(), {}
     if path is not None:
-        path = Path(path).expanduser()
-        _set_from_file(config, path)
+        path = find_config(path)
+        places = _set_from_file(config, path)
         config.trainer.run_name = config.trainer.run_name or path.stem
     for item in overrides:
         key, value = _typed(item)
-        set_value(config, key, value, "command line")
+        places[set_value(config, key, value, "command line")] = "command line"
+    apply_form(config, places)
     name = config.trainer.run_name = config.trainer.run_name or "run"
     if Path(name).name != name or name in ("checkpoints", ".."):
         raise UserError(f"trainer.run_name = {name!r} must be a plain folder name, and not 'checkpoints'.")

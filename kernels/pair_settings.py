@@ -15,7 +15,6 @@ class PairSettings(NamedTuple):
     pairs_per_group: float = 1.0
     after_fork: float = 1.0
     length_norm: Literal["sum", "mean"] = "sum"
-    pair_weight: Literal["one", "gap"] = "one"
     normalizer: Literal["constant", "batch", "group", "sqrt"] = "constant"
     ranking_coef: float = 0.0
     nll_coef: float = 0.0

@@ -10,7 +10,7 @@ Since s_ij occurs in g_ij and, negated, in g_ji, a loss of the gaps has, with h_
 
     dL/dl_it = b_i sum_j w_ijt h_ij.
 
-D_ij = 1 where i beats j; I are the responses that beat at least one other; v_ij = 1 or r_i - r_j; Z normalizes a
+D_ij = 1 where i beats j; I are the responses that beat at least one other; v_ij is a pair's weight; Z normalizes a
 group's pairs; B is the number of groups. The terms, and what each adds to dL/dg_ij:
 
     preference  1/(B Z) sum_ij v_ij D_ij log(1 + e^-g_ij)            -v_ij D_ij sigma(-g_ij) / (B Z)
@@ -33,14 +33,14 @@ MOST_RESPONSES = 64  # N whose N x N comparisons fit in the registers of one pro
 def pairwise_loss(
     logprobs: Tensor,
     anchors: Tensor,
-    rewards: Tensor,
     beats: Tensor,
+    weights: Tensor | None,
     forks: Tensor,
     lengths: Tensor,
     settings: PairSettings,
 ) -> PairwiseLoss:
-    """Return gradient and terms for logprobs, anchors [G, N, L], rewards, lengths [G, N], beats [G, N, N] bool and
-    forks [G, N, N] in [0, L].
+    """Return gradient and terms for logprobs, anchors [G, N, L], lengths [G, N], beats [G, N, N] bool, the pairs'
+    weights [G, N, N] (None: 1) and forks [G, N, N] in [0, L].
 
     The caller sums `parts` over groups (so that this is one launch, with no order among programs): the three terms,
     times their coefficients. All L tokens count, so l - a must be 0 after a response's end. The result is not
@@ -48,18 +48,19 @@ def pairwise_loss(
     """
     g, n, _ = logprobs.shape
     assert anchors.shape == logprobs.shape, (anchors.shape, logprobs.shape)
-    assert rewards.shape == lengths.shape == (g, n), (rewards.shape, lengths.shape)
+    assert lengths.shape == (g, n), lengths.shape
+    assert weights is None or weights.shape == beats.shape, weights.shape
     assert beats.shape == forks.shape == (g, n, n) and beats.dtype == torch.bool, (beats.shape, forks.shape)
     with torch.no_grad():
         compute = choose(IMPLEMENTATIONS, logprobs)
-        return compute(logprobs, anchors, rewards, beats, forks, lengths, settings)
+        return compute(logprobs, anchors, beats, weights, forks, lengths, settings)
 
 
 def plain_pairwise_loss(
     logprobs: Tensor,
     anchors: Tensor,
-    rewards: Tensor,
     beats: Tensor,
+    weights: Tensor | None,
     forks: Tensor,
     lengths: Tensor,
     settings: PairSettings,
@@ -70,7 +71,7 @@ def plain_pairwise_loss(
     per = n[..., None] if settings.length_norm == "mean" else 1.0
     s = settings.beta * _from_fork(values - anchors.to(dtype), forks, settings.after_fork) / per
     gap = s - s.mT
-    parts, slope = _terms_of_gaps(gap, rewards, beats, settings)
+    parts, slope = _terms_of_gaps(gap, beats, weights, settings)
 
     wins = beats.any(-1).to(dtype)
     bonus = -settings.nll_coef * wins / (settings.groups * wins.sum(-1, keepdim=True).clamp_min(1) * n)
@@ -82,12 +83,11 @@ def plain_pairwise_loss(
 
 
 def _terms_of_gaps(
-    gap: Tensor, rewards: Tensor, beats: Tensor, settings: PairSettings
+    gap: Tensor, beats: Tensor, weights: Tensor | None, settings: PairSettings
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return preference and ranking [G] by name, and the derivative of their sum with respect to gap [G, N, N]."""
-    weights, own = beats.to(gap), beats.sum((1, 2)).clamp_min(1).to(gap)
-    if settings.pair_weight == "gap":
-        weights = weights * (rewards[:, :, None] - rewards[:, None, :]).to(gap)
+    pairs, own = beats.to(gap), beats.sum((1, 2)).clamp_min(1).to(gap)
+    weights = pairs if weights is None else pairs * weights.to(gap)
     z = torch.full_like(own, settings.divisor(gap.shape[-1]))
     z = {"group": own, "sqrt": (z * own).sqrt()}.get(settings.normalizer, z)
     weights = weights / (settings.groups * z[:, None, None])

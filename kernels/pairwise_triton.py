@@ -30,13 +30,13 @@ def _weight(token, fork, after):
 
 @triton.jit(do_not_specialize=["n", "width", "logprobs_group", "logprobs_row", "anchors_group", "anchors_row"])
 def pairwise_kernel(
-    logprobs_ptr, anchors_ptr, rewards_ptr, beats_ptr, forks_ptr, lengths_ptr, coefs_ptr, parts_ptr,
+    logprobs_ptr, anchors_ptr, beats_ptr, weights_ptr, forks_ptr, lengths_ptr, coefs_ptr, parts_ptr,
     n, width, logprobs_group, logprobs_row, anchors_group, anchors_row,
     beta, after, share, divisor, ranking_coef, nll_coef,
-    LENGTH_NORM: tl.constexpr, PAIR_WEIGHT: tl.constexpr, NORMALIZER: tl.constexpr, RANKING: tl.constexpr,
-    NLL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    LENGTH_NORM: tl.constexpr, NORMALIZER: tl.constexpr, RANKING: tl.constexpr, NLL: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Compute one group. share = 1 / B; beats as bytes.
+    """Compute one group. share = 1 / B; beats as bytes; weights_ptr None: every pair weighs 1.
 
     Tensors of pairs are [j, i]: the threads of a warp differ in i, so each loads and addresses few rows of log-probs.
     """
@@ -79,9 +79,8 @@ def pairwise_kernel(
     if NORMALIZER == "sqrt":
         z = tl.sqrt(divisor * tl.maximum(pairs, 1.0))
     weights = one * (share / z)
-    if PAIR_WEIGHT == "gap":
-        reward = tl.load(rewards_ptr + group * n + i, mask=real, other=0.0)
-        weights *= (reward[None, :] - reward[:, None]).to(tl.float32)
+    if weights_ptr is not None:
+        weights *= tl.load(weights_ptr + group * n * n + pair, mask=both, other=0.0).to(tl.float32)
     x = tl.exp(-tl.abs(gap))
     preference = tl.sum(weights * (tl.maximum(-gap, 0.0) + _log1p(x)))
     slope = -weights * (tl.where(gap > 0.0, x, 1.0) / (1.0 + x))
@@ -128,8 +127,8 @@ def blocks(n: int) -> dict[str, int]:
 def pairwise_loss(
     logprobs: Tensor,
     anchors: Tensor,
-    rewards: Tensor,
     beats: Tensor,
+    weights: Tensor | None,
     forks: Tensor,
     lengths: Tensor,
     settings: PairSettings,
@@ -141,11 +140,12 @@ def pairwise_loss(
     parts = torch.empty(g, len(PARTS), device=logprobs.device)
     with torch.cuda.device_of(logprobs):
         pairwise_kernel[(g,)](
-            logprobs, anchors, rewards.contiguous(), beats.contiguous().view(torch.uint8), forks.contiguous(),
-            lengths.contiguous(), coefs, parts, n, width, *logprobs.stride()[:2], *anchors.stride()[:2],
+            logprobs, anchors, beats.contiguous().view(torch.uint8), None if weights is None else weights.contiguous(),
+            forks.contiguous(), lengths.contiguous(), coefs, parts,
+            n, width, *logprobs.stride()[:2], *anchors.stride()[:2],
             settings.beta, settings.after_fork, 1.0 / settings.groups, settings.divisor(n),
             settings.ranking_coef, settings.nll_coef,
-            LENGTH_NORM=settings.length_norm, PAIR_WEIGHT=settings.pair_weight, NORMALIZER=settings.normalizer,
-            RANKING=settings.ranking_coef != 0, NLL=settings.nll_coef != 0, COLUMNS=len(PARTS), **blocks(n),
+            LENGTH_NORM=settings.length_norm, NORMALIZER=settings.normalizer, RANKING=settings.ranking_coef != 0,
+            NLL=settings.nll_coef != 0, COLUMNS=len(PARTS), **blocks(n),
         )  # fmt: skip
     return PairwiseLoss(coefs, parts)

@@ -57,6 +57,38 @@ def gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
     return s - s.transpose(1, 2)
 
 
+def prefix_values(groups: Groups) -> Tensor:
+    """Return V_i(t) [G, N, L + 1], the mean reward of the group's responses that begin with the first t tokens of i.
+
+    It estimates the reward to be expected there: the group's mean at t = 0, r_i where no other response is left and
+    from the end of i on. It changes only at forks.
+    """
+    rewards, ends = groups.rewards.double(), groups.lengths.clamp_max(groups.anchors.shape[-1])
+    nothing = rewards.new_zeros(*rewards.shape, groups.anchors.shape[-1] + 1)
+    # At t, those that part from i there; then those that part there or later: they share its first t tokens.
+    total = nothing.scatter_add(-1, groups.forks, rewards[:, None, :].expand(groups.forks.shape))
+    count = nothing.scatter_add(-1, groups.forks, torch.ones_like(rewards)[:, None, :].expand(groups.forks.shape))
+    total, count = (x.flip(-1).cumsum(-1).flip(-1) for x in (total, count))
+    ended = torch.arange(nothing.shape[-1], device=ends.device) >= ends[..., None]
+    return torch.where(ended, rewards[..., None], total / count.clamp_min(1))
+
+
+def pair_weights(groups: Groups, kind: str) -> Tensor | None:
+    """Return w_ij [G, N, N], what each pair counts for in the preference loss; None: 1.
+
+    `branch`: V_i - V_j behind their fork, the mean reward of those that went the way of i there, less that of those
+    that went the way of j. Where j's way is the better one on average, i's victory says nothing for its token at the
+    fork: such a pair counts 0.
+    """
+    if kind == "one":
+        return None
+    if kind == "gap":
+        return groups.rewards[:, :, None] - groups.rewards[:, None, :]
+    values = prefix_values(groups)
+    branch = values.gather(-1, (groups.forks + 1).clamp_max(values.shape[-1] - 1))  # of i where it leaves j
+    return (branch - branch.mT).clamp_min(0)
+
+
 def pair_normalizer(beats: Tensor, kind: str, pairs_per_group: float) -> Tensor:
     """Return Z_g [G], what a group's pair losses are divided by. Never zero."""
     n = beats.shape[-1]
@@ -75,10 +107,9 @@ def preference_loss(gap: Tensor, groups: Groups, cfg: config.Objective, counts: 
 
     L_p = (1/B) sum_g (1/Z_g) sum_ij w_ij D_ij softplus(s_ji - s_ij).
     """
-    weights = groups.beats.to(gap)
-    if cfg.pair_weight == "gap":
-        weights = weights * (groups.rewards[:, :, None] - groups.rewards[:, None, :]).to(gap)
-    losses = weights * F.softplus(-gap)
+    losses, weights = groups.beats * F.softplus(-gap), pair_weights(groups, cfg.pair_weight)
+    if weights is not None:
+        losses = losses * weights.to(gap)
     z = pair_normalizer(groups.beats, cfg.normalizer, counts.pairs_per_group).to(gap)
     return (losses.sum((1, 2)) / z).sum() / counts.groups
 
@@ -127,12 +158,19 @@ def gspo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor, counts: Counts) -> dict[str, Tensor]:
-    """Return REINFORCE's surrogate -(1/(B N)) sum_git A_i l_it: linear in l, so c_it = -A_i / (B N)."""
-    return {"policy": -(advantages.to(logprobs) * logprobs.sum(-1)).sum() / (counts.groups * logprobs.shape[1])}
+    """Return REINFORCE's surrogate -(1/(B N)) sum_git A_it l_it: linear in l, so c_it = -A_it / (B N).
+
+    Advantages [G, N] of responses, or [G, N, L] of tokens.
+    """
+    per_token = advantages if advantages.ndim == 3 else advantages[..., None]
+    return {"policy": -(per_token.to(logprobs) * logprobs).sum() / (counts.groups * logprobs.shape[1])}
 
 
 def rloo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
-    """RLOO: A_i = r_i - mean of the others' rewards (leave-one-out; arXiv 2402.14740, section 3.3)."""
+    """RLOO: A_i = r_i - mean of the others' rewards (leave-one-out; arXiv 2402.14740, section 3.3).
+
+    That is N / (N - 1) times the advantage of `dr_grpo`, from which it differs by this constant alone.
+    """
     r, n = groups.rewards.to(logprobs), logprobs.shape[1]
     others = (r.sum(1, keepdim=True) - r) / (n - 1)
     return policy_gradient(logprobs, r - others, counts)
@@ -148,10 +186,33 @@ def grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts
 def dr_grpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
     """Dr. GRPO, GRPO without its two biases: A_i = r_i - mean, summed over tokens (arXiv 2503.20783, section 3.2).
 
-    The paper's constant 1 / max_tokens belongs to the learning rate.
+    The paper's constant 1 / max_tokens belongs to the learning rate. (N - 1) / N times `rloo`, the same method.
     """
     r = groups.rewards.to(logprobs)
     return policy_gradient(logprobs, r - r.mean(1, keepdim=True), counts)
+
+
+def maxrl(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """MaxRL: A_i = (r_i - mean) / mean, 0 where the mean is 0 (arXiv 2602.02710).
+
+    With K right responses of N these are N / K - 1 and -1, and the gradient's expectation is that of the first N - 1
+    terms of log p = -sum_k (1 - p)^k / k, p the chance of a right response: hard prompts weigh more than in `dr_grpo`.
+    """
+    r = groups.rewards.to(logprobs)
+    mean = r.mean(1, keepdim=True)
+    return policy_gradient(logprobs, (r - mean) / torch.where(mean > 0, mean, 1.0), counts)
+
+
+def tempo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """TEMPO: A_it = (r_i - mean + V_i(t + 1) - V_i(t)) / std, V the `prefix_values`, mean over the tokens of the
+    response (arXiv 2509.18314).
+
+    It is `grpo` plus the change of value at each fork; these changes add up to r_i - mean along a response.
+    """
+    r, changes = groups.rewards.to(logprobs), prefix_values(groups).diff(dim=-1).to(logprobs)
+    scale = (r.std(1, keepdim=True, correction=0) + 1e-4) * groups.lengths.clamp_min(1)
+    advantages = (r - r.mean(1, keepdim=True))[..., None] + changes
+    return policy_gradient(logprobs, advantages / scale[..., None], counts)
 
 
 def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
@@ -188,12 +249,12 @@ def gspo_in_closed_form(logprobs: Tensor, groups: Groups, cfg: config.Objective,
         pairs_per_group=counts.pairs_per_group,
         after_fork=cfg.after_fork,
         length_norm=cfg.length_norm,
-        pair_weight=cfg.pair_weight,
         normalizer=cfg.normalizer,
         ranking_coef=cfg.ranking_coef if cfg.use_ranking_loss else 0.0,
         nll_coef=cfg.nll_coef,
     )
-    return pairwise_loss(logprobs, groups.anchors, groups.rewards, groups.beats, groups.forks, groups.lengths, settings)
+    weights = pair_weights(groups, cfg.pair_weight)
+    return pairwise_loss(logprobs, groups.anchors, groups.beats, weights, groups.forks, groups.lengths, settings)
 
 
 Loss = Callable[[Tensor, Groups, config.Objective, Counts], dict[str, Tensor]]
@@ -220,6 +281,8 @@ ALGORITHMS = {
     "rloo": Algorithm(rloo),
     "grpo": Algorithm(grpo),
     "dr_grpo": Algorithm(dr_grpo),
+    "maxrl": Algorithm(maxrl),
+    "tempo": Algorithm(tempo),
     "online_dpo": Algorithm(online_dpo),
     "spin": Algorithm(spin, needs_solutions=True),
 }

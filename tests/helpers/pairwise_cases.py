@@ -22,7 +22,7 @@ COUNTS = Counts(groups=7, pairs_per_group=4.5)  # of a batch that the groups her
 SETTINGS = [
     Objective(preference_beta=0.3, length_norm=norm, pair_weight=w, normalizer=z, use_ranking_loss=rank, nll_coef=nll)
     for norm, w, z, rank, nll in product(
-        ("sum", "mean"), ("one", "gap"), ("constant", "batch", "group", "sqrt"), (True, False), (0.0, 0.5)
+        ("sum", "mean"), ("one", "branch"), ("constant", "batch", "group", "sqrt"), (True, False), (0.0, 0.5)
     )
 ]
 EVERYTHING = Objective(pair_weight="gap", length_norm="mean", normalizer="sqrt", nll_coef=0.5, preference_beta=2.0)

@@ -27,5 +27,5 @@ def a_batch(margin=0.1, seed=0):
 
 
 def at_once(g, n):
-    """Responses that part at their first token."""
-    return torch.zeros(g, n, n, dtype=torch.long)
+    """Responses of one token, at which all of them part; each is alike with itself up to its end."""
+    return torch.eye(n, dtype=torch.long).expand(g, n, n)

@@ -12,9 +12,9 @@ from gspo.kernels.pair_settings import PARTS
 from gspo.kernels.pairwise_triton import blocks, pairwise_kernel
 
 FLOATS = ("beta", "after", "share", "divisor", "ranking_coef", "nll_coef")
-TYPES = {"rewards_ptr": "*fp64", "beats_ptr": "*u8", "forks_ptr": "*i64", "lengths_ptr": "*i64"}
-ONE_TERM = {"LENGTH_NORM": "sum", "PAIR_WEIGHT": "one", "NORMALIZER": "constant", "RANKING": False, "NLL": False}
-EVERYTHING = {"LENGTH_NORM": "mean", "PAIR_WEIGHT": "gap", "NORMALIZER": "sqrt", "RANKING": True, "NLL": True}
+TYPES = {"weights_ptr": "*fp64", "beats_ptr": "*u8", "forks_ptr": "*i64", "lengths_ptr": "*i64"}
+ONE_TERM = {"weights_ptr": None, "LENGTH_NORM": "sum", "NORMALIZER": "constant", "RANKING": False, "NLL": False}
+EVERYTHING = {"LENGTH_NORM": "mean", "NORMALIZER": "sqrt", "RANKING": True, "NLL": True}
 
 
 def compile_kernel(capability: int, n: int, options: dict) -> str:

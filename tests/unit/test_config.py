@@ -7,7 +7,7 @@ import pytest
 import yaml
 from repository import ROOT
 
-from gspo.config import PARAMETERS, Config, dump, flatten, to_dict
+from gspo.config import PARAMETERS, Config, Objective, dump, flatten, to_dict
 from gspo.config_aliases import ALIASES
 from gspo.errors import UserError
 from gspo.read_config import load_config
@@ -55,6 +55,68 @@ def test_defaults_are_not_shared_between_configs():
     load_config().data.train_files.append("x.json")
     load_config().reward.reward_kwargs["a"] = 1
     assert load_config().data.train_files == [] and load_config().reward.reward_kwargs == {}
+
+
+def test_a_preset_may_be_named_without_its_folder(tmp_path, monkeypatch):
+    by_path = load_config(ROOT / "configs/quick.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quick") == by_path
+    (tmp_path / "quick").write_text("rollout: {n: 3}")
+    assert load_config("quick").rollout.n == 3, "a file of that name goes first"
+    with pytest.raises(UserError, match="--config quik: No such file"):
+        load_config("quik")
+    with pytest.raises(UserError, match="--config configs/quick: No such file"):
+        load_config("configs/quick")
+
+
+# ---- one setting for the original description's algorithm ----
+
+
+def test_the_seed_preset_is_the_original_description():
+    cfg = load_config("seed")
+    assert (cfg.rollout.n, cfg.selfplay.rounds, cfg.rollout.temperature, cfg.trainer.total_epochs) == (8, 3, 0.9, 15)
+    assert (cfg.data.train_batch_size, cfg.optim.learning_rate) == (256, 1e-6)
+    o = cfg.objective
+    assert (o.preference_beta, o.margin, o.use_ranking_loss) == (0.1, 0.1, True)
+    assert (o.form, o.algorithm, o.anchor, o.after_fork, o.length_norm) == ("seed", "gspo", "none", 1.0, "sum")
+    assert (o.pair_weight, o.normalizer, o.nll_coef) == ("one", "batch", 0.0)
+    assert (cfg.data.shuffle, cfg.data.spaced) == (True, False)
+    assert (cfg.optim.epochs_per_rollout, cfg.optim.minibatches) == (1, 1), "E is over the batch, in one step"
+
+
+def test_the_form_is_one_setting_and_undoes_nothing_else(write):
+    expected = load_config("seed")
+    expected.trainer.run_name = "run"
+    assert load_config(None, ["objective.form=seed"]) == expected
+    assert load_config("seed", ["objective.form=default"]).objective == Objective()
+    assert load_config("seed", ["objective.kl_coef=0.02", "margin=0.2"]).objective.kl_coef == 0.02
+    assert load_config(write(dump(expected))) == expected, "what is written beside a run loads again"
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [
+        ("algorithm=rloo", "objective.algorithm = 'gspo'"),
+        ("objective.anchor=opponent", "objective.anchor = 'none'"),
+        ("objective.after_fork=0.3", "objective.after_fork = 1.0"),
+        ("objective.length_norm=mean", "objective.length_norm = 'sum'"),
+        ("objective.pair_weight=gap", "objective.pair_weight = 'one'"),
+        ("objective.normalizer=constant", "objective.normalizer = 'batch'"),
+        ("objective.nll_coef=0.1", "objective.nll_coef = 0.0"),
+        ("data.shuffle=false", "data.shuffle = True"),
+        ("data.spaced=true", "data.spaced = False"),
+    ],
+)
+def test_a_setting_that_contradicts_the_form_is_an_error(write, setting, meant):
+    key, _, value = meant.partition(" = ")
+    said = rf"{re.escape(key)} = \S+ contradicts objective.form = seed, which stands for {re.escape(meant)}"
+    with pytest.raises(UserError, match=f"command line: {said}"):
+        load_config("seed", [setting])
+    file = write(dump(load_config(None, [setting])))
+    with pytest.raises(UserError, match=f"{re.escape(str(file))}: "):
+        load_config(file, ["objective.form=seed"])
+    same = value.strip("'").lower()
+    assert load_config("seed", [f"{key}={same}"]) == load_config("seed"), "to say it again is no contradiction"
 
 
 # ---- precedence and types ----
@@ -288,7 +350,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "no.yaml", tmp_path):
         with pytest.raises(UserError, match=re.escape(f"--config {path}: ")) as e:
             load_config(path)
-        assert "configs/quick.yaml" in str(e.value)
+        assert "a preset in configs: high_quality, quick, seed, smollm2 or standard." in str(e.value)
 
 
 # ---- what is written beside a run ----

@@ -119,6 +119,7 @@ def test_every_micro_batch_budget_gives_the_plain_gradient(anchor, budget):
         "objective.length_norm=mean",
         "objective.nll_coef=0.3",
         "objective.pair_weight=gap",
+        "objective.pair_weight=branch",
         "objective.after_fork=0.5",
     ],
 )
@@ -210,7 +211,7 @@ def test_what_was_not_finite_first_is_named(path):
 
 
 @pytest.mark.parametrize("path", ["live", "frozen"])
-@pytest.mark.parametrize("algorithm", ["gspo", "rloo", "grpo", "dr_grpo", "online_dpo"])
+@pytest.mark.parametrize("algorithm", ["gspo", "rloo", "grpo", "dr_grpo", "maxrl", "tempo", "online_dpo"])
 def test_where_all_answers_are_equal_no_step_is_taken(path, algorithm):
     """The KL term has a gradient, and AdamW would make full steps of it."""
     model = tiny_model("llama")

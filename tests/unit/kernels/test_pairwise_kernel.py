@@ -23,16 +23,21 @@ def test_a_pair_by_hand():
     """Three tokens, the first shared: a gap of 0.5 * (2 + 0.5 * 4 - 2) = 1, and half the slope behind the fork."""
     logprobs = torch.tensor([[[-9.0, -1.0, -1.0], [-9.0, -3.0, -5.0]]], dtype=torch.float64)
     anchors = torch.tensor([[[0.0, -1.0, -1.0], [-1.0, -2.0, -3.0]]], dtype=torch.float64)
-    rewards, beats = torch.tensor([[1.0, 0.0]]), torch.tensor([[[False, True], [False, False]]])
+    beats, weights = torch.tensor([[[False, True], [False, False]]]), torch.tensor([[[0.0, 0.7], [5.0, 0.0]]])
     forks, lengths = torch.tensor([[[3, 1], [1, 3]]]), torch.tensor([[3, 3]])
     settings = PairSettings(beta=0.5, groups=1, after_fork=0.5, ranking_coef=2.0, nll_coef=0.3)
-    coefs, parts = pairwise_loss(logprobs, anchors, rewards, beats, forks, lengths, settings)
+    coefs, parts = pairwise_loss(logprobs, anchors, beats, None, forks, lengths, settings)
     loss, chance = math.log(1 + math.exp(-1)), 1 / (1 + math.exp(1))
     expected = [loss, 2 * loss, 0.3 * 11 / 3]
     torch.testing.assert_close(parts, torch.tensor([expected], dtype=torch.float64))
     up = 3 * 0.5 * chance  # both terms are the same for a single pair
     expected = [[-0.1, -up - 0.1, -up / 2 - 0.1], [0.0, up, up / 2]]
     torch.testing.assert_close(coefs, torch.tensor([expected], dtype=torch.float64))
+
+    coefs, parts = pairwise_loss(logprobs, anchors, beats, weights, forks, lengths, settings)
+    expected = [0.7 * loss, 2 * loss, 0.3 * 11 / 3]  # a weight is for the preference term, and for pairs only
+    torch.testing.assert_close(parts, torch.tensor([expected], dtype=torch.float64))
+    torch.testing.assert_close(float(coefs[0, 1, 1]), 2.7 / 3 * up)
 
 
 def test_a_group_without_pairs_and_one_of_ties():

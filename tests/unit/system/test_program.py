@@ -16,7 +16,9 @@ from gspo.system.program import guarded
     [
         (["rollout.nn=4"], ["'rollout.nn'", "did you mean 'rollout.n'"]),
         pytest.param(
-            ["--config", "{tmp}/no.yaml"], ["{tmp}/no.yaml: No such file", "configs/quick.yaml"], marks=pytest.mark.slow
+            ["--config", "{tmp}/no.yaml"],
+            ["{tmp}/no.yaml: No such file", "in configs: high_quality, quick"],
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ["model.path={tmp}/no_model"], ["model.path = '{tmp}/no_model'", "no folder here"], marks=pytest.mark.slow
