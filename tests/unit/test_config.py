@@ -61,6 +61,8 @@ def test_a_preset_may_be_named_without_its_folder(tmp_path, monkeypatch):
     by_path = load_config(ROOT / "configs/quick.yaml")
     monkeypatch.chdir(tmp_path)
     assert load_config("quick") == by_path
+    (tmp_path / "standard").mkdir()
+    assert load_config("standard") == load_config(ROOT / "configs/standard.yaml"), "a folder is no configuration"
     (tmp_path / "quick").write_text("rollout: {n: 3}")
     assert load_config("quick").rollout.n == 3, "a file of that name goes first"
     with pytest.raises(UserError, match="--config quik: No such file"):

@@ -7,7 +7,7 @@ import yaml
 from repository import ROOT
 
 from gspo.config import Config, flatten, known_keys, parameters_page, to_dict
-from gspo.config_aliases import ALIASES
+from gspo.config_aliases import ALIASES, FORMS
 from gspo.metrics.run_log import GLOSSARY
 
 READMES = ["README.md", "README.zh.md"]
@@ -139,3 +139,15 @@ def test_the_chinese_page_of_parameters_has_every_parameter_with_its_default():
 def test_the_page_of_the_algorithm_names_every_parameter_of_the_loss(page):
     names = to_dict(Config())["objective"]
     assert [name for name in names if not re.search(rf"`(objective\.)?{name}\b", text(page))] == []
+
+
+@pytest.mark.parametrize("page", ["docs/seed.md", "docs/zh/seed.md"])
+def test_the_page_of_the_original_lists_every_difference_of_the_defaults(page):
+    rows = re.findall(r"^\| `([a-z_.]+)` \| `(.+?)` \| `(.+?)` \|", text(page), re.MULTILINE)
+    defaults = flatten(to_dict(Config()))
+    differing = [
+        (key, str(meant), str(defaults[key])) for key, meant in FORMS["seed"].items() if meant != defaults[key]
+    ]
+    assert rows == differing
+    rest = {key for key, meant in FORMS["seed"].items() if meant == defaults[key]}
+    assert rest <= settings(page), "and names what else the form stands for"

@@ -14,7 +14,7 @@ FEW = ("trainer.max_steps=2", "data.train_batch_size=16", "eval.prompts=16", "ev
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
 
-def launch(tmp_path, *args, env=None):
+def launch(tmp_path, *args, env=None, run="standard"):
     done = subprocess.run(
         ["./train.sh", *map(str, args), *FEW, f"trainer.output_dir={tmp_path}"],
         cwd=ROOT,
@@ -23,11 +23,11 @@ def launch(tmp_path, *args, env=None):
         env={**os.environ, **(env or {})},
     )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
-    rows = [json.loads(line) for line in (tmp_path / "standard" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2]
     written = len(list((tmp_path / "checkpoints" / "step_000002").glob("model*.safetensors")))
     assert written == (8 if "--n_gpus" in args else 1), "a file of weights from every process"
-    return yaml.safe_load((tmp_path / "standard" / "config.yaml").read_text()), rows
+    return yaml.safe_load((tmp_path / run / "config.yaml").read_text()), rows
 
 
 def test_no_arguments(tmp_path):
@@ -38,6 +38,12 @@ def test_no_arguments(tmp_path):
 def test_model_rollout_n_and_rounds(tmp_path):
     cfg, rows = launch(tmp_path, "--model", "gspo/embedded/model", "--rollout_n", "10", "--self_play_rounds", "5")
     assert (cfg["model"]["path"], cfg["rollout"]["n"], cfg["selfplay"]["rounds"]) == ("gspo/embedded/model", 10, 5)
+
+
+def test_the_original_description_by_name(tmp_path):
+    cfg, _ = launch(tmp_path, "--config", "seed", run="seed")
+    assert (cfg["objective"]["anchor"], cfg["objective"]["normalizer"]) == ("none", "batch")
+    assert (cfg["rollout"]["n"], cfg["data"]["spaced"]) == (8, False)
 
 
 def test_own_reward_function(tmp_path):
