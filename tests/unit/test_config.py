@@ -352,7 +352,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "no.yaml", tmp_path):
         with pytest.raises(UserError, match=re.escape(f"--config {path}: ")) as e:
             load_config(path)
-        assert "a preset in configs: high_quality, quick, seed, smollm2 or standard." in str(e.value)
+        assert re.search(r"a preset in configs: [a-z_0-9, ]*quick[a-z_0-9, ]* or standard\.$", str(e.value))
 
 
 # ---- what is written beside a run ----
