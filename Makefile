@@ -3,6 +3,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 # What the benchmarks run beside us has an environment of its own.
 RIVALS := .venv-bench
+# The embedded tasks, each a module and a model of gspo/embedded/.
+EMBEDDED := equations systems sorting weekdays brackets
 # Processes that run tests, one thread each.
 WORKERS ?= 2
 # Further settings for any training target: make train-quick ARGS="trainer.seed=1"
@@ -37,9 +39,8 @@ $(RIVALS)/.ready: requirements-bench.txt requirements.txt
 	$(RIVALS)/bin/python -m pip install --quiet -r requirements-bench.txt
 	touch $@
 
-data: setup ## write the embedded tasks to data/equations and data/systems
-	$(PY) -m gspo.embedded.equations
-	$(PY) -m gspo.embedded.systems
+data: setup ## write the embedded tasks to data/equations, data/systems, ...
+	for task in $(EMBEDDED); do $(PY) -m gspo.embedded.$$task || exit; done
 
 base-model: setup ## rebuild the embedded models, bit for bit (20 and 8 minutes on two cores)
 	$(PY) -m gspo.embedded.build

@@ -1,6 +1,4 @@
-"""Rebuild an embedded base model, bit for bit: `make base-model`, under 20 minutes on two cores.
-
-`python -m gspo.embedded.build --task systems` rebuilds the second one.
+"""Rebuild an embedded model, bit for bit: `python -m gspo.embedded.build --task systems`; `make base-model`: all.
 
 A 0.6 M-parameter Llama is trained, supervised, on worked solutions with right ones and usual mistakes mixed
 (`worked_solution` of the task). It can then calculate but often picks the wrong operation: self-play can correct that.
@@ -18,7 +16,6 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import random  # noqa: E402
-from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -29,7 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from gspo.embedded import MODEL_DIR, equations, systems  # noqa: E402
+from gspo.embedded import brackets, equations, sorting, systems, weekdays  # noqa: E402
+from gspo.embedded.task import LANGUAGES, Task  # noqa: E402
 
 SPECIALS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, END = 0, 1
@@ -42,49 +40,32 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Task:
-    """The data of a warm start, and its length."""
+class WarmStart:
+    """What a model learns from, how long, and how it is stored."""
 
-    splits: Callable[[], dict[str, list[Any]]]  # "warm" has problems with a `shape`
-    prompt_text: Callable[[Any, str, random.Random], str]
-    worked_solution: Callable[..., str]
-    folder: Path
-    max_new_tokens: int
+    task: Task
     steps: int
     batch: int
-    threads: int
+    max_new_tokens: int
+    threads: int = 1
+    dtype: torch.dtype = torch.bfloat16  # half the bytes of float32
 
 
-TASKS = {
-    "equations": Task(
-        equations.split_equations,
-        equations.prompt_text,
-        equations.worked_solution,
-        MODEL_DIR,
-        max_new_tokens=48,
-        steps=4200,
-        batch=144,
-        threads=2,
-    ),
-    "systems": Task(
-        systems.split_systems,
-        systems.prompt_text,
-        systems.worked_solution,
-        systems.MODEL_DIR,
-        max_new_tokens=64,
-        steps=1500,
-        batch=64,
-        threads=1,
-    ),
+WARM_STARTS = {
+    "equations": WarmStart(equations.TASK, 4200, 144, max_new_tokens=48, threads=2, dtype=torch.float32),
+    "systems": WarmStart(systems.TASK, 1500, 64, max_new_tokens=64, dtype=torch.float32),
+    "sorting": WarmStart(sorting.TASK, 1200, 64, max_new_tokens=64),
+    "weekdays": WarmStart(weekdays.TASK, 1000, 64, max_new_tokens=32),
+    "brackets": WarmStart(brackets.TASK, 1000, 64, max_new_tokens=32),
 }
 
 
 def build_tokenizer(task: Task, warm: list[Any]) -> PreTrainedTokenizerFast:
-    """Train the tokenizer: byte-level BPE, so that any text is readable, with single digits for arithmetic."""
+    """Train the tokenizer: byte-level BPE, so that any text is readable, with single digits (or brackets)."""
     tokenizer = Tokenizer(models.BPE())
-    split_digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    single = pre_tokenizers.Split(Regex(task.single), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split_digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [single, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -96,8 +77,8 @@ def build_tokenizer(task: Task, warm: list[Any]) -> PreTrainedTokenizerFast:
     rng = random.Random("tokenizer")
     texts = []
     for problem in rng.sample(warm, min(4000, len(warm))):
-        language = rng.choice(("en", "zh"))
-        texts += [task.prompt_text(problem, language, rng), task.worked_solution(problem, language, rng, mistakes=True)]
+        language = rng.choice(LANGUAGES)
+        texts += [task.prompt_text(problem, language, rng), task.worked_solution(problem, language, rng, True)]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -116,9 +97,9 @@ def build_batch(
     prompts, answers = [], []
     for _ in range(size):
         problem = rng.choice(rng.choice(warm_by_shape))
-        language = rng.choice(("en", "zh"))
+        language = rng.choice(LANGUAGES)
         prompts.append(f"<|user|>{task.prompt_text(problem, language, rng)}<|assistant|>")
-        answers.append(task.worked_solution(problem, language, rng, mistakes=True) + "<|end|>")
+        answers.append(task.worked_solution(problem, language, rng, True) + "<|end|>")
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
     pairs = sorted(zip(prompt_ids, answer_ids, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -169,17 +150,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gspo.embedded.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", choices=TASKS, default="equations")
+    parser.add_argument("--task", choices=WARM_STARTS, default="equations")
     parser.add_argument("--out", type=Path, help="default: where the model ships")
     parser.add_argument("--steps", type=int, help="default: as the model that ships")
     parser.add_argument("--batch", type=int, help="default: as the model that ships")
     args = parser.parse_args()
-    task = TASKS[args.task]
-    out = args.out or task.folder
-    torch.set_num_threads(task.threads)
+    plan = WARM_STARTS[args.task]
+    task = plan.task
+    out = args.out or task.model_dir
+    torch.set_num_threads(plan.threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
-    warm = task.splits()["warm"]
+    warm = task.split_problems()["warm"]
     tokenizer = build_tokenizer(task, warm)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -195,12 +177,12 @@ def main() -> None:
         pad_token_id=PAD,
     )
     model = LlamaForCausalLM(config)
-    warm_start(task, model, tokenizer, warm, args.steps or task.steps, args.batch or task.batch)
+    warm_start(task, model, tokenizer, warm, args.steps or plan.steps, args.batch or plan.batch)
     model.generation_config = GenerationConfig(
-        eos_token_id=END, pad_token_id=PAD, do_sample=True, temperature=0.9, max_new_tokens=task.max_new_tokens
+        eos_token_id=END, pad_token_id=PAD, do_sample=True, temperature=0.9, max_new_tokens=plan.max_new_tokens
     )
     out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
+    model.to(plan.dtype).save_pretrained(out)
     tokenizer.save_pretrained(out)
     size = sum(p.numel() for p in model.parameters())
     print(json.dumps({"parameters": size, "out": str(out)}))

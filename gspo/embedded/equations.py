@@ -5,17 +5,13 @@
 hash of its text; the warm start of the embedded model draws from the fourth split only.
 """
 
-import hashlib
-import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
-from gspo.embedded import DATA_DIR
-from gspo.system.files import write_text
+from gspo.embedded import DATA_DIR, MODEL_DIR
+from gspo.embedded.task import Task, deal, make_rows, program, write_rows
 
 SPLIT_SIZES = {"train": 2048, "dev": 256, "test": 512}
 SEED_ROW = {"prompt": "解方程：x + 5 = 12", "ground_truth": "7", "data_source": "math_reasoning"}
@@ -84,26 +80,13 @@ def all_equations() -> Iterator[Equation]:
 
 
 def split_equations() -> dict[str, list[Equation]]:
-    """Return {train, dev, test, warm}: disjoint lists, ordered by hash; SEED_ROW's equation is the first of `train`."""
+    """Return {train, dev, test, warm}: disjoint lists; SEED_ROW's equation is the first of `train`."""
     seed_text = SEED_ROW["prompt"].split("：")[1]
     unique = {e.text: e for e in all_equations()}
     seed_equation = unique.pop(seed_text)
-    ordered = sorted(unique.values(), key=lambda e: hashlib.sha256(e.text.encode()).digest())
-    by_shape: dict[str, list[Equation]] = {}
-    for e in ordered:
-        by_shape.setdefault(e.shape, []).append(e)
-    # Each shape deals its problems out in sixteenths (2 test, 1 dev, 5 train, 8 warm start), so that a rare
-    # shape is in every split; then each split draws round robin, so that all shapes are about equally common.
-    share = {"test": range(0, 2), "dev": range(2, 3), "train": range(3, 8)}
-    splits: dict[str, list[Equation]] = {}
-    for name, sixteenths in share.items():
-        wanted = SPLIT_SIZES[name] - (name == "train")
-        queues = [[e for i, e in enumerate(members) if i % 16 in sixteenths] for members in by_shape.values()]
-        rounds = zip_longest(*queues)
-        splits[name] = [e for turn in rounds for e in turn if e is not None][:wanted]
+    sizes = {**SPLIT_SIZES, "train": SPLIT_SIZES["train"] - 1}
+    splits = deal(unique.values(), sizes, train_sixteenths=5)
     splits["train"].insert(0, seed_equation)
-    held_out = {e.text for name in splits for e in splits[name]}
-    splits["warm"] = [e for e in ordered if e.text not in held_out]
     return splits
 
 
@@ -136,30 +119,18 @@ def prompt_text(equation: Equation, language: str, rng: random.Random) -> str:
     return rng.choice(PROMPTS[language]).format(equation.text)
 
 
+TASK = Task(
+    "equations", MODEL_DIR, DATA_DIR, split_equations, prompt_text, worked_solution, lambda e, language: str(e.answer)
+)
+
+
 def write_splits(folder: Path = DATA_DIR) -> None:
     """Write the three files, the same bytes every time."""
-    folder.mkdir(parents=True, exist_ok=True)
     splits = split_equations()
-    for name in SPLIT_SIZES:
-        rng = random.Random(f"equations/{name}")
-        rows = []
-        for e in splits[name]:
-            language = rng.choice(("en", "zh"))
-            rows.append(
-                {
-                    "prompt": prompt_text(e, language, rng),
-                    "ground_truth": str(e.answer),
-                    "data_source": f"equations_{language}",
-                    "solution": worked_solution(e, language, rng, mistakes=False),
-                }
-            )
-        if name == "train":
-            rows[0] = {**SEED_ROW, "solution": worked_solution(splits[name][0], "zh", rng, mistakes=False)}
-        text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-        write_text(folder / f"{name}.json", text)
+    rows = make_rows(TASK, splits, SPLIT_SIZES)
+    rows["train"][0] = {**SEED_ROW, "solution": worked_solution(splits["train"][0], "zh", random.Random(0), False)}
+    write_rows(rows, folder)
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA_DIR
-    write_splits(target)
-    print(f"wrote {', '.join(f'{n}.json ({s} rows)' for n, s in SPLIT_SIZES.items())} to {target}")
+    program(write_splits, DATA_DIR, SPLIT_SIZES)

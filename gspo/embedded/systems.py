@@ -6,16 +6,13 @@ before its answer, and one of two values may be right: rewards are graded (bench
 belongs to exactly one split, decided by a hash of its text; the warm start of the model draws from the fourth only.
 """
 
-import hashlib
-import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
 
-from gspo.system.files import write_text
+from gspo.embedded.task import Task, deal, make_rows, program, write_rows
 
 MODEL_DIR = Path(__file__).parent / "systems_model"
 DATA_DIR = Path("data/systems")
@@ -180,20 +177,8 @@ def _is_blurred(system: System) -> bool:
 
 
 def split_systems() -> dict[str, list[System]]:
-    """Return {train, dev, test, warm}: disjoint lists, ordered by hash, dealt out by shape as in equations.py."""
-    unique = {s.text: s for s in all_systems()}
-    ordered = sorted(unique.values(), key=lambda s: hashlib.sha256(s.text.encode()).digest())
-    by_shape: dict[str, list[System]] = {}
-    for s in ordered:
-        by_shape.setdefault(s.shape, []).append(s)
-    share = {"test": range(0, 2), "dev": range(2, 3), "train": range(3, 9)}
-    splits: dict[str, list[System]] = {}
-    for name, sixteenths in share.items():
-        queues = [[s for i, s in enumerate(members) if i % 16 in sixteenths] for members in by_shape.values()]
-        splits[name] = [s for turn in zip_longest(*queues) for s in turn if s is not None][: SPLIT_SIZES[name]]
-    held_out = {s.text for name in splits for s in splits[name]}
-    splits["warm"] = [s for s in ordered if s.text not in held_out]
-    return splits
+    """Return {train, dev, test, warm}: disjoint lists."""
+    return deal(all_systems(), SPLIT_SIZES)
 
 
 # ---- the pupil ----
@@ -249,28 +234,15 @@ def prompt_text(system: System, language: str, rng: random.Random) -> str:
     return rng.choice(PROMPTS[language]).format(system.text)
 
 
+TASK = Task(
+    "systems", MODEL_DIR, DATA_DIR, split_systems, prompt_text, worked_solution, lambda s, language: s.ground_truth
+)
+
+
 def write_splits(folder: Path = DATA_DIR) -> None:
     """Write the three files, the same bytes every time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = split_systems()
-    for name in SPLIT_SIZES:
-        rng = random.Random(f"systems/{name}")
-        rows = []
-        for s in splits[name]:
-            language = rng.choice(("en", "zh"))
-            rows.append(
-                {
-                    "prompt": prompt_text(s, language, rng),
-                    "ground_truth": s.ground_truth,
-                    "data_source": f"systems_{language}",
-                    "solution": worked_solution(s, language, rng, mistakes=False),
-                }
-            )
-        text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-        write_text(folder / f"{name}.json", text)
+    write_rows(make_rows(TASK, split_systems(), SPLIT_SIZES), folder)
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA_DIR
-    write_splits(target)
-    print(f"wrote {', '.join(f'{n}.json ({s} rows)' for n, s in SPLIT_SIZES.items())} to {target}")
+    program(write_splits, DATA_DIR, SPLIT_SIZES)
