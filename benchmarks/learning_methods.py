@@ -44,6 +44,7 @@ DIFFERENCES = {
     "constant Z": ["objective.normalizer=constant"],
     "spaced": ["data.spaced=true"],
     "gap weights": ["objective.pair_weight=gap"],
+    "branch weights": ["objective.pair_weight=branch"],
     "no ranking": ["objective.use_ranking_loss=false"],
 }
 DEFAULTS: list[str] = []  # GSPO as gspo/config.py has it
@@ -61,8 +62,10 @@ VARIANTS = {
 METHODS = {
     "GSPO": DEFAULTS,
     "GSPO, the original formula": ORIGINAL,
-    "RLOO": ["objective.algorithm=rloo"],
+    "RLOO": ["objective.algorithm=rloo"],  # Dr. GRPO is the same but for the constant (N - 1) / N
     "GRPO": ["objective.algorithm=grpo"],
+    "MaxRL": ["objective.algorithm=maxrl"],
+    "TEMPO": ["objective.algorithm=tempo"],
     "online DPO": ["objective.algorithm=online_dpo"],
     "SPIN": ["objective.algorithm=spin"],
 }

@@ -145,7 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gspo.check_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default=STANDARD, help="YAML preset (default: %(default)s)")
+    parser.add_argument(
+        "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
+    )
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--rows", type=int, default=1000, metavar="K", help="rows sampled (default: %(default)s)")
     amount.add_argument("--all", action="store_true", help="count tokens and score answers of every row")

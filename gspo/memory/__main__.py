@@ -49,7 +49,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gspo.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default=STANDARD, help="YAML preset (default: %(default)s)")
+    parser.add_argument(
+        "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
+    )
     parser.add_argument("--ranks", type=int, help="processes of the run (default: trainer.n_gpus x nnodes, or 1)")
     parser.add_argument("--on", choices=["cpu", "cuda"], help="their devices (default: those of this machine)")
     parser.add_argument(
