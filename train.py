@@ -8,10 +8,15 @@ round ends, the opponent becomes a copy of the policy. This file is where the st
 """
 
 import argparse
+import math
 
-from gspo.algorithm.gold_solutions import add_solution_rewards, add_solutions, prefer_solutions
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gspo.algorithm.gold_solutions import SOLUTION_REWARD, add_solution_rewards, add_solutions, prefer_solutions
 from gspo.algorithm.objective import find_algorithm
-from gspo.algorithm.pairs import forks, preferences
+from gspo.algorithm.pairs import forks, has_contrast, preferences
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
@@ -21,7 +26,6 @@ from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch import check_launch, check_steps, final_words, say_inputs
-from gspo.metrics.evaluation import correct_of
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
 from gspo.models.loading import load_model_config, load_tokenizer
@@ -106,7 +110,7 @@ def take_step(run: Run) -> None:
         )
     with clock("reward"):
         scores = scorer(rollout)
-        run.batches.mark_solved(world.gather_rows(places, correct_of(scores).all(1)).tolist())
+        curves = run.batches.record(*world.gather_rows(places, group_outcomes(scores, cfg)).T.tolist())
     with clock("reference"):  # pairs, and log-probs under the frozen models
         places, rollout, scores, imbalance = balance(places, rollout, scores, cfg.optim.minibatches, world)
         if find_algorithm(cfg.objective.algorithm).needs_solutions:
@@ -115,7 +119,21 @@ def take_step(run: Run) -> None:
     with clock("update"):  # evaluates the objective
         lr = learning_rate(step, run.total_steps, cfg)
         update = run.updater.run(experience, lr)
-    finish_step(run, experience, scores, update, clock, {"learning_rate": lr, "balance": imbalance})
+    finish_step(run, experience, scores, update, clock, curves | {"learning_rate": lr, "balance": imbalance})
+
+
+def group_outcomes(scores: Scores, cfg: Config) -> Tensor:
+    """Return [G, 3] float64: whether a group has contrast, without which nothing is learned from it; its mean and its
+    best reward. NaN where the reward function failed and the group is left out.
+
+    A gold solution belongs to its group: it leaves no contrast where all responses score like it.
+    """
+    algorithm, rewards = find_algorithm(cfg.objective.algorithm), scores.rewards.double()
+    compared = pad(rewards, (0, int(algorithm.needs_solutions)), value=SOLUTION_REWARD)
+    contrast = has_contrast(compared, cfg.objective.margin if algorithm.uses_margin else 0.0)
+    outcomes = torch.stack([contrast, rewards.mean(1), rewards.amax(1)], 1)
+    outcomes[scores.skipped] = math.nan
+    return outcomes
 
 
 def gather_experience(

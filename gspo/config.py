@@ -63,7 +63,9 @@ class Data:
     overlong: Literal["error", "drop"] = opt("error", "what to do with a longer prompt")
     shuffle: bool = opt(True, "draw a new order of the prompts every epoch")
     spaced: bool = opt(
-        True, "skip a prompt for 1, 3, 7, ... epochs after all its responses were right (spaced repetition)"
+        True,
+        "put a prompt off for 1, then 3, then 7 epochs each time its responses are rewarded alike, all right or all "
+        "wrong: nothing is learned from them (spaced repetition)",
     )
     system_prompt: str | None = opt(None, "system message for every prompt that has none")
     chat_template_kwargs: dict[str, Any] = opt({}, "further arguments for the tokenizer's chat template")
@@ -271,7 +273,7 @@ class Health:
 class Trainer:
     """The run: its length, its checkpoints and its folder."""
 
-    total_epochs: int = opt(15, "passes over the training prompts", ge=1)
+    total_epochs: int = opt(15, "length of the run: the steps of this many passes over all training prompts", ge=1)
     max_steps: int | None = opt(None, "stop after this many steps, whatever total_epochs says", ge=1)
     save_freq: int = opt(50, "steps between checkpoints; one is always written at the end; 0: only that one", ge=0)
     keep_last: int = opt(3, "checkpoints to keep; 0: all", ge=0)

@@ -273,16 +273,17 @@ class Algorithm:
 
     loss: Loss
     needs_solutions: bool = False  # each group ends in its row's gold solution, preferred to all others
+    uses_margin: bool = True  # learns from rewards further apart than objective.margin; false: from any difference
     on_cuda: Callable[[Tensor, Groups, config.Objective, Counts], Evaluation] | None = None  # the same, by a kernel
 
 
 ALGORITHMS = {
     "gspo": Algorithm(gspo, on_cuda=gspo_on_cuda),
-    "rloo": Algorithm(rloo),
-    "grpo": Algorithm(grpo),
-    "dr_grpo": Algorithm(dr_grpo),
-    "maxrl": Algorithm(maxrl),
-    "tempo": Algorithm(tempo),
+    "rloo": Algorithm(rloo, uses_margin=False),
+    "grpo": Algorithm(grpo, uses_margin=False),
+    "dr_grpo": Algorithm(dr_grpo, uses_margin=False),
+    "maxrl": Algorithm(maxrl, uses_margin=False),
+    "tempo": Algorithm(tempo, uses_margin=False),
     "online_dpo": Algorithm(online_dpo),
     "spin": Algorithm(spin, needs_solutions=True),
 }

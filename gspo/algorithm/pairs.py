@@ -15,6 +15,12 @@ def preferences(rewards: Tensor, margin: float) -> Tensor:
     return rewards[:, :, None] - rewards[:, None, :] > margin + TOLERANCE
 
 
+def has_contrast(rewards: Tensor, margin: float) -> Tensor:
+    """Return which groups have two rewards further apart than the margin: [G, N] -> [G] bool; else none is a pair."""
+    rewards = rewards.double()
+    return rewards.amax(1) - rewards.amin(1) > margin + TOLERANCE
+
+
 def chosen_rejected(beats: Tensor, rewards: Tensor) -> list[tuple[int, int, float]]:
     """Return the pairs of one group as [(winner, loser, reward gap)], widest gap first; beats [N, N], rewards [N]."""
     found = [(int(i), int(j), float(rewards[i] - rewards[j])) for i, j in torch.nonzero(beats).tolist()]

@@ -71,7 +71,9 @@ GUARDS = (
     Guard(
         "pair starvation", "pairs/groups_with", "below", "paired_groups_min", None,
         "fewer than {limit:.0%} of the prompts give a pair",
-        "raise rollout.n, lower objective.margin, or choose harder (or easier) prompts",
+        "raise rollout.n, lower objective.margin, or choose other prompts: harder ones if reward/batch_mean is near 1, "
+        "easier ones if it is near 0, unless their gold answers are wrong (read samples.jsonl)",
+        unless=("learned",),
     ),
     Guard(
         "misordered pairs", "preference_accuracy", "below", "preference_accuracy_min", None,
@@ -138,6 +140,7 @@ class HealthCheck:
         self.rewards: list[float] = []  # of the steps since a round ended
         self.ended: tuple[float, float] | None = None  # the round before: mean of these, held-out accuracy
         self.diverging = 0
+        self.accuracy = 0.0  # held-out, measured last
 
     def check(self, metrics: dict[str, float], causes: dict[str, str] | None = None) -> list[News]:
         """Return the warnings and alarms that are new at this step; each comes once a run. `causes` says in a few words
@@ -186,11 +189,16 @@ class HealthCheck:
         found = set()
         if values.get("pairs/groups_with", 1.0) < self.cfg.paired_groups_min:
             found.add("starved")  # the last few pairs are what the policy still gets wrong
-        if values.get("reward_mean", 0.0) >= self.cfg.solved_reward:
-            found.add("solved")  # low entropy is expected of a policy that knows the answers
+        self.accuracy = values.get("heldout/accuracy", self.accuracy)
+        # Low entropy is expected of a policy that knows the answers. Held-out prompts tell, too: rewards in training
+        # stay lower where some gold answers are wrong.
+        if max(values.get("reward_mean", 0.0), self.accuracy) >= self.cfg.solved_reward:
+            found.add("solved")
         first = self.initial["reward_mean"]
         if first and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward:
             found.add("risen")  # the pairs left are what a much better policy still gets wrong
+        if {"solved", "risen"} <= found:
+            found.add("learned")  # few pairs are what success looks like; prompts that were never hard are another case
         return found
 
     def _derive(self, metrics: dict[str, float]) -> dict[str, float]:

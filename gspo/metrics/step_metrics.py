@@ -111,8 +111,8 @@ def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objecti
 def _observe_rewards(meter: Meter, scores: Scores) -> None:
     g, n = scores.rewards.shape
     kept = [i for i in range(g) if i not in scores.skipped]
-    meter.mean("reward_mean", float(scores.rewards[kept].sum()), len(kept) * n)
-    meter.mean("reward_max", float(scores.rewards[kept].amax(1).sum()) if kept else 0.0, len(kept))
+    meter.mean("reward/batch_mean", float(scores.rewards[kept].sum()), len(kept) * n)
+    meter.mean("reward/batch_max", float(scores.rewards[kept].amax(1).sum()) if kept else 0.0, len(kept))
     meter.sum("reward/errors", scores.errors)
     meter.sum("reward/timeouts", scores.timeouts)
     meter.mean("reward/faults", scores.faults, scores.calls)

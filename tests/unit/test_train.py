@@ -1,11 +1,19 @@
 """The program from the outside: what it leaves, what it does not do twice, and how it says what is wrong."""
 
 import json
+import random
 import subprocess
 
 import pytest
+import torch
 from quick_run import SMALL, finished, rows, train_whole
 from safetensors.torch import load_file
+
+from gspo.algorithm.pairs import preferences
+from gspo.config import Config, Objective
+from gspo.embedded import equations
+from gspo.types import Scores
+from train import group_outcomes
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +118,55 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_table(uninterrupted, run_pr
         k: after[k] for k in ("greedy", "pass@1", "reward_mean")
     }
     assert mine["compare"]["win_rate"] == 0.5
+
+
+REWARDS = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.4], [0.9, 1, 1], [0.9, 1.0, 0.7], [0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "contrast"),
+    [
+        ("gspo", [0, 0, 0, 0, 1, 1]),  # a gap of exactly the margin is a tie
+        ("online_dpo", [0, 0, 0, 0, 1, 1]),
+        ("rloo", [0, 0, 1, 1, 1, 1]),  # policy gradients learn from every difference
+        ("grpo", [0, 0, 1, 1, 1, 1]),
+        ("spin", [1, 0, 1, 0, 1, 1]),  # the gold solution teaches most where all are wrong
+    ],
+)
+def test_a_group_has_contrast_where_the_algorithm_learns_from_it(algorithm, contrast):
+    cfg = Config(objective=Objective(algorithm=algorithm, margin=0.1))
+    found, mean, best = group_outcomes(Scores(REWARDS), cfg).T
+    assert found.tolist() == contrast
+    if algorithm == "gspo":
+        assert found.bool().equal(preferences(REWARDS, 0.1).any((1, 2))), "exactly where there is a pair"
+    assert (
+        mean.tolist() == pytest.approx(REWARDS.mean(1).tolist()) and best.tolist() == REWARDS.double().amax(1).tolist()
+    )
+
+
+def test_a_group_that_the_reward_function_failed_on_has_no_outcome():
+    outcomes = group_outcomes(Scores(REWARDS, skipped=[1, 5]), Config())
+    assert outcomes.isnan().all(1).nonzero().flatten().tolist() == [1, 5]
+    assert group_outcomes(Scores(REWARDS[:0]), Config()).shape == (0, 3), "a rank without prompts"
+
+
+@pytest.mark.slow
+def test_rewards_rise_although_some_gold_answers_are_wrong(run_program, tmp_path):
+    """15 % of 128 rows, which no policy can get right: they are put off, as what is solved is."""
+    equations.write_splits(tmp_path)
+    data = json.loads((tmp_path / "train.json").read_text())[:128]
+    for i in random.Random(0).sample(range(len(data)), 19):
+        data[i]["ground_truth"] = "1234"
+    (tmp_path / "train.json").write_text(json.dumps(data))
+    finished(run_program, "--config", "configs/quick.yaml", f"data.train_files={tmp_path}/train.json",
+             f"data.val_files={tmp_path}/dev.json", "data.train_batch_size=16", "trainer.max_steps=80", "eval.freq=40",
+             "trainer.save_freq=0", "eval.before_and_after=false", f"trainer.output_dir={tmp_path}")  # fmt: skip
+    seen = rows(tmp_path / "quick" / "metrics.jsonl")
+    eighths = [sum(row["reward_mean"] for row in seen[i : i + 10]) / 10 for i in range(0, 80, 10)]
+    assert eighths[-1] == max(eighths) > eighths[0] + 0.2 and eighths[-1] < 0.87, eighths
+    assert min(b - a for a, b in zip(eighths, eighths[1:], strict=False)) > -0.03, eighths
+    assert seen[-1]["data/put_off"] > 0.3 and seen[-1]["data/epoch"] > 5
+    assert all(row["data/put_off"] > 0 or row["reward_mean"] == pytest.approx(row["reward/batch_mean"]) for row in seen)
 
 
 @pytest.mark.slow

@@ -139,6 +139,24 @@ def test_who_has_learned_the_answers_needs_no_entropy():
     assert levels(told(Health(patience=1), [sure | {"reward_mean": 0.89}])) == [["warning"]]
 
 
+def test_held_out_answers_tell_as_well_that_the_task_is_solved():
+    """Wrong gold answers among the training prompts keep their rewards low."""
+    rows = [{"reward_mean": 0.8, "heldout/accuracy": 0.95}] + [{"reward_mean": 0.8, "entropy": 0.01}] * 9
+    assert not any(told(Health(patience=1), rows))
+    rows[0]["heldout/accuracy"] = 0.89
+    assert sum(map(len, told(Health(patience=1), rows))) == 1
+
+
+def test_few_pairs_are_no_illness_once_the_answers_are_learned():
+    few = {"pairs/groups_without": 0.95}
+    assert not any(told(Health(patience=1), [few | {"reward_mean": 0.95}] * 9))
+    (news,) = told(Health(patience=1), [few | {"reward_mean": 0.75}])
+    assert "easier ones if it is near 0, unless their gold answers are wrong" in news[0].text
+    never_hard = [WELL | few | {"reward_mean": 0.95}] * 3
+    check = HealthCheck(Health(patience=1))
+    assert any("give a pair" in n.text for row in never_hard for n in check.check(row)), "choose harder ones"
+
+
 def test_a_policy_that_does_not_move_is_told_but_not_at_the_start_of_a_round():
     still = {"kl_divergence": 1e-5}
     rounds = [still | {"round": float(r)} for r in range(4) for _ in range(20)]

@@ -40,8 +40,8 @@ def step(groups=(0, 1)):
 
 def test_one_rank_by_hand():
     m = Meter.merge([step().state()])
-    assert m["reward_mean"] == pytest.approx((1.0 + 0.0 + 0.1 + 0.1) / 4)
-    assert m["reward_max"] == pytest.approx((1.0 + 0.1) / 2)
+    assert m["reward/batch_mean"] == pytest.approx((1.0 + 0.0 + 0.1 + 0.1) / 4)
+    assert m["reward/batch_max"] == pytest.approx((1.0 + 0.1) / 2)
     assert m["reward/acc"] == pytest.approx(2 / 3), "what a response did not report is not counted"
     assert m["reward/acc/returned"] == 3 / 4
     assert (m["pairs/per_group"], m["pairs/groups_without"]) == (0.5, 0.5)
@@ -119,7 +119,7 @@ def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():
     exp, update = an_experience([0, 1])
     scores = Scores(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), skipped=[1], errors=1, timeouts=2, calls=12)
     m = Meter.merge([observe(exp, scores, update, Objective()).state()] * 2)
-    assert (m["reward_mean"], m["reward_max"]) == (0.5, 1.0)
+    assert (m["reward/batch_mean"], m["reward/batch_max"]) == (0.5, 1.0)
     assert (m["reward/errors"], m["reward/timeouts"], m["reward/faults"]) == (2, 4, 6 / 24)
 
 
