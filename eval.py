@@ -85,10 +85,8 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
 
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score responses of one model to the test prompts."""
-    tokenizer = load_tokenizer(name)
-    precision, _ = world.broadcast_from_main(
-        lambda: choose_precision(cfg.model.precision, world.device, load_model_config(name))
-    )
+    config, tokenizer = load_model_config(name), load_tokenizer(name)
+    precision, _ = world.broadcast_from_main(lambda: choose_precision(cfg.model.precision, world.device, config))
     model = load_model(name, DTYPES[precision]).to(world.device)
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True))
     scorer = Scorer(cfg.reward)

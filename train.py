@@ -28,7 +28,7 @@ from gspo.errors import UserError
 from gspo.launch import check_launch, check_steps, final_words, say_inputs
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
-from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.packing.balance import balance
 from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import require_gold
@@ -50,8 +50,9 @@ from gspo.types import Experience, Groups, Rollout, Scores, Update
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
     """Run, or resume, one training run: from its configuration to its final table."""
-    tokenizer, model_config = load_tokenizer(cfg.model.path), load_model_config(cfg.model.path)
+    model_config, tokenizer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path)
     check_launch(cfg, model_config, world, started=not check_only)
+    check_weights(cfg.model.path, values=check_only)  # a run reads the values when it opens the model
     scorer = Scorer(cfg.reward)
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model_config))
     say_inputs(cfg.model.path, splits, scorer.title)

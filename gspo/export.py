@@ -21,7 +21,10 @@ from gspo.checkpoint.hf_folder import index_json, json_bytes, shard_files
 from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.distributed.world import World
 from gspo.errors import UserError
+from gspo.models.loading import check_weights
+from gspo.models.model_folder import check_folder
 from gspo.models.safetensors_files import Weights, open_weights, write_weights
+from gspo.models.stored_weights import refuse_non_finite
 from gspo.system.files import replacing
 from gspo.system.program import guarded
 
@@ -37,6 +40,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
     source = latest_checkpoint(checkpoint) or latest_checkpoint(checkpoint / "checkpoints") or checkpoint
     _check_source(source, named=source == checkpoint)
     _check_target(folder, source)
+    check_weights(str(source))
     weights = open_weights(source)
     try:
         with replacing(folder) as part:
@@ -44,7 +48,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
             for file in source.iterdir():
                 if file.is_file() and ".safetensors" not in file.suffixes and file.name != manifest.NAME:
                     shutil.copyfile(file, part / file.name)
-            _write(part, weights, dtype, shard_bytes)
+            _write(part, source, weights, dtype, shard_bytes)
             _verify(part, weights, dtype)
     except OSError as e:
         raise UserError(f"{folder} cannot be written: {e.strerror or e}.") from e
@@ -63,10 +67,7 @@ def _check_source(source: Path, named: bool) -> None:
     """
     if not source.exists():
         raise UserError(f"{source} does not exist. Give a checkpoint, a run or a Hugging Face folder.")
-    if not (source / "config.json").exists():
-        raise UserError(
-            f"{source} is neither a checkpoint nor a Hugging Face folder: it has no config.json. Give one of these."
-        )
+    check_folder(str(source))
     if _is_checkpoint(source) and (damage := manifest.find_damage(source, ONE_PROCESS, required=not named)):
         raise UserError(f"{source} is damaged: {damage}. Export another checkpoint.")
 
@@ -80,12 +81,14 @@ def _check_target(folder: Path, source: Path) -> None:
         raise UserError(f"{folder} exists and is not empty. Name another folder.")
 
 
-def _write(part: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def _write(part: Path, source: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes: int) -> None:
     """Write the weights in files of at most `shard_bytes`, their index, and the dtype into config.json."""
     shards = list(_shards(weights, dtype, shard_bytes))
     file_of, total = {}, 0
     for file, names in zip(shard_files("model", len(shards)), shards, strict=True):
+        refuse_non_finite(str(source), ((name, weights.read(name)) for name in names))
         tensors = {name: _cast(weights.read(name), dtype) for name in names}
+        _check_overflow(tensors, dtype)
         total += sum(x.nbytes for x in tensors.values())
         write_weights(part / file, tensors)
         file_of |= dict.fromkeys(names, file)
@@ -97,6 +100,13 @@ def _write(part: Path, weights: Weights, dtype: torch.dtype | None, shard_bytes:
         except (ValueError, TypeError) as e:
             raise UserError(f"config.json of the model cannot be read: {e}. Export without --dtype.") from e
         (part / "config.json").write_bytes(json_bytes(config))
+
+
+def _check_overflow(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Raise UserError where finite weights became infinite by the cast."""
+    for name, x in tensors.items():
+        if dtype is not None and x.is_floating_point() and not x.isfinite().all():
+            raise UserError(f"--dtype: {name} has values that {str(dtype)[6:]} cannot hold. Export it as bf16 or fp32.")
 
 
 def _shards(weights: Weights, dtype: torch.dtype | None, max_bytes: int) -> Iterator[list[str]]:

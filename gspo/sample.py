@@ -85,8 +85,8 @@ def _open(
     """Open the model and its tokenizer. Raise UserError."""
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not isinstance(model, nn.Module):
-        tokenizer = tokenizer or load_tokenizer(model)
-        chosen, _ = choose_precision(precision, on, load_model_config(model))
+        config, tokenizer = load_model_config(model), tokenizer or load_tokenizer(model)
+        chosen, _ = choose_precision(precision, on, config)
         model = load_model(model, DTYPES[chosen]).to(on)
     elif tokenizer is None:
         raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")

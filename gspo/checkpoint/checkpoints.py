@@ -27,7 +27,7 @@ from gspo.config import Config
 from gspo.distributed.transfer import full_tensor, load_like, load_weights
 from gspo.distributed.world import World, split_by_size
 from gspo.errors import UserError
-from gspo.models.loading import resolve_path
+from gspo.models.model_folder import resolve_path
 from gspo.models.safetensors_files import open_weights, write_bytes, write_weights
 from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, sync_folder

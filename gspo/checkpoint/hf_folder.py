@@ -1,30 +1,27 @@
 """Write Hugging Face folders: names of weights and weight files, config.json, tokenizer and generation config."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from gspo.models.loading import model_without_weights
 from gspo.system.files import remove
 
 
 class ModelFolder:
     """Everything but the weights that a folder needs for `from_pretrained` to open it.
 
-    `source` is the folder or hub name of the original model, whose config and generation config are kept.
+    `source` is the folder or hub name of the original model, whose config and generation config are kept; of the
+    latter, what transformers can save (models/generation.py).
     """
 
     def __init__(self, source: str, tokenizer: Any):
-        with torch.device("meta"):
-            self.meta_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-        with contextlib.suppress(OSError):  # not every model has one
-            self.meta_model.generation_config = GenerationConfig.from_pretrained(source)
+        self.meta_model = model_without_weights(source)
         self.tokenizer = tokenizer
         self._converts = bool(get_model_conversion_mapping(self.meta_model, add_legacy=False))
         self._other_files: dict[str, bytes] = {}

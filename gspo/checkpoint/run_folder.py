@@ -16,7 +16,8 @@ from gspo.checkpoint import manifest
 from gspo.config import Config
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.models.loading import architecture, resolve_path
+from gspo.models.loading import architecture
+from gspo.models.model_folder import resolve_path
 from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, write_text
 from gspo.system.torchrun import restart_count

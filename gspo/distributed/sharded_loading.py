@@ -4,28 +4,22 @@ Weights are read tensor by tensor, and of each tensor only the slices that a ran
 model.
 """
 
-import contextlib
-import copy
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightTransform, rename_source_key
+from transformers import AutoModelForCausalLM
 
-from gspo.distributed.transfer import ReadSlices, fill_weights
-from gspo.errors import UserError
+from gspo.distributed.transfer import ReadSlices, fill_weights, local_shard
 from gspo.models.compiled_layers import install_compiled_layers
-from gspo.models.loading import cannot_open, cast_parameters, load_model_config, resolve_path
+from gspo.models.generation import read_generation_config
+from gspo.models.loading import cast_parameters, load_model_config
+from gspo.models.model_folder import cannot_open, resolve_path
 from gspo.models.patching import replaced
 from gspo.models.safetensors_files import Weights, open_weights
-
-NamesOfPattern = dict[str, list[str]]  # a pattern of transformers' weight conversion -> the stored tensors it matches
-Sources = dict[str, tuple[WeightConverter | None, NamesOfPattern]]  # a tensor's name in the model -> what makes it
+from gspo.models.stored_weights import Sources, check_stored, refuse_non_finite, state_of
 
 
 def meta_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -36,9 +30,9 @@ def meta_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     """
     config = load_model_config(path)
     with replaced([(nn.Module, "register_parameter", _register_on_meta)]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with contextlib.suppress(OSError):  # not every model has one
-        model.generation_config = GenerationConfig.from_pretrained(resolve_path(path))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if (generation := read_generation_config(resolve_path(path))) is not None:
+        model.generation_config = generation
     model.config.use_cache = False
     return cast_parameters(install_compiled_layers(model.eval()), dtype)
 
@@ -65,13 +59,14 @@ def local_folder(path: str | None) -> Path:
 
 
 def named_weights(model: nn.Module, path: str | None) -> Iterator[tuple[str, ReadSlices]]:
-    """Yield (name in the model's state_dict, function that reads slices of it) for every stored tensor the model has.
+    """Yield (name in the model's state_dict, function that reads slices of it) for every tensor the model has.
 
     Of a tied pair both names come, if the files have both. A tensor that transformers stores in another form than its
-    modules hold (experts one by one) is assembled whole, one such tensor at a time, and then sliced.
+    modules hold (experts one by one) is assembled whole, one such tensor at a time, and then sliced. UserError unless
+    the files hold the model's tensors and no others.
     """
     weights = open_weights(local_folder(path))
-    return _read(model, weights, _sources(model, weights, get_model_conversion_mapping(model)))
+    return _read(model, weights, check_stored(resolve_path(path), model, weights))
 
 
 def _read(model: nn.Module, weights: Weights, sources: Sources) -> Iterator[tuple[str, ReadSlices]]:
@@ -89,49 +84,14 @@ def _read(model: nn.Module, weights: Weights, sources: Sources) -> Iterator[tupl
             yield target, lambda slices, full=full: full[slices]
 
 
-def _sources(model: nn.Module, weights: Weights, mapping: list[WeightTransform]) -> Sources:
-    """Find what each tensor of the model is made of: a stored tensor as it is (no converter), or several, converted.
-
-    A converter that makes several tensors stands under the name of the first.
-    """
-    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in mapping if not isinstance(transform, WeightConverter)]
-    known, prefix = model.state_dict(keep_vars=True), model.base_model_prefix
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    found: Sources = {}
-    for stored in sorted(weights.names, key=_natural_order):
-        name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
-        if name not in known and stored in known:
-            name, pattern = stored, None
-        if name not in known:
-            continue
-        if pattern is None:
-            found[name] = None, {stored: [stored]}
-        else:
-            _, stored_names = found.setdefault(name, (copy.deepcopy(converter_of[pattern]), {}))
-            stored_names.setdefault(pattern, []).append(stored)
-    return found
-
-
-def _natural_order(name: str) -> list[str | int]:
-    """Sort key by which experts.2 comes before experts.10: converted tensors are stacked in this order."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
 def allocate_and_load(allocate: Callable[[nn.Module], nn.Module], model: nn.Module, path: str | None) -> nn.Module:
     """Give a meta model storage by `allocate` (the whole model, or this rank's shards), and read its weights into it.
 
-    UserError where the files lack a weight of the model, or have it in another shape.
+    UserError where the files lack a weight of the model, hold one that it has not, have it in another shape, or have
+    values that are not finite.
     """
     weights = named_weights(model, path)  # first: transformers finds conversions by the class, which sharding changes
     model = allocate(model)
-    names = fill_weights(model, weights)
-    tensors = model.state_dict(keep_vars=True)
-    filled = {id(tensors[name]) for name in names}
-    missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]
-    if missing:
-        raise UserError(
-            f"model.path = {resolve_path(path)!r}: its safetensors files have no weights for {missing[0]}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. Give a folder that has all weights."
-        )
+    fill_weights(model, weights)
+    refuse_non_finite(resolve_path(path), ((name, local_shard(x)) for name, x in state_of(model)))
     return model

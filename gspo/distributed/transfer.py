@@ -24,8 +24,8 @@ def fill_weights(model: nn.Module, weights: Iterable[tuple[str, ReadSlices]]) ->
         local, part = local_shard(x), read(local_slices(x))
         if part.shape != local.shape:
             raise UserError(
-                f"model.path: {name} has the shape {list(x.shape)} by the model's config.json, but its safetensors "
-                f"files have {list(part.shape)} where {list(local.shape)} is expected. Give weights that match it."
+                f"model.path: {name} has the shape {list(x.shape)} by the model's config.json, but its files hold "
+                f"{list(part.shape)} where {list(local.shape)} is expected. Give weights that match it."
             )
         local.copy_(part)
         filled.add(name)

@@ -2,8 +2,9 @@
 
     python -m gspo.memory --config configs/standard.yaml --ranks 8 --on cuda --have 80 [section.key=value ...]
 
-Of the model only config.json is read. All prompts and responses are assumed to have the greatest length allowed.
-Activations are those of PyTorch's own attention on padded rows, also for a GPU, where FlashAttention needs less.
+Of the model only config.json is read, and the names of its weights where there are any. All prompts and responses are
+assumed to have the greatest length allowed. Activations are those of PyTorch's own attention on padded rows, also for a
+GPU, where FlashAttention needs less.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import torch
 
 from gspo.errors import UserError
 from gspo.memory.footprint import GIB, Footprint, footprint
-from gspo.models.loading import load_model_config, resolve_path
+from gspo.models.loading import check_weights, load_model_config
+from gspo.models.model_folder import resolve_path
 from gspo.models.precision import choose_precision
 from gspo.read_config import STANDARD, load_config
 from gspo.rollout.kv_budget import free_bytes
@@ -69,6 +71,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     args = _arguments()
     cfg = load_config(args.config, args.overrides)
+    check_weights(cfg.model.path, required=False)
     ranks = args.ranks or (cfg.trainer.n_gpus or 1) * (cfg.trainer.nnodes or 1)
     this_machine = "cuda" if torch.cuda.is_available() else "cpu"
     device = args.on or this_machine

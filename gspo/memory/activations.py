@@ -74,7 +74,7 @@ class FakeModel:
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, checkpointing: bool = False):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
         install_compiled_layers(self.model).config.use_cache = False
         if checkpointing:
             checkpoint_activations(self.model)

@@ -16,7 +16,8 @@ from gspo.distributed.sharding import check_shard_size, check_tensor_parallel, s
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.memory.activations import FakeModel
-from gspo.models.loading import load_model_config, resolve_path
+from gspo.models.loading import load_model_config
+from gspo.models.model_folder import resolve_path
 from gspo.models.precision import DTYPES
 from gspo.packing.micro_batches import Row, micro_batches
 from gspo.packing.pack import PackedBatch, pack_rows

@@ -8,29 +8,35 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 from gspo.models.architecture import attention_implementation
 from gspo.models.compiled_layers import install_compiled_layers
+from gspo.models.generation import end_ids_of, read_generation_config
+from gspo.models.model_folder import (
+    cannot_open,
+    check_folder,
+    check_tokenizer_files,
+    needs_own_code,
+    own_code,
+    resolve_path,
+    wrong_folder,
+)
 from gspo.models.patching import replace
+from gspo.models.safetensors_files import open_weights, stored_folder
+from gspo.models.stored_weights import (
+    Differences,
+    check_stored,
+    refuse_differences,
+    refuse_non_finite,
+    state_of,
+    two_heads,
+)
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
-
-
-def resolve_path(path: str | None) -> str:
-    """Return the folder or hub name to load; the embedded model where none is named."""
-    return str(MODEL_DIR) if path is None else str(path)
-
-
-def cannot_open(path: str, error: Exception) -> UserError:
-    """Return the error that names `path` and why transformers or the hub could not open it."""
-    reason = " ".join(str(error).split())[:300].rstrip(".")
-    what = "cannot be opened as a model folder" if Path(path).exists() else "is no folder here and cannot be fetched"
-    return UserError(f"model.path = {path!r} {what}: {reason}. Give a Hugging Face folder or name, or leave it empty.")
 
 
 def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -39,12 +45,65 @@ def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     It stays in eval mode: a policy trained with dropout would not be the one that samples.
     """
     name = resolve_path(path)
+    check_weights(path)
+    fetched = stored_folder(name) is not None
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=load_model_config(path),
+            generation_config=read_generation_config(name),
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
     except Exception as e:  # transformers and the hub raise a dozen kinds
         raise cannot_open(name, e) from e
+    if not fetched:
+        _check_loaded(name, model, info)
+    refuse_non_finite(name, state_of(model))
     model.config.use_cache = False
     return install_compiled_layers(model.eval())
+
+
+def _check_loaded(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Check weights that could not be looked at before: fetched from the hub just now, or pickled."""
+    shapes = {tensor: (tuple(stored), tuple(wanted)) for tensor, stored, wanted in sorted(info["mismatched_keys"])}
+    refuse_differences(name, model, Differences(info["missing_keys"], info["unexpected_keys"], shapes))
+    if folder := stored_folder(name):
+        check_stored(name, model, open_weights(folder))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    if not tied and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        raise two_heads(name)
+
+
+def model_without_weights(path: str | None) -> nn.Module:
+    """Build the causal LM at `path` on the meta device, with its generation config. Only small files are read."""
+    config, generation = load_model_config(path), read_generation_config(resolve_path(path))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if generation is not None:
+        model.generation_config = generation
+    return model
+
+
+def check_weights(path: str | None, values: bool = False, required: bool = True) -> None:
+    """Raise UserError unless the files of a model hold its weights; with `values`, finite ones.
+
+    Not `required`: a folder without any passes. What is on the hub and has not been fetched, and pickled weights, are
+    looked at when they are opened.
+    """
+    name = resolve_path(path)
+    model, folder = model_without_weights(path), stored_folder(name)
+    if folder is None:
+        if required and Path(name).is_dir() and not [*Path(name).glob("pytorch_model*.bin")]:
+            raise wrong_folder(name, "has no weights: no model.safetensors, nor an index of such files. Fetch them.")
+        return
+    weights = open_weights(folder)
+    check_stored(name, model, weights)
+    if values:
+        refuse_non_finite(name, ((tensor, partial(weights.read, tensor)) for tensor in weights.names))
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -57,10 +116,26 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def load_tokenizer(path: str | None) -> Any:
     """Load a model's fast tokenizer. Raises UserError where it cannot be opened."""
     name = resolve_path(path)
+    check_tokenizer_files(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as e:
-        raise cannot_open(name, e) from e
+        if code := own_code(name, "tokenizer_config.json", "AutoTokenizer"):
+            raise needs_own_code(name, code) from e
+        raise _no_tokenizer(name, e) from e
+    if not getattr(tokenizer, "vocab_size", 1):
+        raise _no_tokenizer(name, "its vocabulary is empty")
+    return tokenizer
+
+
+def _no_tokenizer(name: str, why: Exception | str) -> UserError:
+    """Return the error of a tokenizer that transformers cannot make from a model's files."""
+    reason = " ".join(str(why).split())[:200].rstrip(".")
+    return wrong_folder(
+        name,
+        f"has no tokenizer that transformers can open: {reason}. Copy the tokenizer's files (tokenizer.json, "
+        "tokenizer_config.json) of the model that these weights come from into it.",
+    )
 
 
 def end_and_pad_ids(model: nn.Module, tokenizer: Any) -> tuple[set[int], int]:
@@ -69,9 +144,13 @@ def end_and_pad_ids(model: nn.Module, tokenizer: Any) -> tuple[set[int], int]:
     Collected from generation_config, config and tokenizer. Raises UserError where none of them names an end token.
     """
     ends: set[int] = set()
-    for source in (model.generation_config, model.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        ends |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+    for source, place in (
+        (model.generation_config, "generation_config.json"),
+        (model.config, "config.json"),
+        (model.config.get_text_config(), "config.json"),
+        (tokenizer, "tokenizer_config.json"),
+    ):
+        ends |= end_ids_of(source, place)
     if not ends:
         raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json.")
     pad = tokenizer.pad_token_id
@@ -101,10 +180,20 @@ def checkpoint_activations(model: nn.Module) -> None:
 def load_model_config(path: str | None) -> Any:
     """Load a model's configuration alone. Raises UserError where it cannot be opened."""
     name = resolve_path(path)
+    check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as e:
+        if code := own_code(name, "config.json", "AutoConfig"):
+            raise needs_own_code(name, code) from e
         raise cannot_open(name, e) from e
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise wrong_folder(
+            name,
+            f"is of the type {config.model_type}, for which transformers has no causal language model. Choose a "
+            "decoder that continues a text.",
+        )
+    return config
 
 
 def architecture(folder: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -38,9 +39,12 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def spelled_dtype(self, name: str) -> str:
+        """Return a tensor's type as the format spells it: also those that torch or we do not have."""
+        return self._slice(name).get_dtype()
+
     def dtype(self, name: str) -> torch.dtype:
-        spelled = self._slice(name).get_dtype()
-        return next(dtype for dtype, known in DTYPES.items() if known == spelled)
+        return next(dtype for dtype, known in DTYPES.items() if known == self.spelled_dtype(name))
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         """Return a tensor, or its part at `slices` (one a dimension), on the CPU.
@@ -58,6 +62,24 @@ class Weights:
         if file not in self._open:
             self._open[file] = _opened(file)
         return self._open[file]
+
+
+def stored_folder(path: str) -> Path | None:
+    """Return the folder that holds a model's safetensors files: `path`, or what was fetched of a name on the hub.
+
+    None where there are none: it holds weights of another kind, or nothing has been fetched yet.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            found = try_to_load_from_cache(path, "config.json")
+        except ValueError:  # no name that the hub could have
+            return None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    stored = [folder / "model.safetensors", folder / "model.safetensors.index.json"]
+    return folder if any(map(Path.exists, stored)) else None
 
 
 def open_weights(folder: Path, stem: str = "model") -> Weights:

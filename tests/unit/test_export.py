@@ -72,7 +72,7 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(run, run_program, tmp_path, 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
     here = run.folder / "checkpoints"
-    with pytest.raises(UserError, match="neither a checkpoint nor a Hugging Face folder"):
+    with pytest.raises(UserError, match="has no config.json"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="exists and is not empty"):
         export(here, tmp_path / "full")
@@ -96,7 +96,7 @@ def test_nothing_is_left_where_the_source_is_no_whole_model(run, tmp_path):
     export(run.folder, tmp_path / "hf", shard_bytes=700_000)
     shutil.copytree(tmp_path / "hf", tmp_path / "broken")
     (tmp_path / "broken" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json of the model cannot be read"):
+    with pytest.raises(UserError, match="config.json cannot be read as JSON"):
         export(tmp_path / "broken", tmp_path / "out", torch.bfloat16)
     next((tmp_path / "hf").glob("*.safetensors")).unlink()
     with pytest.raises(UserError):

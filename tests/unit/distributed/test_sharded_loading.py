@@ -49,11 +49,11 @@ def test_a_missing_weight_or_a_wrong_shape_is_refused_by_name(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "norm" not in k}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="no weights for model.layers.0.input_layernorm.weight and 4 more"):
+    with pytest.raises(UserError, match="no weights for model.layers.0.input_layernorm.weight, .* and 1 more"):
         allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
     weights["lm_head.weight"] = torch.zeros(96, 32)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"lm_head.weight has the shape \[97, 32\] by the model's config.json"):
+    with pytest.raises(UserError, match=r"lm_head.weight in the shape \[96, 32\], where .* \[97, 32\]"):
         allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
     shutil.move(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="has no model.safetensors"):

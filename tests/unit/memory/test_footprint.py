@@ -143,7 +143,7 @@ def test_a_run_that_would_be_refused_has_no_report(overrides, says):
         (["--ranks", "0"], "--ranks 0: must be 1 or more"),
         (["--have", "nan"], "--have nan: must be"),
         (["--have", "-1"], "--have -1: must be"),
-        (["model.path={tmp}"], "cannot be computed in advance (ValueError: Unrecognized configuration class"),
+        (["model.path={tmp}"], "of the type t5, for which transformers has no causal language model"),
         (["model.shard_size=3", "--ranks", "2", "rollout.n=4"], "model.shard_size = 3 does not divide"),
         (["trainer.n_gpus=2", "rollout.tensor_model_parallel_size=4"], "does not divide the 2 processes"),
     ],

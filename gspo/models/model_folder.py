@@ -1,0 +1,205 @@
+"""Look at a model's folder before anything opens it, and refuse in words what transformers would fail at, or ask about.
+
+Nothing here reads weights; stored_weights.py compares those with the model.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from gspo.embedded import MODEL_DIR
+from gspo.errors import UserError
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys of config.json
+
+
+def resolve_path(path: str | None) -> str:
+    """Return the folder or hub name to load; the embedded model where none is named."""
+    return str(MODEL_DIR) if path is None else str(path)
+
+
+def cannot_open(path: str, error: Exception | str) -> UserError:
+    """Return the error that names `path` and why transformers or the hub could not open it."""
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    what = "cannot be opened as a model folder" if Path(path).exists() else "is no folder here and cannot be fetched"
+    return UserError(f"model.path = {path!r} {what}: {reason}. Give a Hugging Face folder or name, or leave it empty.")
+
+
+def wrong_folder(path: str, why: str) -> UserError:
+    """Return the error of a folder whose content is not a model that can be trained; `why` ends with the cure."""
+    return UserError(f"model.path = {path!r} {why}")
+
+
+def check_folder(path: str) -> None:
+    """Raise UserError where `path` is no whole model: an adapter, a file, a folder of folders, a pointer, quantised.
+
+    A name on the hub is checked as far as its files are here already.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise wrong_folder(path, f"is a file. Give the folder that it lies in, {str(folder.parent)!r}.")
+    _check_adapter(path)
+    if folder.is_dir():
+        _check_pointers(folder)
+        if not (folder / "config.json").exists():
+            raise _no_config(folder)
+    if (config := _read(path, "config.json")) is not None:
+        _check_config(path, config)
+
+
+def check_tokenizer_files(path: str) -> None:
+    """Raise UserError where a folder has no tokenizer, or only a pointer to one."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    _check_pointers(folder)
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        raise wrong_folder(
+            path,
+            "has no tokenizer (no tokenizer.json, tokenizer.model or vocab.json). Copy the tokenizer's files of the "
+            "model that these weights come from: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER).",
+        )
+    _check_code(path, "tokenizer_config.json", "AutoTokenizer")
+
+
+def own_code(path: str, file: str, kind: str) -> str:
+    """Return the Python file that a model's config file (`file`) names for `kind` (AutoConfig, ...), or ""."""
+    named = (_read(path, file) or {}).get("auto_map")
+    named = named.get(kind) if isinstance(named, dict) else named
+    first = next((x for x in named if x), "") if isinstance(named, list) else named
+    return f"{str(first).split('--')[-1].rpartition('.')[0]}.py" if first else ""
+
+
+def needs_own_code(path: str, code: str) -> UserError:
+    """Return the error of a model that transformers has no class for, and that brings Python code of its own."""
+    return wrong_folder(
+        path,
+        f"needs Python code of its own ({code}), which is never run here: it could do anything on this machine. Choose "
+        "a model of an architecture that transformers has, or convert it to one.",
+    )
+
+
+def _read(path: str, file: str) -> dict[str, Any] | None:
+    """Read a small JSON file of a folder, or of a hub name that has been fetched; None where there is none.
+
+    UserError where it is no JSON object.
+    """
+    found: Any = Path(path) / file
+    if not Path(path).exists():
+        try:
+            found = try_to_load_from_cache(path, file)
+        except ValueError:  # no name that the hub could have
+            return None
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return None
+    try:
+        value = json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{found} cannot be read as JSON: {e}. Fetch or copy the file again.") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{found} must hold a JSON object, and holds {type(value).__name__}. Fetch the file again.")
+    return value
+
+
+def read_json(path: str, file: str) -> dict[str, Any] | None:
+    """Read a JSON file of a model, as `check_folder` does: None where there is none, UserError where it is damaged."""
+    return _read(path, file)
+
+
+def _check_adapter(path: str) -> None:
+    adapter = _read(path, "adapter_config.json")
+    alone = not (Path(path) / "config.json").exists()
+    if adapter is None and alone and Path(path).is_dir():
+        adapter = {} if [*Path(path).glob("adapter_model*")] else None
+    if adapter is None:
+        return
+    base = adapter.get("base_model_name_or_path")
+    of = f" of {base}" if base else ""
+    merge = (
+        "Merge it: peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), "
+        "copy the tokenizer's files, and give FOLDER"
+    )
+    if Path(path).is_dir() and not alone:
+        raise wrong_folder(
+            path,
+            f"holds a model and beside it an adapter{of} (adapter_config.json), and does not say whether the adapter "
+            f"is in the weights. {merge}; or move the adapter's files away, if it is merged already.",
+        )
+    raise wrong_folder(path, f"is an adapter{of}, not a whole model (adapter_config.json). {merge}.")
+
+
+def _check_pointers(folder: Path) -> None:
+    """Raise UserError for files that git-lfs has not fetched, and for empty ones."""
+    for pattern in (*WEIGHTS, *TOKENIZERS, "*.json"):
+        for file in sorted(folder.glob(pattern)):
+            if file.is_symlink() and not file.exists():
+                raise wrong_folder(str(folder), f"has {file.name} as a link to a file that is gone. Fetch it again.")
+            if not file.is_file() or file.stat().st_size > 1024:
+                continue
+            if file.read_bytes().startswith(POINTER):
+                raise wrong_folder(
+                    str(folder),
+                    f"has {file.name} only as a git-lfs pointer, not the file itself. Run `git lfs install` and "
+                    "`git lfs pull` in that folder, or fetch it with `hf download`.",
+                )
+            if file.stat().st_size == 0:
+                raise wrong_folder(str(folder), f"has {file.name} with nothing in it. Fetch or copy it again.")
+
+
+def _no_config(folder: Path) -> UserError:
+    """Return the error of a folder without config.json, which names what it seems to be."""
+    inside = sorted(x.parent for x in [*folder.glob("*/config.json"), *folder.glob("checkpoints/*/config.json")])
+    if inside:
+        return wrong_folder(
+            str(folder), f"has no config.json, but {len(inside)} of its folders do. Give one: {str(inside[-1])!r}."
+        )
+    gguf = next(folder.glob("*.gguf"), None)
+    if gguf:
+        return wrong_folder(
+            str(folder),
+            f"holds {gguf.name}: GGUF files are for inference. Give the Hugging Face folder that it was made from.",
+        )
+    return wrong_folder(
+        str(folder), "has no config.json. Give the folder that `save_pretrained` or `hf download` wrote, or a hub name."
+    )
+
+
+def _check_config(path: str, config: dict[str, Any]) -> None:
+    """Raise UserError for quantised models, and for models that need code of their own."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key in QUANTISED:
+        found = next((part[key] for part in parts if part.get(key)), None)
+        if found is not None:
+            kind = found.get("quant_method") or found.get("quant_algo") if isinstance(found, dict) else None
+            raise quantised(path, f"{key} in config.json" + (f": {kind}" if kind else ""))
+    _check_code(path, "config.json", "AutoConfig", "AutoModelForCausalLM")
+
+
+def quantised(path: str, sign: str) -> UserError:
+    """Return the error of quantised weights; `sign` is what shows it."""
+    return wrong_folder(
+        path,
+        f"holds quantised weights ({sign}), which have no gradient. Give the model as it was before it was quantised, "
+        "in float32, bfloat16 or float16.",
+    )
+
+
+def _check_code(path: str, file: str, *kinds: str) -> None:
+    """Raise UserError where a config file names code of the model's own, and transformers has no class for it."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    code = next((found for kind in kinds if (found := own_code(path, file, kind))), "")
+    config = _read(path, file) or {}
+    if file == "config.json":
+        known = config.get("model_type") in CONFIG_MAPPING
+    else:
+        name = config.get("tokenizer_class")
+        known = name is None or tokenizer_class_from_name(name) is not None
+    if code and not known:
+        raise needs_own_code(path, code)
