@@ -4,6 +4,7 @@ Nothing here reads weights; stored_weights.py compares those with the model.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
+from gspo.system.console import say
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
@@ -194,7 +196,7 @@ def _check_code(path: str, file: str, *kinds: str) -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    code = next((found for kind in kinds if (found := own_code(path, file, kind))), "")
+    code = next((found for kind in reversed(kinds) if (found := own_code(path, file, kind))), "")
     config = _read(path, file) or {}
     if file == "config.json":
         known = config.get("model_type") in CONFIG_MAPPING
@@ -203,3 +205,10 @@ def _check_code(path: str, file: str, *kinds: str) -> None:
         known = name is None or tokenizer_class_from_name(name) is not None
     if code and not known:
         raise needs_own_code(path, code)
+    if code:
+        _say_not_run(path, code)
+
+
+@cache
+def _say_not_run(path: str, code: str) -> None:
+    say(f"note: {path}: its own {code} is never run; transformers' class of the same name is used.")

@@ -92,9 +92,12 @@ def open_weights(folder: Path, stem: str = "model") -> Weights:
     if index.exists():
         try:
             where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return Weights({name: folder / file for name, file in where.items()})
+            files = {name: folder / file for name, file in where.items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise UserError(f"{index} is no index of safetensors files: {e}.") from e
+        if gone := sorted({file.name for file in files.values() if not file.exists()}):
+            raise UserError(f"{index} names {', '.join(gone[:4])}, which is not there. Fetch or copy all its files.")
+        return Weights(files)
     if not single.exists():
         raise UserError(f"{folder} has no {single.name}, nor an index of several such files.")
     return Weights(dict.fromkeys(_opened(single).keys(), single))
