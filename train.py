@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from gspo.algorithm.gold_solutions import SOLUTION_REWARD, add_solution_rewards, add_solutions, prefer_solutions
 from gspo.algorithm.objective import find_algorithm
-from gspo.algorithm.pairs import forks, has_contrast, preferences
+from gspo.algorithm.pairs import branch_weights, forks, has_contrast, preferences
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
@@ -33,6 +33,7 @@ from gspo.packing.balance import balance
 from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
+from gspo.rollout.tree import Tree
 from gspo.run import (
     Run,
     StopReason,
@@ -104,10 +105,11 @@ def take_step(run: Run) -> None:
     cfg, world, models, scorer = run.cfg, run.world, run.models, run.scorer
     step, clock = run.state.step, Clock(world.device)
     prompts = run.batches.take()
+    tree = Tree.of(cfg.rollout, run.state.response_length, run.state.response_entropy)
     with clock("rollout"):
         models.refresh_sampler()
         places, rollout = run.sampler.generate_share(
-            prompts, cfg.rollout.n, run.sampling, world, step=step, on_group=scorer.begin
+            prompts, cfg.rollout.n, run.sampling, world, step=step, on_group=scorer.begin, tree=tree
         )
     with clock("reward"):
         scores = scorer(rollout)
@@ -116,7 +118,7 @@ def take_step(run: Run) -> None:
         places, rollout, scores, imbalance = balance(places, rollout, scores, cfg.optim.minibatches, world)
         if find_algorithm(cfg.objective.algorithm).needs_solutions:
             rollout = add_solutions(rollout, run.sampler.tokenizer, run.sampler.end_id, models.policy.config, world)
-        experience = gather_experience(rollout, places, scores, models, len(prompts), cfg, world)
+        experience = gather_experience(rollout, places, scores, models, len(prompts), cfg, world, tree)
     with clock("update"):  # evaluates the objective
         lr = learning_rate(step, run.total_steps, cfg)
         update = run.updater.run(experience, lr)
@@ -145,12 +147,15 @@ def gather_experience(
     batch_groups: int,
     cfg: Config,
     world: World,
+    tree: Tree | None = None,
 ) -> Experience:
     """Rewards -> pairs, and the log-probs of the reference and the anchor, which the objective compares with."""
     rewards = add_solution_rewards(scores.rewards, rollout).to(world.device)
     beats = prefer_solutions(preferences(rewards, cfg.objective.margin), rollout.sampled)
     reference, anchors = models.reference_and_anchor_logprobs(rollout)
-    groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths)
+    branching = tree.leaf_places(rollout) if tree else None
+    weights = None if branching is None else branch_weights(branching, tree.trunks, rollout.tokens.shape[2])
+    groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths, weights)
     return Experience(rollout, groups, reference, places, batch_groups, batch_pairs=int(world.sum(int(beats.sum()))))
 
 
@@ -163,6 +168,7 @@ def finish_step(
     state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite)
     metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state())) | shown
     state.tokens_sampled += int(metrics["tokens"])
+    state.observe_responses(metrics)
     metrics |= {"round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
     metrics |= end_round_if_over(run)
     metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}

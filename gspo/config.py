@@ -76,6 +76,24 @@ class Rollout:
     """Sampling: how responses to the prompts are generated."""
 
     n: int = opt(8, "responses per prompt (the group size)", ge=2)
+    trunks: int | None = opt(
+        None,
+        "make each group a tree: so many whole responses, and n / trunks - 1 branches sampled from inside each; empty: "
+        "n independent responses",
+        ge=2,
+    )
+    branch_at: Literal["entropy", "even", "most_uncertain", "fractions"] = opt(
+        "entropy",
+        "where a trunk branches. entropy: wherever its summed entropy has grown by branch_every; even: every "
+        "branch_every tokens; most_uncertain: at its tokens of largest entropy, fractions: at even shares of its "
+        "length (these two look ahead, which biases the gradient)",
+    )
+    branch_every: float | None = opt(
+        None,
+        "entropy: nats, even: tokens between two places of a trunk; empty: so many that the last step's mean response "
+        "would have a place for each branch",
+        gt=0.0,
+    )
     temperature: float = opt(0.9, "sampling temperature; training uses the same", gt=0.0)
     top_p: float = opt(
         1.0, "nucleus sampling; below 1, the trained distribution differs from the sampled one", gt=0.0, le=1.0

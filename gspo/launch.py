@@ -23,6 +23,7 @@ from gspo.models.architecture import check_length
 from gspo.models.precision import DTYPES
 from gspo.rollout.engines import engine_class
 from gspo.rollout.sampler import shares_weights
+from gspo.rollout.tree import Tree
 from gspo.system.console import say
 
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
@@ -39,6 +40,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     check_shard_size(cfg.model.shard_size, wanted or world.size)
     find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
+    tree = Tree.of(cfg.rollout)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
@@ -58,6 +60,11 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
             "kl_divergence and the KL term do not see tokens that are cut off (kl_divergence is at most KL / z where a "
             "share z of the probability is kept, and may be far lower), and entropy is of all tokens. rollout.top_p=1, "
             "rollout.top_k=0 and rollout.min_p=0 have no such bias."
+        )
+    if tree is not None and tree.looks_ahead:
+        say(
+            f"warning: rollout.branch_at = {tree.at} chooses places by what follows them, which biases the gradient "
+            "(docs/algorithm.md); entropy and even do not."
         )
 
 

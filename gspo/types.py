@@ -3,6 +3,8 @@
 group        a prompt and its N responses
 response     what the policy samples for a prompt, or a row's gold solution (`Rollout.sampled` tells them apart)
 fork         the token at which two responses of a group first differ
+trunk        in a group that is a tree, a response sampled as a whole; a branch of it copies the tokens before its
+             place and is sampled from there. Both are leaves: the group's N responses
 pair         two responses of which one beats the other: its reward is larger by more than the margin
 anchor       log-probs subtracted from the policy's in the objective: the opponent's, the initial model's, or none
 opponent     the policy as it was when the self-play round began
@@ -49,10 +51,17 @@ class Rollout:
     finished: Tensor  # [G, N] bool, ended by itself (not cut off at max_new_tokens)
     texts: list[list[str]]  # G x N
     sampled: Tensor | None = None  # [G, N] bool, sampled by the policy, not a gold solution; by default all are
+    copied: Tensor | None = None  # [G, N] int64, tokens that a branch has from its trunk; all, where it found no place
+    prefilled: Tensor | None = None  # [G] int64, tokens that the sampler computed as prompts; by default the prompt's
 
     def __post_init__(self) -> None:
         if self.sampled is None:
             object.__setattr__(self, "sampled", torch.ones_like(self.lengths, dtype=torch.bool))
+        if self.copied is None:
+            object.__setattr__(self, "copied", torch.zeros_like(self.lengths))
+        if self.prefilled is None:
+            sizes = torch.tensor([len(p.ids) for p in self.prompts], dtype=torch.long, device=self.lengths.device)
+            object.__setattr__(self, "prefilled", sizes)
 
     @property
     def mask(self) -> Tensor:
@@ -85,9 +94,9 @@ class Rollout:
         lengths = self.lengths[groups]
         width = int(lengths.max()) if groups else 0
         tokens, logprobs, entropy = (x[groups, :, :width] for x in (self.tokens, self.logprobs, self.entropy))
-        finished, sampled = self.finished[groups], self.sampled[groups]
+        fixed = (x[groups] for x in (self.sampled, self.copied, self.prefilled))
         prompts, texts = [self.prompts[g] for g in groups], [self.texts[g] for g in groups]
-        return Rollout(prompts, tokens, lengths, logprobs, entropy, finished, texts, sampled)
+        return Rollout(prompts, tokens, lengths, logprobs, entropy, self.finished[groups], texts, *fixed)
 
 
 @dataclass(frozen=True)
@@ -118,11 +127,17 @@ class Groups:
     beats: Tensor  # [G, N, N] bool
     forks: Tensor  # [G, N, N] int64: the token at which two responses part
     lengths: Tensor  # [G, N]
+    weights: Tensor | None = None  # [G, N, L]: how much each token's gradient counts; by default 1
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            object.__setattr__(self, "weights", torch.ones_like(self.anchors))
 
     def select(self, groups: list[int], width: int) -> "Groups":
         """Return some of the groups, `width` tokens wide."""
         fixed = (self.rewards, self.beats, self.forks, self.lengths)
-        return Groups(self.anchors[groups][..., :width], *(x[groups] for x in fixed))
+        anchors, weights = (x[groups][..., :width] for x in (self.anchors, self.weights))
+        return Groups(anchors, *(x[groups] for x in fixed), weights)
 
 
 @dataclass(frozen=True)

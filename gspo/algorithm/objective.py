@@ -301,15 +301,17 @@ def find_algorithm(name: str) -> Algorithm:
 
 def evaluate(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Evaluation:
     """Evaluate the objective and its derivative at log-probs [G, N, L]: by the algorithm's kernel on CUDA, where it has
-    one, else by autograd in float64."""
+    one, else by autograd in float64. A token's derivative counts as `groups.weights` says."""
     algorithm = find_algorithm(cfg.algorithm)
     if logprobs.is_cuda and algorithm.on_cuda:
-        return algorithm.on_cuda(logprobs, groups, cfg, counts)
+        found = algorithm.on_cuda(logprobs, groups, cfg, counts)
+        return found._replace(coefficients=found.coefficients * groups.weights.to(found.coefficients))
     leaf = logprobs.detach().double().requires_grad_()
     with torch.enable_grad():
         terms = algorithm.loss(leaf, groups, cfg, counts)
         slope = torch.autograd.grad(sum(terms.values()), leaf)[0]
-    return Evaluation({name: term.detach() for name, term in terms.items()}, slope.to(logprobs))
+    weighted = (slope * groups.weights.to(slope)).to(logprobs)
+    return Evaluation({name: term.detach() for name, term in terms.items()}, weighted)
 
 
 def anything_to_learn(coefficients: Tensor) -> bool:

@@ -36,3 +36,19 @@ def forks(tokens: Tensor, lengths: Tensor) -> Tensor:
     filled = torch.where(real, tokens, -1)
     alike = (filled[:, :, None] == filled[:, None, :]) & real[:, :, None]
     return alike.cumprod(-1).sum(-1)
+
+
+def branch_weights(places: Tensor, trunks: int, width: int) -> Tensor:
+    """Return how much the gradient of each token counts in a tree of T trunks, so that it is a flat group's in
+    expectation: places [G, N, B], where each leaf's own path branches (its length: nowhere) -> [G, N, width].
+
+    Behind a branching place more pairs of leaves say something about a token than before it (docs/algorithm.md). Of a
+    group's N(N-1)/2 pairs those of different trunks part anywhere, and T (B + 1 - k) part behind the k-th place; a
+    token counts as all pairs over those that part before or at it.
+    """
+    n, b = places.shape[1:]
+    pairs = n * (n - 1) / 2
+    behind_each = trunks * torch.arange(b, 0, -1, device=places.device, dtype=torch.float64)
+    position = torch.arange(width, device=places.device)
+    behind = ((position[:, None] >= places[..., None, :]) * behind_each).sum(-1)  # [G, N, width]
+    return (pairs / (pairs - behind_each.sum() + behind)).float()

@@ -38,7 +38,8 @@ StoredTensors = Callable[[str, Tensor], dict[str, Tensor]]  # a parameter and it
 
 @dataclass
 class State:
-    """How far a run is: the small values that JSON holds. All sampling follows from the seed and `step`."""
+    """How far a run is: the small values that JSON holds. All sampling follows from the seed and `step`, the places of
+    branches also from the last step's responses."""
 
     step: int = 0  # steps done
     round: int = 0  # self-play round, from 0
@@ -47,6 +48,8 @@ class State:
     bad_steps: int = 0  # steps in a row with a non-finite update
     round_rewards: list[list[float]] | None = None  # [P, N] rewards of the previous round's policy, held-out prompts
     tokens_sampled: int = 0
+    response_length: float = 0.0  # of the last step's responses, tokens, on average; 0: none yet
+    response_entropy: float = 0.0  # summed over the tokens of one, nats, on average
     precision: str = ""  # fp32 or bf16, chosen when the run began
     best_accuracy: float = -1.0  # the best so far on the held-out prompts
     best_step: int = 0
@@ -64,6 +67,11 @@ class State:
                 f"{cause and f' (first: {cause})'}. Such updates were skipped, so the weights are finite. "
                 "Lower optim.learning_rate, or use model.precision=fp32."
             )
+
+    def observe_responses(self, metrics: dict[str, float]) -> None:
+        """Keep how long this step's responses were, and how uncertain; three digits, alike on any number of ranks."""
+        length, entropy = metrics.get("response/length_mean", 0.0), metrics.get("entropy", 0.0)
+        self.response_length, self.response_entropy = float(f"{length:.3g}"), float(f"{length * entropy:.3g}")
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Return whether this step has the best held-out accuracy so far; if so, keep it as the best."""

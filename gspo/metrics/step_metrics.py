@@ -131,7 +131,13 @@ def _observe_responses(meter: Meter, rollout: Rollout) -> None:
     meter.max("response/length_max", float(lengths.max()) if count else 0.0)
     meter.mean("response/cutoff", float((~rollout.finished[sampled]).sum()), count)
     meter.mean("entropy", float(rollout.entropy.sum()), tokens)
-    meter.sum("tokens", tokens)
+    meter.sum("tokens", tokens - int(rollout.copied.sum()))
+    meter.sum("tokens_prefilled", int(rollout.prefilled.sum()))
+    branches = rollout.copied > 0
+    meter.mean(
+        "branches/without_place", float((branches & (rollout.copied == rollout.lengths)).sum()), int(branches.sum())
+    )
+    meter.mean("branches/copied", float(rollout.copied.sum()), int(branches.sum()))
 
 
 def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Objective) -> None:

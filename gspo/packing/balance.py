@@ -46,7 +46,7 @@ def balance(
 
 
 def _on_cpu(r: Rollout) -> Rollout:
-    names = ("tokens", "lengths", "logprobs", "entropy", "finished", "sampled")
+    names = ("tokens", "lengths", "logprobs", "entropy", "finished", "sampled", "copied", "prefilled")
     return replace(r, **{name: getattr(r, name).cpu() for name in names})
 
 
@@ -78,6 +78,8 @@ def _join_rollouts(parts: list[Rollout], order: list[int], device: torch.device)
         rows("finished"),
         [texts[g] for g in order],
         rows("sampled"),
+        rows("copied"),
+        rows("prefilled"),
     )
 
 

@@ -58,11 +58,13 @@ def plan_slots(
     max_slots: int | None,
     budget: int,
     page: int = PAGE,
+    rows: int | None = None,
 ) -> Plan:
     """Plan as many slots as `budget` bytes hold keys and values for, at most `max_slots`.
 
-    `sizes` are the prompts' tokens. Pages are planned for half as many prompts again as the slots need at one time, as
-    a prompt whose last response is long stays while others come. Raises UserError where not even one response fits.
+    `sizes` are the prompts' tokens, `n` the fewest responses to one of them, `rows` all responses (None: n to each).
+    Pages are planned for half as many prompts again as the slots need at one time, as a prompt whose last response is
+    long stays while others come. Raises UserError where not even one response fits.
     """
     token_bytes = sum(layer.token_bytes for layer in layout.values())
     wide = prompt_page_size(sizes, page)
@@ -75,7 +77,7 @@ def plan_slots(
     def need(slots: int) -> int:
         return (prompt_pages(slots) * wide + slots * each * page) * token_bytes
 
-    low, high = 0, min(MOST if max_slots is None else max_slots, len(sizes) * n)
+    low, high = 0, min(MOST if max_slots is None else max_slots, len(sizes) * n if rows is None else rows)
     while low < high:  # the most that fits
         middle = (low + high + 1) // 2
         low, high = (middle, high) if need(middle) <= budget else (low, middle - 1)

@@ -43,11 +43,12 @@ class PagedEngine:
         plan = plan_slots(
             self.layout,
             [len(ids) for ids in requests.prompts],
-            requests.n,
+            min(requests.counts),
             longest,
             None if options.max_slots == "auto" else options.max_slots,
             self._kv_bytes(),
             options.page or response_page_size(longest),
+            rows=len(requests.keys),
         )
         return PagedGeneration(self.model, Slots(self.layout, plan, self.device), plan.slots, requests, options.agree)
 
@@ -71,23 +72,26 @@ class PagedGeneration:
         agree: Callable[[Tensor], Tensor] | None = None,
     ):
         self.model, self.slots, self.max_slots, self.requests, self.agree = model, slots, max_slots, requests, agree
-        self.prompts, self.n = requests.prompts, requests.n
-        device, rows, longest = slots.device, len(requests.keys), requests.sampling.max_new_tokens
+        self.prompts, counts, device = requests.prompts, np.array(requests.counts), slots.device
+        self.prompt_of_row = np.repeat(np.arange(len(counts)), counts)
+        self.first_row = counts.cumsum() - counts
         # One spare row: idle slots write discarded tokens there.
-        self.spare_row = rows
-        self.tokens = torch.full((rows + 1, longest), requests.pad_id, device=device)
-        self.logprobs, self.entropy = (torch.zeros(rows + 1, longest, device=device) for _ in range(2))
-        self.lengths = torch.zeros(rows + 1, dtype=torch.long, device=device)
-        self.finished = torch.zeros(rows + 1, dtype=torch.bool, device=device)
+        self.spare_row = len(requests.keys)
+        start = Results.begin(requests, device, spare=1)
+        self.tokens, self.lengths, self.finished = start.tokens, start.lengths, start.finished
+        self.logprobs, self.entropy = start.logprobs, start.entropy
+        self.begun = start.lengths.clone()  # tokens of each response that its prompt's pages hold
         self.keys, self.limits = (F.pad(x, (0, 1)) for x in (requests.keys, requests.limits))
         if steps := STEPS_PER_BLOCK.get(device.type, 0):
-            self.host_limits = requests.limits.cpu().numpy()
-            self.tables = Tables(slots, max_slots, self.n, max(map(len, self.prompts)), longest)
+            self.host_begun = self.begun.cpu().numpy()
+            self.host_limits = (self.limits - self.begun).cpu().numpy()
+            longest = requests.sampling.max_new_tokens
+            self.tables = Tables(slots, max_slots, int(counts.max()), max(map(len, self.prompts)), longest)
             self.replay = Replay(device if device.type == "cuda" and agree is None else None)
         self.steps_per_block = steps
         self.queue = deque(sorted(range(len(self.prompts)), key=lambda g: len(self.prompts[g])))  # similar lengths
         self.waiting_rows: deque[int] = deque()  # first token drawn, no slot yet
-        self.unfinished = np.full(len(self.prompts), self.n)  # responses to each prompt that have not ended
+        self.unfinished = counts.copy()  # responses to each prompt that have not ended
 
     def run(self, tick: Callable[[], None] = lambda: None) -> Iterator[int]:
         """Sample everything; yield each prompt's number as soon as its last response has ended."""
@@ -103,7 +107,7 @@ class PagedGeneration:
 
     def progress(self) -> tuple[int, int]:
         """Return (responses that have ended, tokens sampled so far)."""
-        return len(self.requests.keys) - int(self.unfinished.sum()), int(self.lengths.sum())
+        return len(self.requests.keys) - int(self.unfinished.sum()), int((self.lengths - self.begun).sum())
 
     def results(self) -> Results:
         """Return the results as they stand, without a copy and without the spare row."""
@@ -118,7 +122,7 @@ class PagedGeneration:
                 yield from self._prefill(numbers)
             elif self.waiting_rows:
                 rows = [self.waiting_rows.popleft() for _ in range(min(room, len(self.waiting_rows)))]
-                self.slots.seat(rows, [row // self.n for row in rows])
+                self.slots.seat(rows, self.prompt_of_row[rows].tolist())
             else:
                 return  # until a prompt frees its pages
 
@@ -128,7 +132,7 @@ class PagedGeneration:
         sizes: list[int] = []
         while self.queue:
             size = len(self.prompts[self.queue[0]])
-            enough = len(numbers) * self.n >= rows and sum(sizes) >= PREFILL_AHEAD
+            enough = self.unfinished[numbers].sum() >= rows and sum(sizes) >= PREFILL_AHEAD
             if enough or not self.slots.fits([*sizes, size]) or (sizes and sum(sizes) + size > PREFILL_MOST):
                 break
             numbers.append(self.queue.popleft())
@@ -138,14 +142,14 @@ class PagedGeneration:
     def _prefill(self, numbers: list[int]) -> Iterator[int]:
         """Run the model over prompts, and draw the first token of all their responses."""
         logits = forward(self.model, self.slots.prefill(numbers, [self.prompts[g] for g in numbers]))
-        rows = (np.array(numbers)[:, None] * self.n + np.arange(self.n)).flatten()
+        rows = np.concatenate([np.arange(self.unfinished[g]) + self.first_row[g] for g in numbers])
+        prompts = torch.from_numpy(np.repeat(np.arange(len(numbers)), self.unfinished[numbers])).to(logits.device)
         ended = np.zeros(len(rows), dtype=bool)
         for start in range(0, len(rows), DRAWN_AT_ONCE):
             part = slice(start, start + DRAWN_AT_ONCE)
             device_rows = torch.from_numpy(rows[part]).to(logits.device)
-            prompt = torch.arange(len(rows), device=logits.device)[part] // self.n
-            position = torch.zeros_like(device_rows)
-            last = self._draw_tokens(logits[prompt], device_rows, position)
+            position = self.begun[device_rows]
+            last = self._draw_tokens(logits[prompts[part]], device_rows, position)
             ended[part] = self._read_finished(device_rows, position, last)
         self.waiting_rows.extend(rows[~ended].tolist())
         yield from self._count_ended(rows[ended])
@@ -158,9 +162,10 @@ class PagedGeneration:
         """Draw one more token for every slot, and read it."""
         rows = torch.from_numpy(self.slots.rows).to(self.tokens.device)
         step = self.slots.step()
-        logits = forward(self.model, step, self.tokens[rows, step.lengths - 1])
-        last = self._draw_tokens(logits, rows, step.lengths)
-        yield from self._free_slots(self._read_finished(rows, step.lengths, last))
+        position = self.begun[rows] + step.lengths
+        logits = forward(self.model, step, self.tokens[rows, position - 1])
+        last = self._draw_tokens(logits, rows, position)
+        yield from self._free_slots(self._read_finished(rows, position, last))
 
     def _decode_block(self) -> Iterator[int]:
         """Draw up to `steps_per_block` more tokens for every slot, then read them once."""
@@ -173,15 +178,16 @@ class PagedGeneration:
         rows, lengths = self.tables.read()
         ended = rows == self.spare_row
         if self.requests.stop is not None:
-            ended |= self._trim_at_stop_strings(first)
+            ended |= self._trim_at_stop_strings(self.host_begun[self.slots.rows] + first)
         slots.length = lengths
         yield from self._free_slots(ended)
 
     def _fixed_step(self, count: int) -> None:
         """Draw one more token for the first `count` slots of the tables, without waiting for the device."""
         step = FixedStep(self.tables, count)
-        logits = forward(self.model, step, self.tokens[step.rows, step.lengths - 1])
-        last = self._draw_tokens(logits, step.rows, step.lengths)
+        position = self.begun[step.rows] + step.lengths
+        logits = forward(self.model, step, self.tokens[step.rows, position - 1])
+        last = self._draw_tokens(logits, step.rows, position)
         rows = step.rows.masked_fill(last, self.spare_row)
         step.lengths.add_(rows != self.spare_row)
         step.rows.copy_(rows)
@@ -233,7 +239,8 @@ class PagedGeneration:
 
     def _count_ended(self, rows: np.ndarray) -> list[int]:
         """Count rows that have ended -> prompts all of whose responses have; their pages are freed."""
-        np.subtract.at(self.unfinished, rows // self.n, 1)
-        done = [g for g in np.unique(rows // self.n).tolist() if self.unfinished[g] == 0]
+        prompts = self.prompt_of_row[rows]
+        np.subtract.at(self.unfinished, prompts, 1)
+        done = [g for g in np.unique(prompts).tolist() if self.unfinished[g] == 0]
         self.slots.forget(done)
         return done

@@ -1,11 +1,12 @@
 """Define what an engine is given (`Requests`), what it returns (`Results`), and what it must do (`Engine`).
 
-Shapes: G prompts, n responses to each, R = G * n rows; row g * n + i is response i to prompt g. L is the longest
+Shapes: G prompts, R rows: one a response, those to one prompt side by side, in the prompts' order. L is the longest
 response allowed, `sampling.max_new_tokens`.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, Protocol
 
 import torch
@@ -17,16 +18,26 @@ from gspo.rollout.stop_strings import StopStrings
 
 @dataclass(frozen=True, eq=False)
 class Requests:
-    """n responses to sample to each of G prompts."""
+    """Responses to sample to each of G prompts.
+
+    A prompt may end in the beginning of its responses, drawn earlier (a branch of a tree): `begun` of its tokens. They
+    stand in the results, count as tokens of the response, and the next token drawn has position `begun`.
+    """
 
     prompts: list[tuple[int, ...]]  # G, token ids
-    n: int
+    counts: list[int]  # G, responses to each
+    begun: list[int]  # G
     sampling: Sampling
     keys: Tensor  # [R] int64: the key of each row's random numbers (draw_tokens.py)
     limits: Tensor  # [R] int64, 1..L: tokens that each response may have
     end_ids: Tensor  # [E] int64: tokens that end a response
     pad_id: int  # fills `Results.tokens` behind a response
     stop: StopStrings | None  # texts that end a response
+
+    def rows(self, g: int) -> range:
+        """Return the rows of the responses to prompt g."""
+        end = sum(self.counts[: g + 1])
+        return range(end - self.counts[g], end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +49,28 @@ class Results:
     logprobs: Tensor  # [R, L] float32, at the sampling temperature; 0 in the padding
     entropy: Tensor  # [R, L] float32, nats, of softmax(logits / T) before top-k, top-p, min-p; 0 in the padding
     finished: Tensor  # [R] bool, ended by an end token or a stop string, not by its limit
+
+    @classmethod
+    def begin(cls, requests: Requests, device: torch.device, spare: int = 0) -> "Results":
+        """Return the results before anything is drawn: the tokens that responses have begun with, and zeros. `spare`
+        further rows belong to no response."""
+        rows, longest = len(requests.keys) + spare, requests.sampling.max_new_tokens
+        tokens = torch.full((rows, longest), requests.pad_id)
+        lengths = torch.zeros(rows, dtype=torch.long)
+        ends = accumulate(requests.counts)
+        for prompt, begun, count, end in zip(requests.prompts, requests.begun, requests.counts, ends, strict=True):
+            lengths[end - count : end] = begun
+            tokens[end - count : end, :begun] = torch.tensor(prompt[len(prompt) - begun :], dtype=torch.long)
+        numbers = torch.zeros(rows, longest, device=device)
+        finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        return cls(tokens.to(device), lengths.to(device), numbers, numbers.clone(), finished)
+
+    def put(self, rows: Tensor, other: "Results", which: slice, first: int = 0) -> None:
+        """Copy rows `which` of other results to `rows` of these, log-probs and entropies from token `first` on."""
+        self.tokens[rows], self.lengths[rows] = other.tokens[which], other.lengths[which]
+        self.logprobs[rows, first:] = other.logprobs[which, first:]
+        self.entropy[rows, first:] = other.entropy[which, first:]
+        self.finished[rows] = other.finished[which]
 
 
 @dataclass
@@ -58,7 +91,7 @@ class Generation(Protocol):
         be scored while others go on. Call `tick` every few tokens: it redraws the progress line."""
 
     def progress(self) -> tuple[int, int]:
-        """Return (responses that have ended, tokens sampled so far)."""
+        """Return (responses that have ended, tokens sampled so far, those they had begun with left out)."""
 
     def results(self) -> Results:
         """Return the results as they stand, without a copy."""

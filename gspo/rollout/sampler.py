@@ -6,6 +6,7 @@ a response does not depend on how the work is cut into batches.
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from gspo.rollout.draw_tokens import Sampling, sample_keys
 from gspo.rollout.engines import engine_class
 from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.stop_strings import StopStrings
+from gspo.rollout.tree import Tree, grow_branches
 from gspo.system.console import track_sampling
 from gspo.types import Prompt, Rollout
 
@@ -51,6 +53,7 @@ class Sampler:
         self.seed, self.tp = seed, tp
         self.end_ids, self.pad_id = end_and_pad_ids(model, tokenizer)
         own = tokenizer.eos_token_id
+        self.agree = agree
         self.end_id = own if own in self.end_ids else min(self.end_ids)  # ends a text that was not sampled
         self.engine = engine_class(engine)(model, device, EngineOptions(max_slots, kv_memory_gib, page, agree))
         self._stops: dict[tuple[str, ...], StopStrings] = {}
@@ -66,29 +69,79 @@ class Sampler:
         step: int = 0,
         on_group: OnGroup | None = None,
         limits: Tensor | None = None,
+        tree: Tree | None = None,
     ) -> Rollout:
         """Sample n responses to each prompt: a Rollout [G, n, L] on the sampler's device, in the prompts' order.
 
         `on_group(place, prompt, texts)` is called as soon as the n responses to a prompt have ended, while others go
-        on. `limits` [G, n] ends single responses earlier than `sampling.max_new_tokens`. A line on the terminal shows
-        responses done and tokens a second. Raises UserError where the model's positions would depend on batch mates
-        at this length.
+        on. `limits` [G, n] ends single responses earlier than `sampling.max_new_tokens`. With a `tree` the n responses
+        are its leaves, trunks first sampled as a whole. A line on the terminal shows responses done and tokens a
+        second. Raises UserError where the model's positions would depend on batch mates at this length.
         """
         self._check_length(prompts, sampling)
         if not prompts:
             return self._empty(n)
+        requests = self.requests(prompts, n, sampling, purpose=purpose, step=step, limits=limits)
         texts: dict[int, list[str]] = {}
-        generation = self.engine.start(self.requests(prompts, n, sampling, purpose=purpose, step=step, limits=limits))
+
+        def group_ended(g: int, results: Results) -> None:
+            rows = slice(g * n, (g + 1) * n)
+            texts[g] = self._texts(results.tokens[rows], results.lengths[rows])
+            if on_group:
+                on_group(g, prompts[g], texts[g])
+
+        if tree is not None:
+            assert tree.leaves == n and limits is None
+            return self._rollout(prompts, n, *self._sample_tree(tree, requests, group_ended), texts)
+        results = self._sample("sampling", requests, group_ended)
+        return self._rollout(prompts, n, results, None, None, texts)
+
+    def _sample(self, what: str, requests: Requests, ended: Callable[[int, Results], None]) -> Results:
+        """Run the engine; call `ended(g, results)` when the last response to prompt g of the requests has ended."""
+        generation = self.engine.start(requests)
         with (
-            track_sampling("sampling", len(prompts) * n, generation.progress) as tick,
+            track_sampling(what, len(requests.keys), generation.progress) as tick,
             closing(generation.run(tick)) as finished_prompts,
         ):
             for g in finished_prompts:
-                results, rows = generation.results(), slice(g * n, (g + 1) * n)
-                texts[g] = self._texts(results.tokens[rows], results.lengths[rows])
-                if on_group:
-                    on_group(g, prompts[g], texts[g])
-        return self._rollout(prompts, n, generation.results(), texts)
+                ended(g, generation.results())
+        return generation.results()
+
+    def _sample_tree(
+        self, tree: Tree, whole: Requests, group_ended: Callable[[int, Results], None]
+    ) -> tuple[Results, Tensor, Tensor]:
+        """Sample trunks, then what their branches do not copy -> all leaves, the tokens each leaf copied [R], and the
+        tokens computed as prompts for each group [G]."""
+        groups, leaves = len(whole.prompts), Results.begin(whole, self.device)
+        trunks = tree.trunk_rows(groups).to(self.device)
+        requests = replace(whole, counts=[tree.trunks] * groups, keys=whole.keys[trunks], limits=whole.limits[trunks])
+        found = self._sample("sampling trunks", requests, lambda g, results: None)
+        leaves.put(trunks, found, slice(None))
+
+        places = tree.places(found.entropy, found.lengths)
+        if self.agree is not None:  # ranks of a tensor-parallel model may differ in an entropy's last digit
+            places = self.agree(places.contiguous())
+        branches = grow_branches(tree, whole, leaves, places)
+        copied = leaves.lengths.clone()
+        copied[trunks] = 0
+        prefilled, to_come = [len(ids) for ids in whole.prompts], [0] * groups
+        for g, ids in zip(branches.group, branches.requests.prompts, strict=True):
+            prefilled[g] += len(ids)
+            to_come[g] += 1
+
+        def branch_ended(k: int, results: Results) -> None:
+            rows, g = branches.requests.rows(k), branches.group[k]
+            span = slice(rows.start, rows.stop)
+            leaves.put(branches.rows[span], results, span, branches.requests.begun[k])
+            to_come[g] -= 1
+            if to_come[g] == 0:
+                group_ended(g, leaves)
+
+        for g in [g for g in range(groups) if to_come[g] == 0]:
+            group_ended(g, leaves)
+        if branches.group:
+            self._sample("sampling branches", branches.requests, branch_ended)
+        return leaves, copied, torch.tensor(prefilled, device=self.device)
 
     def generate_share(
         self,
@@ -100,6 +153,7 @@ class Sampler:
         purpose: int = TRAIN,
         step: int = 0,
         on_group: OnGroup | None = None,
+        tree: Tree | None = None,
     ) -> tuple[list[int], Rollout]:
         """Sample this rank's share of the prompts -> their places in the list, and the Rollout.
 
@@ -113,9 +167,8 @@ class Sampler:
             if together[i] in mine:
                 on_group(mine.index(together[i]), prompt, texts)
 
-        rollout = self.generate(
-            [prompts[p] for p in together], n, sampling, purpose=purpose, step=step, on_group=own if on_group else None
-        )
+        shared, told = [prompts[p] for p in together], own if on_group else None
+        rollout = self.generate(shared, n, sampling, purpose=purpose, step=step, on_group=told, tree=tree)
         return mine, rollout if together == mine else rollout.select([together.index(p) for p in mine])
 
     def _check_length(self, prompts: list[Prompt], sampling: Sampling) -> None:
@@ -140,7 +193,8 @@ class Sampler:
             limits = torch.full((len(keys),), longest)
         return Requests(
             [p.ids for p in prompts],
-            n,
+            [n] * len(prompts),
+            [0] * len(prompts),
             sampling,
             keys,
             limits.flatten().clamp(1, longest).to(self.device),
@@ -167,14 +221,26 @@ class Sampler:
         none = torch.zeros(0, n, dtype=torch.long, device=self.device)
         return Rollout([], empty.long(), none, empty, empty, none.bool(), [])
 
-    def _rollout(self, prompts: list[Prompt], n: int, results: Results, texts: dict[int, list[str]]) -> Rollout:
+    def _rollout(
+        self,
+        prompts: list[Prompt],
+        n: int,
+        results: Results,
+        copied: Tensor | None,
+        prefilled: Tensor | None,
+        texts: dict[int, list[str]],
+    ) -> Rollout:
         """Shape results [R, ...] into groups [G, n, ...], no wider than the longest response."""
         width = int(results.lengths.max())
         tokens, logprobs, entropy = (
             x[:, :width].clone().view(-1, n, width) for x in (results.tokens, results.logprobs, results.entropy)
         )
         lengths, finished = results.lengths.view(-1, n), results.finished.view(-1, n)
-        return Rollout(prompts, tokens, lengths, logprobs, entropy, finished, [texts[g] for g in range(len(prompts))])
+        copied = None if copied is None else copied.view(-1, n)
+        by_group = [texts[g] for g in range(len(prompts))]
+        return Rollout(
+            prompts, tokens, lengths, logprobs, entropy, finished, by_group, copied=copied, prefilled=prefilled
+        )
 
 
 def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:

@@ -21,6 +21,7 @@ from gspo.read_config import load_config
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
+from gspo.rollout.tree import Tree
 from gspo.system.program import end_process
 from train import gather_experience
 
@@ -35,10 +36,11 @@ def main() -> None:
         optimizer = make_optimizer(models.policy, cfg)
         tp = cfg.rollout.tensor_model_parallel_size
         sampler = Sampler(models.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=models.agree)
-        places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world)
+        tree = Tree.of(cfg.rollout)
+        places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world, tree=tree)
         scores = Scorer(cfg.reward)(rollout)
         places, rollout, scores, _ = balance(places, rollout, scores, cfg.optim.minibatches, world)
-        experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world)
+        experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world, tree)
         gradient = {}
 
         def keep_gradient() -> None:

@@ -181,3 +181,21 @@ def test_an_alarm_may_end_the_run_and_the_same_command_does_not_creep_past_it(ru
     assert (tmp_path / "quick" / "checkpoints" / "step_000002").is_dir()
     finished(run_program, *sick, "health.on_alarm=warn")
     assert len(rows(tmp_path / "quick" / "metrics.jsonl")) == 6
+
+
+@pytest.mark.slow
+def test_a_run_with_trees_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(run_program, tmp_path):
+    """The places of branches follow from the last step's responses, which the checkpoint knows."""
+    tree = (*SMALL[:2], "data.train_batch_size=6", "trainer.max_steps=4", "trainer.save_freq=2", "rollout.trunks=2",
+            "eval.before_and_after=false", "eval.round_prompts=0", "rollout.n=6")  # fmt: skip
+    finished(run_program, *tree, f"trainer.output_dir={tmp_path}")
+    whole, checkpoint = tmp_path / "quick", tmp_path / "quick" / "checkpoints" / "step_000002"
+    finished(run_program, *tree, f"trainer.output_dir={tmp_path / 'again'}", f"trainer.resume={checkpoint}")
+    again = tmp_path / "again" / "quick"
+    samples = [[row for row in rows(folder / "samples.jsonl") if row["step"] > 2] for folder in (whole, again)]
+    assert samples[0] == samples[1] and len(samples[0]) == 12
+    metrics = rows(whole / "metrics.jsonl")
+    lengths = sum(row["response/length_mean"] * 36 for row in metrics)
+    copied = sum(row["branches/copied"] * 24 for row in metrics)
+    assert metrics[-1]["tokens_sampled"] == pytest.approx(lengths - copied) and copied > 0
+    assert all(row["tokens_prefilled"] > 0 and 0 <= row["branches/without_place"] < 1 for row in metrics)

@@ -66,6 +66,21 @@ def test_two_pairs_of_tensor_parallel_ranks_sample_the_tokens_of_one_process(run
 
 
 @pytest.mark.slow
+def test_two_ranks_grow_the_trees_of_one_and_differentiate_as_one(run_program, tmp_path):
+    """Seven trees of two trunks, of which one rank gets four, sampled by each rank alone and by both together."""
+    tree = (*LIVE, "rollout.n=8", "rollout.trunks=2", "rollout.branch_every=0.3")
+    one, samples = gradient(run_program, tmp_path, 1, *tree)
+    _, flat = gradient(run_program, tmp_path, 1, *LIVE, "rollout.n=8")
+    assert [row[3][::4] for row in samples] == [row[3][::4] for row in flat] and samples != flat
+    for together in (1, 2):
+        two, same = gradient(run_program, tmp_path, 2, *tree, f"rollout.tensor_model_parallel_size={together}")
+        assert same == samples
+        for name in one:
+            scale = one[name].abs().max()
+            assert scale > 0 and (one[name] - two[name]).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.slow
 def test_weights_reach_tensor_parallel_samplers_in_small_pieces(run_program):
     """54 MiB of weights in bf16, the largest 16 (32 as the policy keeps it): in pieces of 1 MiB, of which gloo makes a
     copy, the shard it is sent from another, and slicing a third."""

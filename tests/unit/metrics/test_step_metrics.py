@@ -81,7 +81,9 @@ def test_winners_count_once_however_many_they_beat():
         return torch.cat([x, x], 1)
 
     r = exp.rollout
-    fields = {k: twice(getattr(r, k)) for k in ("tokens", "lengths", "logprobs", "entropy", "finished", "sampled")}
+    fields = {
+        k: twice(getattr(r, k)) for k in ("tokens", "lengths", "logprobs", "entropy", "finished", "sampled", "copied")
+    }
     wide = replace(r, **fields)
     apart = forks(wide.tokens, wide.lengths)
     reference, pairs = twice(REFERENCE), int(beats.sum())

@@ -23,15 +23,12 @@ class Uncached:
     class Generation:
         def __init__(self, model, requests: Requests):
             self.model, self.requests, self.ended = model, requests, 0
-            rows, longest = len(requests.keys), requests.sampling.max_new_tokens
-            numbers = torch.zeros(rows, longest)
-            tokens, lengths = torch.full((rows, longest), requests.pad_id), torch.zeros(rows, dtype=torch.long)
-            self._results = Results(tokens, lengths, numbers, numbers.clone(), torch.zeros(rows, dtype=torch.bool))
+            self._results = Results.begin(requests, torch.device("cpu"))
 
         def run(self, tick):
             for g in range(len(self.requests.prompts)):
-                for i in range(self.requests.n):
-                    self.respond(g, g * self.requests.n + i)
+                for row in self.requests.rows(g):
+                    self.respond(g, row)
                     tick()
                 yield g
 
