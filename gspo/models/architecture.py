@@ -11,6 +11,7 @@ from gspo.errors import UserError
 from gspo.models.compiled_layers import compiled_layers_enabled
 from gspo.models.patching import replaced
 
+SHORT = 2  # tokens that a sliding window has while a model is tried
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -23,8 +24,6 @@ def check_attention_arguments(module: nn.Module, state: object | None, options: 
         raise unsupported_model(config, "adds attention sinks or biases of its own")
     if not getattr(module, "is_causal", True):
         raise unsupported_model(config, "attends in both directions")
-    if "sliding_window" not in options and getattr(config, "sliding_window", None) is not None:
-        raise unsupported_model(config, "keeps its sliding window from its attention function")
 
 
 def unsupported_model(config: PreTrainedConfig, why: str) -> UserError:
@@ -40,6 +39,21 @@ def check_architecture(config: PreTrainedConfig) -> None:
     others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - EXACT_LAYERS
     if others:
         raise unsupported_model(config, f"has layers of the kind {', '.join(sorted(others))}")
+
+
+@contextmanager
+def short_windows(model: nn.Module) -> Iterator[str]:
+    """Give every sliding window of a model SHORT tokens inside -> what a wrong result may come from, in words.
+
+    So a trial of a few tokens shows whether our attention is told of the windows, however long they are: a
+    configuration may name a window that no layer has.
+    """
+    owners = {id(x): x for m in model.modules() for x in (m, getattr(m, "config", None)) if x is not None}
+    owners |= {id(config := model.config.get_text_config()): config}
+    windows = [(x, name) for x in owners.values() for name in vars(x) if name.endswith(("window", "window_size"))]
+    windows = [(x, name) for x, name in windows if type(getattr(x, name)) is int and getattr(x, name) > SHORT]
+    with replaced([(x, name, SHORT) for x, name in windows]):
+        yield "keeps its sliding window from its attention function, or " if windows else ""
 
 
 def ordinary_token(config: PreTrainedConfig) -> int:

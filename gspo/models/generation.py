@@ -79,7 +79,5 @@ def end_ids_of(source: Any, place: str) -> set[int]:
     value = getattr(source, "eos_token_id", None)
     ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if wrong := [x for x in ids if isinstance(x, bool) or not isinstance(x, int)]:
-        raise UserError(
-            f"eos_token_id = {value!r} in the model's {place}: {wrong[0]!r} is no token id, a whole number."
-        )
+        raise UserError(f"eos_token_id = {value!r} in the model's {place}: {wrong[0]!r} is no whole number.")
     return {x for x in ids if x >= 0}  # some write -1 for none

@@ -111,7 +111,7 @@ def packed_attention(
     )
     check_attention_arguments(module, pack, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = options.get("sliding_window")
+    window = options.get("sliding_window") or None
     wanted = value.dtype  # by the projection that follows, where there is no autocast
     query, key, value = _cast_alike((query, key, value))
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from gspo.distributed.sharding import run_as_forward
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad
-from gspo.models.architecture import attention_implementation, check_architecture, ordinary_token, unsupported_model
+from gspo.models.architecture import (
+    attention_implementation,
+    check_architecture,
+    ordinary_token,
+    short_windows,
+    unsupported_model,
+)
 from gspo.packing.attention import PACKED
 from gspo.packing.head_probe import Head
 from gspo.packing.micro_batches import Row
@@ -147,6 +153,16 @@ def check_packing(model: nn.Module, head: Head | None, device: torch.device | No
     prompts = [Prompt(0, (first + 3, first + 1, first + 4), "", "", ""), Prompt(1, (first + 1,), "", "", "")]
     owners, tokens = [0, 0, 1], first + torch.tensor([[1, 5, 9], [1, 6, 0], [5, 3, 5]], device=device)
     lengths = torch.tensor([3, 2, 3])  # the first two share a token
+    with short_windows(model) as window:
+        error, spread, half = _packing_error(model, head, prompts, owners, tokens, lengths)
+    if error > (HALF_TOLERANCE if half else TOLERANCE) * spread:
+        raise unsupported_model(model.config, f"{window}does not keep the tokens of a pack apart")
+
+
+def _packing_error(
+    model: nn.Module, head: Head | None, prompts: list[Prompt], owners: list[int], tokens: Tensor, lengths: Tensor
+) -> tuple[float, float, bool]:
+    """Return (largest error of a log-prob, spread of the logits, whether they are in half precision)."""
     try:
         mine = response_logprobs(model, head, pack(prompts, owners, tokens, lengths), 1.0)
     except (TypeError, KeyError) as e:
@@ -154,11 +170,10 @@ def check_packing(model: nn.Module, head: Head | None, device: torch.device | No
     error, spread, half = 0.0, 0.0, False
     for r, (owner, n) in enumerate(zip(owners, lengths.tolist(), strict=True)):
         response = tokens[r, :n]
-        ids = torch.tensor([[*prompts[owner].ids, *response.tolist()]], device=device)
+        ids = torch.tensor([[*prompts[owner].ids, *response.tolist()]], device=tokens.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
         half, logits = logits.dtype != torch.float32, logits.float()
         plain = logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1)
         error = max(error, float((mine[r, :n] - plain).abs().max()))
         spread = max(spread, float((logits - logits.mean(-1, keepdim=True)).abs().max()))
-    if error > (HALF_TOLERANCE if half else TOLERANCE) * spread:
-        raise unsupported_model(model.config, "does not keep the tokens of a pack apart")
+    return error, spread, half

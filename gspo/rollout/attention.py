@@ -26,6 +26,7 @@ from gspo.models.architecture import (
     check_architecture,
     check_attention_arguments,
     ordinary_token,
+    short_windows,
     unsupported_model,
 )
 from gspo.rollout.attention_inputs import Prefill, Step, pack_prompts
@@ -68,7 +69,7 @@ def slot_attention(
         raise unsupported_model(module.config, "does not number its layers")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = {Prefill: attend_prompts, Step: attend_slots, FixedStep: attend_fixed}[type(slots)]
-    return attend(slots, layer, query, key, value, scale, softcap, options.get("sliding_window")), None
+    return attend(slots, layer, query, key, value, scale, softcap, options.get("sliding_window") or None), None
 
 
 AttentionInterface.register(SLOTS, slot_attention)
@@ -236,6 +237,15 @@ def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> 
     model that keeps state of its own, that counts positions itself, or that passes unknown arguments to its attention.
     """
     check_architecture(model.config)
+    with short_windows(model) as window:
+        error, size, tolerance, layout = _slots_error(model, device, fixed)
+    if error > tolerance * size:
+        raise unsupported_model(model.config, f"{window}does not compute one token at a time what it computes at once")
+    return layout
+
+
+def _slots_error(model: nn.Module, device: torch.device, fixed: bool) -> tuple[float, float, float, dict[int, Layer]]:
+    """Return (median error of a step's logits, their size, the tolerance, what each layer keeps of a token)."""
     first = ordinary_token(model.config)
     prompts = [(first + 3, first + 1, first + 4), (first + 1,)]
     responses = first + torch.tensor([[1, 5, 9], [2, 6, 5], [5, 3, 5]], device=device)
@@ -257,9 +267,7 @@ def check_slots(model: nn.Module, device: torch.device, fixed: bool = False) -> 
     tolerance = TOLERANCE.get(logits.dtype, HALF_TOLERANCE)
     mine, plain = torch.stack(mine, 1).float(), torch.stack(plain)
     size = (plain - plain.mean(-1, keepdim=True)).abs().mean()
-    if (mine - plain).abs().mean(-1).median() > tolerance * size:
-        raise unsupported_model(model.config, "does not compute one token at a time what it computes at once")
-    return probe.layout
+    return float((mine - plain).abs().mean(-1).median()), float(size), tolerance, probe.layout
 
 
 def _fixed_step(tables: Tables) -> FixedStep:

@@ -132,7 +132,7 @@ def _serves_layer(model: nn.Module, layer: nn.Module) -> bool:
     mlp_parts = set(layer.mlp._modules) - {"act_fn"}
     if not is_gated_mlp(layer.mlp) or mlp_parts != MLP or layer.mlp.down_proj.bias is not None:
         return False
-    if getattr(attention, "sliding_window", None) is not None or any(True for _ in layer.parameters(recurse=False)):
+    if getattr(attention, "sliding_window", None) or any(True for _ in layer.parameters(recurse=False)):
         return False
     return _small_layer_agrees(model, layer)
 

@@ -26,7 +26,7 @@ REFUSED = {
     "gpt_oss": ({"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
     "llama4_text": ({"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32}, "chunked_attention"),
     "qwen3_next": (HYBRID, "linear_attention"),
-    "qwen2_moe": ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "num_experts": 4,
+    "qwen2_moe": ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2, "num_experts": 4,
                    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, "sliding window"),
     "gemma3_text": ({"head_dim": 8, "use_bidirectional_attention": True}, "both directions"),
     "bloom": ({"n_head": 4}, "apart"),
@@ -71,6 +71,55 @@ def test_a_model_that_would_get_other_log_probs_is_refused_by_name(family, check
         why = ""  # its positions are its own, which slots show in another way
     with pytest.raises(UserError, match=rf"{family}.*{why}"):
         CHECKS[check](model)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SHARED = MOE | {"shared_expert_intermediate_size": 16}
+NO_WINDOW = {  # a window is named, and no layer has it, or every layer that has it says so to its attention
+    "experts, switched off": ("qwen2_moe", SHARED | {"use_sliding_window": False, "sliding_window": 4}),
+    "experts, switched off, of the default length": ("qwen2_moe", SHARED),
+    "experts, on for no layer": (
+        "qwen2_moe",
+        SHARED | {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 2},
+    ),
+    "newer experts, switched off": ("qwen3_moe", MOE | {"use_sliding_window": False, "sliding_window": 4}),
+    "newer experts, on": ("qwen3_moe", MOE | {"use_sliding_window": True, "sliding_window": 4}),
+    "mixtral's": ("mixtral", {"num_local_experts": 4, "sliding_window": 4}),
+    "dense, switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 4}),
+    "dense, on for later layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_WINDOW)
+def test_windows_are_measured_and_not_looked_up(case):
+    family, extra = NO_WINDOW[case]
+    model = tiny_model(family, **extra)
+    for check in CHECKS.values():
+        check(model)
+
+
+def test_a_window_of_zero_tokens_is_none():
+    """As some configurations write it, when it reaches our attention."""
+    model = tiny_model("mistral", sliding_window=None)
+    rollout = sampler_for(model).generate(prompts_of((3, 5)), 2, Sampling(max_new_tokens=4))
+    packed = pack_rows(rollout, [(0, 0), (0, 1), (1, 0), (1, 1)])
+    wanted = response_logprobs(model, None, packed, 1.0)
+    model.config.sliding_window = 0
+    assert response_logprobs(model, None, packed, 1.0).equal(wanted)
+
+
+@pytest.mark.parametrize("length", [3, 4, 4096])
+def test_a_window_that_attention_is_not_told_of_is_found_however_long_it_is(length):
+    """The trial has six tokens."""
+    extra = SHARED | {"use_sliding_window": True, "sliding_window": length, "max_window_layers": 2}
+    model = tiny_model("qwen2_moe", **extra)
+    for check in CHECKS.values():
+        with pytest.raises(UserError, match="qwen2_moe, keeps its sliding window from its attention function, or"):
+            check(model)
+    assert model.config.sliding_window == length
 
 
 @pytest.mark.parametrize("wrong", ["position_ids", "slots"])
