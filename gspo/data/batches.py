@@ -87,7 +87,7 @@ class Batches:
         are NaN where the rewards are unknown; such a prompt is not put off.
         """
         skipped = self._skipped()
-        share = float(skipped.mean())
+        share = len(skipped) / len(self.prompts)
         curves = {"data/epoch": float(self.epoch), "data/put_off": share}
         for name, now, last in (("reward_mean", mean, self.mean), ("reward_max", best, self.best)):
             value = _over_all(np.asarray(now), last[skipped], share)
@@ -101,9 +101,11 @@ class Batches:
         return curves
 
     def _skipped(self) -> np.ndarray:
-        """Return which prompts this epoch skips, [P] bool: due later, after a group without contrast before it."""
-        last = self.due - np.left_shift(1, self.streak, dtype=np.int32)  # the epoch that took it
-        return (self.streak > 0) & (last < self.epoch) & (self.epoch < self.due)
+        """Return the prompts that this epoch skips: due later, and last taken, without contrast, before it."""
+        waiting = np.flatnonzero(self.streak)
+        due = self.due[waiting]
+        taken = due - 2 ** self.streak[waiting].astype(np.int32)
+        return waiting[(taken < self.epoch) & (self.epoch < due)]
 
     def state(self) -> dict[str, Tensor]:
         """Return what a resumed run needs to go on in the same order."""
@@ -132,7 +134,7 @@ class Batches:
         longer = self.streak > LONGEST_STREAK
         self.streak[longer] = LONGEST_STREAK
         self.due[longer] = np.minimum(self.due[longer], self.epoch + 2**LONGEST_STREAK - 1)
-        count = int(self._skipped().sum())
+        count = len(self._skipped())
         if count:
             say(
                 f"the checkpoint, of an earlier version, has no rewards of the {count} prompts that are put off now: "

@@ -163,7 +163,7 @@ def test_rewards_rise_although_some_gold_answers_are_wrong(run_program, tmp_path
              "trainer.save_freq=0", "eval.before_and_after=false", f"trainer.output_dir={tmp_path}")  # fmt: skip
     seen = rows(tmp_path / "quick" / "metrics.jsonl")
     eighths = [sum(row["reward_mean"] for row in seen[i : i + 10]) / 10 for i in range(0, 80, 10)]
-    assert eighths[-1] == max(eighths) > eighths[0] + 0.2 and eighths[-1] < 0.87, eighths
+    assert eighths[0] + 0.25 < eighths[-1] < 0.87, eighths
     assert min(b - a for a, b in zip(eighths, eighths[1:], strict=False)) > -0.03, eighths
     assert seen[-1]["data/put_off"] > 0.3 and seen[-1]["data/epoch"] > 5
     assert all(row["data/put_off"] > 0 or row["reward_mean"] == pytest.approx(row["reward/batch_mean"]) for row in seen)

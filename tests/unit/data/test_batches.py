@@ -228,7 +228,7 @@ def test_a_resumed_run_has_the_same_curves():
     learner.train(whole, 30)
     resumed = Batches(some(60), 8, seed=1)
     resumed.load_state(whole.state())
-    assert whole._skipped().any()
+    assert len(whole._skipped())
     for _ in range(30):
         ids = [p.id for p in whole.take()]
         assert ids == [p.id for p in resumed.take()]

@@ -125,6 +125,9 @@ def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program,
             torch.testing.assert_close(
                 two.read(name), one.read(name), rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
+    one, two = (open_weights(tmp_path / f"{x}/quick/checkpoints/step_000004/trainer", "order") for x in ("one", "two"))
+    assert all(two.read(name).equal(one.read(name)) for name in one.names), "each prompt has its own group's outcome"
+    assert 0 < (one.read("streak") > 0).sum() < (one.read("due") > 0).sum() == 28
     one, two = (first_step(tmp_path / f"{x}/quick") for x in ("one", "two"))
     assert one["samples"] == two["samples"] and len(two["samples"]) == 7, "whichever rank had them"
     assert one["metrics"].keys() == two["metrics"].keys()
