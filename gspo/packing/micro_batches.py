@@ -15,8 +15,9 @@ def packed_tokens(rollout: Rollout, rows: list[Row], lengths: list[list[int]]) -
 
 
 def group_tokens(rollout: Rollout) -> list[int]:
-    """Count the packed tokens of each of the G groups: its prompt once, and every response."""
-    return [len(p.ids) + n for p, n in zip(rollout.prompts, rollout.lengths.sum(1).tolist(), strict=True)]
+    """Count the packed tokens of each of the G groups: its prompt once, and every response but what a branch copied."""
+    own = (rollout.lengths - rollout.copied).sum(1).tolist()
+    return [len(p.ids) + n for p, n in zip(rollout.prompts, own, strict=True)]
 
 
 def minibatch_of(place: int, groups: int, minibatches: int) -> int:
@@ -59,7 +60,7 @@ def micro_batches(
     does not fit.
     """
     n = rollout.tokens.shape[1]
-    lengths = rollout.lengths.tolist()
+    lengths = (rollout.lengths - rollout.copied if whole_groups else rollout.lengths).tolist()
     units = (
         [[(g, i) for i in range(n)] for g in groups] if whole_groups else [[(g, i)] for g in groups for i in range(n)]
     )

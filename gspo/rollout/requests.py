@@ -6,6 +6,7 @@ response allowed, `sampling.max_new_tokens`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal, Protocol
 
@@ -36,8 +37,11 @@ class Requests:
 
     def rows(self, g: int) -> range:
         """Return the rows of the responses to prompt g."""
-        end = sum(self.counts[: g + 1])
-        return range(end - self.counts[g], end)
+        return range(self._ends[g] - self.counts[g], self._ends[g])
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +61,10 @@ class Results:
         rows, longest = len(requests.keys) + spare, requests.sampling.max_new_tokens
         tokens = torch.full((rows, longest), requests.pad_id)
         lengths = torch.zeros(rows, dtype=torch.long)
-        ends = accumulate(requests.counts)
-        for prompt, begun, count, end in zip(requests.prompts, requests.begun, requests.counts, ends, strict=True):
-            lengths[end - count : end] = begun
-            tokens[end - count : end, :begun] = torch.tensor(prompt[len(prompt) - begun :], dtype=torch.long)
+        for g, (prompt, begun) in enumerate(zip(requests.prompts, requests.begun, strict=True)):
+            if begun:
+                mine = slice(requests.rows(g).start, requests.rows(g).stop)
+                lengths[mine], tokens[mine, :begun] = begun, torch.tensor(prompt[-begun:])
         numbers = torch.zeros(rows, longest, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
         return cls(tokens.to(device), lengths.to(device), numbers, numbers.clone(), finished)

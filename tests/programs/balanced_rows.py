@@ -32,7 +32,8 @@ def scored(case, places):
     tokens = (at[..., None] + torch.arange(width)) * (torch.arange(width) < lengths[..., None])
     prompts = [Prompt(p, tuple(range(sizes[p])), f"p{p}", f"gold {p}", "src", {"solution": f"s{p}"}) for p in places]
     texts = [[f"{p}a\n", f"{p}b"] for p in places]
-    rollout = Rollout(prompts, tokens, lengths, tokens / -8, tokens / 16, at % 3 == 0, texts)
+    copied, prefilled = lengths * (at % 2), at[:, 0] + 7
+    rollout = Rollout(prompts, tokens, lengths, tokens / -8, tokens / 16, at % 3 == 0, texts, at > 1, copied, prefilled)
     parts = {"all": at / 1000} if places else {}
     if any(p % 3 == 1 for p in places):  # what only some ranks know of
         parts["some"] = torch.where(at // 100 % 3 == 1, at / 500, torch.nan)
@@ -53,6 +54,7 @@ def rows(places, r, s):
             "prompt": [p.id, list(p.ids), p.text, p.ground_truth, p.extra_info],
             "texts": r.texts[g],
             "finished": r.finished[g].tolist(),
+            "branches": [r.sampled[g].tolist(), r.copied[g].tolist(), int(r.prefilled[g])],
             **{k: [x[:n].tolist() for x, n in zip(getattr(r, k)[g], lengths, strict=True)]
                for k in ("tokens", "logprobs", "entropy")},
             "rewards": s.rewards[g].tolist(),

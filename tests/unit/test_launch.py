@@ -47,6 +47,11 @@ def test_an_unknown_algorithm_is_refused_with_the_names_there_are():
         check_launch(load_config(None, ["objective.algorithm=ppo"]), load_model_config(None), a_world())
 
 
+def test_a_tree_without_equally_many_branches_a_trunk_is_refused():
+    with pytest.raises(UserError, match=r"rollout.n = 8 is no multiple of rollout.trunks = 3"):
+        check_launch(load_config(None, ["rollout.trunks=3"]), load_model_config(None), a_world())
+
+
 @pytest.mark.parametrize(
     ("overrides", "size", "said"),
     [
@@ -61,6 +66,12 @@ def test_an_unknown_algorithm_is_refused_with_the_names_there_are():
         ),
         (["optim.learning_rate=3e-4", "rollout.top_k=5"], 1, ["warning"]),
         (["optim.learning_rate=3e-4", "rollout.min_p=0.1"], 1, ["warning"]),
+        (["optim.learning_rate=3e-4", "rollout.trunks=2"], 1, []),
+        (
+            ["optim.learning_rate=3e-4", "rollout.trunks=2", "rollout.branch_at=fractions"],
+            1,
+            ["warning: rollout.branch_at = fractions", "biases the gradient", "entropy and even do not"],
+        ),
     ],
 )
 def test_what_may_surprise_is_said_and_nothing_else(capsys, overrides, size, said):

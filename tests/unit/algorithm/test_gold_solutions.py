@@ -63,6 +63,7 @@ def test_the_gold_text_stands_last_ended_scored_and_preferred(setting):
         mine = mine.detach()
         torch.testing.assert_close(exp.reference_logprobs[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(exp.groups.anchors[g, 3, :n], mine[0], rtol=1e-4, atol=1e-5)
+    assert exp.rollout.copied.tolist() == [[0, 0, 0, 0]] * 2
     assert exp.rollout.sampled.tolist() == [[True, True, True, False]] * 2 and exp.rollout.finished[:, 3].all()
     assert exp.groups.rewards.tolist() == [[*rewards, 1.0] for rewards in scores.rewards.tolist()]
     assert exp.groups.beats[:, 3, :3].all() and exp.batch_pairs == 6 + 2, "1.0 beats 0.1 and 0.0"

@@ -164,3 +164,27 @@ def test_with_credit_at_the_fork_each_state_moves_along_the_policy_gradient(at):
     )
     flat = cfg.preference_beta * (visits + 0.3 * (1 - visits))
     assert (factor > 0).all() and (factor[3:] > flat[3:]).all()
+
+
+def test_weights_by_hand():
+    """Two trunks of three branches: 28 pairs, 16 of different trunks, and 6, 4 and 2 behind the places of each."""
+    places = torch.tensor([[[1, 2, 2]] * 7 + [[2, 3, 4]]])
+    found = branch_weights(places, 2, 4)
+    assert found[0, 0].tolist() == pytest.approx([28 / 16, 28 / 22, 1.0, 1.0])
+    assert found[0, 7].tolist() == pytest.approx([28 / 16, 28 / 16, 28 / 22, 28 / 26])
+
+
+def test_weights_multiply_each_tokens_coefficient_whatever_the_objective():
+    """... also where a micro-batch has some of the groups."""
+    g = torch.Generator().manual_seed(0)
+    rewards, lengths = torch.rand(3, 6, generator=g), torch.full((3, 6), 3)
+    logprobs, weights = torch.randn(3, 6, 3, generator=g), torch.rand(3, 6, 3, generator=g)
+    fixed = (rewards, preferences(rewards, 0.0), torch.zeros(3, 6, 6, dtype=torch.long), lengths)
+    plain, weighted = (Groups(torch.zeros(3, 6, 3), *fixed, w) for w in (None, weights))
+    for name in ("gspo", "rloo", "grpo"):
+        cfg, counts = Objective(algorithm=name), Counts(3, 4.0)
+        expected = evaluate(logprobs, plain, cfg, counts).coefficients * weights
+        found = evaluate(logprobs, weighted, cfg, counts).coefficients
+        torch.testing.assert_close(found, expected)
+        part = evaluate(logprobs[[2, 0]], weighted.select([2, 0], 3), cfg, counts).coefficients
+        torch.testing.assert_close(part, expected[[2, 0]])

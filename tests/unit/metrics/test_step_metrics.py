@@ -57,6 +57,18 @@ def test_one_rank_by_hand():
     assert m["grad_norm"] == 2.0 and m["loss/total"] == m["loss/preference"] == 0.5
 
 
+def test_what_a_branch_copied_was_not_sampled():
+    """One branch, a copy of all three tokens of its trunk."""
+    exp, update = an_experience([0, 1])
+    rollout = replace(exp.rollout, copied=torch.tensor([[0, 0], [0, 3]]), prefilled=torch.tensor([1, 5]))
+    m = observe(replace(exp, rollout=rollout), Scores(REWARDS), update, Objective())
+    m = Meter.merge([m.state()])
+    assert m["tokens"] == 9 - 3 and m["tokens_prefilled"] == 6 and m["response/length_mean"] == 9 / 4
+    assert m["branches/copied"] == 3 and m["branches/without_place"] == 1
+    plain = Meter.merge([step().state()])
+    assert plain["tokens_prefilled"] == 2 and not any(name.startswith("branches/") for name in plain)
+
+
 def test_two_ranks_merge_to_the_numbers_of_one():
     one, two = Meter.merge([step().state()]), Meter.merge([step([0]).state(), step([1]).state()])
     assert two == pytest.approx(one)

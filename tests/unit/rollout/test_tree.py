@@ -8,6 +8,7 @@ from tiny_sampler import prompts_of, sampler_for
 from gspo.config import Rollout as RolloutConfig
 from gspo.distributed.world import World
 from gspo.errors import UserError
+from gspo.packing.micro_batches import group_tokens, micro_batches
 from gspo.packing.pack import pack_rows
 from gspo.rollout import paged_engine
 from gspo.rollout.draw_tokens import Sampling
@@ -158,6 +159,9 @@ def test_packed_tokens_are_prompt_trunks_and_suffixes():
     assert packed.ids.shape[1] == 5 + len(beginnings)
     sampled = int((rollout.lengths - rollout.copied).sum())
     assert len(beginnings) <= sampled < int(rollout.lengths.sum())
+    assert group_tokens(rollout) == [5 + sampled]
+    for budget, parts in ((5 + sampled, [[(0, i) for i in range(8)]]), (4 + sampled, None)):
+        assert micro_batches(rollout, [0], budget=budget, max_rows=None, whole_groups=True) == parts
 
 
 @pytest.mark.parametrize("truncation", [{"top_p": 0.8}, {"top_k": 5, "min_p": 0.05}], ids=str)
