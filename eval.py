@@ -99,6 +99,7 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
         max_slots=cfg.rollout.max_slots,
         kv_memory_gib=cfg.rollout.kv_memory_gib,
         seed=cfg.trainer.seed,
+        skip_special_tokens=cfg.rollout.skip_special_tokens,
     )
     return answer(sampler, scorer, splits.test, cfg.eval.n, Sampling.of(cfg.rollout), world)
 

@@ -104,6 +104,11 @@ class Rollout:
     )
     max_new_tokens: int = opt(512, "longest response in tokens", ge=1)
     stop: list[str] = opt([], "stop strings: a response also ends after one of these, and keeps it")
+    skip_special_tokens: bool = opt(
+        False,
+        "leave all special tokens out of the text that rewards and samples see, also tags such as <think>; false: only "
+        "end and padding",
+    )
     engine: str = opt("paged", "rollout engine: a name in gspo/rollout/engines.py")
     max_slots: int | Literal["auto"] = opt(
         256, "most responses a rank generates at the same time; auto: as many as kv_memory_gib holds", ge=1

@@ -98,6 +98,7 @@ def start_run(
         seed=cfg.trainer.seed,
         tp=cfg.rollout.tensor_model_parallel_size,
         agree=models.agree,
+        skip_special_tokens=cfg.rollout.skip_special_tokens,
     )
     sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step)
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()

@@ -39,7 +39,7 @@ ROWS_AT_ONCE = 1024  # rows that are sampled, and then written, together
 class Answer:
     """One sampled response."""
 
-    text: str  # without end tokens; a stop string stays
+    text: str  # without end and padding tokens; a stop string stays
     tokens: list[int]
     logprob: float  # of all its tokens, nats, under softmax(logits / temperature)
     finish_reason: str  # `stop`: an end token or a stop string; `length`: cut off
@@ -57,17 +57,19 @@ def sample(
     seed: int = 0,
     max_slots: int | Literal["auto"] = "auto",
     kv_memory_gib: float | Literal["auto"] = "auto",
+    skip_special_tokens: bool = False,
     on_group: Callable[[int, list[str]], None] | None = None,
 ) -> list[list[Answer]]:
     """Return n responses to each prompt, which is a text or a list of {role, content} messages.
 
     `model` is a folder or a hub name (None: the embedded model), or a loaded model, together with its `tokenizer`. The
     tokenizer's chat template is applied where it has one. A response depends on the seed, its prompt's place in the
-    list and its own number, and on nothing else that is sampled. `on_group(place, texts)` is called as soon as a
+    list and its own number, and on nothing else that is sampled. `skip_special_tokens` leaves tags that are special
+    tokens, such as <think>, out of the texts. `on_group(place, texts)` is called as soon as a
     prompt's last response has ended. Raise UserError.
     """
     _check_number(n)
-    sampler, encoder = _open(model, tokenizer, device, precision, max_slots, kv_memory_gib, seed)
+    sampler, encoder = _open(model, tokenizer, device, precision, max_slots, kv_memory_gib, seed, skip_special_tokens)
     rows = [_prompt(encoder, i, prompt, f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
     notify = None if on_group is None else lambda place, prompt, texts: on_group(place, texts)
     return _answers(sampler.generate(rows, n, sampling or Sampling(), purpose=EVAL, on_group=notify))
@@ -81,6 +83,7 @@ def _open(
     max_slots: int | Literal["auto"],
     kv_memory_gib: float | Literal["auto"],
     seed: int,
+    skip_special_tokens: bool,
 ) -> tuple[Sampler, Encoder]:
     """Open the model and its tokenizer. Raise UserError."""
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -91,7 +94,8 @@ def _open(
     elif tokenizer is None:
         raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")
     encoder = Encoder(tokenizer, vocab_size=model.config.get_text_config().vocab_size)
-    return Sampler(model, tokenizer, on, max_slots=max_slots, kv_memory_gib=kv_memory_gib, seed=seed), encoder
+    options = {"max_slots": max_slots, "kv_memory_gib": kv_memory_gib, "seed": seed}
+    return Sampler(model, tokenizer, on, **options, skip_special_tokens=skip_special_tokens), encoder
 
 
 def _check_number(n: int) -> None:
@@ -146,6 +150,9 @@ def main() -> None:
     parser.add_argument("--min_p", type=float, default=0.0)
     parser.add_argument("--max_new_tokens", type=int, default=512, help="longest response (default: %(default)s)")
     parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="stop strings: they end a response")
+    parser.add_argument(
+        "--skip_special_tokens", action="store_true", help="leave tags such as <think> out of the texts"
+    )
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv_memory_gib", type=float, help="memory of the KV cache (default: half of the free)")
@@ -154,7 +161,8 @@ def main() -> None:
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
     source = open_source(a.prompts)
     with _open_answers(a.answers, a.prompts) as out:
-        sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", a.kv_memory_gib or "auto", a.seed)
+        memory, skips = a.kv_memory_gib or "auto", a.skip_special_tokens
+        sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", memory, a.seed, skips)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [source[i] for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
             prompts = [_prompt(encoder, at + k, row.get("prompt"), source.place(at + k)) for k, row in enumerate(rows)]

@@ -19,9 +19,10 @@ from gspo.models.loading import end_and_pad_ids
 from gspo.rollout.draw_tokens import Sampling, sample_keys
 from gspo.rollout.engines import engine_class
 from gspo.rollout.requests import EngineOptions, Requests, Results
+from gspo.rollout.special_tokens import decode, special_tags, tags_note
 from gspo.rollout.stop_strings import StopStrings
 from gspo.rollout.tree import Tree, grow_branches
-from gspo.system.console import track_sampling
+from gspo.system.console import say, track_sampling
 from gspo.types import Prompt, Rollout
 
 TRAIN, EVAL, GREEDY = 0, 1, 2  # purposes: samples for one never equal those for another
@@ -32,7 +33,9 @@ class Sampler:
     """Sample with one model, on one rank or with `tp` ranks that share its weights and `agree` on every token drawn.
 
     `engine` is a name of engines.py; `max_slots`, `kv_memory_gib` and `page` are its `EngineOptions` and change no
-    response. Raises UserError where the engine would give the model other log-probs than its own.
+    response. `skip_special_tokens` leaves all special tokens out of the texts, not only end and padding; one line says
+    where the tokenizer marks tags as special. Raises UserError where the engine would give the model other log-probs
+    than its own.
     """
 
     def __init__(
@@ -48,14 +51,17 @@ class Sampler:
         tp: int = 1,
         agree: Callable[[Tensor], Tensor] | None = None,
         page: int | None = None,
+        skip_special_tokens: bool = False,
     ):
         self.model, self.tokenizer, self.device = model, tokenizer, device
-        self.seed, self.tp = seed, tp
+        self.seed, self.tp, self.skip_special_tokens = seed, tp, skip_special_tokens
         self.end_ids, self.pad_id = end_and_pad_ids(model, tokenizer)
         own = tokenizer.eos_token_id
         self.agree = agree
         self.end_id = own if own in self.end_ids else min(self.end_ids)  # ends a text that was not sampled
         self.engine = engine_class(engine)(model, device, EngineOptions(max_slots, kv_memory_gib, page, agree))
+        if note := tags_note(special_tags(tokenizer, self.end_ids | {self.pad_id}), skip_special_tokens):
+            say(note)
         self._stops: dict[tuple[str, ...], StopStrings] = {}
 
     @torch.no_grad()
@@ -210,10 +216,10 @@ class Sampler:
         return self._stops.get(stops)
 
     def _texts(self, tokens: Tensor, lengths: Tensor) -> list[str]:
-        """Decode responses [n, L] of lengths [n], without their end tokens."""
+        """Decode responses [n, L] of lengths [n], without their end and padding tokens."""
         responses = zip(tokens.tolist(), lengths.tolist(), strict=True)
-        kept = [[t for t in ids[:length] if t not in self.end_ids] for ids, length in responses]
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+        dropped, skip = self.end_ids | {self.pad_id}, self.skip_special_tokens
+        return [decode(self.tokenizer, ids[:length], dropped, skip) for ids, length in responses]
 
     def _empty(self, n: int) -> Rollout:
         """Return the rollout of no prompts."""

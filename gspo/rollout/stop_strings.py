@@ -13,6 +13,7 @@ SLACK = 8  # tokens decoded before a stop string: decoders treat the beginning o
 class StopStrings:
     """Tell which responses have just completed one of the strings `stops`; mostly by one look at a table a step.
 
+    Special tokens count, also where the texts are without them: `</answer>` may be one.
     Raises UserError for an empty string.
     """
 
