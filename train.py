@@ -27,7 +27,7 @@ from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch import check_launch, check_steps, final_words, say_inputs
 from gspo.metrics.run_log import sample_rows
-from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib
+from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.packing.balance import balance
 from gspo.read_config import STANDARD, load_config
@@ -171,6 +171,7 @@ def finish_step(
     state.observe_responses(metrics)
     metrics |= {"round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
     metrics |= end_round_if_over(run)
+    metrics = training_pairs(metrics) | metrics
     metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
     run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
     run.log.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))

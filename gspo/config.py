@@ -253,7 +253,9 @@ class Eval:
 
     n: int = opt(8, "responses per prompt", ge=1)
     prompts: int | None = opt(None, "use only this many prompts, the first of test_files; empty: all", ge=1)
-    round_prompts: int = opt(64, "held-out prompts for the win rate of each round; 0: none", ge=0)
+    round_prompts: int = opt(
+        64, "held-out prompts for the win rate of each round and preference_accuracy; 0: none", ge=0
+    )
     freq: int = opt(0, "steps between evaluations on the held-out prompts; 0: only when a round ends", ge=0)
     before_and_after: bool = opt(True, "evaluate on test_files before and after training")
 
@@ -282,7 +284,9 @@ class Health:
     mismatch_max: float = opt(0.02, "warn above: mean |sampler - trainer| log-prob of a token", gt=0.0)
     mismatch_alarm: float = opt(0.1, "alarm above: the same", gt=0.0)
     entropy_ratio_min: float = opt(0.3, "warn below: entropy / that of the first steps", ge=0.0)
-    risen_reward: float = opt(0.2, "reward gain above which the preference_accuracy warning is off", ge=0.0)
+    risen_reward: float = opt(
+        0.2, "without held-out pairs: reward gain above which the preference_accuracy warning is off", ge=0.0
+    )
     solved_reward: float = opt(0.9, "mean reward above which the entropy warning is off", ge=0.0)
     skipped_updates_max: int = opt(0, "warn above: updates of a step skipped because they were not finite", ge=0)
     reward_faults_max: float = opt(0.05, "warn above: share of reward calls that failed", ge=0.0, le=1.0)

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from gspo.algorithm.gold_solutions import add_solutions
+from gspo.algorithm.held_out_pairs import HeldOutPairs
+from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.checkpoint.checkpoints import Checkpoints, State, load_order, load_state, restore
+from gspo.checkpoint.checkpoints import Checkpoints, State, load_held_out, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
 from gspo.data.batches import Batches
@@ -25,6 +29,7 @@ from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import say
 from gspo.system.files import write_json
 from gspo.system.preemption import Preemption
+from gspo.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Run:
     checkpoints: Checkpoints
     preemption: Preemption
     total_steps: int
+    held_out: HeldOutPairs | None = None  # of this round
 
 
 def start_run(
@@ -68,7 +74,7 @@ def start_run(
 ) -> Run:
     """Open the run's folder, and the models: as they are at its latest checkpoint, if there is one."""
     folder, resume = open_run(cfg, world)
-    state = load_state(resume) if resume else State()
+    state, held_out = load_state(resume) if resume else State(), None
     if world.is_main:
         save_reward_function(folder, scorer.pool.source, state.step)
     if not state.precision:
@@ -86,6 +92,11 @@ def start_run(
         restore(resume, models.policy, optimizer, models.frozen, state)
         batches.load_state(load_order(resume))
         say_what_changed(state, cfg, total_steps, len(splits.val))
+        held_out = HeldOutPairs.read(load_held_out(resume), splits.val)
+        if held_out is None:
+            state.pair_metrics = {}
+            if state.round_rewards is not None and splits.val:
+                say(f"{resume} has no held-out responses: until a round begins, pairs are those of training batches.")
     state.planned_steps, state.total_steps = state.planned_steps or total_steps, total_steps
     updater = Updater(models.policy, models.head, optimizer, cfg, world, models.autocast)
     sampler = Sampler(
@@ -104,7 +115,7 @@ def start_run(
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
         cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,
-        preemption, total_steps,
+        preemption, total_steps, held_out,
     )  # fmt: skip
 
 
@@ -120,8 +131,9 @@ def stop_reason(run: Run) -> StopReason | None:
 
 def save_checkpoint(run: Run, at_once: bool = False) -> None:
     """Begin a checkpoint; a run that resumes from it goes on as if it had not stopped."""
-    models, optimizer, order = run.models, run.updater.optimizer, run.batches.state()
-    run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, order, at_once)
+    models, optimizer = run.models, run.updater.optimizer
+    small_files = {"order": run.batches.state(), "held_out": run.held_out.tensors() if run.held_out else {}}
+    run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, small_files, at_once)
 
 
 def evaluate_run(run: Run, name: str) -> None:
@@ -138,12 +150,16 @@ def evaluate_run(run: Run, name: str) -> None:
 
 def end_round_if_over(run: Run) -> dict[str, float]:
     """Evaluate held-out prompts where due, and begin the next round where this one is over; return the metrics."""
-    cfg, state, metrics = run.cfg, run.state, {}
+    cfg, state = run.cfg, run.state
     next_round = round_of(state.step, state.planned_steps, cfg.selfplay.rounds)
     round_begins = next_round > state.round
     round_ended = state.step == run.total_steps or round_begins
-    if round_ended or (cfg.eval.freq and state.step % cfg.eval.freq == 0):
-        metrics = evaluate_held_out(run, round_ended, round_begins)
+    evaluated = round_ended or (cfg.eval.freq and state.step % cfg.eval.freq == 0)
+    if run.held_out and (evaluated or state.step % run.held_out.steps_between(run.batches.size) == 0):
+        state.pair_metrics = run.held_out.measure(run.models)
+    metrics = dict(state.pair_metrics)  # of this round
+    if evaluated:
+        metrics |= evaluate_held_out(run, round_ended, round_begins)
     if round_begins:
         run.models.new_opponent()
         state.round = next_round
@@ -158,7 +174,7 @@ def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[s
     cfg, world, state = run.cfg, run.world, run.state
     if not run.splits.val:
         if round_begins:
-            state.round_rewards = None  # of an earlier round
+            state.round_rewards, state.pair_metrics, run.held_out = None, {}, None  # they are of an earlier round
         return {}
     run.models.refresh_sampler()
     places, rollout = run.sampler.generate_share(
@@ -176,4 +192,22 @@ def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[s
         metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards[:both], before[:both], cfg.objective.margin)
     if round_begins:
         state.round_rewards = rewards.tolist()
+        keep_held_out_pairs(run, places, rollout, rewards)
     return metrics
+
+
+def keep_held_out_pairs(run: Run, places: list[int], rollout: Rollout, rewards: Tensor) -> None:
+    """Keep this rank's held-out rollout and all ranks' rewards [P, N] of a round that begins, and measure its pairs.
+
+    An algorithm that learns from gold solutions needs one for every held-out row; where one is missing nothing is kept.
+    """
+    models, sampler, val, state = run.models, run.sampler, run.splits.val, run.state
+    run.held_out, state.pair_metrics = None, {}
+    if find_algorithm(run.cfg.objective.algorithm).needs_solutions:
+        if not all(val[p].extra_info.get("solution") for p in range(len(val))):
+            if not state.step:
+                say("data.val_files: a row has no `solution`, so preference_accuracy is that of the training batch.")
+            return
+        rollout = add_solutions(rollout, sampler.tokenizer, sampler.end_id, models.policy.config, run.world)
+    run.held_out = HeldOutPairs.keep(val, places, rollout, rewards, models)
+    state.pair_metrics = run.held_out.measure(models)

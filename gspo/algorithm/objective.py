@@ -218,18 +218,40 @@ def tempo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Count
 def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
     """Online DPO: -log sigma(s_best - s_worst) of whole responses, one pair a group, none within the margin
     (arXiv 2402.04792)."""
-    gap = gaps(logprobs, groups, replace(cfg, after_fork=1.0))
+    losses = F.softplus(-whole_gaps(logprobs, groups, cfg)[best_and_worst(groups)])
+    return {"preference": losses.sum() / counts.groups}
+
+
+def whole_gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
+    """Return the gaps of whole responses, s_ij - s_ji at `after_fork` 1, [G, N, N]."""
+    return gaps(logprobs, groups, replace(cfg, after_fork=1.0))
+
+
+def all_pairs(groups: Groups) -> Tensor:
+    """Return every pair, [G, N, N] bool."""
+    return groups.beats
+
+
+def best_and_worst(groups: Groups) -> Tensor:
+    """Return each group's pair of its best and its worst response, where it has a pair: [G, N, N] bool."""
     # The first among equals; argmax promises no order.
     best, worst = (groups.rewards.sort(dim=1, descending=d, stable=True).indices[:, 0] for d in (True, False))
-    pairs = groups.beats.any((1, 2)).to(gap)
-    losses = F.softplus(-gap[torch.arange(len(gap), device=gap.device), best, worst])
-    return {"preference": (pairs * losses).sum() / counts.groups}
+    pairs = torch.zeros_like(groups.beats)
+    pairs[torch.arange(len(pairs), device=pairs.device), best, worst] = groups.beats.any((1, 2))
+    return pairs
+
+
+def gold_pairs(groups: Groups) -> Tensor:
+    """Return the pairs of the gold solution, the last of its group, and each sample: [G, N, N] bool."""
+    pairs = torch.zeros_like(groups.beats)
+    pairs[:, -1:, :-1] = True
+    return pairs
 
 
 def spin(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
     """SPIN: -log sigma(s_gold - s_i) over the group's samples i; the gold solution is last (arXiv 2401.01335,
     eq. 4.7). Unlike in the paper, the samples are the current policy's, not the opponent's."""
-    gap = gaps(logprobs, groups, replace(cfg, after_fork=1.0))
+    gap = whole_gaps(logprobs, groups, cfg)
     return {"preference": F.softplus(-gap[:, -1, :-1]).mean(1).sum() / counts.groups}
 
 
@@ -275,6 +297,9 @@ class Algorithm:
     needs_solutions: bool = False  # each group ends in its row's gold solution, preferred to all others
     uses_margin: bool = True  # learns from rewards further apart than objective.margin; false: from any difference
     on_cuda: Callable[[Tensor, Groups, config.Objective, Counts], Evaluation] | None = None  # the same, by a kernel
+    # What the curves of pairs are about: [G, N, N] gaps of implicit rewards, and bool which of them are pairs.
+    gaps: Callable[[Tensor, Groups, config.Objective], Tensor] = gaps
+    pairs: Callable[[Groups], Tensor] = all_pairs
 
 
 ALGORITHMS = {
@@ -284,8 +309,8 @@ ALGORITHMS = {
     "dr_grpo": Algorithm(dr_grpo, uses_margin=False),
     "maxrl": Algorithm(maxrl, uses_margin=False),
     "tempo": Algorithm(tempo, uses_margin=False),
-    "online_dpo": Algorithm(online_dpo),
-    "spin": Algorithm(spin, needs_solutions=True),
+    "online_dpo": Algorithm(online_dpo, gaps=whole_gaps, pairs=best_and_worst),
+    "spin": Algorithm(spin, needs_solutions=True, gaps=whole_gaps, pairs=gold_pairs),
 }
 
 

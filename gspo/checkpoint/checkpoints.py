@@ -46,7 +46,8 @@ class State:
     planned_steps: int = 0  # steps that the run was to have when it began: they fix the length of a round; 0: not known
     total_steps: int = 0  # steps that it was to have when it was last started; 0: not known
     bad_steps: int = 0  # steps in a row with a non-finite update
-    round_rewards: list[list[float]] | None = None  # [P, N] rewards of the previous round's policy, held-out prompts
+    round_rewards: list[list[float]] | None = None  # [P, N] rewards on held-out prompts when the round began
+    pair_metrics: dict[str, float] = field(default_factory=dict)  # on held-out pairs, as they were measured last
     tokens_sampled: int = 0
     response_length: float = 0.0  # of the last step's responses, tokens, on average; 0: none yet
     response_entropy: float = 0.0  # summed over the tokens of one, nats, on average
@@ -121,10 +122,12 @@ class Checkpoints:
         policy: nn.Module,
         optimizer: torch.optim.Optimizer,
         frozen: dict[str, nn.Module],
-        order: dict[str, Tensor],
+        small_files: dict[str, dict[str, Tensor]],
         at_once: bool = False,
     ) -> None:
         """Start writing `step_<state.step>`, after the checkpoint before it is complete. One that exists is kept.
+
+        `small_files` are further tensors that every rank has, a file of `trainer/` each.
 
         With `at_once`, or without `trainer.async_save`, it is complete when this returns, and CPU tensors are not
         copied.
@@ -140,7 +143,7 @@ class Checkpoints:
         error = ""
         if self.world.is_main:
             small["trainer/state.json"] = json.dumps(asdict(state)).encode()
-            shards["trainer/order.safetensors"] = order
+            shards |= {f"trainer/{name}.safetensors": tensors for name, tensors in small_files.items() if tensors}
             try:
                 small |= self.model_folder.other_files(self.folder / f"beside{PART}", next(policy.parameters()).dtype)
             except Exception as e:  # the tokenizer raises kinds of its own
@@ -306,6 +309,14 @@ def load_order(checkpoint: Path) -> dict[str, Tensor]:
             "from another checkpoint (trainer.resume=FOLDER), or start anew (trainer.resume=never)."
         )
     weights = open_weights(checkpoint / "trainer", "order")
+    return {name: weights.read(name).clone() for name in weights.names}
+
+
+def load_held_out(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the held-out responses of the round, as `HeldOutPairs.tensors` returned them; nothing where it has none."""
+    if not (checkpoint / "trainer" / "held_out.safetensors").exists():
+        return {}
+    weights = open_weights(checkpoint / "trainer", "held_out")
     return {name: weights.read(name).clone() for name in weights.names}
 
 

@@ -14,7 +14,7 @@ from gspo.config import Health
 INITIAL_STEPS = 3  # the initial value is the mean over this many first steps of the run
 RATIOS = {"response/length_ratio": "response/length_mean", "entropy_ratio": "entropy"}  # a metric, now / initially
 ROUND_ENDS = "win_rate"  # logged when a round ends; held-out accuracy may come more often, over too few steps
-KL_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
+ROUND_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
 LOWER_LR = "lower optim.learning_rate"
 
 
@@ -66,7 +66,7 @@ GUARDS = (
         "standstill", "kl_divergence", "below", "kl_divergence_min", None,
         "kl_divergence is below {limit:g} (the policy hardly moves)",
         "raise optim.learning_rate",
-        grace=KL_GRACE,
+        grace=ROUND_GRACE,
     ),
     Guard(
         "pair starvation", "pairs/groups_with", "below", "paired_groups_min", None,
@@ -79,6 +79,7 @@ GUARDS = (
         "misordered pairs", "preference_accuracy", "below", "preference_accuracy_min", None,
         "preference_accuracy is below {limit:g}",
         f"check the reward function, raise objective.margin to filter noisy pairs, or {LOWER_LR}",
+        grace=ROUND_GRACE,
         unless=("starved", "risen"),
     ),
     Guard(
@@ -187,13 +188,15 @@ class HealthCheck:
     def _states(self, values: dict[str, float]) -> set[str]:
         """Return the states of the run that make an unusual value harmless (`Guard.unless`)."""
         found = set()
-        if values.get("pairs/groups_with", 1.0) < self.cfg.paired_groups_min:
-            found.add("starved")  # the last few pairs are what the policy still gets wrong
         self.accuracy = values.get("heldout/accuracy", self.accuracy)
         # Low entropy is expected of a policy that knows the answers. Held-out prompts tell, too: rewards in training
         # stay lower where some gold answers are wrong.
         if max(values.get("reward_mean", 0.0), self.accuracy) >= self.cfg.solved_reward:
             found.add("solved")
+        if "heldout/pairs" in values:
+            return found  # preference_accuracy is of the same pairs for a whole round: nothing explains it away
+        if values.get("pairs/groups_with", 1.0) < self.cfg.paired_groups_min:
+            found.add("starved")  # the last few pairs are what the policy still gets wrong
         first = self.initial["reward_mean"]
         if first and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward:
             found.add("risen")  # the pairs left are what a much better policy still gets wrong

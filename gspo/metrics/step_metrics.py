@@ -7,12 +7,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 
 from gspo import config
-from gspo.algorithm.objective import gaps, kl_k3, pair_accuracy, relative_ranking_terms
+from gspo.algorithm.objective import find_algorithm, kl_k3, pair_accuracy, relative_ranking_terms
 from gspo.types import Experience, Rollout, Scores, Update
 
 RETURNED = "/returned"  # `reward/<part>/returned`: the share of responses for which the function returned the part
@@ -64,7 +63,7 @@ class Meter:
         if "gap_squares" in values:
             variance = values.pop("gap_squares") - values.pop("gap_sum") ** 2
             values["pairs/gap_std"] = math.sqrt(max(0.0, variance))
-        return values | whole.sums | whole.maxima
+        return {**values, **whole.sums, **whole.maxima}
 
 
 class Clock:
@@ -108,6 +107,12 @@ def observe(exp: Experience, scores: Scores, update: Update, cfg: config.Objecti
     return meter
 
 
+def training_pairs(metrics: dict[str, float]) -> dict[str, float]:
+    """Return what stands for the metrics of held-out pairs where there are none: those of the training batch."""
+    names = {"preference_accuracy": "pairs/accuracy_train", "ranking_loss": "pairs/ranking_train"}
+    return {} if "heldout/pairs" in metrics else {name: metrics[own] for name, own in names.items() if own in metrics}
+
+
 def _observe_rewards(meter: Meter, scores: Scores) -> None:
     g, n = scores.rewards.shape
     kept = [i for i in range(g) if i not in scores.skipped]
@@ -141,7 +146,8 @@ def _observe_responses(meter: Meter, rollout: Rollout) -> None:
 
 
 def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Objective) -> None:
-    """Pairs of sampled responses, and how far apart the implicit rewards of each are before the update."""
+    """Pairs of sampled responses; and of the pairs that the algorithm learns from, how far apart the implicit rewards
+    are before the update."""
     sampled = exp.rollout.sampled
     beats = exp.groups.beats & sampled[:, :, None] & sampled[:, None, :]
     pairs = beats.sum((1, 2))
@@ -151,15 +157,15 @@ def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Ob
     per_token = update.logprobs.double().sum(-1) / exp.rollout.lengths.clamp_min(1)
     meter.mean("winner_logprob", float(per_token[winners].sum()), int(winners.sum()))
 
-    groups = replace(exp.groups, beats=beats)
-    gap = gaps(update.logprobs.double(), groups, cfg)
+    algorithm = find_algorithm(cfg.algorithm)
+    gap, learned = algorithm.gaps(update.logprobs.double(), exp.groups, cfg), algorithm.pairs(exp.groups)
+    of_pairs = gap[learned]
     if cfg.anchor != "old":  # there every implicit reward is zero
-        meter.mean("preference_accuracy", pair_accuracy(gap, beats), float(pairs.sum()))
-    of_pairs = gap[beats]
+        meter.mean("pairs/accuracy_train", pair_accuracy(gap, learned), of_pairs.numel())
     meter.mean("gap_squares", float(of_pairs.square().sum()), of_pairs.numel())
     meter.mean("gap_sum", float(of_pairs.sum()), of_pairs.numel())
-    terms = relative_ranking_terms(gap, beats)
-    meter.mean("ranking_loss", float(terms.sum()), len(terms))
+    terms = relative_ranking_terms(gap, learned)
+    meter.mean("pairs/ranking_train", float(terms.sum()), len(terms))
 
 
 def _observe_update(meter: Meter, exp: Experience, update: Update) -> None:

@@ -36,8 +36,8 @@ class SavedRun:
         return self.folder / "checkpoints" / f"step_{step:06d}"
 
     def begin(self, step: int, at_once: bool = False, **state) -> None:
-        order, frozen = {"due": torch.tensor([3, 1])}, {"opponent": self.opponent}
-        self.checkpoints.save(State(step=step, **state), self.policy, self.optimizer, frozen, order, at_once)
+        files, frozen = {"order": {"due": torch.tensor([3, 1])}}, {"opponent": self.opponent}
+        self.checkpoints.save(State(step=step, **state), self.policy, self.optimizer, frozen, files, at_once)
 
     def names(self) -> list[str]:
         return sorted(p.name for p in (self.folder / "checkpoints").iterdir())

@@ -1,6 +1,7 @@
-"""A run that is started again with another length, or with other held-out prompts."""
+"""A run that is started again: with another length, with other held-out prompts, and as it was."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -69,3 +70,34 @@ def test_a_run_goes_on_with_another_number_of_held_out_prompts(tmp_path, capsys,
     assert len(went_on) == 2 and ("win_rate" in went_on[1]) == (before > 0 < after)
     said = [line for line in capsys.readouterr().out.splitlines() if "eval.round_prompts" in line]
     assert len(said) == 1 and f"was {before} when this round began, and is {after} now" in said[0]
+
+
+def test_held_out_pairs_are_measured_now_and_then_and_a_resumed_run_goes_on_with_them(tmp_path):
+    longer = ("rollout.n=4", "rollout.max_new_tokens=32", "eval.round_prompts=4", "data.train_batch_size=4",
+              "selfplay.rounds=1", "trainer.max_steps=7", "trainer.save_freq=6")  # fmt: skip
+    whole = run(tmp_path, *longer)
+    curve = [row["preference_accuracy"] for row in whole]
+    assert curve[:4] == [0.5] * 4 and curve[4] == curve[5], "each value is carried to the next, of step 5 and 7"
+    assert curve[4] != 0.5 and whole[0]["ranking_loss"] == pytest.approx(1.0) and whole[0]["heldout/pairs"] > 5
+    assert curve[4] != whole[4]["pairs/accuracy_train"]
+    shutil.rmtree(tmp_path / "quick" / "checkpoints" / "step_000007")
+    again = run(tmp_path, *longer)
+    names = ("preference_accuracy", "ranking_loss", "heldout/pairs", "win_rate", "reward_mean", "pairs/accuracy_train")
+    assert [[row.get(name) for name in names] for row in again] == [[row.get(name) for name in names] for row in whole]
+
+
+@pytest.mark.slow
+def test_in_a_good_run_both_curves_of_pairs_are_healthy_and_those_of_the_training_batch_are_not(tmp_path):
+    cfg = load_config(
+        "configs/quick.yaml",
+        ["trainer.max_steps=30", "selfplay.rounds=1", "data.train_batch_size=32", "optim.schedule=constant",
+         "eval.before_and_after=false", "trainer.save_freq=0", f"trainer.output_dir={tmp_path}"],
+    )  # fmt: skip
+    train(cfg, World(0, 1, torch.device("cpu"), None))
+    curves = rows(tmp_path / "quick" / "metrics.jsonl")
+    mean = lambda name, part: sum(row[name] for row in part) / len(part)  # noqa: E731
+    assert mean("reward_mean", curves[-5:]) > 0.7 > 0.55 > mean("reward_mean", curves[:3])
+    assert all(row["preference_accuracy"] > 0.7 for row in curves[9:])
+    measured = [curves[step - 1]["ranking_loss"] for step in (1, 5, 10, 20, 30)]
+    assert measured == sorted(measured, reverse=True) and measured[-1] < 0.85
+    assert mean("pairs/accuracy_train", curves[-5:]) < 0.6 and mean("pairs/ranking_train", curves[-5:]) > 0.95

@@ -23,7 +23,7 @@ def first_step(folder):
     samples, metrics = (
         [json.loads(line) for line in (folder / f"{x}.jsonl").read_text().splitlines()] for x in ("samples", "metrics")
     )
-    own = ("time/", "memory/", "tokens_per_second", "balance", "preference_accuracy")
+    own = ("time/", "memory/", "tokens_per_second", "balance", "pairs/accuracy_train")
     return {
         "samples": [row for row in samples if row["step"] == 1],
         "metrics": {name: value for name, value in metrics[0].items() if not name.startswith(own)},
@@ -130,7 +130,7 @@ def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program,
     assert 0 < (one.read("streak") > 0).sum() < (one.read("due") > 0).sum() == 28
     one, two = (first_step(tmp_path / f"{x}/quick") for x in ("one", "two"))
     assert one["samples"] == two["samples"] and len(two["samples"]) == 7, "whichever rank had them"
-    assert one["metrics"].keys() == two["metrics"].keys()
+    assert one["metrics"].keys() == two["metrics"].keys() and one["metrics"]["heldout/pairs"] > 0
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-5)
     assert one["balance"] == 1.0 < two["balance"] < 1.5
     again = run_program("train.py", *args, "trainer.max_steps=5", f"trainer.output_dir={tmp_path}/two")

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from gspo.config import Health, parameters
-from gspo.metrics.health import GUARDS, HealthCheck
+from gspo.metrics.health import GUARDS, ROUND_GRACE, HealthCheck
 from gspo.metrics.run_log import GLOSSARY
 
 WELL = {
@@ -42,7 +42,7 @@ AT_ONCE = {
 ALARMS = {"kl_divergence": 0.51, "pairs/gap_std": 1.51, "mismatch": 0.11}
 
 
-def told(cfg, rows, healthy_first=3):
+def told(cfg, rows, healthy_first=ROUND_GRACE):
     """-> for each row, what is told; "initial" is healthy."""
     check = HealthCheck(cfg)
     for _ in range(healthy_first):
@@ -127,10 +127,24 @@ def test_the_accuracy_of_the_last_few_pairs_is_no_illness():
 @pytest.mark.parametrize(("reward", "healthy"), [(0.61, True), (0.59, False), (0.2, False)])
 def test_the_order_of_pairs_is_no_illness_once_rewards_have_risen(reward, healthy):
     check = HealthCheck(Health(patience=1))
-    for first in (0.3, 0.5, 0.4):
+    for first in (0.3, 0.5, 0.4, *[0.4] * ROUND_GRACE):
         assert check.check({**WELL, "reward_mean": first}) == []
     news = check.check({**WELL, "reward_mean": reward, "preference_accuracy": 0.3})
     assert [n.text.split(" is ")[0] for n in news] == ([] if healthy else ["preference_accuracy"])
+
+
+def test_neither_rewards_that_rose_nor_few_pairs_explain_held_out_pairs_away():
+    """They are the same pairs for the whole round."""
+    better = {"preference_accuracy": 0.3, "heldout/pairs": 90.0, "reward_mean": 0.95, "pairs/groups_without": 0.9}
+    (news,) = told(Health(patience=1), [better])
+    assert sorted(n.text.split(" is ")[0] for n in news if "preference_accuracy" in n.text) == ["preference_accuracy"]
+
+
+def test_at_the_beginning_of_a_round_a_half_is_no_illness():
+    row = {"preference_accuracy": 0.5, "heldout/pairs": 90.0}
+    begun = [row | {"round": float(r)} for r in range(4) for _ in range(ROUND_GRACE)]
+    assert not any(told(Health(patience=1), begun, healthy_first=0))
+    assert levels(told(Health(patience=1), [row] * 21, healthy_first=0))[-1] == ["warning"]
 
 
 def test_who_has_learned_the_answers_needs_no_entropy():

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gspo.algorithm.gold_solutions import prefer_solutions
 from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
-from gspo.metrics.step_metrics import Clock, Meter, observe
+from gspo.metrics.step_metrics import Clock, Meter, observe, training_pairs
 from gspo.types import Experience, Groups, Prompt, Rollout, Scores, Update
 
 REWARDS = torch.tensor([[1.0, 0.0], [0.1, 0.1]])
@@ -52,8 +53,8 @@ def test_one_rank_by_hand():
     assert m["kl_divergence"] == pytest.approx((math.exp(-0.5) - 0.5 + math.exp(1.0) - 2.0) / 9)
     assert m["winner_logprob"] == -1.5, "the only winner, -1 - 2 over two tokens"
     # The only pair: s = 0.2 * (0.5, 0), so the winner leads by 0.1.
-    assert m["preference_accuracy"] == 1.0 and m["pairs/gap_std"] == pytest.approx(0.0, abs=1e-6)
-    assert m["ranking_loss"] == pytest.approx(math.log(1 + math.exp(-0.1)) / math.log(2), rel=1e-6)
+    assert m["pairs/accuracy_train"] == 1.0 and m["pairs/gap_std"] == pytest.approx(0.0, abs=1e-6)
+    assert m["pairs/ranking_train"] == pytest.approx(math.log(1 + math.exp(-0.1)) / math.log(2), rel=1e-6)
     assert m["grad_norm"] == 2.0 and m["loss/total"] == m["loss/preference"] == 0.5
 
 
@@ -123,10 +124,41 @@ def test_the_ranking_loss_is_1_at_a_rounds_beginning_and_falls_with_the_leads_ho
     """With graded rewards a good run has ever more pairs: from 3 in a group to 28."""
     few, many = [0.0, 0.0, 0.0, 1.0], [i / 7 for i in range(8)]
     for rewards in (few, many):
-        values = [ranked(rewards, lead)["ranking_loss"] for lead in (0.0, 0.5, 1.0, 2.0)]
+        values = [ranked(rewards, lead)["pairs/ranking_train"] for lead in (0.0, 0.5, 1.0, 2.0)]
         assert values[0] == pytest.approx(1.0) and values == sorted(values, reverse=True) and values[-1] < 0.75
-        assert ranked(rewards, -1.0)["ranking_loss"] > 1.0
+        assert ranked(rewards, -1.0)["pairs/ranking_train"] > 1.0
     assert (ranked(few, 0.0)["pairs/per_group"], ranked(many, 0.0)["pairs/per_group"]) == (3, 28)
+
+
+def test_an_algorithm_is_measured_by_its_own_gaps_on_its_own_pairs():
+    """Three samples of rewards 1, 0.5 and 0, and a gold solution; what follows the fork weighs against the winner."""
+    rewards = torch.tensor([[1.0, 0.5, 0.0, 1.0]])
+    at_fork, behind = torch.tensor([3.0, 2.0, 1.0, 2.5]), torch.tensor([-4.0, 0.0, 0.0, 0.0])  # whole: -1, 2, 1, 2.5
+    logprobs, anchors = torch.stack([at_fork, behind], -1)[None], torch.zeros(1, 4, 2)
+    tokens, lengths = torch.arange(8).view(1, 4, 2), torch.full((1, 4), 2)
+    real = torch.ones(1, 4, dtype=torch.bool)
+    sampled = torch.tensor([[True, True, True, False]])
+
+    def accuracy(algorithm, members):
+        t, n, lp, zeros, ended, own, r = (
+            x[:, :members] for x in (tokens, lengths, logprobs, anchors, real, sampled, rewards)
+        )
+        rollout = Rollout([Prompt(0, (1,), "", "", "")], t, n, lp, zeros, ended, [[""] * members], own)
+        beats = prefer_solutions(preferences(r, 0.1), own)
+        exp = Experience(rollout, Groups(zeros, r, beats, forks(t, n), n), zeros, [0], 1, int(beats.sum()))
+        cfg = Objective(algorithm=algorithm, after_fork=0.0)
+        return Meter.merge([observe(exp, Scores(rewards[:, :3]), Update(lp), cfg).state()])["pairs/accuracy_train"]
+
+    assert accuracy("gspo", 3) == 1.0, "all three pairs, at the fork"
+    assert accuracy("online_dpo", 3) == 0.0, "the best and the worst, whole: -1 against 1"
+    assert accuracy("spin", 4) == 1.0, "the solution against each sample, whole: 2.5 against -1, 2 and 1"
+
+
+def test_the_training_batchs_pairs_stand_in_where_there_are_no_held_out_ones():
+    own = {"pairs/accuracy_train": 0.3, "pairs/ranking_train": 1.2}
+    assert training_pairs(own) == {"preference_accuracy": 0.3, "ranking_loss": 1.2}
+    assert training_pairs({"pairs/ranking_train": 1.2}) == {"ranking_loss": 1.2}
+    assert training_pairs(own | {"heldout/pairs": 9.0}) == {}
 
 
 def test_a_group_left_out_for_a_fault_does_not_count_in_the_reward():
