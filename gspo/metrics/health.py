@@ -14,6 +14,7 @@ from gspo.config import Health
 INITIAL_STEPS = 3  # the initial value is the mean over this many first steps of the run
 RATIOS = {"response/length_ratio": "response/length_mean", "entropy_ratio": "entropy"}  # a metric, now / initially
 ROUND_ENDS = "win_rate"  # logged when a round ends; held-out accuracy may come more often, over too few steps
+FEW_PAIRS = 20  # held-out pairs, below which their share in the right order says little
 ROUND_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
 LOWER_LR = "lower optim.learning_rate"
 
@@ -80,7 +81,7 @@ GUARDS = (
         "preference_accuracy is below {limit:g}",
         f"check the reward function, raise objective.margin to filter noisy pairs, or {LOWER_LR}",
         grace=ROUND_GRACE,
-        unless=("starved", "risen"),
+        unless=("scarce", "starved", "risen"),
     ),
     Guard(
         "reward hacking", "heldout/diverging", "above", "diverging_rounds_max", None,
@@ -193,8 +194,8 @@ class HealthCheck:
         # stay lower where some gold answers are wrong.
         if max(values.get("reward_mean", 0.0), self.accuracy) >= self.cfg.solved_reward:
             found.add("solved")
-        if "heldout/pairs" in values:
-            return found  # preference_accuracy is of the same pairs for a whole round: nothing explains it away
+        if "heldout/pairs" in values:  # the same pairs for a whole round: nothing explains their accuracy away
+            return found | ({"scarce"} if values["heldout/pairs"] < FEW_PAIRS else set())
         if values.get("pairs/groups_with", 1.0) < self.cfg.paired_groups_min:
             found.add("starved")  # the last few pairs are what the policy still gets wrong
         first = self.initial["reward_mean"]

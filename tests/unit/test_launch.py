@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from gspo.checkpoint.checkpoints import State
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.launch import check_launch, check_steps, final_words
+from gspo.launch import check_launch, check_steps, final_words, say_what_changed
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 
@@ -114,6 +115,24 @@ def test_steps_that_do_not_suffice_are_warned_of_in_one_line(capsys, overrides, 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == bool(said) and all(line.startswith("warning: ") for line in lines)
     assert [part for part in said if part not in lines[0]] == []
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (State(step=100, planned_steps=100, total_steps=200), None),  # as it was
+        (State(step=100, planned_steps=100, total_steps=100), "from 3e-05 to 0.000164 at step 101"),
+        (State(step=60, planned_steps=100, total_steps=100), "to 0.000244 at step 61"),
+        (State(step=200, planned_steps=100, total_steps=100), None),  # nothing is left to do
+        (State(step=5), None),  # an earlier version's checkpoint does not say how long its run was to be
+    ],
+)
+def test_another_length_is_said_with_the_learning_rates_and_the_rounds(capsys, state, said):
+    cosine = ["optim.learning_rate=3e-4", "optim.schedule=cosine", "optim.min_lr_ratio=0.1", "selfplay.rounds=2"]
+    say_what_changed(state, load_config(None, cosine), 200, held_out=0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (said is not None)
+    assert not said or said in lines[0] and "Rounds keep their length of 50 steps, so there are 4." in lines[0]
 
 
 # ---- the end ----

@@ -140,6 +140,12 @@ def test_neither_rewards_that_rose_nor_few_pairs_explain_held_out_pairs_away():
     assert sorted(n.text.split(" is ")[0] for n in news if "preference_accuracy" in n.text) == ["preference_accuracy"]
 
 
+@pytest.mark.parametrize(("pairs", "warned"), [(20.0, True), (19.0, False)])
+def test_a_handful_of_held_out_pairs_is_no_ground_for_a_warning(pairs, warned):
+    (news,) = told(Health(patience=1), [{"preference_accuracy": 0.3, "heldout/pairs": pairs}])
+    assert bool(news) == warned
+
+
 def test_at_the_beginning_of_a_round_a_half_is_no_illness():
     row = {"preference_accuracy": 0.5, "heldout/pairs": 90.0}
     begun = [row | {"round": float(r)} for r in range(4) for _ in range(ROUND_GRACE)]
