@@ -8,6 +8,7 @@ several. For a checkpoint of a run, data, reward function and sampling are the r
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -104,37 +105,44 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     return answer(sampler, scorer, splits.test, cfg.eval.n, Sampling.of(cfg.rollout), world)
 
 
-def main() -> None:
-    args = options()
-    name = args.model
-    if name and (newest := latest_checkpoint(Path(name))):
-        name = str(newest)
-    if name is not None and not name.strip():
+def run_evaluation(args: argparse.Namespace, world: World) -> None:
+    """Evaluate the model, compare it with the other where there is one, and print and write the numbers."""
+    if args.model is not None and not args.model.strip():
         raise UserError(
             "the model's name is empty (a variable of the shell that is not set?); leave it out for the embedded model."
         )
-    if args.json and not args.json.parent.is_dir():
+    name = checkpoint_of(args.model) if args.model else None
+    if args.json and not args.json.expanduser().parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
     cfg = configure(args, Path(name) if name else None)
-    with process_group() as world:
-        mine = evaluate(name, cfg, world)
-        result = report(mine)
-        if mine.faults:
-            say(f"warning: {mine.faults} calls of the reward function failed; what they were to score counts as wrong")
-        title = (
-            f"{name or 'embedded model'}: {result['prompts']} prompts, {result['samples']} samples each, 95 % intervals"
-        )
-        columns = {"all": result, **result.get("by_data_source", {})}
-        say(f"\n{title}\n{table(columns)}")
-        if args.compare:
-            other = latest_checkpoint(Path(args.compare)) or args.compare
-            theirs = evaluate(str(other), cfg, world)
-            wins, ties = win_rate(torch.tensor(mine.rewards), torch.tensor(theirs.rewards), cfg.objective.margin)
-            result["compare"] = {"other": str(other), "win_rate": wins, "ties": ties, **report(theirs)}
-            say(f"\nwin rate against {other}: {wins:.3f} (ties count half; {ties:.3f} are ties)")
-            say(table({"this": result, "other": result["compare"]}))
-        if args.json and world.is_main:
-            write_json(args.json, {"model": str(name or "embedded"), **result})
+    mine = evaluate(name, cfg, world)
+    result = report(mine)
+    if mine.faults:
+        say(f"warning: {mine.faults} calls of the reward function failed; what they were to score counts as wrong")
+    title = f"{name or 'embedded model'}: {result['prompts']} prompts, {result['samples']} samples each, 95 % intervals"
+    columns = {"all": result, **result.get("by_data_source", {})}
+    say(f"\n{title}\n{table(columns)}")
+    if args.compare:
+        other = checkpoint_of(args.compare)
+        theirs = evaluate(other, cfg, world)
+        wins, ties = win_rate(torch.tensor(mine.rewards), torch.tensor(theirs.rewards), cfg.objective.margin)
+        result["compare"] = {"other": other, "win_rate": wins, "ties": ties, **report(theirs)}
+        say(f"\nwin rate against {other}: {wins:.3f} (ties count half; {ties:.3f} are ties)")
+        say(table({"this": result, "other": result["compare"]}))
+    if args.json and world.is_main:
+        write_json(args.json.expanduser(), {"model": str(name or "embedded"), **result})
+
+
+def checkpoint_of(name: str) -> str:
+    """Return the newest checkpoint in a folder of checkpoints; any other name as it is, `~` expanded."""
+    name = os.path.expanduser(name)
+    return str(latest_checkpoint(Path(name)) or name)
+
+
+def main() -> None:
+    args = options()
+    with process_group() as world:  # around all that may fail: of several ranks one says why
+        run_evaluation(args, world)
 
 
 def program() -> None:

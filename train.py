@@ -25,7 +25,7 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch import check_launch, check_steps, final_words, say_inputs
+from gspo.launch import check_launch, check_steps, final_words, say_inputs, say_notes
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
@@ -55,12 +55,16 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     check_launch(cfg, model_config, world, started=not check_only)
     check_weights(cfg.model.path, values=check_only)  # a run reads the values when it opens the model
     scorer = Scorer(cfg.reward)
-    splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model_config))
-    say_inputs(cfg.model.path, splits, scorer.title)
+    needs_solutions = find_algorithm(cfg.objective.algorithm).needs_solutions
+    splits = world.main_process_first(
+        lambda: load_splits(cfg, tokenizer, model_config, needs_solutions=needs_solutions)
+    )
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
     check_steps(cfg, total)
     world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
+    say_inputs(cfg.model.path, splits, scorer.title)  # after all checks: what a wrong start says is its error alone
+    say_notes(cfg)
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} responses")
 
@@ -189,9 +193,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
     args = parser.parse_intermixed_args()
-    cfg = load_config(args.config, args.overrides)
-    with process_group() as world:
-        train(cfg, world, check_only=args.check)
+    with process_group() as world:  # around all that may fail: of several ranks one says why
+        train(load_config(args.config, args.overrides), world, check_only=args.check)
 
 
 def program() -> None:

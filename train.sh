@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The original launcher: environment variables, then flags, then section.key=value overrides, become one torchrun.
+# The original launcher: environment variables, then flags, then section.key=value overrides, start the processes.
 #   ./train.sh [--model M] [--rollout_n N] [--self_play_rounds R] [--reward_func FILE] [--n_gpus K] [--nnodes M]
 #              [--config FILE] [--any_key VALUE] [section.key=value ...]
 # ROLLOUT_N, SELF_PLAY_ROUNDS, PREFERENCE_BETA, MARGIN, USE_RANKING_LOSS, TRAIN_BATCH_SIZE, LEARNING_RATE, TOTAL_EPOCHS
@@ -41,8 +41,7 @@ command -v "$python" > /dev/null || make -C "$root" setup
 args=(--config "$config" trainer.n_gpus="$n_gpus" trainer.nnodes="$nnodes" "${settings[@]}" "${overrides[@]}")
 [ "$n_gpus:$nnodes" != 1:1 ] || exec "$python" "$root/train.py" "${args[@]}"
 
-"$python" "$root/train.py" --check "${args[@]}"  # a mistake is reported once, before many processes start
 launch=(--standalone)
 [ "$nnodes" = 1 ] || launch=(--nnodes "$nnodes" --node_rank "${NODE_RANK:-0}" \
                              --master_addr "${MASTER_ADDR:?the first node}" --master_port "${MASTER_PORT:-29500}")
-exec "$python" -m torch.distributed.run "${launch[@]}" --nproc_per_node "$n_gpus" "$root/train.py" "${args[@]}"
+exec "$python" "$root/gspo/distributed/start_ranks.py" "${launch[@]}" --nproc_per_node "$n_gpus" "$root/train.py" "${args[@]}"

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gspo.algorithm.objective import find_algorithm
 from gspo.config import Config
+from gspo.data.encoding import check_template_kwargs
 from gspo.data.prompts import Survey, TooLong, check_positions, configured_splits, in_common, make_checker, survey
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
@@ -56,8 +58,11 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
     """Check every split that training would read."""
     tokenizer, model_config, scorer = load_tokenizer(cfg.model.path), load_model_config(cfg.model.path), None
     train: Survey | None = None
+    needs_solutions = find_algorithm(cfg.objective.algorithm).needs_solutions
+    check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)
     for configured in configured_splits(cfg):
-        found, checker, blocked = Found(), make_checker(cfg, tokenizer, model_config), []
+        found, blocked = Found(), []
+        checker = make_checker(cfg, tokenizer, model_config, needs_solutions and configured.name == "train")
 
         def on_bad_row(error: UserError, found: Found = found) -> None:
             found.add(LONG if isinstance(error, TooLong) else BAD, str(error))

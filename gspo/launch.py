@@ -30,7 +30,7 @@ PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(
 
 
 def check_launch(cfg: Config, model_config: Any, world: World, started: bool = True) -> None:
-    """Check the configuration against the ranks, the model and the tables; print notes on what may surprise.
+    """Check the configuration against the ranks, the model and the tables.
 
     UserError where torchrun started another number of ranks, the model cannot do what is asked, or a name is unknown.
     `started` is false for `--check`, which runs on one rank.
@@ -49,6 +49,10 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
             f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
             f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... (or ./train.sh --n_gpus)."
         )
+
+
+def say_notes(cfg: Config) -> None:
+    """Print what may surprise about a configuration that is allowed."""
     if cfg.model.path is None and cfg.optim.learning_rate < 1e-5:
         say(
             f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "

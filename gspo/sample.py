@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gspo.data.encoding import Encoder
-from gspo.data.schemas import Messages
+from gspo.data.messages import Messages, read_messages, read_tools
 from gspo.data.sources import open_source
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
@@ -113,18 +113,16 @@ def _open_answers(path: Path, source: str) -> Iterator[TextIO]:
     with contextlib.ExitStack() as files:
         try:
             part = files.enter_context(replacing(path, keep_unfinished=True))
-            out = files.enter_context(part.open("w", encoding="utf-8"))
+            out = files.enter_context(part.open("w", encoding="utf-8", errors="backslashreplace"))
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e.strerror}); name a file in a folder that is there.") from e
         yield out
 
 
-def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str) -> Prompt:
+def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str, tools: Any = None) -> Prompt:
     """Encode a prompt. Raise UserError, which names the place."""
-    if not prompt or not isinstance(prompt, str | list):
-        raise UserError(f"{place}: no `prompt`; it must be a text, or a list of {{role, content}} messages.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return Prompt(number, encoder.ids(messages, place), "", "", "")
+    messages = read_messages(prompt, place)
+    return Prompt(number, encoder.ids(messages, place, read_tools(tools, place)), "", "", "")
 
 
 def _answers(rollout: Rollout) -> list[list[Answer]]:
@@ -165,11 +163,14 @@ def main() -> None:
         sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", memory, a.seed, skips)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [source[i] for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
-            prompts = [_prompt(encoder, at + k, row.get("prompt"), source.place(at + k)) for k, row in enumerate(rows)]
+            prompts = [
+                _prompt(encoder, at + k, row.get("prompt"), source.place(at + k), row.get("tools"))
+                for k, row in enumerate(rows)
+            ]
             rollout = sampler.generate(prompts, a.n, sampling, purpose=EVAL)
             for row, group in zip(rows, _answers(rollout), strict=True):
                 answers = [asdict(answer) for answer in group]
-                out.write(json.dumps({**row, "answers": answers}, ensure_ascii=False) + "\n")
+                out.write(json.dumps({**row, "answers": answers}, ensure_ascii=False, default=str) + "\n")
     say(f"{a.answers}: {len(source):,} prompts, {a.n} responses each")
 
 

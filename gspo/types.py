@@ -34,7 +34,7 @@ class Prompt:
     id: int  # row number in its data set; keys the randomness of its samples
     ids: tuple[int, ...]  # token ids, chat template applied
     text: str  # what the user asked, for tables
-    ground_truth: str
+    ground_truth: Any  # a text, numbers included; for a reward function of the user's, whatever the row holds
     data_source: str
     extra_info: dict[str, Any] = field(default_factory=dict)
 

@@ -1,12 +1,16 @@
 """Turn messages into token ids, and bound their number without tokenizing."""
 
 import contextlib
+import difflib
+import inspect
 import json
+import re
 import unicodedata
 from typing import Any
 
-from gspo.data.schemas import Messages
+from gspo.data.messages import Messages, Tools
 from gspo.errors import UserError
+from gspo.system.console import say
 
 SLACK = 8  # tokens per message: next to a content, BPE may cut the template's words into more pieces than alone
 PROBE = "q{0}<\"&'é中>\n{0}q"  # a content that a template changes if it quotes, escapes or repeats contents
@@ -25,13 +29,68 @@ NEVER_LENGTHEN = {
 NEVER_LENGTHEN |= {"BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength"}
 
 
-def encode(messages: Messages, tokenizer: Any, system: str | None, template_kwargs: dict[str, Any]) -> tuple[int, ...]:
+DECIDED = (
+    "conversation",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+)  # by each prompt, not by a user
+REASONING = {"reasoning_content", "reasoning", "thinking"}  # names that transformers treats as one
+
+
+def encode(
+    messages: Messages, tokenizer: Any, system: str | None, template_kwargs: dict[str, Any], tools: Tools | None = None
+) -> tuple[int, ...]:
     """Return the token ids of messages up to where the response begins. Without a chat template: of the plain text."""
     messages = _with_system(messages, system)
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
+        text = render(messages, tokenizer, template_kwargs, tools)
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     return tuple(tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+
+
+def render(messages: Messages, tokenizer: Any, template_kwargs: dict[str, Any], tools: Tools | None = None) -> str:
+    """Return the text of messages by the chat template. A last message of the assistant is continued, not closed."""
+    continued = messages[-1]["role"] == "assistant"
+    given = template_kwargs if tools is None else {**template_kwargs, "tools": tools}
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued, **given
+    )
+
+
+def template_text(tokenizer: Any, template_kwargs: dict[str, Any], tools: Tools | None = None) -> str:
+    """Return the chat template that is used; empty where there is none."""
+    if not tokenizer.chat_template:
+        return ""
+    return tokenizer.get_chat_template(template_kwargs.get("chat_template"), tools)
+
+
+def names_in(template: str) -> set[str]:
+    """Return the words in a template's statements and expressions: a superset of the names that it reads."""
+    return set(re.findall(r"\w+", " ".join(re.findall(r"\{[{%](.*?)[%}]\}", template, re.DOTALL))))
+
+
+def check_template_kwargs(tokenizer: Any, template_kwargs: dict[str, Any]) -> None:
+    """Warn of a key of data.chat_template_kwargs that the template never reads. UserError for one that is not free."""
+    place = "data.chat_template_kwargs"
+    if decided := [key for key in template_kwargs if key in DECIDED]:
+        raise UserError(
+            f"{place}: {decided[0]!r} follows from each prompt's last message and cannot be set. Remove it."
+        )
+    if not template_kwargs:
+        return
+    template = template_text(tokenizer, template_kwargs, template_kwargs.get("tools"))
+    names = names_in(template)
+    for key in template_kwargs:
+        if key == "chat_template" or key in names:
+            continue
+        if not template:
+            say(f"warning: {place}: {key!r} has no effect, as this tokenizer has no chat template.")
+            continue
+        options = names - set(inspect.signature(tokenizer.apply_chat_template).parameters)
+        near = difflib.get_close_matches(key, options, n=1)
+        meant = f" Do you mean {near[0]!r}?" if near else ""
+        say(f"warning: {place}: the chat template never reads {key!r}, so it has no effect.{meant}")
 
 
 def _with_system(messages: Messages, system: str | None) -> Messages:
@@ -60,11 +119,13 @@ class Encoder:
         if vocab_size is not None and max(tokenizer.get_vocab().values()) >= vocab_size:
             self._growth = None  # no bound: every prompt must be encoded to see whether the model knows its ids
         self._overheads: dict[tuple[str, ...], int | None] = {}
+        self._unread: set[str] = set()  # fields of messages of which it was said that the template never reads them
 
-    def ids(self, messages: Messages, place: str) -> tuple[int, ...]:
+    def ids(self, messages: Messages, place: str, tools: Tools | None = None) -> tuple[int, ...]:
         """Return the token ids of the messages. Raise UserError, which names the place, where there are none."""
+        self._check_fields(messages, place, tools)
         try:
-            ids = encode(messages, self.tokenizer, self.system, self.template_kwargs)
+            ids = encode(messages, self.tokenizer, self.system, self.template_kwargs, *([tools] if tools else []))
         except Exception as e:  # templates refuse roles, tokenizers refuse half characters; the types are many
             raise UserError(f"{place}: the tokenizer refuses this prompt: {' '.join(str(e).split()):.200}.") from e
         if not ids or (self.vocab_size is not None and max(ids) >= self.vocab_size):
@@ -74,12 +135,45 @@ class Encoder:
             )
         return ids
 
-    def bound(self, messages: Messages, place: str) -> int | None:
+    def _check_fields(self, messages: Messages, place: str, tools: Tools | None) -> None:
+        """Raise UserError where a prompt cannot be shown to the model; say once which fields a template leaves out."""
+        last = messages[-1]
+        if last["role"] == "assistant" and not isinstance(last.get("content"), str):
+            raise UserError(
+                f"{place}: the prompt ends in a message of the assistant without content, so there is no text to "
+                "continue. Leave that message out, or add what the tool answered."
+            )
+        fields = {key for message in messages for key in message} - {"role", "content"}
+        fields |= {"tools"} if tools else set()
+        if not fields <= self._unread:
+            self._check_read(fields, place, tools)
+
+    def _check_read(self, fields: set[str], place: str, tools: Tools | None) -> None:
+        """Say once of each field that the chat template never reads it. UserError where there is no template at all."""
+        template = template_text(self.tokenizer, self.template_kwargs, tools)
+        if not template:
+            raise UserError(
+                f"{place}: the prompt has {', '.join(map(repr, sorted(fields)))}, but this tokenizer has no chat "
+                "template that could show it. Use the model's own tokenizer, or leave the field out."
+            )
+        names = names_in(template)
+        if names & REASONING:
+            names |= REASONING
+        whole = re.search(r"\bmessages?\s*\|\s*tojson|\.items\(", template)  # it writes whatever a message has
+        unread = set() if whole else fields - names
+        if unread - self._unread:
+            say(
+                f"warning: {place}: the chat template never reads {', '.join(map(repr, sorted(unread)))}, so the model "
+                "does not see it, here and in other rows."
+            )
+        self._unread |= fields
+
+    def bound(self, messages: Messages, place: str, tools: Tools | None = None) -> int | None:
         """Return an upper bound on the number of token ids; None where only tokenizing can tell.
 
         The first messages of each tuple of roles are encoded, as a template may refuse the roles: UserError.
         """
-        if self._growth is None:
+        if self._growth is None or tools or any(len(m) != 2 or "content" not in m for m in messages):
             return None
         roles = tuple([m["role"] for m in messages])
         if roles not in self._overheads:
@@ -109,12 +203,7 @@ class Encoder:
             if self.tokenizer.chat_template:
                 probes = [PROBE.format(i) for i in range(len(roles))]
                 messages = [{"role": r, "content": c} for r, c in zip(roles, probes, strict=True)]
-                text = self.tokenizer.apply_chat_template(
-                    _with_system(messages, self.system),
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **self.template_kwargs,
-                )
+                text = render(_with_system(messages, self.system), self.tokenizer, self.template_kwargs)
                 if any(text.count(probe) != 1 for probe in probes):
                     return None
             shortest = [{"role": r, "content": "x"} for r in roles]

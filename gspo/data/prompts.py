@@ -13,8 +13,9 @@ from typing import Any, overload
 import numpy as np
 
 from gspo.config import Config
-from gspo.data.encoding import Encoder
-from gspo.data.schemas import Messages, parse_row
+from gspo.data.encoding import Encoder, check_template_kwargs
+from gspo.data.messages import Messages, Tools, question_of, read_tools
+from gspo.data.schemas import parse_row
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
@@ -73,21 +74,31 @@ class Prompts(Sequence[Prompt]):
             return Prompts(self._sources, self._encoder, self._max_length, self._kept[i])
         number, source, row = self._find(i)
         place = source.place(row)
-        messages, truth, data_source, extra = parse_row(source[row], place)
-        ids = self._encoder.ids(messages, place)
+        fields = source[row]
+        messages, truth, data_source, extra = parse_row(fields, place)
+        ids = self._encoder.ids(messages, place, read_tools(fields.get("tools"), place))
         if len(ids) > self._max_length:  # longer than the survey's bound, or the file has changed since
             raise TooLong(place, len(ids), self._max_length)
-        return Prompt(number, ids, messages[-1]["content"], truth, data_source, extra)
+        return Prompt(number, ids, question_of(messages), truth, data_source, extra)
 
 
 class RowChecker:
     """Check rows before training; tokenize a prompt only where the bound on its length is not enough.
 
-    `positions`: most tokens of a prompt that leave the model room for a response.
+    `positions`: most tokens of a prompt that leave the model room for a response. `only_texts`: the reward function is
+    the default one, which compares texts. `needs_solutions`: the objective learns from each row's `solution`.
     """
 
-    def __init__(self, encoder: Encoder, max_length: int, positions: int = NO_LIMIT):
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_length: int,
+        positions: int = NO_LIMIT,
+        only_texts: bool = False,
+        needs_solutions: bool = False,
+    ):
         self.encoder, self.max_length, self.positions = encoder, max_length, positions
+        self.only_texts, self.needs_solutions = only_texts, needs_solutions
         self.longest = 0  # of the prompts tokenized, which include all that are longer than `positions`
         self._surely_short = min(max_length, positions)  # a prompt with a bound up to this is not tokenized
 
@@ -95,21 +106,33 @@ class RowChecker:
         """Return the key of a good row's prompt. Raise UserError: TooLong where its length is what is wrong."""
         if isinstance(row, UserError):
             raise row
-        messages = parse_row(row, place)[0]
-        bound = self.encoder.bound(messages, place)
+        messages, truth, _, extra = parse_row(row, place)
+        tools = read_tools(row.get("tools"), place)
+        if self.only_texts and not isinstance(truth, str):
+            raise UserError(
+                f"{place}: field 'ground_truth' is a {type(truth).__name__} ({truth!r:.60}), but the default reward "
+                "function compares texts and numbers. Write it as text, or give a function that takes it: reward.path."
+            )
+        if self.needs_solutions and not (isinstance(s := extra.get("solution"), str) and s.strip()):
+            raise UserError(
+                f"{place}: objective.algorithm learns from gold texts, but the row has no text in its field 'solution'."
+            )
+        bound = self.encoder.bound(messages, place, tools)
         if bound is None or bound > self._surely_short:
-            length = len(self.encoder.ids(messages, place))
+            length = len(self.encoder.ids(messages, place, tools))
             if length > self.max_length:
                 raise TooLong(place, length, self.max_length)
             if length > self.longest:
                 self.longest = length
                 self._surely_short = min(self.max_length, max(self.positions, length))
-        return prompt_key(messages)
+        return prompt_key(messages, tools)
 
 
-def prompt_key(messages: Messages) -> int:
+def prompt_key(messages: Messages, tools: Tools | None = None) -> int:
     """Return 64 bits, in this process the same for prompts of the same text, whatever their ASCII whitespace."""
-    text = messages[0]["content"] if len(messages) == 1 else "\n".join([m["content"] for m in messages])
+    text = messages[0].get("content", "") if len(messages) == 1 else "\n".join([m.get("content", "") for m in messages])
+    if tools or any(len(m) > 2 for m in messages):
+        text += repr((tools, [sorted(m.items()) for m in messages]))
     data = text.encode("utf-8", "surrogatepass").translate(SPACES).strip()
     while b"  " in data:
         data = data.replace(b"  ", b" ")
@@ -230,7 +253,7 @@ def configured_splits(cfg: Config, only_test: bool = False) -> Iterator[SplitFil
             yield SplitFiles(name, given, hub_split[name], limits[name])
 
 
-def make_checker(cfg: Config, tokenizer: Any, model_config: Any) -> RowChecker:
+def make_checker(cfg: Config, tokenizer: Any, model_config: Any, needs_solutions: bool = False) -> RowChecker:
     """Return the checker for this configuration and model."""
     text = model_config.get_text_config()
     room = getattr(text, "max_position_embeddings", None)
@@ -238,6 +261,8 @@ def make_checker(cfg: Config, tokenizer: Any, model_config: Any) -> RowChecker:
         Encoder(tokenizer, cfg.data.system_prompt, cfg.data.chat_template_kwargs, text.vocab_size),
         cfg.data.max_prompt_length,
         NO_LIMIT if room is None else room - cfg.rollout.max_new_tokens,
+        only_texts=cfg.reward.path is None,
+        needs_solutions=needs_solutions,
     )
 
 
@@ -251,11 +276,17 @@ def check_positions(checker: RowChecker, cfg: Config) -> None:
         )
 
 
-def load_splits(cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bool = False) -> Splits:
-    """Read the prompts of the configured files; without training files, of the embedded equations."""
+def load_splits(
+    cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bool = False, needs_solutions: bool = False
+) -> Splits:
+    """Read the prompts of the configured files; without training files, of the embedded equations.
+
+    `needs_solutions`: refuse training rows without a `solution`.
+    """
     found: dict[str, Survey] = {}
+    check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)
     for configured in configured_splits(cfg, only_test):
-        checker = make_checker(cfg, tokenizer, model_config)
+        checker = make_checker(cfg, tokenizer, model_config, needs_solutions and configured.name == "train")
         found[configured.name] = load_survey(
             configured.files, checker, cfg.data.overlong, configured.split, configured.limit
         )

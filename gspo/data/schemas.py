@@ -7,44 +7,42 @@ r"""Read a row of any known schema.
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
+from gspo.data.messages import Messages, read_messages, refuse_other_media
 from gspo.errors import UserError
 
 Row = dict[str, Any]
-Messages = list[dict[str, str]]
+EXACT = 2**53  # a float of this size or more may not be the integer that was meant
 
 ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's calculator notes: 48/2 = <<48/2=24>>24
 FINAL = re.compile(r"^####\s*(-?[\d,.]*\d)\s*\Z", re.MULTILINE)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])")
 
 
-def parse_row(row: Any, place: str) -> tuple[Messages, str, str, dict]:
+def parse_row(row: Any, place: str) -> tuple[Messages, Any, str, dict]:
     """Return (messages, ground_truth, data_source, extra_info) of a row of any schema; a null field counts as missing.
 
-    Raise UserError, which names the place and the field, where the row is of no schema.
+    The ground truth is a text, numbers included, or the list, object, truth value or date that the row holds. Raise
+    UserError, which names the place and the field, where the row is of no schema.
     """
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be an object with prompt, ground_truth and data_source, got {row!r:.80}.")
-    prompt = row.get("prompt")
-    if prompt is None:
+    refuse_half_characters(row, place)
+    refuse_other_media(row, place)
+    if row.get("prompt") is None:
         row = published_row(row, place)
-        prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        if not prompt or prompt.isspace():
-            raise _field_error(row, place, "prompt", "a text that is not empty")
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        messages = _messages(row, place)
+    messages = read_messages(row.get("prompt"), place)
     if row.get("reward_model") is not None:
         model = row["reward_model"]
-        truth = model.get("ground_truth") if isinstance(model, dict) else None
-        if not _is_truth(truth):
+        truth = ground_truth_of(model.get("ground_truth")) if isinstance(model, dict) else None
+        if truth is None:
             raise _field_error(row, place, "reward_model", 'an object like {"style": "rule", "ground_truth": ...}')
     else:
-        truth = row.get("ground_truth")
-        if not _is_truth(truth):
-            raise _field_error(row, place, "ground_truth", "a text or a number")
+        truth = ground_truth_of(row.get("ground_truth"))
+        if truth is None:
+            raise _field_error(row, place, "ground_truth", "a text, a finite number, or a list, object or truth value")
     source = row.get("data_source")
     if source is None:
         source = "unknown"
@@ -55,29 +53,52 @@ def parse_row(row: Any, place: str) -> tuple[Messages, str, str, dict]:
         raise _field_error(row, place, "extra_info", "an object")
     if row.get("solution") is not None:
         extra = {**extra, "solution": row["solution"]}
-    return messages, str(truth), source, extra
+    return messages, truth, source, extra
 
 
-def _is_truth(value: Any) -> bool:
-    """Return whether the value is a text or a finite number; JSON's `true` and `NaN` are neither."""
-    return isinstance(value, str) or (type(value) in (int, float) and value - value == 0)
+def ground_truth_of(value: Any) -> Any:
+    """Return a ground truth as the reward function gets it: numbers as text, `72.0` as "72"; None where it is none.
+
+    A column of whole numbers with a hole in it is a column of floats; nobody's function compares with "72.0".
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return value
+    if value - value != 0:  # neither NaN nor infinite
+        return None
+    whole = value == int(value) and (isinstance(value, int | Decimal) or abs(value) < EXACT)
+    return str(int(value)) if whole else str(value)
+
+
+def refuse_half_characters(row: Row, place: str) -> None:
+    """Raise UserError where a text of the row holds a lone surrogate, which is in no text file and no vocabulary."""
+    for name, value in row.items():
+        found = half_character(name) or half_character(value)
+        if found:
+            raise UserError(
+                f"{place}: field {name!r} holds half a character ({found!r}), as is left where a text is cut inside an "
+                "emoji. Repair the text or leave the row out."
+            )
+
+
+def half_character(value: Any) -> str:
+    """Return the first lone surrogate in a text, or in the texts of a list or an object; else an empty text."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                return value[e.start]
+    elif isinstance(value, dict):
+        return next((found for pair in value.items() for item in pair if (found := half_character(item))), "")
+    elif isinstance(value, list | tuple):
+        return next((found for item in value if (found := half_character(item))), "")
+    return ""
 
 
 def _field_error(row: Row, place: str, name: str, what: str) -> UserError:
     """Return the error that names place and field, what is expected and what is there."""
     got = f"{row[name]!r:.80}" if name in row else "nothing"
     return UserError(f"{place}: field {name!r} must be {what}, got {got}.")
-
-
-def _messages(row: Row, place: str) -> Messages:
-    """Return the prompt that is a list of {role, content} messages. Raise UserError for anything else."""
-    prompt = row.get("prompt")
-    ok = isinstance(prompt, list) and prompt
-    ok = ok and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
-    ok = ok and all(isinstance(m.get("content"), str) for m in prompt)
-    if not ok:
-        raise _field_error(row, place, "prompt", "a text, or a list of {role, content} messages")
-    return [{"role": m["role"], "content": m["content"]} for m in prompt]
 
 
 def published_row(row: Row, place: str) -> Row:

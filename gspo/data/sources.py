@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
+from gspo.read_yaml import without_repeats
 
 BOM = b"\xef\xbb\xbf"
 NOT_READ = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xlsx")  # refused, where READERS has no line for it
 BATCH = 1024  # Arrow rows converted at a time when all rows are read
 # a folder or owner/name, then :config, then @split
 DATASET = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
-decode_json = json.JSONDecoder().raw_decode  # json.loads without its preparations
+decode_json = json.JSONDecoder(object_pairs_hook=without_repeats).raw_decode  # json.loads without its preparations
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -111,7 +112,7 @@ class JsonList(Source):
     def __init__(self, path: Path):
         self.name = str(path)
         try:
-            self._rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            self._rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
         except UnicodeDecodeError as e:
             raise UserError(f"{path} is not UTF-8 text (byte {e.start}).") from e
         except (ValueError, RecursionError) as e:
@@ -138,23 +139,26 @@ class ArrowRows(Source):
 
     def _slice(self, start: int, count: int) -> list[Any]:
         """Return `count` rows as dicts."""
-        if hasattr(self._table, "slice"):
-            return self._table.slice(start, count).to_pylist()
-        return self._table[start : start + count].to_pylist()
+        found = self._table.slice(start, count) if hasattr(self._table, "slice") else self._table[start : start + count]
+        return found.to_pylist(maps_as_pydicts="strict")  # a map is an object, and has no key twice
 
     def __getitem__(self, i: int) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
         try:
             return self._slice(i, 1)[0]
-        except (ValueError, OSError) as e:  # text that is not UTF-8, a broken cache file
+        except (
+            ValueError,
+            KeyError,
+            OSError,
+        ) as e:  # a key twice in a map, text that is not UTF-8, a broken cache file
             raise UserError(f"{self.place(i)} cannot be read: {' '.join(str(e).split()):.200}.") from e
 
     def rows(self) -> Iterator[Any]:
         for start in range(0, len(self), BATCH):
             try:
                 rows = self._slice(start, min(BATCH, len(self) - start))
-            except (ValueError, OSError):
+            except (ValueError, KeyError, OSError):
                 rows = [self._or_error(i) for i in range(start, min(start + BATCH, len(self)))]
             yield from rows
 

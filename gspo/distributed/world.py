@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from gspo.distributed.failures import leave
 from gspo.errors import UserError
 from gspo.system import torchrun
 from gspo.system.malloc import keep_freed_memory
@@ -114,7 +115,10 @@ def _store_of_this_attempt() -> dist.Store:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join the process group that torchrun describes, if any, and leave it at the end. Choose device and threads."""
+    """Join the process group that torchrun describes, if any, and leave it at the end. Choose device and threads.
+
+    With several ranks an error inside the block ends the process here: one rank says why (failures.py).
+    """
     rank, size = torchrun.rank(), torchrun.world_size()
     device = torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -122,7 +126,7 @@ def process_group() -> Iterator[World]:
     else:
         torch.set_num_threads(torchrun.cpu_cores())
         keep_freed_memory()
-    mesh = None
+    mesh = store = None
     if size > 1 or device.type == "cuda":  # on one GPU too: the offloaded reference is an FSDP module
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         store = _store_of_this_attempt() if size > 1 else dist.HashStore()
@@ -130,6 +134,10 @@ def process_group() -> Iterator[World]:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("fsdp",))
     try:
         yield World(rank, size, device, mesh)
+    except Exception as error:
+        if size > 1:
+            leave(error, store, rank)
+        raise
     finally:
         if mesh is not None:
             dist.destroy_process_group()

@@ -63,8 +63,8 @@ class SamplesFile(FileTracker):
         self.file = AppendedFile(folder / "samples.jsonl")
 
     def samples(self, step: int, rows: Samples) -> OSError | None:
-        lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows.values()]
-        return self.file.append("".join(lines).encode())
+        lines = [json.dumps({"step": step, **row}, ensure_ascii=False, default=str) + "\n" for row in rows.values()]
+        return self.file.append("".join(lines).encode("utf-8", "backslashreplace"))  # half a character: \\ud83d
 
 
 def drop_steps_after(path: Path, step: int) -> None:

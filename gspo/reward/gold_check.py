@@ -87,9 +87,9 @@ class GoldCheck:
 
 def gold_texts(prompt: Prompt) -> list[str]:
     """Return right answers: the row's `solution`, where there is one, and its ground truth in several forms."""
-    solution = prompt.extra_info.get("solution")
+    solution, truth = prompt.extra_info.get("solution"), prompt.ground_truth
     given = [solution] if isinstance(solution, str) and solution.strip() else []
-    return given + renderings(prompt.ground_truth)
+    return given + (renderings(truth) if isinstance(truth, str) else [])  # a list or an object: only the user knows
 
 
 def renderings(truth: str) -> list[str]:
@@ -106,7 +106,7 @@ def sample(count: int, rows: int | None, seed: int = 0) -> list[int]:
 
 def check_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int | None, seed: int = 0) -> GoldCheck:
     """Score right and wrong answers to a sample of the prompts (None: all)."""
-    places = sample(len(prompts), rows, seed)
+    places = [i for i in sample(len(prompts), rows, seed) if gold_texts(prompts[i])]
     first = prompts[places[0]].ground_truth if places else ""
     gold_sum, wrong_sum, first_fault = 0.0, 0.0, ""
     sums = {"rows": 0, "full": 0, "compared": 0, "above": 0, "calls": 0, "faults": 0}
@@ -146,6 +146,11 @@ def check_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int | None,
 def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> None:
     """Check the reward function before training. Raise UserError where no right answer scores above a wrong one."""
     check = check_gold(scorer, prompts, rows)
+    if rows and not check.rows:
+        say(
+            "note: the reward function is not checked: the ground truths of the "
+            f"{min(rows, len(prompts))} sampled rows are no texts, so no right answer is known. Give them a `solution`."
+        )
     if check.refused:
         raise UserError(check.verdict())
     if check.verdict():
@@ -163,7 +168,7 @@ def _score(
     truths = [p.ground_truth for p in chosen] + [first_truth]
     golds, wrongs, groups = [], [], []
     for k, prompt in enumerate(chosen):
-        later = [t for t in truths[k + 1 :] + truths[:k] if t != prompt.ground_truth]
+        later = [t for t in truths[k + 1 :] + truths[:k] if isinstance(t, str) and t != prompt.ground_truth]
         golds.append(gold_texts(prompt))
         wrongs.append(renderings(later[0]) if later else [])
         both = golds[-1] + wrongs[-1]

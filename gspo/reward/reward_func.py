@@ -21,6 +21,7 @@ import os
 import re
 import threading
 from collections import Counter
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -79,6 +80,11 @@ def extract_answer(solution_str: str) -> str:
 
 def correctness(solution_str: str, ground_truth: str) -> float:
     """Return 1.0 if the final answer is the gold one, 0.5 if it is at least half of a gold list, else 0.0."""
+    if isinstance(ground_truth, bool) or not isinstance(ground_truth, str | int | float | Decimal):
+        raise TypeError(
+            f"ground_truth is a {type(ground_truth).__name__} ({ground_truth!r:.60}), but this function compares texts "
+            "and numbers: write it as text, or use another reward function"
+        )
     gold_text, answer = _clean(str(ground_truth)), _final_answer(_clean(solution_str))[0]
     gold, given = _parts(gold_text), _parts(answer)
     if not given:

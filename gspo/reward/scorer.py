@@ -32,6 +32,7 @@ from gspo.types import Prompt, Rollout, Scores
 
 WORTH_OVERLAPPING_S = 1e-3  # shorter calls slow down sampling, on the same cores, by more than they take afterwards
 MOST_TIMEOUTS_BEFORE_TRAINING = 4  # in a row, in the check before training
+OUR_CURVES = ("errors", "timeouts", "faults")  # below reward/, as the parts of a score are
 PRINTED_LINES, LINE_WIDTH = 50, 300  # shown of what the function prints
 
 
@@ -61,14 +62,40 @@ class Scorer:
         self.printed = _PrintedLines()
         self.pool = WorkerPool(settings, cfg.workers or cpu_cores(), self.printed)
         self.name = "rank_responses" if self.pool.scores_groups else cfg.name
+        self._check_keywords()
         self.begun: dict[int, list[Future[Outcome]]] = {}  # place of a group -> its calls
         self.warned: set[str] = set()  # kinds of faults
         self.close = weakref.finalize(self, self.pool.close)
 
+    def _check_keywords(self) -> None:
+        """Raise UserError where the function does not take what it would be given, or needs what it is not."""
+        takes, kwargs, what = self.pool.keywords, self.cfg.reward_kwargs, f"{self.name} of {self.path}"
+        if self.pool.scores_groups:
+            given = ("responses", "ground_truth", "data_source")  # and extra_info where it takes that
+        else:
+            given = ("data_source", "solution_str", "ground_truth", "extra_info")
+        only = "" if takes is None else f"takes {', '.join(takes) or 'no keywords'} only"
+        for key in kwargs:
+            if key in (*given, "extra_info"):
+                raise UserError(f"reward.reward_kwargs sets {key!r}, which every call is given already. Rename it.")
+            if takes is not None and key not in takes:
+                raise UserError(
+                    f"reward.reward_kwargs sets {key!r}, but {what} {only}. Add it to the function, or leave it out."
+                )
+        for key in given:
+            if takes is not None and key not in takes:
+                raise UserError(f"{what} is called with {', '.join(given)}, but {only}. Add {key!r}, or `**rest`.")
+        for key in self.pool.required:
+            if key not in (*given, "extra_info", *kwargs):
+                raise UserError(
+                    f"{what} needs {key!r}, but is called with {', '.join(given)}. Give it a default, or set "
+                    f"reward.reward_kwargs.{key}=VALUE."
+                )
+
     @property
     def title(self) -> str:
         """Return the file and the function in it, for messages."""
-        return f"{'' if self.cfg.path else 'the default, '}{os.path.relpath(self.path)}: {self.name}"
+        return f"{self.cfg.path or f'the default, {os.path.relpath(self.path)}'}: {self.name}"
 
     def begin(self, place: int, prompt: Prompt, texts: list[str]) -> None:
         """Start scoring group `place` while others are still being sampled, if calls are long enough to gain by it."""
@@ -124,7 +151,7 @@ class Scorer:
         text = (
             f"{self.path}: {self.name} {outcome.message}, on the response {texts[0][:80]!r}"
             f"{f' and {len(texts) - 1} more' if len(texts) > 1 else ''} to the prompt {prompt.text[:80]!r} "
-            f"(ground truth {prompt.ground_truth[:40]!r})."
+            f"(ground truth {prompt.ground_truth!r:.42})."
         )
         if outcome.fault == "timeout":
             text += " If it needs longer, raise reward.timeout_s."
@@ -138,6 +165,14 @@ class Scorer:
         trace = f"\n{outcome.trace.rstrip()}" if outcome.trace else ""
         note = f"({effect}, reward.on_error; further ones are only counted, in reward/{outcome.fault}s)"
         print(f"{where}warning: {text} {note}{trace}", file=sys.stderr, flush=True)
+
+
+def _part_name(name: str) -> str:
+    """Return the name of the curve of a score's part: `reward/errors` is ours, so its `errors` is `own_errors`."""
+    bare = name
+    while bare.startswith("own_"):
+        bare = bare.removeprefix("own_")
+    return f"own_{name}" if bare in OUR_CURVES else name
 
 
 class _ScoreTable:
@@ -164,6 +199,7 @@ class _ScoreTable:
         self.rewards[g, i] = outcome.reply["score"]
         self.predictions[g][i] = outcome.reply["pred"]
         for name, value in outcome.reply["parts"].items():
+            name = _part_name(name)
             if name not in self.parts:
                 self.parts[name] = torch.full_like(self.rewards, torch.nan)
             self.parts[name][g, i] = value

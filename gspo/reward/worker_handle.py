@@ -70,9 +70,9 @@ class WorkerProcess:
         self.on_print = on_print
         if self.tail:
             on_print(self.tail)
-        # What the function is: `rank_responses`? async? the keywords it takes (None: any).
+        # What the function is: `rank_responses`? async? the keywords it takes (None: any), those it cannot do without.
         self.scores_groups, self.concurrent = hello["scores_groups"], hello["concurrent"]
-        self.keywords = hello["keywords"]
+        self.keywords, self.required = hello["keywords"], hello["required"]
 
     def _start_process(self) -> None:
         """Start the process, with a socket for calls and replies and a pipe for what it prints."""

@@ -9,7 +9,7 @@ started.
 import asyncio
 import contextlib
 import faulthandler
-import importlib
+import importlib.abc
 import inspect
 import json
 import os
@@ -20,6 +20,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable
+from importlib.machinery import ModuleSpec
 from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
@@ -32,14 +33,55 @@ BACKSTOP_S = 5.0  # a process without parent that holds the interpreter's lock d
 # ---- the user's file ----
 
 
+class UserModule(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import the user's file from the source text that the parent read once: editing it during a run changes nothing.
+
+    Processes that the user's code starts (multiprocessing by spawn or forkserver) import it too: they find the text in
+    a file without a name that this process holds open, and path and number of that file in the environment.
+    """
+
+    HELD = "GSPO_REWARD_SOURCE"  # environment variable: `/proc/PID/fd/N PATH`
+
+    def __init__(self, source: str, path: str):
+        self.source, self.path = source, path
+        stem = os.path.splitext(os.path.basename(path))[0]
+        self.name = f"user_reward_{stem.replace('.', '_')}"  # a dot would make a package of it
+
+    def hold(self) -> None:
+        """Keep the source text open for processes that this one starts."""
+        held = os.memfd_create("user_reward")
+        with open(held, "w", encoding="utf-8", closefd=False) as file:
+            file.write(self.source)
+        os.environ[self.HELD] = f"/proc/{os.getpid()}/fd/{held} {self.path}"
+
+    @classmethod
+    def held(cls) -> "UserModule | None":
+        """Return what the process that started this one holds, if it does."""
+        file, _, path = os.environ.get(cls.HELD, "").partition(" ")
+        try:
+            with open(file, encoding="utf-8") as source:
+                return cls(source.read(), path)
+        except OSError:
+            return None
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Tell the import system that the module is ours."""
+        return ModuleSpec(name, self, origin=self.path) if name == self.name else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the source text as that of the user's file."""
+        module.__file__ = self.path
+        exec(compile(self.source, self.path, "exec", dont_inherit=True), module.__dict__)
+
+
 def load(source: str, path: str) -> ModuleType:
-    """Import the source text that the parent read once: editing the file during a run changes nothing."""
+    """Import the user's file, here and in the processes that it starts."""
     sys.path.append(os.path.dirname(path))  # for imports of modules beside it
-    module = ModuleType(f"user_reward_{os.path.splitext(os.path.basename(path))[0]}")
-    module.__file__ = path
-    sys.modules[module.__name__] = module  # dataclasses look up their module
-    exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
-    return module
+    finder = UserModule(source, path)
+    if hasattr(os, "memfd_create"):
+        finder.hold()
+    sys.meta_path.append(finder)
+    return importlib.import_module(finder.name)
 
 
 def where(error: BaseException, path: str) -> str:
@@ -145,7 +187,8 @@ class Worker:
             return None
         # An object with `async def __call__` counts as well.
         self.concurrent = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-        self.send({"scores_groups": self.scores_groups, "concurrent": self.concurrent, "keywords": _keywords(function)})
+        keywords = {"keywords": _keywords(function), "required": _required(function)}
+        self.send({"scores_groups": self.scores_groups, "concurrent": self.concurrent, **keywords})
         return function
 
     def _is_default(self, ranking: Callable[..., Any]) -> bool:
@@ -244,6 +287,16 @@ def _keywords(function: Callable[..., Any]) -> list[str] | None:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Return the keywords without which `function` cannot be called."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in named and p.default is p.empty]
+
+
 def limit_memory(gib: float) -> None:
     """Limit this process's memory; let the kernel, when memory runs out, end it before the trainer."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
@@ -278,3 +331,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__" and (user_module := UserModule.held()):  # a process that the user's code has started
+    sys.meta_path.append(user_module)

@@ -51,7 +51,8 @@ class WorkerPool:
         self.most_timeouts, self.timeouts_in_a_row = MOST_TIMEOUTS, 0
         first = self.start()
         self.first: WorkerProcess | None = first  # until the first call
-        self.scores_groups, self.concurrent, self.keywords = first.scores_groups, first.concurrent, first.keywords
+        self.scores_groups, self.concurrent = first.scores_groups, first.concurrent
+        self.keywords, self.required = first.keywords, first.required
 
     def start(self) -> WorkerProcess:
         """Start a process. Raise UserError where it cannot import the file."""

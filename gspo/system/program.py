@@ -1,5 +1,6 @@
 """Run a program's main function: report its errors, and end its process in the right way."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -13,6 +14,9 @@ from gspo.system.torchrun import agent_address, is_main, world_size
 
 def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Run `main`. UserError: one paragraph on stderr and exit code 2. Ctrl-C: one line and exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks is shown as \\ud83d
+            stream.reconfigure(errors="backslashreplace")
     try:
         end_with_torchrun()
         main()
@@ -43,9 +47,10 @@ def end_with_torchrun() -> None:
         sys.exit("the torchrun that started this process has ended")
 
 
-def end_process() -> None:
+def end_process(code: int = 0) -> None:
     """End this process at once if the run has several: gloo's threads sometimes abort an interpreter's normal exit."""
     if world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk, a pipe that nobody reads
+                stream.flush()
+        os._exit(code)

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from gspo.checkpoint.checkpoints import State
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.launch import check_launch, check_steps, final_words, say_what_changed
+from gspo.launch import check_launch, check_steps, final_words, say_notes, say_what_changed
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 
@@ -76,7 +76,10 @@ def test_a_tree_without_equally_many_branches_a_trunk_is_refused():
     ],
 )
 def test_what_may_surprise_is_said_and_nothing_else(capsys, overrides, size, said):
-    check_launch(load_config(None, overrides), load_model_config(None), a_world(size))
+    cfg = load_config(None, overrides)
+    check_launch(cfg, load_model_config(None), a_world(size))
+    assert capsys.readouterr().out == "", "what a wrong start says is its error alone"
+    say_notes(cfg)
     out = capsys.readouterr().out
     assert bool(out) == bool(said)
     assert [part for part in said if part not in out] == []

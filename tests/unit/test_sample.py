@@ -42,7 +42,7 @@ def test_a_loaded_model_gives_what_its_folder_gives():
 def test_a_model_without_its_tokenizer_and_an_empty_prompt_are_errors():
     with pytest.raises(UserError, match="pass tokenizer"):
         sample(load_model(None), PROMPTS)
-    with pytest.raises(UserError, match="prompt 2: no `prompt`"):
+    with pytest.raises(UserError, match="prompt 2: field 'prompt' must be a text that is not empty"):
         sample(None, ["x", ""])
 
 

@@ -1,0 +1,169 @@
+"""Reward functions as they come in real life: keyword arguments, processes of their own, parts with our names."""
+
+import json
+
+import pytest
+import torch
+
+from gspo.config import Reward
+from gspo.errors import UserError
+from gspo.metrics.trackers import SamplesFile
+from gspo.reward.gold_check import require_gold
+from gspo.reward.scorer import Scorer
+from gspo.types import Prompt
+
+PLAIN = "def compute_score(data_source, solution_str, ground_truth, extra_info=None{more}):\n    return 0.5\n"
+
+
+@pytest.fixture()
+def scorer(tmp_path):
+    """Make a scorer from the text of a file."""
+    made = []
+
+    def scorer(text, name="my_reward.py", **settings):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        made.append(Scorer(Reward(path=str(path), **{"on_error": "stop", "workers": 1, "timeout_s": 60, **settings})))
+        return made[-1]
+
+    yield scorer
+    for each in made:
+        each.close()
+
+
+def scores_of(scorer, *texts, truth="7", extra=None):
+    """Score texts for one prompt -> (scores, what the first fault was)."""
+    scores = scorer.score_texts([Prompt(0, (1,), "x?", truth, "a", extra or {})], [list(texts)])
+    return scores.rewards[0].tolist(), scores.first_fault
+
+
+# ---- keyword arguments ----
+
+
+@pytest.mark.parametrize(
+    ("text", "kwargs", "said"),
+    [
+        (PLAIN.format(more=""), {"k": 1}, "sets 'k', but compute_score of .* takes data_source, solution_str, ground"),
+        (PLAIN.format(more=", bonus=1"), {"bonus": 1, "k": 1}, "sets 'k', but .* extra_info, bonus only"),
+        (PLAIN.format(more=", **rest"), {"ground_truth": 1}, "sets 'ground_truth', which every call is given already"),
+        (PLAIN.format(more=", **rest"), {"extra_info": {}}, "sets 'extra_info', which every call"),
+        (PLAIN.format(more=", *, judge"), {}, "needs 'judge', but is called with .*reward.reward_kwargs.judge=VALUE"),
+        ("def compute_score(solution_str, ground_truth):\n    return 1\n", {}, r"Add 'data_source', or `\*\*rest`"),
+        ("compute_score = lambda: 1\n", {"k": 1}, "takes no keywords only"),
+        ("async def compute_score(data_source, **rest):\n    return 1\n", {"data_source": 1}, "every call"),
+        ("def rank_responses(responses, ground_truth, data_source):\n    pass\n", {"k": 1}, "but rank_responses of"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_an_error_before_the_first_call(scorer, text, kwargs, said):
+    with pytest.raises(UserError, match=said):
+        scorer(text, reward_kwargs=kwargs)
+
+
+def test_the_default_function_takes_no_further_arguments():
+    with pytest.raises(UserError, match="reward.reward_kwargs sets 'k', but compute_score of .*reward_func.py takes"):
+        Scorer(Reward(reward_kwargs={"k": 1}, workers=1))
+
+
+@pytest.mark.parametrize("more", [", k=0", ", **rest", ", *, k", ", k=None, **rest"])
+def test_arguments_that_fit_are_given(scorer, more):
+    given = "k" if "rest" not in more or "k=" in more else "rest['k']"
+    assert scores_of(scorer(PLAIN.format(more=more).replace("0.5", given), reward_kwargs={"k": 0.25}), "") == (
+        [0.25],
+        "",
+    )
+
+
+# ---- multiprocessing ----
+
+PARALLEL = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+import beside
+
+@dataclass
+class Answer:
+    text: str
+
+def right(answer, queue=None):
+    found = beside.GOLD == answer.text and Path(__file__).name == "my-reward.v2.py" and CHANGED == "no"
+    if queue is not None:
+        queue.put(found)
+    return found
+
+CHANGED = "no"
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    context = multiprocessing.get_context({method!r})
+    {body}
+"""
+BODIES = {
+    "executor": "with ProcessPoolExecutor(1, mp_context=context) as pool:\n"
+    "        return float(pool.submit(right, Answer(solution_str)).result())",
+    "pool": "with context.Pool(1) as pool:\n        return float(pool.map(right, [Answer(solution_str)])[0])",
+    "process": "queue = context.Queue()\n"
+    "    context.Process(target=right, args=(Answer(solution_str), queue)).start()\n    return float(queue.get())",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [
+        ("spawn", "executor"),
+        ("forkserver", "executor"),
+        ("fork", "pool"),
+        pytest.param("spawn", "pool", marks=pytest.mark.slow),
+        pytest.param("forkserver", "pool", marks=pytest.mark.slow),
+        pytest.param("spawn", "process", marks=pytest.mark.slow),
+        pytest.param("forkserver", "process", marks=pytest.mark.slow),
+    ],
+)
+def test_a_function_may_start_processes_in_every_way(scorer, tmp_path, method, body):
+    """They see the text that was read once, modules beside it, and the file's own name."""
+    (tmp_path / "beside.py").write_text("GOLD = '7'\n")
+    mine = scorer(PARALLEL.format(method=method, body=BODIES[body]), "my-reward.v2.py")
+    (tmp_path / "my-reward.v2.py").write_text("CHANGED = 'yes'\ndef right(answer, queue=None):\n    return False\n")
+    assert scores_of(mine, "7", "8") == ([1.0, 0.0], "")
+
+
+# ---- parts with our names ----
+
+
+def test_parts_whose_names_are_those_of_our_curves_are_kept_apart(scorer):
+    parts = "{'score': 0.5, 'errors': 3, 'timeouts': 4, 'faults': 2, 'own_errors': 5, 'error': 6, 'own_right': 7}"
+    mine = scorer(f"def compute_score(**given):\n    return {parts}\n")
+    scores = mine.score_texts([Prompt(0, (1,), "x?", "7", "a")], [["a", "b"]])
+    assert {name: values[0, 0].item() for name, values in scores.parts.items()} == {
+        "own_errors": 3, "own_timeouts": 4, "own_faults": 2, "own_own_errors": 5, "error": 6, "own_right": 7,
+    }  # fmt: skip
+    assert (scores.errors, scores.timeouts, scores.faults) == (0, 0, 0)
+
+
+# ---- ground truths that are no text, and half characters that a function makes ----
+
+
+@pytest.mark.parametrize("truth", [["7", "seven"], {"target": "7"}, True, 7])
+def test_a_ground_truth_reaches_the_function_as_it_is(scorer, truth):
+    mine = scorer(f"def compute_score(ground_truth, **rest):\n    return float(ground_truth == {truth!r})\n")
+    assert scores_of(mine, "a", "b", truth=truth) == ([1.0, 1.0], "")
+
+
+def test_only_rows_with_a_known_right_answer_are_checked(scorer, capsys):
+    mine = scorer("def compute_score(solution_str, **rest):\n    return float(solution_str == 'good')\n")
+    odd = [Prompt(i, (1,), "x?", [str(i)], "a") for i in range(3)]
+    require_gold(mine, odd, 16)
+    assert "not checked: the ground truths of the 3 sampled rows are no texts" in capsys.readouterr().out
+    require_gold(mine, [*odd, Prompt(3, (1,), "x?", {"a": 1}, "a", {"solution": "good"})], 16)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="scores no right answer above a wrong one"):
+        require_gold(mine, [*odd, *(Prompt(i, (1,), "x?", str(i), "a") for i in (3, 4))], 16)
+
+
+def test_half_a_character_that_a_function_returns_reaches_the_samples(scorer, tmp_path):
+    mine = scorer("def compute_score(**rest):\n    return {'score': 1.0, 'pred': '7\\ud83d'}\n")
+    pred = mine.score_texts([Prompt(0, (1,), "x?", "7", "a")], [["a"]]).predictions[0][0]
+    assert pred == "7\ud83d"
+    samples = SamplesFile(tmp_path, None, 0)
+    assert samples.samples(1, {0: {"pred": pred, "day": torch.Size([1])}}) is None
+    assert json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8"))["pred"] == pred
