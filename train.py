@@ -61,10 +61,10 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     )
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
-    check_steps(cfg, total)
     world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
     say_inputs(cfg.model.path, splits, scorer.title)  # after all checks: what a wrong start says is its error alone
     say_notes(cfg)
+    check_steps(cfg, total)
     if check_only:
         return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} responses")
 

@@ -40,7 +40,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     check_shard_size(cfg.model.shard_size, wanted or world.size)
     find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
-    tree = Tree.of(cfg.rollout)
+    Tree.of(cfg.rollout)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
@@ -65,6 +65,7 @@ def say_notes(cfg: Config) -> None:
             "share z of the probability is kept, and may be far lower), and entropy is of all tokens. rollout.top_p=1, "
             "rollout.top_k=0 and rollout.min_p=0 have no such bias."
         )
+    tree = Tree.of(cfg.rollout)
     if tree is not None and tree.looks_ahead:
         say(
             f"warning: rollout.branch_at = {tree.at} chooses places by what follows them, which biases the gradient "
