@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from gspo.distributed.transfer import ReadSlices, fill_weights, local_shard
 from gspo.models.compiled_layers import install_compiled_layers
 from gspo.models.generation import read_generation_config
-from gspo.models.loading import cast_parameters, load_model_config
+from gspo.models.loading import build_model, cast_parameters, load_model_config
 from gspo.models.model_folder import cannot_open, resolve_path
 from gspo.models.patching import replaced
 from gspo.models.safetensors_files import Weights, open_weights
@@ -30,7 +29,7 @@ def meta_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     """
     config = load_model_config(path)
     with replaced([(nn.Module, "register_parameter", _register_on_meta)]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = build_model(config, resolve_path(path), dtype=torch.float32)
     if (generation := read_generation_config(resolve_path(path))) is not None:
         model.generation_config = generation
     model.config.use_cache = False

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from gspo.distributed.transfer import local_shard
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.models.loading import decoder_layers
+from gspo.models.loading import decoder_layers, text_decoder
 
 
 def check_shard_size(shard_size: int | None, world_size: int) -> None:
@@ -153,9 +153,10 @@ def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, C
         return model.to(world.device), None
     mesh = init_device_mesh(world.device.type, (world.size // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-    plan = {name: styles[style]() for name, style in model.config.base_model_tp_plan.items() if style in styles}
+    wanted = model.config.get_text_config().base_model_tp_plan
+    plan = {name: styles[style]() for name, style in wanted.items() if style in styles}
     model.to(world.device)
-    parallelize_module(model.base_model, mesh, plan)
+    parallelize_module(text_decoder(model), mesh, plan)
     group, source = mesh.get_group(), dist.get_global_rank(mesh.get_group(), 0)
 
     def agree(tokens: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from gspo.models.compiled_layers import install_compiled_layers
-from gspo.models.loading import checkpoint_activations
+from gspo.models.loading import build_model, checkpoint_activations
 from gspo.packing.head_probe import Head
 from gspo.packing.logprobs import response_logprobs, surrogate
 from gspo.packing.pack import PackedBatch
@@ -73,12 +74,15 @@ class FakeModel:
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, checkpointing: bool = False):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode:
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        with self.mode, no_init_weights():  # fake tensors have no values to draw
+            self.model = build_model(config, config.name_or_path, dtype=dtype).eval()
         install_compiled_layers(self.model).config.use_cache = False
         if checkpointing:
             checkpoint_activations(self.model)
-        layer, cap = self.model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)
+        layer, cap = (
+            self.model.get_output_embeddings(),
+            getattr(config.get_text_config(), "final_logit_softcapping", None),
+        )
         plain = type(layer).forward is nn.Linear.forward and self.model.base_model is not self.model
         self.head = Head(1.0, cap) if plain else None
 

@@ -82,10 +82,18 @@ def model_without_weights(path: str | None) -> nn.Module:
     """Build the causal LM at `path` on the meta device, with its generation config. Only small files are read."""
     config, generation = load_model_config(path), read_generation_config(resolve_path(path))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = build_model(config, resolve_path(path))
     if generation is not None:
         model.generation_config = generation
     return model
+
+
+def build_model(config: Any, name: str, **options: Any) -> nn.Module:
+    """Build the causal LM of a configuration, without weights. UserError where its class cannot be built here."""
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except Exception as e:  # packages that are not installed, sizes that do not fit each other
+        raise cannot_open(name, e) from e
 
 
 def check_weights(path: str | None, values: bool = False, required: bool = True) -> None:
@@ -157,11 +165,30 @@ def end_and_pad_ids(model: nn.Module, tokenizer: Any) -> tuple[set[int], int]:
     return ends, min(ends) if pad is None else pad
 
 
+def text_decoder(model: nn.Module) -> nn.Module:
+    """Return the part of a model that decodes text: the base model, or what it holds beside towers for images."""
+    try:
+        return model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return model
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers, which are sharded and checkpointed one by one."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
-    assert stacks, f"no stack of {model.config.num_hidden_layers} layers in {type(model).__name__}"
-    return stacks[0]
+    """Return the decoder layers, which are sharded and checkpointed one by one.
+
+    Of lists of the right length in the text decoder they are the one with most parameters: a tower for images may be as
+    deep, and a layer may have as many experts. UserError where there is none.
+    """
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [m for m in text_decoder(model).modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise UserError(
+            f"model.path: {type(model).__name__} ({config.model_type}) has no list of {count} decoder layers, so it "
+            "can neither be sharded over several processes nor recompute activations layer by layer. Train it on one "
+            "process with model.gradient_checkpointing=false, or choose another model."
+        )
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
 def checkpoint_activations(model: nn.Module) -> None:

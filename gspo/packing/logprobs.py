@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gspo.distributed.sharding import run_as_forward
+from gspo.errors import UserError
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad
 from gspo.models.architecture import (
     attention_implementation,
@@ -165,7 +166,9 @@ def _packing_error(
     """Return (largest error of a log-prob, spread of the logits, whether they are in half precision)."""
     try:
         mine = response_logprobs(model, head, pack(prompts, owners, tokens, lengths), 1.0)
-    except (TypeError, KeyError) as e:
+    except UserError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as e:
         raise unsupported_model(model.config, f"cannot run packed rows ({type(e).__name__}: {e})") from e
     error, spread, half = 0.0, 0.0, False
     for r, (owner, n) in enumerate(zip(owners, lengths.tolist(), strict=True)):

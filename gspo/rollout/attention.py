@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from gspo.errors import UserError
 from gspo.kernels.amx_padding import whole_tiles
 from gspo.kernels.decode_attention import decode_attention
 from gspo.kernels.decode_attention_cpu import Pool, decode_step
@@ -258,7 +259,9 @@ def _slots_error(model: nn.Module, device: torch.device, fixed: bool) -> tuple[f
         slots.seat([0, 1, 2], owners := [0, 0, 1])
         step = partial(_fixed_step, Tables(slots, 3, 2, 3, 3)) if fixed else slots.step
         mine = [logits[owners]] + [forward(model, step(), responses[:, t]) for t in range(2)]
-    except (TypeError, KeyError) as e:
+    except UserError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as e:
         raise unsupported_model(model.config, f"cannot be run token by token ({type(e).__name__}: {e})") from e
     plain = []
     for owner, response in zip(owners, responses.tolist(), strict=True):

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspo.errors import UserError
 from gspo.kernels.decoder_layers_cpu import LayerPages, LayerWeights, Sizes, Stack
 from gspo.models.compiled_layers import is_gated_mlp, norm_eps, norm_offset
+from gspo.models.loading import decoder_layers
 from gspo.models.patching import replaced
 from gspo.rollout.attention_inputs import Step
 from gspo.rollout.slots import Slots
@@ -116,8 +118,10 @@ def stack_serves(model: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    return next((list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), [])
+    try:
+        return list(decoder_layers(model))
+    except UserError:  # no list of layers
+        return []
 
 
 def _serves_layer(model: nn.Module, layer: nn.Module) -> bool:

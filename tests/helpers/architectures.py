@@ -50,10 +50,34 @@ EXTRA = {
 }
 FAMILIES = list(EXTRA)
 
+IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}  # as deep as the decoder of text
+COMPOSITE = {  # a text_config inside, and with most of them a tower for images
+    "gemma3": {"text_config": SMALL | EXTRA["gemma3_text"], "vision_config": IMAGES},
+    "gemma4": {
+        "text_config": SMALL | EXTRA["gemma3_text"] | {"global_head_dim": 8, "hidden_size_per_layer_input": 0,
+                                                       "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 97},
+        "vision_config": IMAGES | {"head_dim": 8},
+    },
+    "got_ocr2": {
+        "text_config": SMALL | {"model_type": "qwen2"},
+        "vision_config": IMAGES | {"output_channels": 16, "mlp_dim": 16, "global_attn_indexes": [1], "window_size": 2},
+    },
+    "fuyu": {"text_config": SMALL | {"model_type": "persimmon"}},
+    "qwen3_5": {"text_config": SMALL | {"head_dim": 8, "layer_types": ["full_attention"] * 2}},
+}  # fmt: skip
+
 
 def tiny_model(family: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SMALL, **EXTRA.get(family, {}), **extra})
+    given = COMPOSITE.get(family) or SMALL | EXTRA.get(family, {})
+    config = AutoConfig.for_model(family, **given | extra)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # larger than at initialisation, so that log-probs differ between tokens
         for p in model.parameters():
