@@ -13,6 +13,7 @@ from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, load_held_out, load_order, load_state, restore
+from gspo.checkpoint.fingerprints import of_model
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
 from gspo.data.batches import Batches
@@ -73,7 +74,8 @@ def start_run(
     total_steps: int,
 ) -> Run:
     """Open the run's folder, and the models: as they are at its latest checkpoint, if there is one."""
-    folder, resume = open_run(cfg, world)
+    prints = {"model.path": of_model(cfg.model.path), **splits.fingerprints} if world.is_main else {}
+    folder, resume = open_run(cfg, world, prints)
     state, held_out = load_state(resume) if resume else State(), None
     if world.is_main:
         save_reward_function(folder, scorer.pool.source, state.step)

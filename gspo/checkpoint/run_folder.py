@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 from gspo import config as configuration
-from gspo.checkpoint import manifest
+from gspo.checkpoint import fingerprints, manifest
+from gspo.checkpoint.fingerprints import Fingerprints
 from gspo.config import Config
 from gspo.distributed.world import World
 from gspo.errors import UserError
@@ -22,15 +23,17 @@ from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, write_text
 from gspo.system.torchrun import restart_count
 
-# Settings that a resumed run may change. To change any other is to start another experiment.
+# Settings that a resumed run may change. To change any other is to start another experiment. The text of the reward
+# function is kept, and compared by `save_reward_function`, whatever its file is called.
 FREE_TO_CHANGE = re.compile(
     r"trainer\.(max_steps|total_epochs|save_freq|keep_last|keep_best|async_save|resume|sample_rows|output_dir|run_name)$"
     r"|trainer\.(n_gpus|nnodes)$|health\.|eval\.|data\.test_files$|reference\.param_offload$"
     r"|rollout\.(engine|max_slots|kv_memory_gib|tensor_model_parallel_size|weights)$"
     r"|optim\.(micro_batch_|gradient_reduction$|offload$)"
     r"|model\.(gradient_checkpointing|shard_size|reshard_after_forward)$"
-    r"|reward\.(workers|timeout_s|memory_gib|concurrency|check_rows)$"
+    r"|reward\.(path|workers|timeout_s|memory_gib|concurrency|check_rows)$"
 )
+CONTENT = ("model.path", "data.train_files", "data.val_files")  # compared by content, where fingerprints are kept
 DAMAGED = ".damaged"
 LOCK_TIMEOUT_S = 20.0  # how long a process that was killed may take to release the folder
 _locks: dict[Path, int] = {}  # run folder -> open file descriptor that holds its lock
@@ -47,16 +50,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next((p for p in reversed(list_checkpoints(folder)) if (p / "trainer" / "state.json").exists()), None)
 
 
-def open_run(cfg: Config, world: World) -> tuple[Path, Path | None]:
+def open_run(cfg: Config, world: World, prints: Fingerprints | None = None) -> tuple[Path, Path | None]:
     """Prepare the run's folder. Return (folder, checkpoint to resume from or None). All ranks call it together.
 
+    `prints`, on rank 0: of the model and the data, so that a run is recognized however their names are written.
     The resolved config is written as config.yaml. UserError when the folder holds another experiment, is in use, or has
     only damaged checkpoints. `trainer.resume=never` renames the folder of an old run; nothing is deleted.
     """
     folder = Path(cfg.trainer.output_dir) / cfg.trainer.run_name
-    candidates, named = world.broadcast_from_main(lambda: _candidates(folder, cfg))
+    candidates, named = world.broadcast_from_main(lambda: _candidates(folder, cfg, prints or {}))
     checkpoint = _first_undamaged(candidates, named, world)
-    world.broadcast_from_main(lambda: _prepare(folder, checkpoint, cfg))
+    world.broadcast_from_main(lambda: _prepare(folder, checkpoint, cfg, prints or {}))
     without = [rank for rank, exists in enumerate(world.gather((folder / "config.yaml").exists())) if not exists]
     if without:
         raise UserError(
@@ -66,7 +70,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None]:
     return folder, checkpoint
 
 
-def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
+def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[Path], bool]:
     """Return (checkpoints to try to resume from, in this order; whether the user named one with trainer.resume)."""
     if folder.exists():
         _lock(folder)  # first: another process may have written checkpoints until it released the lock
@@ -83,7 +87,8 @@ def _candidates(folder: Path, cfg: Config) -> tuple[list[Path], bool]:
     if resume == "never" and folder.exists():
         _rename_old_run(folder)
     if resume == "auto" and own:
-        _check_same_experiment(folder / "config.yaml", cfg)
+        _check_same_experiment(folder / "config.yaml", cfg, prints)
+        _check_same_content(folder, cfg, prints, own[-1])
         return own[::-1], False
     if resume == "auto" and (damaged := sorted((folder / "checkpoints").glob(f"step_*{DAMAGED}"))):
         raise UserError(
@@ -128,7 +133,7 @@ def _rename_damaged(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} is damaged and cannot be renamed: {e.strerror or e}.") from e
 
 
-def _prepare(folder: Path, checkpoint: Path | None, cfg: Config) -> None:
+def _prepare(folder: Path, checkpoint: Path | None, cfg: Config, prints: Fingerprints) -> None:
     """Create and lock the folder, remove unfinished files of earlier attempts, write config.yaml."""
     if checkpoint is not None:
         _check_same_model(checkpoint, cfg)
@@ -140,6 +145,7 @@ def _prepare(folder: Path, checkpoint: Path | None, cfg: Config) -> None:
         if checkpoint is None and (folder / "tensorboard").exists():  # an earlier attempt that reached no checkpoint
             remove(folder / "tensorboard")
         write_text(folder / "config.yaml", configuration.dump(cfg))
+        fingerprints.write(folder, prints)
         _link_latest_run(folder)
     except OSError as e:
         raise UserError(f"trainer.output_dir: cannot write {folder}: {e.strerror or e}.") from e
@@ -198,8 +204,11 @@ def save_reward_function(folder: Path, source: str, step: int) -> None:
     write_text(kept, source)
 
 
-def _check_same_experiment(stored: Path, cfg: Config) -> None:
-    """Raise UserError if a setting of the stored config.yaml has changed that a resumed run must keep."""
+def _check_same_experiment(stored: Path, cfg: Config, prints: Fingerprints) -> None:
+    """Raise UserError if a setting of the stored config.yaml has changed that a resumed run must keep.
+
+    Names of the model and of data files may be written in another way; without fingerprints, of the same place.
+    """
     try:
         before = configuration.flatten(yaml.safe_load(stored.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as e:
@@ -208,13 +217,51 @@ def _check_same_experiment(stored: Path, cfg: Config) -> None:
             "it back, or start anew with trainer.resume=never, which renames the folder."
         ) from e
     now = configuration.flatten(configuration.to_dict(cfg))
+    kept = fingerprints.read(stored.parent)
     changed = [k for k in now if k in before and before[k] != now[k] and not FREE_TO_CHANGE.match(k)]
+    changed = [k for k in changed if not (k in CONTENT and (_comparable(k, kept, prints) or _same(before[k], now[k])))]
     if changed:
         k = changed[0]
         raise UserError(
             f"{stored.parent} holds a run with {k} = {before[k]!r}, but this command has {now[k]!r}"
             f"{f' (and {len(changed) - 1} more differences)' if len(changed) > 1 else ''}. "
             "Give another trainer.run_name, or trainer.resume=never, which renames the old folder and starts anew."
+        )
+
+
+def _same(before: list[str] | str | None, now: list[str] | str | None) -> bool:
+    """Return whether two names, or two lists of them, are of the same files."""
+    absolute = [
+        [os.path.abspath(name) for name in ([names] if isinstance(names, str) else names or [])]
+        for names in (before, now)
+    ]
+    return absolute[0] == absolute[1]
+
+
+def _comparable(key: str, kept: Fingerprints, prints: Fingerprints) -> bool:
+    """Return whether both fingerprints are known, and are of as many held-out rows (eval.round_prompts may change)."""
+    both = bool(kept.get(key) and prints.get(key))
+    return both and (key != "data.val_files" or kept[key].split()[0] == prints[key].split()[0])
+
+
+def _check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest: Path) -> None:
+    """Raise UserError, which names the ways to go on, if model or rows are not those that the run began with."""
+    kept, now = fingerprints.read(folder), configuration.flatten(configuration.to_dict(cfg))
+    for key in CONTENT:
+        if not _comparable(key, kept, prints) or kept[key] == prints[key]:
+            continue
+        anew = "trainer.resume=never renames the folder and starts anew"
+        if key == "model.path":
+            raise UserError(
+                f"model.path = {now[key]!r} does not hold the model that the run in {folder} began with. Give that "
+                f"model, or this run another trainer.run_name; {anew}."
+            )
+        rows = [text[key].split()[0] for text in (kept, prints)]
+        start = f"trainer.resume={newest}" if rows[0] == rows[1] else f"model.path={newest}"
+        raise UserError(
+            f"{key} = {now[key]!r} does not hold the rows that the run in {folder} began with ({rows[0]} rows then, "
+            f"{rows[1]} now). Give those rows; or go on with these in a run of another name: {start} "
+            f"trainer.run_name=OTHER; {anew}."
         )
 
 

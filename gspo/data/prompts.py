@@ -3,10 +3,11 @@
 Before training, every row is read and checked once (`survey`) and then dropped: memory only holds where rows begin.
 """
 
+import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -101,12 +102,13 @@ class RowChecker:
         self.only_texts, self.needs_solutions = only_texts, needs_solutions
         self.longest = 0  # of the prompts tokenized, which include all that are longer than `positions`
         self._surely_short = min(max_length, positions)  # a prompt with a bound up to this is not tokenized
+        self.good, self._digest = 0, hashlib.blake2b(digest_size=16)
 
     def __call__(self, row: Any, place: str) -> int:
         """Return the key of a good row's prompt. Raise UserError: TooLong where its length is what is wrong."""
         if isinstance(row, UserError):
             raise row
-        messages, truth, _, extra = parse_row(row, place)
+        messages, truth, source, extra = parse_row(row, place)
         tools = read_tools(row.get("tools"), place)
         if self.only_texts and not isinstance(truth, str):
             raise UserError(
@@ -125,7 +127,13 @@ class RowChecker:
             if length > self.longest:
                 self.longest = length
                 self._surely_short = min(self.max_length, max(self.positions, length))
+        self.good += 1
+        self._digest.update(repr((messages, truth, source, extra, tools)).encode("utf-8", "backslashreplace"))
         return prompt_key(messages, tools)
+
+    def fingerprint(self) -> str:
+        """Return `<rows> rows <digest>` of the good rows so far: the same wherever they were read from."""
+        return f"{self.good} rows {self._digest.hexdigest()}"
 
 
 def prompt_key(messages: Messages, tools: Tools | None = None) -> int:
@@ -210,6 +218,7 @@ class Splits:
     train: Sequence[Prompt]
     val: Sequence[Prompt]
     test: Sequence[Prompt]
+    fingerprints: dict[str, str] = field(default_factory=dict)  # data.train_files, data.val_files -> of their rows
 
 
 @dataclass(frozen=True)
@@ -284,6 +293,7 @@ def load_splits(
     `needs_solutions`: refuse training rows without a `solution`.
     """
     found: dict[str, Survey] = {}
+    prints: dict[str, str] = {}
     check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)
     for configured in configured_splits(cfg, only_test):
         checker = make_checker(cfg, tokenizer, model_config, needs_solutions and configured.name == "train")
@@ -291,13 +301,15 @@ def load_splits(
             configured.files, checker, cfg.data.overlong, configured.split, configured.limit
         )
         check_positions(checker, cfg)
+        if configured.name != "test":
+            prints[f"data.{configured.name}_files"] = checker.fingerprint()
     held_out = [found[name].keys for name in ("val", "test") if name in found]
     if "train" in found and held_out and (count := int(in_common(found["train"].keys, np.concatenate(held_out)).sum())):
         say(
             f"warning: {count} of {len(found['train'].prompts)} training prompts are also among the held-out ones "
             "(data.val_files, data.test_files): results on those say little. python -m gspo.check_data names them."
         )
-    return Splits(*(found[name].prompts if name in found else [] for name in ("train", "val", "test")))
+    return Splits(*(found[name].prompts if name in found else [] for name in ("train", "val", "test")), prints)
 
 
 def in_common(keys: np.ndarray, others: np.ndarray) -> np.ndarray:

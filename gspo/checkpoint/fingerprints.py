@@ -1,0 +1,62 @@
+"""Recognize the data and the model of a run by their content, wherever they are and however their names are written."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from gspo.models.loading import resolve_path
+from gspo.system.files import write_json
+
+NAME = "fingerprints.json"  # in the run's folder: parameter -> fingerprint
+WHOLE = 1 << 20  # files up to so many bytes are read whole
+BLOCK, BLOCKS = 1 << 12, 256  # of a larger one, so many blocks of so many bytes, evenly spread, the last one included
+
+Fingerprints = dict[str, str]  # parameter, such as data.train_files -> `<rows> rows <digest>`, or a digest
+
+
+def of_model(path: str | None) -> str:
+    """Return the fingerprint of a model folder or hub name: its configuration, tokenizer, and samples of its weights.
+
+    Empty where its files are not found. Weights that were trained differ in every block.
+    """
+    folder = Path(resolve_path(path))
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(str(folder), "config.json")
+        if not isinstance(cached, str):
+            return ""
+        folder = Path(cached).parent
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(
+        [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    ):
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            _add_content(digest, file)
+    return digest.hexdigest()
+
+
+def _add_content(digest: "hashlib._Hash", file: Path) -> None:
+    """Add a file's bytes, or blocks of them, to the digest."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        if size <= WHOLE:
+            digest.update(f.read())
+            return
+        for k in range(BLOCKS):
+            f.seek((size - BLOCK) * k // (BLOCKS - 1))
+            digest.update(f.read(BLOCK))
+
+
+def read(folder: Path) -> Fingerprints:
+    """Return the fingerprints that a run has kept; none where an older version wrote the folder."""
+    try:
+        return json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write(folder: Path, fingerprints: Fingerprints) -> None:
+    """Keep the fingerprints of a run. OSError where they cannot be written."""
+    write_json(folder / NAME, fingerprints)
