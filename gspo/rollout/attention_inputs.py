@@ -78,6 +78,7 @@ class Step:
     prompt_only: Tensor | None  # [B]
     prompt_start: Tensor  # [m]
     prompt_sizes: Tensor  # [B]
+    prompt_seen: Tensor | None  # [S], tokens of its prompt that each slot sees; None: all
     members: Tensor  # [B, M], the slots of each prompt; 0 where there are fewer
     member_index: Tensor  # [S], each slot's index in [B * M]
     prompt_of_slot: Tensor  # [S], which of the B prompts
@@ -94,11 +95,29 @@ class Step:
         if window not in self._sequences:
             lengths, which, sizes = self.lengths.numpy(), self.prompt_of_slot.numpy(), self.prompt_sizes.numpy()
             far = self.positions[:, 0].numpy() + 1 if window is None else window
+            if self.prompt_seen is None:
+                hidden = sizes[which] + lengths - far
+                prompts = _sequences(self.prompt_owner, self.prompt_start, sizes, which, hidden)
+            else:
+                prompts = self._beginnings(self.prompt_seen.numpy() + lengths - far)
             self._sequences[window] = (
-                _sequences(self.prompt_owner, self.prompt_start, sizes, which, sizes[which] + lengths - far),
+                prompts,
                 _sequences(self.response_owner, self.response_start, lengths, np.arange(len(lengths)), lengths - far),
             )
         return self._sequences[window]
+
+    def _beginnings(self, hidden: np.ndarray) -> Sequences:
+        """Return the beginnings of prompts that slots see, as sequences of their own on the prompts' pages."""
+        owner, start = self.prompt_owner.numpy(), self.prompt_start.numpy()
+        pages = np.lexsort((start, owner))
+        pages = pages[start[pages] < FAR]
+        counts = np.bincount(owner[pages], minlength=len(self.prompt_sizes))
+        pairs = np.stack([self.prompt_of_slot.numpy(), self.prompt_seen.numpy()], 1)
+        (prompt, sizes), which = (x.T if x.ndim > 1 else x for x in np.unique(pairs, axis=0, return_inverse=True))
+        mine = -(-sizes // self.prompts.page)
+        nth = np.arange(mine.sum()) - np.repeat(mine.cumsum() - mine, mine)
+        read = pages[np.repeat((counts.cumsum() - counts)[prompt], mine) + nth]
+        return Sequences.of(read, mine, sizes, which.reshape(-1), hidden.clip(min=0))
 
     def places(self, heads: int) -> Tensor:
         """Return where in the responses' pages the new keys and values are written: [S * Hk]."""
@@ -119,14 +138,21 @@ class Step:
         """[m, 1, 1 or M * group, page]: the same for the pages of prompts, `group` query heads a KV head."""
         if (key := ("prompt", window, group)) not in self._bias:
             at = self.prompt_start[:, None] + torch.arange(self.prompts.page, device=self.lengths.device)
-            size = self.prompt_sizes.index_select(0, self.prompt_owner)
-            seen = (at < size[:, None])[:, None]
+            size = self.prompt_sizes.index_select(0, self.prompt_owner)[:, None]
+            if self.prompt_seen is not None:
+                size = self._of_members(self.prompt_seen)
+            seen = at[:, None] < size[..., None]  # [m, 1 or M, page]
             if window is not None:
-                length = self.lengths.index_select(0, self.members.flatten()).view(self.members.shape)
-                first = size[:, None] + length.index_select(0, self.prompt_owner) - window  # [m, M]
-                seen = (seen & (at[:, None] >= first[..., None])).repeat_interleave(group, 1)
+                first = size + self._of_members(self.lengths) - window
+                seen = seen & (at[:, None] >= first[..., None])
+            if self.prompt_seen is not None or window is not None:
+                seen = seen.repeat_interleave(group, 1)
             self._bias[key] = _bias(seen)[:, None]
         return self._bias[key]
+
+    def _of_members(self, values: Tensor) -> Tensor:
+        """Return the values [S] of the slots that read each page of the prompts: [m, M]."""
+        return values[self.members].index_select(0, self.prompt_owner)
 
 
 def _sequences(owner: Tensor, start: Tensor, sizes: np.ndarray, which: np.ndarray, hidden: np.ndarray) -> Sequences:

@@ -52,9 +52,11 @@ class Tables:
         """
         slots, empty = self.slots, count - len(self.slots)
         slots.reserve(upto)
-        numbers, which = np.unique(slots.prompt, return_inverse=True)
-        sizes = np.array([slots.sizes[number] for number in numbers.tolist()] + [0])
-        which = np.concatenate([which, np.full(empty, len(numbers))])
+        # Slots that see equally much of a prompt read it together.
+        pairs, which = np.unique(np.stack([slots.prompt, slots.seen], 1), axis=0, return_inverse=True)
+        numbers, number_of_pair = np.unique(pairs[:, 0], return_inverse=True)
+        number_of_pair, sizes = np.append(number_of_pair, len(numbers)), np.append(pairs[:, 1], 0)
+        which = np.concatenate([which.reshape(-1), np.full(empty, len(pairs))])
         state = np.zeros((3, count), dtype=np.int64)
         state[0] = np.concatenate([slots.rows, np.full(empty, spare_row)])
         state[1] = np.concatenate([slots.length + 1, np.ones(empty, dtype=np.int64)])
@@ -70,7 +72,7 @@ class Tables:
         for table, values in (
             (self.state[:, :count], state),
             (self.response_pages[:count], own),
-            (self.prompt_pages[:count], pages[prompt]),
+            (self.prompt_pages[:count], pages[number_of_pair[prompt]]),
             (self.prompt_sizes[:count], sizes[prompt]),
             (self.members[:count], members),
         ):

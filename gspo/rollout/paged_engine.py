@@ -75,6 +75,7 @@ class PagedGeneration:
         self.prompts, counts, device = requests.prompts, np.array(requests.counts), slots.device
         self.prompt_of_row = np.repeat(np.arange(len(counts)), counts)
         self.first_row = counts.cumsum() - counts
+        self.seen = np.array([seen for g in range(len(counts)) for seen in requests.seen(g)])  # tokens of the prompt
         # One spare row: idle slots write discarded tokens there.
         self.spare_row = len(requests.keys)
         start = Results.begin(requests, device, spare=1)
@@ -122,7 +123,7 @@ class PagedGeneration:
                 yield from self._prefill(numbers)
             elif self.waiting_rows:
                 rows = [self.waiting_rows.popleft() for _ in range(min(room, len(self.waiting_rows)))]
-                self.slots.seat(rows, self.prompt_of_row[rows].tolist())
+                self.slots.seat(rows, self.prompt_of_row[rows].tolist(), self.seen[rows].tolist())
             else:
                 return  # until a prompt frees its pages
 
@@ -141,15 +142,18 @@ class PagedGeneration:
 
     def _prefill(self, numbers: list[int]) -> Iterator[int]:
         """Run the model over prompts, and draw the first token of all their responses."""
-        logits = forward(self.model, self.slots.prefill(numbers, [self.prompts[g] for g in numbers]))
+        prefill = self.slots.prefill(numbers, [self.prompts[g] for g in numbers])
         rows = np.concatenate([np.arange(self.unfinished[g]) + self.first_row[g] for g in numbers])
-        prompts = torch.from_numpy(np.repeat(np.arange(len(numbers)), self.unfinished[numbers])).to(logits.device)
+        ends = np.cumsum([0, *prefill.sizes[:-1]]).repeat(self.unfinished[numbers]) + self.seen[rows] - 1
+        last, which = np.unique(ends, return_inverse=True)  # responses that begin alike draw from one distribution
+        prefill.last = torch.from_numpy(last).to(prefill.last)
+        logits, which = forward(self.model, prefill), torch.from_numpy(which).to(prefill.last)
         ended = np.zeros(len(rows), dtype=bool)
         for start in range(0, len(rows), DRAWN_AT_ONCE):
             part = slice(start, start + DRAWN_AT_ONCE)
             device_rows = torch.from_numpy(rows[part]).to(logits.device)
             position = self.begun[device_rows]
-            last = self._draw_tokens(logits[prompts[part]], device_rows, position)
+            last = self._draw_tokens(logits[which[part]], device_rows, position)
             ended[part] = self._read_finished(device_rows, position, last)
         self.waiting_rows.extend(rows[~ended].tolist())
         yield from self._count_ended(rows[ended])

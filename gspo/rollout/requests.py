@@ -21,13 +21,14 @@ from gspo.rollout.stop_strings import StopStrings
 class Requests:
     """Responses to sample to each of G prompts.
 
-    A prompt may end in the beginning of its responses, drawn earlier (a branch of a tree): `begun` of its tokens. They
-    stand in the results, count as tokens of the response, and the next token drawn has position `begun`.
+    A prompt may end in tokens that its responses begin with, drawn earlier (branches of a trunk): its last max(begun)
+    tokens, of which each response has the first `begun`, and sees no further ones. They stand in the results, count as
+    tokens of the response, and the next token drawn has position `begun`.
     """
 
     prompts: list[tuple[int, ...]]  # G, token ids
     counts: list[int]  # G, responses to each
-    begun: list[int]  # G
+    begun: list[int]  # R
     sampling: Sampling
     keys: Tensor  # [R] int64: the key of each row's random numbers (draw_tokens.py)
     limits: Tensor  # [R] int64, 1..L: tokens that each response may have
@@ -38,6 +39,11 @@ class Requests:
     def rows(self, g: int) -> range:
         """Return the rows of the responses to prompt g."""
         return range(self._ends[g] - self.counts[g], self._ends[g])
+
+    def seen(self, g: int) -> list[int]:
+        """Return how many tokens of prompt g each of its responses sees."""
+        begun = [self.begun[row] for row in self.rows(g)]
+        return [len(self.prompts[g]) - max(begun) + b for b in begun]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -61,19 +67,21 @@ class Results:
         rows, longest = len(requests.keys) + spare, requests.sampling.max_new_tokens
         tokens = torch.full((rows, longest), requests.pad_id)
         lengths = torch.zeros(rows, dtype=torch.long)
-        for g, (prompt, begun) in enumerate(zip(requests.prompts, requests.begun, strict=True)):
-            if begun:
-                mine = slice(requests.rows(g).start, requests.rows(g).stop)
-                lengths[mine], tokens[mine, :begun] = begun, torch.tensor(prompt[-begun:])
+        for g, prompt in enumerate(requests.prompts):
+            for row, seen in zip(requests.rows(g), requests.seen(g), strict=True):
+                if begun := requests.begun[row]:
+                    lengths[row], tokens[row, :begun] = begun, torch.tensor(prompt[seen - begun : seen])
         numbers = torch.zeros(rows, longest, device=device)
         finished = torch.zeros(rows, dtype=torch.bool, device=device)
         return cls(tokens.to(device), lengths.to(device), numbers, numbers.clone(), finished)
 
-    def put(self, rows: Tensor, other: "Results", which: slice, first: int = 0) -> None:
-        """Copy rows `which` of other results to `rows` of these, log-probs and entropies from token `first` on."""
+    def put(self, rows: Tensor, other: "Results", which: slice) -> None:
+        """Copy rows `which` of other results to `rows` of these; log-probs and entropies of the tokens that were drawn,
+        not of those that a response had begun with."""
+        drawn = torch.arange(self.tokens.shape[1], device=rows.device) >= self.lengths[rows, None]
+        self.logprobs[rows] = torch.where(drawn, other.logprobs[which], self.logprobs[rows])
+        self.entropy[rows] = torch.where(drawn, other.entropy[which], self.entropy[rows])
         self.tokens[rows], self.lengths[rows] = other.tokens[which], other.lengths[which]
-        self.logprobs[rows, first:] = other.logprobs[which, first:]
-        self.entropy[rows, first:] = other.entropy[which, first:]
         self.finished[rows] = other.finished[which]
 
 

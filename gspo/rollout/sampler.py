@@ -120,7 +120,13 @@ class Sampler:
         tokens computed as prompts for each group [G]."""
         groups, leaves = len(whole.prompts), Results.begin(whole, self.device)
         trunks = tree.trunk_rows(groups).to(self.device)
-        requests = replace(whole, counts=[tree.trunks] * groups, keys=whole.keys[trunks], limits=whole.limits[trunks])
+        requests = replace(
+            whole,
+            counts=[tree.trunks] * groups,
+            begun=[0] * len(trunks),
+            keys=whole.keys[trunks],
+            limits=whole.limits[trunks],
+        )
         found = self._sample("sampling trunks", requests, lambda g, results: None)
         leaves.put(trunks, found, slice(None))
 
@@ -138,7 +144,7 @@ class Sampler:
         def branch_ended(k: int, results: Results) -> None:
             rows, g = branches.requests.rows(k), branches.group[k]
             span = slice(rows.start, rows.stop)
-            leaves.put(branches.rows[span], results, span, branches.requests.begun[k])
+            leaves.put(branches.rows[span], results, span)
             to_come[g] -= 1
             if to_come[g] == 0:
                 group_ended(g, leaves)
@@ -200,7 +206,7 @@ class Sampler:
         return Requests(
             [p.ids for p in prompts],
             [n] * len(prompts),
-            [0] * len(prompts),
+            [0] * len(keys),
             sampling,
             keys,
             limits.flatten().clamp(1, longest).to(self.device),

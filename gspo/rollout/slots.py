@@ -14,15 +14,16 @@ from gspo.rollout.pages import FAR, Layer, Pages, Plan, pages_for
 
 
 class Slots:
-    """S slots in use. Each holds its response's row in the results, the number of its prompt, and how many of the
-    response's tokens have keys and values in pages: the newest token has none until the step that reads it."""
+    """S slots in use. Each holds its response's row in the results, the number of its prompt, how many of the prompt's
+    tokens it sees, and how many of the response's tokens have keys and values in pages of its own: the newest token has
+    none until the step that reads it."""
 
     def __init__(self, layout: dict[int, Layer], plan: Plan, device: torch.device):
         self.device = device
         self.prompts = Pages(layout, plan.prompt_pages, device, plan.prompt_page)
         self.responses = Pages(layout, plan.response_pages, device, plan.page)
         self.sizes: dict[int, int] = {}  # number of a prompt that is in memory -> its tokens
-        self.rows = self.prompt = self.length = np.zeros(0, dtype=np.int64)  # [S] each
+        self.rows = self.prompt = self.seen = self.length = np.zeros(0, dtype=np.int64)  # [S] each
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,8 +51,11 @@ class Slots:
             self.prompts.release(self.prompts.owner == number)
             del self.sizes[number]
 
-    def seat(self, rows: list[int], prompts: list[int]) -> None:
-        """Add slots for these rows of the results, each with the number of its prompt."""
+    def seat(self, rows: list[int], prompts: list[int], seen: list[int] | None = None) -> None:
+        """Add slots for these rows of the results, each with the number of its prompt, and how many tokens of it the
+        response sees (None: all)."""
+        seen = [self.sizes[number] for number in prompts] if seen is None else seen
+        self.seen = np.concatenate([self.seen, np.array(seen, dtype=np.int64)])
         self.rows = np.concatenate([self.rows, np.array(rows, dtype=np.int64)])
         self.prompt = np.concatenate([self.prompt, np.array(prompts, dtype=np.int64)])
         self.length = np.concatenate([self.length, np.zeros(len(rows), dtype=np.int64)])
@@ -61,7 +65,8 @@ class Slots:
         owner = self.responses.owner
         self.responses.release((owner >= 0) & ~going_on[owner])
         self.responses.owner = np.where(owner >= 0, (going_on.cumsum() - 1)[owner], -1)
-        self.rows, self.prompt, self.length = (x[going_on] for x in (self.rows, self.prompt, self.length))
+        tables = (self.rows, self.prompt, self.seen, self.length)
+        self.rows, self.prompt, self.seen, self.length = (x[going_on] for x in tables)
 
     def reserve(self, upto: np.ndarray) -> None:
         """Take the further pages that the first `upto` [S] tokens of the responses need, for a block of steps."""
@@ -86,7 +91,7 @@ class Slots:
         page_owner = self.responses.owner[: self.responses.reach]
         t = self._tensor
         return Step(
-            positions=t(sizes[which] + self.length - 1)[:, None],
+            positions=t(self.seen + self.length - 1)[:, None],
             lengths=t(self.length),
             responses=self.responses,
             page=t(page),
@@ -99,6 +104,7 @@ class Slots:
             prompt_only=self._single_pages(numbers, owner),
             prompt_start=t(np.where(read, self.prompts.start[: len(owner)], FAR)),
             prompt_sizes=t(sizes),
+            prompt_seen=t(self.seen) if (self.seen < sizes[which]).any() else None,
             members=t(members),
             member_index=t(member_index),
             prompt_of_slot=t(which),

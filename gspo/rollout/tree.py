@@ -105,7 +105,7 @@ class Tree:
 class Branches:
     """What is left to sample when the trunks have ended."""
 
-    requests: Requests  # a prompt is a group's prompt and the beginning of a trunk; branches that begin alike share it
+    requests: Requests  # a prompt is a group's prompt and the beginning of a trunk, up to its last place
     rows: Tensor  # the branches' rows among those of all leaves, in the order of the requests'
     group: list[int]  # of each prompt of the requests
 
@@ -126,19 +126,19 @@ def grow_branches(tree: Tree, whole: Requests, leaves: Results, places: Tensor) 
     ended = copied == leaves.lengths[source]
     leaves.finished[rows] = ended & leaves.finished[source]
 
-    alike: dict[tuple[int, int], list[int]] = defaultdict(list)  # trunk, place -> rows
+    branches: dict[int, list[tuple[int, int]]] = defaultdict(list)  # trunk -> row and place of each
     for row, t, place, over in zip(*(x.tolist() for x in (rows, source, copied, ended)), strict=True):
         if not over:
-            alike[t, place].append(row)
-    order = torch.tensor([row for found in alike.values() for row in found], dtype=torch.long)
-    group = [t // tree.leaves for t, _ in alike]
+            branches[t].append((row, place))
+    order = torch.tensor([row for found in branches.values() for row, _ in found], dtype=torch.long)
+    group = [t // tree.leaves for t in branches]
+    last = [max(place for _, place in found) for found in branches.values()]
     tokens = leaves.tokens.tolist()
-    prompts = [(*whole.prompts[g], *tokens[t][:place]) for g, (t, place) in zip(group, alike, strict=True)]
     requests = replace(
         whole,
-        prompts=prompts,
-        counts=[len(found) for found in alike.values()],
-        begun=[place for _, place in alike],
+        prompts=[(*whole.prompts[g], *tokens[t][:end]) for g, t, end in zip(group, branches, last, strict=True)],
+        counts=[len(found) for found in branches.values()],
+        begun=[place for found in branches.values() for _, place in found],
         keys=whole.keys[order],
         limits=whole.limits[order],
     )

@@ -9,6 +9,7 @@ from gspo.errors import UserError
 from gspo.rollout.draw_tokens import Sampling, draw
 from gspo.rollout.engines import ENGINES, engine_class
 from gspo.rollout.requests import EngineOptions, Requests, Results
+from gspo.rollout.tree import Tree
 
 
 class Uncached:
@@ -33,7 +34,8 @@ class Uncached:
                 yield g
 
         def respond(self, g, row):
-            requests, out, ids = self.requests, self._results, [*self.requests.prompts[g]]
+            requests, out = self.requests, self._results
+            ids = [*requests.prompts[g][: requests.seen(g)[row - requests.rows(g).start]]]
             while out.lengths[row] < requests.limits[row] and not out.finished[row]:
                 at, key = out.lengths[row : row + 1].clone(), requests.keys[row : row + 1]
                 logits = self.model(input_ids=torch.tensor([ids])).logits[:, -1]
@@ -63,6 +65,20 @@ def test_an_engine_of_another_class_samples_the_same_responses(monkeypatch):
     ours, theirs = rollouts
     assert ours.tokens.equal(theirs.tokens) and ours.texts == theirs.texts
     assert ours.lengths.equal(theirs.lengths) and ours.finished.equal(theirs.finished)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_it_grows_the_same_trees(monkeypatch):
+    monkeypatch.setitem(ENGINES, "uncached", Uncached)
+    ours, theirs = (
+        sampler_for(tiny_model("llama"), engine=name).generate(
+            prompts_of((3, 7)), 6, Sampling(1.2, max_new_tokens=9), tree=Tree(2, 2, "even", 2)
+        )
+        for name in ("paged", "uncached")
+    )
+    assert ours.tokens.equal(theirs.tokens) and ours.lengths.equal(theirs.lengths)
+    assert ours.finished.equal(theirs.finished) and ours.copied.equal(theirs.copied) and (ours.copied == 4).any()
     torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-4, atol=1e-5)
 

@@ -136,18 +136,17 @@ def test_a_branch_depends_on_nothing_but_its_key_and_its_trunk(monkeypatch):
     assert leaves(other) != leaves(whole)
 
 
-def test_branches_that_begin_alike_are_prefilled_once():
-    """Tokens computed as prompts: each group's prompt, and once each beginning."""
+def test_the_beginning_of_a_trunk_is_prefilled_once():
+    """Tokens computed as prompts: each group's prompt, and with it each trunk up to its last place."""
     tree = Tree(2, 3, "entropy", 0.1)  # every token is a place, and a large entropy is several
     rollout = grown(tree=tree)
     expected = []
     for g, prompt in enumerate(rollout.prompts):
-        starts = {
-            (i // 4, int(rollout.copied[g, i]))
-            for i in range(8)
-            if i % 4 and rollout.copied[g, i] < rollout.lengths[g, i - i % 4]
-        }
-        expected.append(len(prompt.ids) + sum(len(prompt.ids) + place for _, place in starts))
+        expected.append(len(prompt.ids))
+        for trunk in (0, 4):
+            places = rollout.copied[g, trunk + 1 : trunk + 4]
+            places = places[places < rollout.lengths[g, trunk]].tolist()
+            expected[g] += len(prompt.ids) + max(places) if places else 0
     assert rollout.prefilled.tolist() == expected and (rollout.copied == 1).sum() > 8
 
 
