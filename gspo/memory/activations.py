@@ -76,6 +76,7 @@ class FakeModel:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode, no_init_weights():  # fake tensors have no values to draw
             self.model = build_model(config, config.name_or_path, dtype=dtype).eval()
+        self.model.tie_weights()  # which is part of what was left out
         install_compiled_layers(self.model).config.use_cache = False
         if checkpointing:
             checkpoint_activations(self.model)

@@ -107,7 +107,7 @@ def _opened(file: Path):
     try:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{file} is no whole safetensors file: {e}.") from e
+        raise UserError(f"{file} is no whole safetensors file: {e}. Fetch or copy it again.") from e
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:

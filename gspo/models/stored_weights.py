@@ -94,8 +94,11 @@ def check_stored(path: str, model: nn.Module, weights: Weights) -> Sources:
             other = filled.setdefault(id(tensors[target]), names[0])
             if other != names[0] and not _equal(weights, other, names[0]):
                 raise two_heads(path)
-    missing = {name for name, x in tensors.items() if id(x) not in filled}
-    refuse_differences(path, model, Differences(missing, extra, shapes))
+    missing: dict[int, str] = {}  # tied tensors under one of their names
+    for name, x in tensors.items():
+        if id(x) not in filled:
+            missing.setdefault(id(x), name)
+    refuse_differences(path, model, Differences(set(missing.values()), extra, shapes))
     return sources
 
 

@@ -51,6 +51,18 @@ WRONG = {
     "wrapper of DDP": ("llama", renamed("module."), {}, "'module.', of a wrapper"),
     "wrapper of torch.compile": ("qwen2", renamed("_orig_mod."), {}, "'_orig_mod.', of a wrapper"),
     "policy inside a trainer": ("qwen3", renamed("actor.model."), {}, "'actor.model.', of a wrapper"),
+    "a value model's wrapper, and a head that is tied": (
+        "gemma2",
+        lambda w: renamed("pretrained_model.")(w) | {"v_head.summary.weight": torch.ones(1, 32)},
+        {},
+        "'pretrained_model.', of a wrapper",
+    ),
+    "layers counted from one": (
+        "llama",
+        lambda w: {k.replace("layers.1.", "layers.2.").replace("layers.0.", "layers.1."): x for k, x in w.items()},
+        {},
+        "no weights for model.layers.0.input.*holds model.layers.2.input",
+    ),
     "compiled layers": (
         "llama",
         lambda w: {name.replace(".self_attn.", ".self_attn._orig_mod."): x for name, x in w.items()},
