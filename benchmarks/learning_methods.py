@@ -38,27 +38,25 @@ FAST = ["trainer.max_steps=12", "optim.warmup_steps=2", "eval.prompts=96", "eval
 
 # The original description's formula, and the differences from it that are on trial, one at a time and together.
 ORIGINAL = ["objective.anchor=none", "objective.after_fork=1", "objective.normalizer=batch", "data.spaced=false"]
-DIFFERENCES = {
-    "anchor": ["objective.anchor=opponent"],
-    "fork": ["objective.after_fork=0.3"],
-    "constant Z": ["objective.normalizer=constant"],
-    "spaced": ["data.spaced=true"],
-    "gap weights": ["objective.pair_weight=gap"],
-    "branch weights": ["objective.pair_weight=branch"],
-    "no ranking": ["objective.use_ranking_loss=false"],
-}
+ANCHOR, FORK = ["objective.anchor=opponent"], ["objective.after_fork=0.3"]
+CONSTANT, SPACED = ["objective.normalizer=constant"], ["data.spaced=true"]
+BRANCH_WEIGHTS = ["objective.pair_weight=branch"]
+TREE = ["rollout.n=12", "rollout.trunks=4"]  # samples about as many tokens as 8 whole responses
 DEFAULTS: list[str] = []  # GSPO as gspo/config.py has it
 VARIANTS = {
     "original": ORIGINAL,
-    **{f"original + {name}": [*ORIGINAL, *change] for name, change in DIFFERENCES.items()},
-    "anchor, fork": [*ORIGINAL, *DIFFERENCES["anchor"], *DIFFERENCES["fork"]],
-    "anchor, fork, constant Z": [
-        *ORIGINAL, *DIFFERENCES["anchor"], *DIFFERENCES["fork"], *DIFFERENCES["constant Z"]
-    ],
-    "anchor, fork, constant Z, spaced": [
-        *ORIGINAL, *DIFFERENCES["anchor"], *DIFFERENCES["fork"], *DIFFERENCES["constant Z"], *DIFFERENCES["spaced"]
-    ],
-}  # fmt: skip
+    "fork": [*ORIGINAL, *FORK],
+    "anchor, fork, constant Z": [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT],
+    "tree": [*ORIGINAL, *TREE],
+    "tree, branch weights": [*ORIGINAL, *TREE, *BRANCH_WEIGHTS],
+    "spaced": [*ORIGINAL, *SPACED],
+    "anchor": [*ORIGINAL, *ANCHOR],
+    "branch weights": [*ORIGINAL, *BRANCH_WEIGHTS],
+    "anchor, fork, constant Z, spaced": [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT, *SPACED],
+    "anchor, fork, constant Z, tree": [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT, *TREE],
+    "no ranking": [*ORIGINAL, "objective.use_ranking_loss=false"],
+    "gap weights": [*ORIGINAL, "objective.pair_weight=gap"],
+}
 METHODS = {
     "GSPO": DEFAULTS,
     "GSPO, the original formula": ORIGINAL,
