@@ -109,7 +109,7 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
     methods = {m: s for m, s in methods.items() if m in (args.methods or methods) or m == ours}
     seeds = args.seeds or (1 if args.fast else seeds)
     file, scratch = args.out / ("learning_fast.jsonl" if args.fast else "learning.jsonl"), ROOT / "outputs" / "bench"
-    rows = [(task, method) for task in tasks for method in methods]
+    rows = [(task, method) for method in methods for task in tasks]
     kept = (str(file), str(scratch), args.fast)
     if args.fast:
         points: dict[tuple[str, str], Point] = dict.fromkeys(rows, START)
