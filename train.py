@@ -53,7 +53,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     """Run, or resume, one training run: from its configuration to its final table."""
     model_config, tokenizer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path)
     check_launch(cfg, model_config, world, started=not check_only)
-    check_weights(cfg.model.path, values=check_only)  # a run reads the values when it opens the model
+    world.broadcast_from_main(lambda: check_weights(cfg.model.path, values=True))
     scorer = Scorer(cfg.reward)
     needs_solutions = find_algorithm(cfg.objective.algorithm).needs_solutions
     splits = world.main_process_first(

@@ -211,4 +211,4 @@ def _check_code(path: str, file: str, *kinds: str) -> None:
 
 @cache
 def _say_not_run(path: str, code: str) -> None:
-    say(f"note: {path}: its own {code} is never run; transformers' class of the same name is used.")
+    say(f"note: {path}: its own {code} is never run; transformers' own class for its model_type is used.")

@@ -208,7 +208,7 @@ def test_code_beside_a_known_architecture_is_not_run_and_that_is_said(folder, ca
     (folder / "modeling_x.py").write_text("raise SystemExit('was run')")
     add(folder, "config.json", auto_map=OWN_CODE)
     load_model(str(folder))
-    assert "its own modeling_x.py is never run; transformers' class" in capsys.readouterr().out
+    assert "its own modeling_x.py is never run; transformers' own class for its model_type" in capsys.readouterr().out
 
 
 def test_nobody_is_asked_whether_to_run_code(folder, monkeypatch):

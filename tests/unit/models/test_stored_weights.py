@@ -13,9 +13,12 @@ from gspo.distributed.sharding import materialize
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.export import export
-from gspo.models.loading import check_weights, load_model
+from gspo.models.loading import check_weights, load_model, load_tokenizer
+from gspo.read_config import load_config
+from train import train
 
-WHOLE = functools.partial(materialize, world=World(0, 1, torch.device("cpu"), None))
+ALONE = World(0, 1, torch.device("cpu"), None)
+WHOLE = functools.partial(materialize, world=ALONE)
 WAYS = {  # of opening a model's files: one process; several; --check and the memory report; export
     "one process": load_model,
     "several": lambda path: allocate_and_load(WHOLE, meta_model(path), path),
@@ -149,6 +152,20 @@ def test_ties_and_known_buffers_may_be_stored_or_not(fine, tmp_path):
         found = opened(tmp_path / "m")
         if way in ("one process", "several"):
             assert all(p.equal(q) for p, q in zip(found.parameters(), model.parameters(), strict=True)), way
+
+
+@pytest.mark.parametrize("wrong", ["a layer left out", "NaN", "weights in int8", "a value head"])
+@pytest.mark.parametrize("check_only", [True, False])
+def test_a_run_ends_before_its_folder_is_made(wrong, check_only, tmp_path):
+    """With --check and without."""
+    family, weights, config, why = WRONG[wrong]
+    tiny_model(family, vocab_size=352).save_pretrained(tmp_path / "m")
+    load_tokenizer(None).save_pretrained(tmp_path / "m")
+    change(tmp_path / "m", weights, config)
+    flags = [f"model.path={tmp_path / 'm'}", f"trainer.output_dir={tmp_path / 'out'}", "data.train_files=embedded"]
+    with pytest.raises(UserError, match=why):
+        train(load_config(None, [*flags, "rollout.max_new_tokens=16", "data.max_prompt_length=64"]), ALONE, check_only)
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_predict_later_tokens_are_left_out_and_said(tmp_path, capsys):
