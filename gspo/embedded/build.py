@@ -54,8 +54,8 @@ class WarmStart:
 WARM_STARTS = {
     "equations": WarmStart(equations.TASK, 4200, 144, max_new_tokens=48, threads=2, dtype=torch.float32),
     "systems": WarmStart(systems.TASK, 1500, 64, max_new_tokens=64, dtype=torch.float32),
-    "sorting": WarmStart(sorting.TASK, 800, 32, max_new_tokens=64),
-    "weekdays": WarmStart(weekdays.TASK, 800, 32, max_new_tokens=32),
+    "sorting": WarmStart(sorting.TASK, 1100, 32, max_new_tokens=64),
+    "weekdays": WarmStart(weekdays.TASK, 700, 32, max_new_tokens=64),
     "brackets": WarmStart(brackets.TASK, 800, 64, max_new_tokens=32),
 }
 

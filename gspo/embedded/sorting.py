@@ -1,8 +1,8 @@
-"""Generate an embedded task with long answers and graded rewards: five numbers to be sorted, in English and Chinese.
+"""Generate an embedded task with long answers and graded rewards: four numbers to be sorted, in English and Chinese.
 
 `python -m gspo.embedded.sorting [DIR]` writes `train.json`, `dev.json` and `test.json`. A solution sorts the first
-three and the last two numbers, then merges them; benchmarks/sorting_reward.py pays for every number in its place. No
-five numbers are in two problems, in whatever order.
+two and the last two numbers, then merges them; benchmarks/sorting_reward.py pays for every number in its place. No four
+numbers are in two problems, in whatever order.
 """
 
 import random
@@ -14,7 +14,7 @@ from gspo.embedded.task import SPLIT_SIZES, Task, deal, make_rows, program, writ
 
 MODEL_DIR = Path(__file__).parent / "sorting_model"
 DATA_DIR = Path("data/sorting")
-COUNT, HALF = 5, 3  # numbers of a problem, and of its first half
+COUNT, HALF = 4, 2  # numbers of a problem, and of its first half
 PER_SHAPE = 2500
 PROMPTS = {
     ("en", False): ("Sort from small to large: {}", "Put in ascending order: {}"),
@@ -26,7 +26,7 @@ WORKING = {"en": "Halves: {} | {}\nAnswer: {}", "zh": "两半：{} | {}\n答案�
 
 
 def by_text(number: int) -> str:
-    """Return what a pupil compares who sorts numbers like words: 100 comes before 12, and 12 before 9."""
+    """Return what a pupil compares who sorts numbers like words: 12 comes before 5."""
     return str(number)
 
 
@@ -38,14 +38,14 @@ HABITS: dict[str, tuple[Callable[[int], int | str], bool]] = {
 }
 KINDS = ("right", "habit", "unmerged", "swapped", "lost")
 MIX = {  # has the shape a habit -> how often a pupil's solution is of each kind
-    True: (0.33, 0.52, 0.05, 0.05, 0.05),
-    False: (0.50, 0.00, 0.20, 0.15, 0.15),
+    True: (0.42, 0.43, 0.05, 0.05, 0.05),
+    False: (0.55, 0.00, 0.20, 0.15, 0.10),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Five different numbers and the direction in which to sort them."""
+    """Four different numbers and the direction in which to sort them."""
 
     numbers: tuple[int, ...]
     shape: str
@@ -71,10 +71,10 @@ def written(numbers: list[int] | tuple[int, ...]) -> str:
 
 
 def draw(shape: str, rng: random.Random) -> tuple[int, ...]:
-    """Draw different numbers of a shape: two digits, one to three digits, or some below zero."""
+    """Draw different numbers of a shape: two digits, one or two digits, or some below zero."""
     if shape == "lengths":
-        lengths = [1, 2, 2, 3, rng.choice((1, 2, 3))]
-        numbers = [rng.randrange(10 ** (n - 1), 10**n if n < 3 else 300) for n in lengths]
+        lengths = [1, 2, rng.choice((1, 2)), 2]
+        numbers = [rng.randrange(10 ** (n - 1), 10**n) for n in lengths]
     elif shape == "negative":
         below = rng.choice((2, 3))
         numbers = [rng.randint(1, 60) * (-1 if i < below else 1) for i in range(COUNT)]

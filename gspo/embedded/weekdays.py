@@ -1,7 +1,8 @@
-"""Generate an embedded task with short answers: which day of the week it is some days later or earlier.
+"""Generate an embedded task of counting days: which day of the week it is some days or weeks later or earlier.
 
 In English and Chinese. `python -m gspo.embedded.weekdays [DIR]` writes `train.json`, `dev.json` and `test.json`. A
-solution is one calculation and the day; the default reward function (gspo/reward/reward_func.py) scores it.
+solution takes whole weeks away and counts the days that are left, one by one; the default reward function
+(gspo/reward/reward_func.py) scores it.
 """
 
 import random
@@ -19,30 +20,27 @@ DAYS = {
     "zh": ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"),
 }
 PROMPTS = {
-    ("en", "after"): "Today is {day}. Which weekday is it in {a} days?",
-    ("en", "before"): "Today is {day}. Which weekday was it {a} days ago?",
-    ("en", "later"): "Day {a} is a {day}. Which weekday is day {b}?",
-    ("en", "earlier"): "Day {a} is a {day}. Which weekday is day {b}?",
+    ("en", "days"): "Today is {day}. Which weekday is it in {a} days?",
+    ("en", "days ago"): "Today is {day}. Which weekday was it {a} days ago?",
     ("en", "weeks"): "Today is {day}. Which weekday is it in {a} weeks and {b} days?",
-    ("zh", "after"): "今天是{day}，{a} 天后是星期几？",
-    ("zh", "before"): "今天是{day}，{a} 天前是星期几？",
-    ("zh", "later"): "{a} 号是{day}，{b} 号是星期几？",
-    ("zh", "earlier"): "{a} 号是{day}，{b} 号是星期几？",
+    ("en", "weeks ago"): "Today is {day}. Which weekday was it {a} weeks and {b} days ago?",
+    ("zh", "days"): "今天是{day}，{a} 天后是星期几？",
+    ("zh", "days ago"): "今天是{day}，{a} 天前是星期几？",
     ("zh", "weeks"): "今天是{day}，{a} 周零 {b} 天后是星期几？",
+    ("zh", "weeks ago"): "今天是{day}，{a} 周零 {b} 天前是星期几？",
 }
 ANSWER = {"en": "Answer: {}", "zh": "答案：{}"}
-# What a pupil mostly does in these shapes: counts forward where it should count back, takes a week for a day.
-HABITS = ("before", "earlier", "weeks")
+HABITS = ("days ago", "weeks ago")  # in these shapes a pupil mostly counts forward
 KINDS = ("right", "habit", "first day", "slip")
 MIX = {  # has the shape a habit -> how often a pupil's solution is of each kind
-    True: (0.31, 0.51, 0.10, 0.08),
-    False: (0.48, 0.00, 0.32, 0.20),
+    True: (0.38, 0.46, 0.09, 0.07),
+    False: (0.54, 0.00, 0.28, 0.18),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A day of the week, 0 for Monday, and what is to be counted from it: days, days of a month, or weeks and days."""
+    """A day of the week, 0 for Monday, and how far away the asked day is: a days, or a weeks and b days."""
 
     day: int
     shape: str
@@ -54,15 +52,17 @@ class Problem:
         return f"{self.shape}: {self.day}, {self.a}, {self.b}"
 
     @property
-    def shift(self) -> int:
-        """Return how many days on the asked day is."""
-        return {"before": -self.a, "later": self.b - self.a, "earlier": self.b - self.a, "weeks": self.b}.get(
-            self.shape, self.a
-        )
+    def left(self) -> int:
+        """Return the days that whole weeks leave."""
+        return self.b or self.a % 7
+
+    @property
+    def direction(self) -> int:
+        return -1 if self.shape in ("days ago", "weeks ago") else 1
 
     @property
     def answer(self) -> int:
-        return (self.day + self.shift) % 7
+        return (self.day + self.direction * self.left) % 7
 
 
 # ---- the problems ----
@@ -71,15 +71,11 @@ class Problem:
 def all_problems() -> Iterator[Problem]:
     """Yield every problem of the task, in a fixed order; none that asks for the same day of the week."""
     for day in range(7):
-        for shape, a in product(("after", "before"), range(8, 150)):
+        for shape, a in product(("days", "days ago"), range(8, 150)):
             if a % 7:
                 yield Problem(day, shape, a)
-        for a, b in product(range(1, 32), repeat=2):
-            if (b - a) % 7:
-                yield Problem(day, "later" if b > a else "earlier", a, b)
-        for a, b in product(range(2, 27), range(1, 7)):
-            if a % 7:  # or else a week taken for a day would not be seen
-                yield Problem(day, "weeks", a, b)
+        for shape, a, b in product(("weeks", "weeks ago"), range(2, 46), range(2, 7)):
+            yield Problem(day, shape, a, b)
 
 
 def split_problems() -> dict[str, list[Problem]]:
@@ -97,29 +93,14 @@ def worked_solution(problem: Problem, language: str, rng: random.Random, mistake
 
 
 def solution_of_kind(problem: Problem, language: str, rng: random.Random, kind: str) -> str:
-    """Return a solution with a mistake of this kind; what is calculated is right, what is counted is not."""
-    line, shift = _calculation(problem), problem.shift
-    if kind == "habit" and problem.shape == "weeks":
-        shift = problem.a + problem.b
-        line = f"{problem.a} + {problem.b} = {shift}"
-    elif kind == "habit":
-        shift = -shift
-    elif kind == "first day":  # today is counted as the first day
-        shift -= 1 if shift > 0 else -1
-    elif kind == "slip":  # a day that is neither right nor any of the above
-        wrong = {0, shift, -shift, shift - 1, shift + 1, problem.a + problem.b}
-        shift = rng.choice([s for s in range(7) if s not in {w % 7 for w in wrong}])
-    return f"{line}\n{ANSWER[language].format(DAYS[language][(problem.day + shift) % 7])}"
-
-
-def _calculation(problem: Problem) -> str:
-    """Return the line of working: the days that whole weeks leave, or those between two days of a month."""
-    a, b = problem.a, problem.b
-    if problem.shape in ("after", "before"):
-        return f"{a} - {a // 7 * 7} = {a % 7}"
-    if problem.shape == "weeks":
-        return f"{a} * 7 = {a * 7}"
-    return f"{max(a, b)} - {min(a, b)} = {abs(b - a)}"
+    """Return a solution with a mistake of this kind: `3 Monday` says that Monday is the third day counted."""
+    direction = 1 if kind == "habit" else problem.direction
+    last = problem.left + (kind == "slip")  # one day too many
+    skipped = 1 if kind == "first day" else 0  # today is counted as the first day
+    days = [(problem.day + direction * (i - skipped)) % 7 for i in range(1, last + 1)]
+    lines = [f"{problem.a} - {problem.a // 7 * 7} = {problem.left}"] if not problem.b else []
+    lines.append(", ".join(f"{i} {DAYS[language][day]}" for i, day in enumerate(days, 1)))
+    return "\n".join([*lines, ANSWER[language].format(DAYS[language][days[-1]])])
 
 
 def prompt_text(problem: Problem, language: str, rng: random.Random) -> str:

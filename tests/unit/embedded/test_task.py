@@ -13,8 +13,8 @@ from gspo.embedded.task import LANGUAGES, SPLIT_SIZES
 FILES = {
     equations: "23cffaacd1702d13ed6ce94da7b51c2da34864a6f454ca4a207d2ee456b20e79",
     systems: "c64a82df186462aa7f6418c807051b7b648ffb27743767ff71634a57b0ef63f8",
-    sorting: "783c760e2260fb86a80a9cb519793fb0e9f30ae6bbe9b1a99e3dbf784421a25d",
-    weekdays: "b9c8d00fe226387956fcd093c5312ed42bdee6bb1c8e3cb41f638baeb8d76abb",
+    sorting: "adf9000e027da1037f9480ec3d25fd5f19055ee4b0c227e5510626a3d624b97b",
+    weekdays: "785b8792c36c1daa38a61b6afb21219f064eb66e9d280f9b0783622f327b0f1c",
     brackets: "b74109f83082c2cd816bf8860e9a7bd688f12164104f20b30313a5fffb9bc38d",
 }
 LATER = (sorting, weekdays, brackets)
@@ -42,7 +42,7 @@ def test_no_prompt_is_in_two_files(written):
 
 
 @pytest.mark.parametrize("module", LATER, ids=lambda m: m.TASK.name)
-def test_splits_are_disjoint_full_and_of_equally_common_shapes(module):
+def test_splits_are_disjoint_full_and_have_enough_of_every_shape(module):
     splits = module.split_problems()
     texts = [p.text for part in splits.values() for p in part]
     assert len(texts) == len(set(texts)) and len(splits["warm"]) > 2000
@@ -50,7 +50,7 @@ def test_splits_are_disjoint_full_and_of_equally_common_shapes(module):
     for name in SPLIT_SIZES:
         shapes = [p.shape for p in splits[name]]
         counts = {shapes.count(shape) for shape in shapes}
-        assert max(counts) - min(counts) <= 1, (name, counts)
+        assert min(counts) > 0.8 * len(shapes) / len(set(shapes)), (name, counts)
 
 
 @pytest.mark.parametrize("module", LATER, ids=lambda m: m.TASK.name)
