@@ -112,8 +112,9 @@ class Step:
         pages = np.lexsort((start, owner))
         pages = pages[start[pages] < FAR]
         counts = np.bincount(owner[pages], minlength=len(self.prompt_sizes))
-        pairs = np.stack([self.prompt_of_slot.numpy(), self.prompt_seen.numpy()], 1)
-        (prompt, sizes), which = (x.T if x.ndim > 1 else x for x in np.unique(pairs, axis=0, return_inverse=True))
+        slots = np.stack([self.prompt_of_slot.numpy(), self.prompt_seen.numpy()], 1)
+        pairs, which = np.unique(slots, axis=0, return_inverse=True)
+        prompt, sizes = pairs.T
         mine = -(-sizes // self.prompts.page)
         nth = np.arange(mine.sum()) - np.repeat(mine.cumsum() - mine, mine)
         read = pages[np.repeat((counts.cumsum() - counts)[prompt], mine) + nth]
