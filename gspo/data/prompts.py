@@ -16,7 +16,7 @@ import numpy as np
 from gspo.config import Config
 from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.messages import Messages, Tools, question_of, read_tools
-from gspo.data.schemas import parse_row
+from gspo.data.schemas import bytes_of, parse_row
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
@@ -128,7 +128,7 @@ class RowChecker:
                 self.longest = length
                 self._surely_short = min(self.max_length, max(self.positions, length))
         self.good += 1
-        self._digest.update(repr((messages, truth, source, extra, tools)).encode("utf-8", "backslashreplace"))
+        self._digest.update(bytes_of((messages, truth, source, extra, tools)))
         return prompt_key(messages, tools)
 
     def fingerprint(self) -> str:
