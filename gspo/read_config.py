@@ -233,6 +233,14 @@ def _typed(item: str) -> tuple[str, Any]:
             f"command line: {item!r} gives {name} no value (a variable of the shell that is not set?). Give one, leave "
             f"the argument out, or write {key}=null for what is not set."
         )
+    if (
+        typing.get_origin(PARAMETERS[name].type) is list
+        and re.search(r"[\[,]\s*(,|\]$)", text.strip())
+        and text != "[]"
+    ):
+        raise UserError(
+            f"command line: {item!r}: an entry of the list is empty (a variable of the shell that is not set?)."
+        )
     if text == "null":
         return key, None
     if PARAMETERS[name].type in (str, str | None) and not inside:

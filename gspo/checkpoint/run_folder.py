@@ -8,6 +8,7 @@ import os
 import re
 import time
 from pathlib import Path
+from shlex import quote
 
 import yaml
 
@@ -257,7 +258,7 @@ def _check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest:
                 f"model, or this run another trainer.run_name; {anew}."
             )
         rows = [text[key].split()[0] for text in (kept, prints)]
-        start = f"trainer.resume={newest}" if rows[0] == rows[1] else f"model.path={newest}"
+        start = quote(f"trainer.resume={newest}" if rows[0] == rows[1] else f"model.path={newest}")
         raise UserError(
             f"{key} = {now[key]!r} does not hold the rows that the run in {folder} began with ({rows[0]} rows then, "
             f"{rows[1]} now). Give those rows; or go on with these in a run of another name: {start} "

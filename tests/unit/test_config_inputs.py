@@ -135,6 +135,12 @@ def test_an_empty_value_on_the_command_line_is_an_error(override):
         load_config(None, [override.replace("[ ]", "[]")])
 
 
+@pytest.mark.parametrize("text", ["[a.json, ]", "[a.json,]", "[,a.json]", "[a.json,, b.json]", "[a.json, , b.json]"])
+def test_an_empty_entry_of_a_list_is_an_error(text):
+    with pytest.raises(UserError, match="command line: 'data.val_files=.*: an entry of the list is empty"):
+        load_config(None, [f"data.val_files={text}"])
+
+
 @pytest.mark.parametrize("key", ["reward.path", "model.path", "data.train_files", "trainer.run_name", "rollout.stop"])
 def test_an_empty_text_in_a_file_is_an_error(read, key):
     with pytest.raises(UserError, match=f"{key} has an empty text"):
