@@ -19,7 +19,7 @@ from gspo.config import Config
 from gspo.data.encoding import check_template_kwargs
 from gspo.data.prompts import Survey, TooLong, check_positions, configured_splits, in_common, make_checker, survey
 from gspo.errors import UserError
-from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
@@ -56,7 +56,8 @@ class Report:
 
 def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
     """Check every split that training would read."""
-    tokenizer, model_config, scorer = load_tokenizer(cfg.model.path), load_model_config(cfg.model.path), None
+    model_config, tokenizer, scorer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path), None
+    check_weights(cfg.model.path, values=True)
     train: Survey | None = None
     needs_solutions = find_algorithm(cfg.objective.algorithm).needs_solutions
     check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)

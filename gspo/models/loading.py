@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -213,6 +214,9 @@ def load_model_config(path: str | None) -> Any:
     except Exception as e:
         if code := own_code(name, "config.json", "AutoConfig"):
             raise needs_own_code(name, code) from e
+        with contextlib.suppress(Exception):  # a name on the hub without config.json may be an adapter
+            hf_hub_download(name, "adapter_config.json")
+        check_folder(name)
         raise cannot_open(name, e) from e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise wrong_folder(

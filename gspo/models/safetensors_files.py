@@ -85,7 +85,7 @@ def stored_folder(path: str) -> Path | None:
 def open_weights(folder: Path, stem: str = "model") -> Weights:
     """Open `<stem>.safetensors` of a folder, or the shards that `<stem>.safetensors.index.json` lists.
 
-    Raises UserError where there is neither, or a file is damaged.
+    Raises UserError where there is neither, or both, or a file is damaged.
     """
     folder = Path(folder)
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
@@ -96,7 +96,12 @@ def open_weights(folder: Path, stem: str = "model") -> Weights:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise UserError(f"{index} is no index of safetensors files: {e}.") from e
         if gone := sorted({file.name for file in files.values() if not file.exists()}):
-            raise UserError(f"{index} names {', '.join(gone[:4])}, which is not there. Fetch or copy all its files.")
+            raise UserError(f"{index} names {', '.join(gone[:4])}, which is not there. Fetch all its files.")
+        if single.exists() and single not in files.values():
+            raise UserError(
+                f"{folder} has {single.name} and beside it {index.name} of other files: two sets of weights. Delete the "
+                "one that is not meant."
+            )
         return Weights(files)
     if not single.exists():
         raise UserError(f"{folder} has no {single.name}, nor an index of several such files.")

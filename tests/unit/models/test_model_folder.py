@@ -91,6 +91,13 @@ MODELS = {
         ),
         "names y.safetensors, which is not there",
     ),
+    "two sets of weights": (
+        lambda f: (
+            shutil.copy(f / "model.safetensors", f / "other.safetensors"),
+            write(f, "model.safetensors.index.json", {"weight_map": {"lm_head.weight": "other.safetensors"}}),
+        ),
+        "has model.safetensors and beside it model.safetensors.index.json of other files",
+    ),
     "GPTQ": (quantised("gptq"), "quantised weights .quantization_config in config.json: gptq.*as it was before"),
     "AWQ": (quantised("awq"), "quantised weights .*: awq"),
     "bitsandbytes": (quantised("bitsandbytes"), "quantised weights .*: bitsandbytes"),
@@ -154,6 +161,25 @@ def test_what_is_no_model_to_train_is_refused_in_words(spoiled, folder):
         with pytest.raises(UserError, match=why) as refused:
             opened(str(folder))
         assert "trust_remote_code" not in str(refused.value) and str(folder) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("adapter_config.json", {"base_model_name_or_path": "b"}, "is an adapter of b, not a whole model"),
+        ("config.json", {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised weights"),
+        ("config.json", {"model_type": "x", "auto_map": OWN_CODE}, "needs Python code of its own"),
+    ],
+)
+def test_names_on_the_hub_are_checked_by_what_was_fetched(file, content, why, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--who--what"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    (cache / "snapshots").mkdir()
+    write(cache / "snapshots", f"abc/{file}", content)
+    with pytest.raises(UserError, match=f"'who/what' .*{why}"):
+        load_model_config("who/what")
 
 
 def test_a_file_is_not_taken_for_its_folder(folder):
