@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import GenerationConfig
@@ -24,6 +25,7 @@ def read_generation_config(path: str) -> GenerationConfig | None:
     if settings is None:
         return None
     kept, dropped = valid_settings(settings)
+    end_ids_of(SimpleNamespace(**settings), FILE)
     if dropped:
         _say_dropped(path, "; ".join(f"{name} = {settings[name]!r} ({why})" for name, why in dropped.items()))
     return _config(kept)

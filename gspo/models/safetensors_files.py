@@ -99,8 +99,8 @@ def open_weights(folder: Path, stem: str = "model") -> Weights:
             raise UserError(f"{index} names {', '.join(gone[:4])}, which is not there. Fetch all its files.")
         if single.exists() and single not in files.values():
             raise UserError(
-                f"{folder} has {single.name} and beside it {index.name} of other files: two sets of weights. Delete the "
-                "one that is not meant."
+                f"{folder} has {single.name} and beside it {index.name} of other files: two sets of weights. Delete "
+                "the one that is not meant."
             )
         return Weights(files)
     if not single.exists():

@@ -11,7 +11,7 @@ from gspo.distributed.sharded_loading import meta_model
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 from gspo.models.generation import valid_settings
-from gspo.models.loading import end_and_pad_ids, load_model, load_tokenizer
+from gspo.models.loading import check_weights, end_and_pad_ids, load_model, load_tokenizer
 
 GREEDY = {"eos_token_id": [1, 7], "max_new_tokens": 99}
 DROPPED = {  # what is in the file beside GREEDY -> what is left out of checkpoints
@@ -87,6 +87,9 @@ def test_end_tokens_that_are_no_numbers_are_refused(value, folder, embedded_mode
         UserError, match="eos_token_id = .* in the model's generation_config.json: .* is no whole number"
     ):
         end_and_pad_ids(embedded_model, tokenizer)
+    write(folder, {"eos_token_id": value})
+    with pytest.raises(UserError, match="no whole number"):
+        check_weights(str(folder))
 
 
 def test_the_end_token_of_a_text_config_counts(embedded_model, tokenizer):
