@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from transformers.utils import cached_file
 
 from gspo.models.loading import resolve_path
 from gspo.system.files import write_json
@@ -23,10 +23,10 @@ def of_model(path: str | None) -> str:
     """
     folder = Path(resolve_path(path))
     if not folder.is_dir():
-        cached = try_to_load_from_cache(str(folder), "config.json")
-        if not isinstance(cached, str):
+        try:
+            folder = Path(cached_file(str(folder), "config.json", local_files_only=True)).parent
+        except (OSError, ValueError):
             return ""
-        folder = Path(cached).parent
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(
         [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]

@@ -1,5 +1,8 @@
 """How programs fail: one paragraph on stderr, exit code 2, nothing left behind."""
 
+import datetime
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import pytest
 from repository import ROOT
 
 from gspo.errors import UserError
+from gspo.system.files import write_json
 from gspo.system.program import guarded
 
 
@@ -70,3 +74,21 @@ def test_ctrl_c_is_one_line_and_exit_code_130():
     _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert err.strip() == "interrupted"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_program_prints_what_the_terminal_cannot_show(encoding):
+    """Half a character in any encoding, and in ASCII every other one."""
+    program = "from gspo.system.program import guarded\nguarded(lambda: print('7\\ud83d \u89e3'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("utf-8") == ("7\\ud83d 解\n" if encoding == "utf-8" else "7\\ud83d \\u89e3\n")
+
+
+@pytest.mark.parametrize("value", ["7\ud83d", ["\udcff"], {"\ud83d": 1}, {"day": datetime.date(2026, 11, 29)}])
+def test_a_file_takes_half_a_character_and_a_date(tmp_path, value):
+    write_json(tmp_path / "x.json", value)
+    read = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert read == (value if "day" not in value else {"day": "2026-11-29"})
