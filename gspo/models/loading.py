@@ -75,7 +75,7 @@ def _check_loaded(name: str, model: nn.Module, info: dict[str, Any]) -> None:
         check_stored(name, model, open_weights(folder))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
-    if not tied and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    if not tied and getattr(model.config, "tie_word_embeddings", False):
         raise two_heads(name)
 
 
