@@ -19,7 +19,8 @@ from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.pairs import branch_weights, forks, has_contrast, preferences
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import learning_rate
-from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation
+from gspo.checkpoint.evaluations import needs_evaluation
+from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
@@ -40,6 +41,7 @@ from gspo.run import (
     end_round_if_over,
     evaluate_held_out,
     evaluate_run,
+    evaluation_settings,
     save_checkpoint,
     start_run,
     stop_reason,
@@ -88,7 +90,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     if stop:
         return say(f"{stop.text}: left after step {state.step} of {total}; the same command goes on from there")
 
-    if evaluates and needs_evaluation(run.folder, "eval_after", state.step, world):
+    if evaluates and needs_evaluation(run.folder, "eval_after", state.step, evaluation_settings(run), world):
         evaluate_run(run, "eval_after")
     if world.is_main:
         say(final_words(run.folder, latest_checkpoint(run.folder / "checkpoints")))

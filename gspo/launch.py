@@ -1,6 +1,5 @@
 """Check a run before it starts, and say at its end what it reached and what to type next."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.self_play_models import round_of
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.checkpoints import State
+from gspo.checkpoint.evaluations import comparable_evaluations
 from gspo.config import Config
 from gspo.data.prompts import Splits
 from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
@@ -126,12 +126,7 @@ def say_what_changed(state: State, cfg: Config, total: int, held_out: int) -> No
 
 def final_words(folder: Path, checkpoint: Path) -> str:
     """Return the table of the run, before against after, and what to type next."""
-    reports = {}
-    for name in ("before", "after"):
-        file = folder / f"eval_{name}.json"
-        if file.exists():
-            reports[name] = json.loads(file.read_text(encoding="utf-8"))
-    lines = []
+    reports, note = comparable_evaluations(folder, int(checkpoint.name.rpartition("_")[2]))
     if reports:
         first = next(iter(reports.values()))
         lines = [
@@ -140,6 +135,7 @@ def final_words(folder: Path, checkpoint: Path) -> str:
         ]
     else:
         lines = ["\nnothing was evaluated (eval.before_and_after, data.test_files)"]
+    lines += [note] if note else []
     evaluate = os.path.relpath(Path(__file__).parent.parent / "eval.py")
     return "\n".join(
         [

@@ -13,6 +13,7 @@ from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, load_held_out, load_order, load_state, restore
+from gspo.checkpoint.evaluations import settings_of, write_evaluation
 from gspo.checkpoint.fingerprints import of_model
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
@@ -28,7 +29,6 @@ from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import say
-from gspo.system.files import write_json
 from gspo.system.preemption import Preemption
 from gspo.types import Rollout
 
@@ -138,14 +138,19 @@ def save_checkpoint(run: Run, at_once: bool = False) -> None:
     run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, small_files, at_once)
 
 
+def evaluation_settings(run: Run) -> dict[str, Any]:
+    """Return what the numbers of an evaluation on the test prompts depend on, of all that a run may change."""
+    return settings_of(run.cfg.eval.n, run.splits.fingerprints.get("data.test_files", ""), run.scorer.pool.source)
+
+
 def evaluate_run(run: Run, name: str) -> None:
     """Evaluate the policy on the test prompts, sampled and greedy, and write the report to `name`.json of the run."""
     run.models.refresh_sampler()
     answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
     if run.world.is_main:
-        result = {"step": run.state.step, **report(answers)}
+        result = report(answers)
         try:
-            write_json(run.folder / f"{name}.json", result)
+            write_evaluation(run.folder, name, run.state.step, evaluation_settings(run), result)
         except OSError as e:
             say(f"warning: {name}.json cannot be written ({e.strerror}); pass@1 is {result['pass@1']:.3f}")
 

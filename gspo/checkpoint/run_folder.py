@@ -1,9 +1,7 @@
 """Open a run's folder: lock it, check that it holds the same experiment, find the checkpoint to resume from."""
 
-import contextlib
 import errno
 import fcntl
-import json
 import os
 import re
 import time
@@ -14,6 +12,7 @@ import yaml
 
 from gspo import config as configuration
 from gspo.checkpoint import fingerprints, manifest
+from gspo.checkpoint.evaluations import remove_evaluations
 from gspo.checkpoint.fingerprints import Fingerprints
 from gspo.config import Config
 from gspo.distributed.world import World
@@ -96,15 +95,15 @@ def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[P
             f"{folder} has only damaged checkpoints ({damaged[-1].name}). Start anew with trainer.resume=never, which "
             "renames this folder, or with another trainer.run_name."
         )
-    if resume in ("auto", "never"):
-        return [], False
-    if not (Path(resume) / "trainer" / "state.json").exists():
+    if resume not in ("auto", "never") and not (Path(resume) / "trainer" / "state.json").exists():
         found = latest_checkpoint(Path(resume)) or latest_checkpoint(Path(resume) / "checkpoints")
         raise UserError(
             f"trainer.resume = {resume!r} is not a checkpoint folder (no trainer/state.json in it)."
             f"{f' Do you mean {found}?' if found else ''}"
         )
-    return [Path(resume)], True
+    if not own and _has_results(folder) and not restart_count():  # its checkpoints were moved away, or never reached
+        _rename_old_run(folder)
+    return ([], False) if resume in ("auto", "never") else ([Path(resume)], True)
 
 
 def _first_undamaged(candidates: list[Path], named: bool, world: World) -> Path | None:
@@ -143,8 +142,9 @@ def _prepare(folder: Path, checkpoint: Path | None, cfg: Config, prints: Fingerp
         _lock(folder)
         for leftover in [*folder.glob(f"*{PART}"), *(folder / "checkpoints").glob(f"*{PART}")]:
             remove(leftover)
-        if checkpoint is None and (folder / "tensorboard").exists():  # an earlier attempt that reached no checkpoint
+        if checkpoint is None or checkpoint.parent != folder / "checkpoints":  # an earlier attempt may have left these
             remove(folder / "tensorboard")
+            remove_evaluations(folder)
         write_text(folder / "config.yaml", configuration.dump(cfg))
         fingerprints.write(folder, prints)
         _link_latest_run(folder)
@@ -177,6 +177,12 @@ def _lock(folder: Path) -> None:
                 raise
             break
     _locks[folder] = handle
+
+
+def _has_results(folder: Path) -> bool:
+    """Return whether a run has left curves, samples or a table in its folder."""
+    kept = ("metrics.jsonl", "samples.jsonl", "eval_after.json")
+    return any((folder / name).is_file() and (folder / name).stat().st_size for name in kept)
 
 
 def _rename_old_run(folder: Path) -> None:
@@ -218,8 +224,9 @@ def _check_same_experiment(stored: Path, cfg: Config, prints: Fingerprints) -> N
             "it back, or start anew with trainer.resume=never, which renames the folder."
         ) from e
     now = configuration.flatten(configuration.to_dict(cfg))
+    before = configuration.flatten(configuration.to_dict(Config())) | before  # the file may end before its end
     kept = fingerprints.read(stored.parent)
-    changed = [k for k in now if k in before and before[k] != now[k] and not FREE_TO_CHANGE.match(k)]
+    changed = [k for k in now if before[k] != now[k] and not FREE_TO_CHANGE.match(k)]
     changed = [k for k in changed if not (k in CONTENT and (_comparable(k, kept, prints) or _same(before[k], now[k])))]
     if changed:
         k = changed[0]
@@ -285,14 +292,3 @@ def _link_latest_run(folder: Path) -> None:
         say(f"{link} is not a link and is not replaced; this run's checkpoints are in {folder / 'checkpoints'}")
         return
     point_link(link, Path(folder.name) / "checkpoints")
-
-
-def needs_evaluation(folder: Path, name: str, step: int, world: World) -> bool:
-    """Return whether `<name>.json`, an evaluation's result, is missing for this step. All ranks call it together."""
-
-    def missing() -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((folder / f"{name}.json").read_text(encoding="utf-8")).get("step") != step
-        return True
-
-    return world.broadcast_from_main(missing)

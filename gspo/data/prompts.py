@@ -218,7 +218,7 @@ class Splits:
     train: Sequence[Prompt]
     val: Sequence[Prompt]
     test: Sequence[Prompt]
-    fingerprints: dict[str, str] = field(default_factory=dict)  # data.train_files, data.val_files -> of their rows
+    fingerprints: dict[str, str] = field(default_factory=dict)  # data.train_files and so on -> of their rows
 
 
 @dataclass(frozen=True)
@@ -301,8 +301,7 @@ def load_splits(
             configured.files, checker, cfg.data.overlong, configured.split, configured.limit
         )
         check_positions(checker, cfg)
-        if configured.name != "test":
-            prints[f"data.{configured.name}_files"] = checker.fingerprint()
+        prints[f"data.{configured.name}_files"] = checker.fingerprint()
     held_out = [found[name].keys for name in ("val", "test") if name in found]
     if "train" in found and held_out and (count := int(in_common(found["train"].keys, np.concatenate(held_out)).sum())):
         say(

@@ -143,7 +143,14 @@ def test_another_length_is_said_with_the_learning_rates_and_the_rounds(capsys, s
 
 def test_the_last_words_hold_both_evaluations_and_where_things_are(tmp_path):
     for name, value in (("before", 0.25), ("after", 0.75)):
-        row = {"prompts": 512, "samples": 8, "pass@1": value, "interval": {"pass@1": [value - 0.125, value + 0.125]}}
+        row = {
+            "step": 150,
+            "settings": {},
+            "prompts": 512,
+            "samples": 8,
+            "pass@1": value,
+            "interval": {"pass@1": [value - 0.125, value + 0.125]},
+        }
         (tmp_path / f"eval_{name}.json").write_text(json.dumps(row))
     words = final_words(tmp_path, tmp_path / "checkpoints/step_000150")
     assert "512 held-out prompts, 8 samples each" in words
@@ -164,4 +171,4 @@ def test_the_commands_to_type_next_can_be_pasted(tmp_path, name):
 
 
 def test_the_last_words_say_when_nothing_was_evaluated(tmp_path):
-    assert "nothing was evaluated" in final_words(tmp_path, tmp_path)
+    assert "nothing was evaluated" in final_words(tmp_path, tmp_path / "step_000001")

@@ -1,7 +1,6 @@
 """Folders of runs: what may follow on what, what is kept, and that a damaged checkpoint is not gone on from."""
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -12,10 +11,9 @@ import pytest
 from saved_run import ALONE, a_run
 
 from gspo.checkpoint import manifest, run_folder
-from gspo.checkpoint.run_folder import latest_checkpoint, needs_evaluation, open_run, save_reward_function
+from gspo.checkpoint.run_folder import latest_checkpoint, open_run, save_reward_function
 from gspo.errors import UserError
 from gspo.read_config import load_config
-from gspo.system.files import write_json
 
 
 @pytest.fixture()
@@ -222,14 +220,6 @@ def test_an_unfinished_checkpoint_is_never_the_latest(run):
     (run.folder / "checkpoints" / "step_000009.part" / "trainer").mkdir(parents=True)
     (run.folder / "checkpoints" / "step_000008").mkdir()
     assert latest_checkpoint(run.folder / "checkpoints").name == "step_000004"
-
-
-def test_an_evaluation_is_repeated_only_for_another_step(tmp_path):
-    assert needs_evaluation(tmp_path, "eval_after", 6, ALONE)
-    write_json(tmp_path / "eval_after.json", {"step": 6})
-    assert not needs_evaluation(tmp_path, "eval_after", 6, ALONE)
-    assert needs_evaluation(tmp_path, "eval_after", 9, ALONE)
-    assert json.loads((tmp_path / "eval_after.json").read_text()) == {"step": 6}
 
 
 def test_a_reward_function_changed_between_resumes_is_warned_of_and_both_are_kept(tmp_path, capsys):
