@@ -19,7 +19,7 @@ from gspo.config import Config
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch import say_inputs
+from gspo.launch_checks import say_inputs
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import heading, table
 from gspo.models.loading import load_model
-from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
+from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import PackedBatch, pack
 from gspo.types import Prompt
 

@@ -1,4 +1,4 @@
-"""Open a training run, save it, evaluate it on the way, and say why it stops."""
+"""Do what surrounds a run's steps: start, resume and save it, evaluate it, say why it stops (train.py has the loop)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import Splits
 from gspo.distributed.world import World
-from gspo.launch import say_what_changed
+from gspo.launch_checks import say_what_changed
 from gspo.memory.footprint import memory_report_line
 from gspo.metrics.evaluation import answer, correct_of, report
 from gspo.metrics.run_log import RunLog

@@ -11,7 +11,7 @@ opponent     the policy as it was when the self-play round began
 reference    the model that the KL term is measured to: the opponent or the initial model
 place        a group's index in the global batch, over all ranks
 slot         holds a response while it is decoded (gspo/rollout/slots.py)
-page         a block of the KV cache: keys and values of some tokens (gspo/rollout/pages.py)
+page         a block of the KV cache: keys and values of some tokens (gspo/rollout/kv_pages.py)
 pack         responses behind one prompt in one sequence, so that the prompt is computed once (gspo/packing/)
 micro-batch  rows of one forward and backward on a rank; mini-batch: groups of one optimizer step, over all ranks
 

@@ -1,4 +1,4 @@
-"""Compute the attention of one new token a slot over keys and values in pages, with prompts shared by their responses.
+"""Compute the attention of one new token per slot over keys and values in pages; responses share their prompt's pages.
 
 Keys [n, Hk, page, D] and values [n, Hk, page, Dv] are stored in pages of `page` tokens. `Readers` tells which slots
 read which pages: all responses to a prompt read the prompt's pages, and every slot reads its own. Scores are
@@ -16,7 +16,7 @@ CPU `decode_attention_cpu.py` does the same from tables of its own.
 import torch
 from torch import Tensor
 
-from gspo.kernels.decode_arguments import Pool
+from gspo.kernels.decode_types import Pool
 from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspo.kernels.decode_arguments import Pool
+from gspo.kernels.decode_types import Pool
 from gspo.kernels.logprob_chunk import LogitTransform
 from gspo.kernels.logprob_chunk_triton import shaped
 

@@ -111,7 +111,7 @@ SIGNATURES: dict[str, dict[str, Kind]] = {
         "width": SIZE,
         "back": FLAG,  # rotate backwards: the transposed map
     },
-    # linear.cpp: linear layers for few rows
+    # panel_linear.cpp: linear layers for few rows
     "gspo_lay_out": {
         "weight": VALUES,  # [outputs, inputs]
         "laid_out": VALUES,  # [panels, inputs, panel's outputs], written

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.models.architecture import check_length
+from gspo.models.attention_support import check_length
 from gspo.types import Prompt, Rollout
 
 SOLUTION_REWARD = 1.0  # a gold solution's

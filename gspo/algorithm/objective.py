@@ -1,4 +1,6 @@
-"""Compute the objective: pure functions of log-probabilities, anchors and rewards. No models, no ranks.
+"""Compute the objective, of Group Self-Play Preference Optimization or another algorithm, from log-probs and rewards.
+
+Pure functions; they know neither models nor ranks.
 
 Notation: l_it = log pi_T(y_it | x, y_i<t), each token's log-probability at the sampling temperature, [G, N, L];
 a_it its frozen anchor; D_ij = 1 where r_i - r_j > margin. Two responses i and j are alike up to the token t_ij at which

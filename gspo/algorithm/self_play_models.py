@@ -1,4 +1,4 @@
-"""Open the models of self-play, tell when a round begins, and rate the policy against its previous round."""
+"""Hold policy, opponent and reference; decide when a round begins; compare the policy with the last round's."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from gspo.algorithm.objective import kl_k3
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config
+from gspo.distributed.move_weights import copy_weights
 from gspo.distributed.sharded_loading import allocate_and_load, meta_model
 from gspo.distributed.sharding import local_bytes, materialize, needs_sharding, shard, shard_sampler, with_hybrid_mesh
-from gspo.distributed.transfer import copy_weights
 from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model
 from gspo.models.precision import cast_linear_layers
-from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import check_packing, rollout_logprobs
+from gspo.packing.measure_head import measure_head
 from gspo.packing.micro_batches import micro_batches
 from gspo.rollout.sampler import shares_weights
 from gspo.system.console import say

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from gspo.algorithm.objective import Counts, Evaluation, anything_to_learn, evaluate, frozen_loss, kl_loss
 from gspo.config import Config
+from gspo.distributed.move_weights import full_tensor, local_shard
 from gspo.distributed.sharding import after_backward, before_backward
-from gspo.distributed.transfer import full_tensor, local_shard
 from gspo.distributed.world import World
-from gspo.packing.head_probe import Head
 from gspo.packing.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
+from gspo.packing.measure_head import Head
 from gspo.packing.micro_batches import Row, micro_batches, minibatch_of
 from gspo.packing.pack import PackedBatch, pack_rows
 from gspo.types import Experience, Update

@@ -24,7 +24,7 @@ from gspo.checkpoint import manifest
 from gspo.checkpoint.hf_folder import ModelFolder, index_json, shard_files
 from gspo.checkpoint.run_folder import latest_checkpoint, list_checkpoints
 from gspo.config import Config
-from gspo.distributed.transfer import full_tensor, load_like, load_weights
+from gspo.distributed.move_weights import full_tensor, load_like, load_weights
 from gspo.distributed.world import World, split_by_size
 from gspo.errors import UserError
 from gspo.models.model_folder import resolve_path

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from gspo.distributed.transfer import ReadSlices, fill_weights, local_shard
-from gspo.models.compiled_layers import install_compiled_layers
+from gspo.distributed.move_weights import ReadSlices, fill_weights, local_shard
+from gspo.models.cpu_layers import install_compiled_layers
 from gspo.models.generation import read_generation_config
 from gspo.models.loading import build_model, cast_parameters, load_model_config
 from gspo.models.model_folder import cannot_open, resolve_path

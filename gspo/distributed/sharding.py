@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from gspo.distributed.transfer import local_shard
+from gspo.distributed.move_weights import local_shard
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import decoder_layers, text_decoder

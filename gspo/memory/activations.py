@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from gspo.models.compiled_layers import install_compiled_layers
+from gspo.models.cpu_layers import install_compiled_layers
 from gspo.models.loading import build_model, checkpoint_activations
-from gspo.packing.head_probe import Head
 from gspo.packing.logprobs import response_logprobs, surrogate
+from gspo.packing.measure_head import Head
 from gspo.packing.pack import PackedBatch
-from gspo.rollout.attention import forward
 from gspo.rollout.attention_inputs import pack_prompts
-from gspo.rollout.pages import Layer
+from gspo.rollout.kv_pages import Layer
+from gspo.rollout.slot_attention import forward
 
 Autocast = Callable[[], AbstractContextManager]
 

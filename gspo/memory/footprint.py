@@ -21,9 +21,9 @@ from gspo.models.model_folder import resolve_path
 from gspo.models.precision import DTYPES
 from gspo.packing.micro_batches import Row, micro_batches
 from gspo.packing.pack import PackedBatch, pack_rows
+from gspo.rollout.cpu_weight_layout import laid_out_bytes
 from gspo.rollout.kv_budget import MOST, SHARE, free_bytes, plan_slots, response_page_size
 from gspo.rollout.sampler import shares_weights
-from gspo.rollout.weight_layout import laid_out_bytes
 from gspo.types import Prompt, Rollout
 
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""Show a run: write metrics and samples to every tracker, print the console line and the warnings of health.py.
+"""Report a run while it trains: to every tracker, as a line on the console, and by the warnings of health.py.
 
 Nothing here stops a run: what a full disk does not take is written when there is room again.
 

@@ -13,8 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging as hf_logging
 
 from gspo.errors import UserError
-from gspo.models.architecture import attention_implementation
-from gspo.models.compiled_layers import install_compiled_layers
+from gspo.models.attention_support import attention_implementation
+from gspo.models.cpu_layers import install_compiled_layers
 from gspo.models.generation import end_ids_of, read_generation_config
 from gspo.models.model_folder import (
     cannot_open,

@@ -1,6 +1,6 @@
 """Compute log-probabilities of responses under a model: the only place of the token shift and of the temperature.
 
-Responses are packed (pack.py). `head` is what head.measure_head found: with it no [M, V] logits are held; where it is
+Responses are packed (pack.py). `head` is what measure_head.py found: with it no [M, V] logits are held; where it is
 None they are the model's own.
 """
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from gspo.distributed.sharding import run_as_forward
 from gspo.errors import UserError
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad
-from gspo.models.architecture import (
+from gspo.models.attention_support import (
     attention_implementation,
     check_architecture,
     ordinary_token,
     short_windows,
     unsupported_model,
 )
-from gspo.packing.attention import PACKED
-from gspo.packing.head_probe import Head
+from gspo.packing.measure_head import Head
 from gspo.packing.micro_batches import Row
 from gspo.packing.pack import PackedBatch, pack, pack_rows
+from gspo.packing.packed_attention import PACKED
 from gspo.types import Prompt, Rollout
 
 Autocast = Callable[[], AbstractContextManager]

@@ -1,4 +1,4 @@
-"""Score a response by default: is the final answer right, do the stated calculations hold, is the answer marked?
+"""Score a response where the user names no function: by its final answer, its stated calculations and its form.
 
 | the response                                                                      | score |
 |-----------------------------------------------------------------------------------|-------|

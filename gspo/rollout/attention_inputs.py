@@ -12,7 +12,7 @@ from torch import Tensor
 from gspo.kernels.decode_attention_cpu import Sequences
 from gspo.kernels.packed_attention_cpu import Rows
 from gspo.kernels.segment_attention import Segments
-from gspo.rollout.pages import FAR, Layer, Pages
+from gspo.rollout.kv_pages import FAR, Layer, Pages
 
 HIDDEN = -1e30  # added to the scores of keys that are not seen; finite, so that a page with none seen gives no NaN
 

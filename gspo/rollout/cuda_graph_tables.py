@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gspo.kernels.decode_arguments import Pool, Readers
-from gspo.rollout.pages import pages_for
+from gspo.kernels.decode_types import Pool, Readers
+from gspo.rollout.kv_pages import pages_for
 from gspo.rollout.slots import Slots
 
 READ_TOGETHER = 16  # slots that read a prompt's pages in one program, at most; further ones read them again

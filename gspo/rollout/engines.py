@@ -1,8 +1,8 @@
 """List the rollout engines by name. A new one is a class with the methods of `requests.Engine` and one line here."""
 
 from gspo.errors import UserError
+from gspo.rollout.engine_interface import Engine
 from gspo.rollout.paged_engine import PagedEngine
-from gspo.rollout.requests import Engine
 
 ENGINES: dict[str, type[Engine]] = {
     "paged": PagedEngine,  # ours: slots and a paged KV cache, on CPUs and CUDA

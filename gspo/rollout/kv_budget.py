@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from gspo.errors import UserError
-from gspo.rollout.pages import PAGE, Layer, Plan, pages_for
+from gspo.rollout.kv_pages import PAGE, Layer, Plan, pages_for
 from gspo.system.torchrun import local_world_size
 
 SHARE = 0.5  # of what is free, where `rollout.kv_memory_gib` is auto

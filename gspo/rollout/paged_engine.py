@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspo.rollout.attention import check_slots, forward
+from gspo.rollout.cpu_weight_layout import laid_out_weights
 from gspo.rollout.cuda_graph_tables import FixedStep, Tables
 from gspo.rollout.cuda_graphs import Replay
 from gspo.rollout.decoder_stack import fused_decoder_stack
 from gspo.rollout.draw_tokens import draw
+from gspo.rollout.engine_interface import EngineOptions, Requests, Results
 from gspo.rollout.kv_budget import SHARE, free_bytes, plan_slots, response_page_size
-from gspo.rollout.requests import EngineOptions, Requests, Results
+from gspo.rollout.slot_attention import check_slots, forward
 from gspo.rollout.slots import Slots
-from gspo.rollout.weight_layout import laid_out_weights
 
 PREFILL_AHEAD = 256  # prompt tokens computed at once, if there is room: fewer make poor matrix products
 PREFILL_MOST = 2048  # ... and at most, unless one prompt is longer: more fall out of a CPU's caches

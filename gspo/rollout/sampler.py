@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.models.architecture import check_length
+from gspo.models.attention_support import check_length
 from gspo.models.loading import end_and_pad_ids
 from gspo.rollout.draw_tokens import Sampling, sample_keys
+from gspo.rollout.engine_interface import EngineOptions, Requests, Results
 from gspo.rollout.engines import engine_class
-from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.special_tokens import decode, special_tags, tags_note
 from gspo.rollout.stop_strings import StopStrings
 from gspo.rollout.tree import Tree, grow_branches

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo.rollout.attention_inputs import Prefill, Step, pack_prompts
-from gspo.rollout.pages import FAR, Layer, Pages, Plan, pages_for
+from gspo.rollout.kv_pages import FAR, Layer, Pages, Plan, pages_for
 
 
 class Slots:

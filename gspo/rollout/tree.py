@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gspo import config
 from gspo.errors import UserError
-from gspo.rollout.requests import Requests, Results
+from gspo.rollout.engine_interface import Requests, Results
 from gspo.types import Rollout
 
 At = Literal["entropy", "even", "most_uncertain", "fractions"]

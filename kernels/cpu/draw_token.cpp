@@ -1,7 +1,7 @@
 // Draw one token a row of logits by inverse CDF: the draw of gspo/rollout/draw_tokens.py, not truncated. A row is read twice.
 #include <vector>
 
-#include "tiles.h"
+#include "vectors.h"
 
 namespace gspo {
 

@@ -1,6 +1,6 @@
 // Process a chunk of logits between two matrix products: the two functions of kernels/logprob_chunk.py, each with one read (and
 // one write) of the chunk. A thread has whole tokens, and works on a block of entries at a time.
-#include "tiles.h"
+#include "vectors.h"
 
 namespace gspo {
 

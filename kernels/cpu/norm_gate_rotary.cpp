@@ -2,7 +2,7 @@
 // Arithmetic is float32; inputs and outputs are float32 or bfloat16.
 #include <vector>
 
-#include "tiles.h"
+#include "vectors.h"
 
 namespace gspo {
 

@@ -4,7 +4,7 @@
 #pragma once
 #include <vector>
 
-#include "tiles.h"
+#include "vectors.h"
 
 namespace gspo {
 

@@ -6,10 +6,10 @@ from architectures import tiny_model
 from pack_cases import KINDS, LARGE, PACKS, SCALE, a_pack, by_rows, draw, outcome
 
 from gspo.kernels import segment_attention
-from gspo.packing import attention
-from gspo.packing.head_probe import measure_head
+from gspo.packing import packed_attention as attention
 from gspo.packing.logprobs import response_logprobs
-from gspo.packing.shared_prefix import shared_prefix_attention
+from gspo.packing.measure_head import measure_head
+from gspo.packing.shared_prefix_attention import shared_prefix_attention
 
 pytestmark = [
     pytest.mark.gpu,

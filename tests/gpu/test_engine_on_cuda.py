@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 from gspo.kernels import decode_attention, decode_attention_triton
 from gspo.kernels.dispatch import choose
 from gspo.kernels.draw_token import sample
-from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
+from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
 from gspo.rollout.cuda_graphs import Replay, no_waiting
 from gspo.rollout.draw_tokens import Sampling, uniforms

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.models.compiled_layers import install_compiled_layers
+from gspo.models.cpu_layers import install_compiled_layers
 
 SMALL = {
     "vocab_size": 97,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gspo.kernels.decode_arguments import Pool, Readers
 from gspo.kernels.decode_attention import decode_attention, plain_decode_attention
+from gspo.kernels.decode_types import Pool, Readers
 
 SLACK = {torch.float64: 1e-14, torch.float32: 4e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from gspo.packing import attention
+from gspo.packing import packed_attention as attention
 from gspo.packing.pack import pack
 from gspo.types import Prompt
 

@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
+from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
 from gspo.types import Prompt, Rollout
 

@@ -9,15 +9,15 @@ from tiny_sampler import prompts_of, sampler_for
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from gspo.errors import UserError
-from gspo.models.architecture import attention_implementation, check_length
+from gspo.models.attention_support import attention_implementation, check_length
 from gspo.models.loading import cast_parameters
-from gspo.packing.attention import PACKED
-from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import check_packing, response_logprobs
+from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
-from gspo.rollout.attention import check_slots
+from gspo.packing.packed_attention import PACKED
 from gspo.rollout.attention_inputs import Step
 from gspo.rollout.draw_tokens import Sampling
+from gspo.rollout.slot_attention import check_slots
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
-from gspo.distributed.transfer import full_tensor
+from gspo.distributed.move_weights import full_tensor
 from gspo.distributed.world import process_group
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance

@@ -15,7 +15,7 @@ import torch
 
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.distributed.transfer import full_tensor
+from gspo.distributed.move_weights import full_tensor
 from gspo.distributed.world import process_group
 from gspo.packing.balance import balance
 from gspo.read_config import load_config

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
+from gspo.distributed.move_weights import full_tensor
 from gspo.distributed.sharded_loading import allocate_and_load, meta_model
 from gspo.distributed.sharding import is_sharded, shard
-from gspo.distributed.transfer import full_tensor
 from gspo.distributed.world import process_group
 from gspo.models.loading import load_model
 from gspo.models.safetensors_files import Weights
-from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import check_packing
+from gspo.packing.measure_head import measure_head
 from gspo.system.program import end_process
 
 read_from_files = []

@@ -10,12 +10,12 @@ from pack_cases import LARGE, PACKS, a_pack, draw, outcome
 
 from gspo.kernels import draw_token_cpu, logprob_chunk, logprob_chunk_cpu, native
 from gspo.kernels.decode_attention_cpu import Pool, Sequences, decode_step
-from gspo.kernels.linear_cpu import can_lay_out, laid_out_linear, lay_out
 from gspo.kernels.logprob_chunk import LogitTransform
 from gspo.kernels.norm_gate_rotary_cpu import rms_norm, rotate, silu_product
 from gspo.kernels.packed_attention_cpu import rows_attention, rows_kernel_takes
-from gspo.models.compiled_layers import compiled_layers_enabled, install_compiled_layers, is_gated_mlp, norm_offset
-from gspo.packing.attention import _padded_attention
+from gspo.kernels.panel_linear_cpu import can_lay_out, laid_out_linear, lay_out
+from gspo.models.cpu_layers import compiled_layers_enabled, install_compiled_layers, is_gated_mlp, norm_offset
+from gspo.packing.packed_attention import _padded_attention
 from gspo.rollout.decoder_stack import stack_serves
 from gspo.rollout.draw_tokens import Sampling
 

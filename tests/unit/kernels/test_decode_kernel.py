@@ -5,8 +5,8 @@ import torch
 from decode_cases import Case, cases, draw, exactly
 from triton_programs import results
 
-from gspo.kernels.decode_arguments import Pool, Readers
 from gspo.kernels.decode_attention import decode_attention
+from gspo.kernels.decode_types import Pool, Readers
 
 
 @pytest.mark.parametrize("case", cases()[:6], ids=Case.name)

@@ -17,7 +17,7 @@ PROBE = """
 import torch
 from gspo.kernels.native import library
 from gspo.kernels.norm_gate_rotary_cpu import silu_product
-from gspo.kernels.linear_cpu import can_lay_out
+from gspo.kernels.panel_linear_cpu import can_lay_out
 if library() is not None:
     x = torch.linspace(-9, 9, 200).bfloat16()
     assert torch.allclose(silu_product(x, x).float(), torch.nn.functional.silu(x.float()) * x.float(), rtol=1e-2)

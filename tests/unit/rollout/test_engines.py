@@ -7,13 +7,13 @@ from tiny_sampler import prompts_of, sampler_for
 
 from gspo.errors import UserError
 from gspo.rollout.draw_tokens import Sampling, draw
+from gspo.rollout.engine_interface import EngineOptions, Requests, Results
 from gspo.rollout.engines import ENGINES, engine_class
-from gspo.rollout.requests import EngineOptions, Requests, Results
 from gspo.rollout.tree import Tree
 
 
 class Uncached:
-    """Samples one response after the other by plain forwards of the whole sequence: what requests.py asks, no more."""
+    """Samples one response after the other by plain forwards of the whole sequence: no more than an engine must do."""
 
     def __init__(self, model, device, options: EngineOptions):
         self.model = model

@@ -10,12 +10,12 @@ from architectures import tiny_model
 from tiny_sampler import LIMITS, prompts_of, sampler_for, watched_seats
 
 from gspo.kernels import segment_attention
-from gspo.rollout import attention as decode_attention
 from gspo.rollout import cuda_graph_tables as tables
 from gspo.rollout import paged_engine
+from gspo.rollout import slot_attention as decode_attention
 from gspo.rollout.cuda_graph_tables import Tables, _shared_reads
 from gspo.rollout.draw_tokens import Sampling
-from gspo.rollout.pages import Layer, Plan
+from gspo.rollout.kv_pages import Layer, Plan
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.slots import Slots
 from gspo.types import Prompt

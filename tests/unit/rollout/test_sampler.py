@@ -9,14 +9,14 @@ from transformers import GenerationConfig
 
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.packing.head_probe import measure_head
 from gspo.packing.logprobs import response_logprobs
+from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
-from gspo.rollout import attention as decode_attention
+from gspo.rollout import slot_attention as decode_attention
 from gspo.rollout.draw_tokens import Sampling, choose, sample_keys, uniforms
 from gspo.rollout.kv_budget import plan_slots, prompt_page_size, response_page_size
+from gspo.rollout.kv_pages import Layer, Plan, pages_for
 from gspo.rollout.paged_engine import PagedGeneration
-from gspo.rollout.pages import Layer, Plan, pages_for
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.rollout.slots import Slots
 from gspo.rollout.stop_strings import StopStrings

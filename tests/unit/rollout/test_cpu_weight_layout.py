@@ -5,8 +5,8 @@ import torch
 from architectures import tiny_model
 from torch import nn
 
-from gspo.rollout import weight_layout as module
-from gspo.rollout.weight_layout import laid_out_weights
+from gspo.rollout import cpu_weight_layout as module
+from gspo.rollout.cpu_weight_layout import laid_out_weights
 
 THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 pytestmark = pytest.mark.bf16

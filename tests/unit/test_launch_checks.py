@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from gspo.checkpoint.checkpoints import State
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.launch import check_launch, check_steps, final_words, say_notes, say_what_changed
+from gspo.launch_checks import check_launch, check_steps, final_words, say_notes, say_what_changed
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspo.kernels.amx_padding import whole_tiles
-from gspo.kernels.linear_cpu import can_lay_out, laid_out_linear, lay_out
+from gspo.kernels.panel_linear_cpu import can_lay_out, laid_out_linear, lay_out
 from gspo.models.patching import replaced
 
 SHARE = 0.25  # of the machine's memory: of a model with larger linear layers no second copy is made
@@ -24,7 +24,7 @@ SHARE = 0.25  # of the machine's memory: of a model with larger linear layers no
 def laid_out_weights(model: nn.Module, rows: int) -> Iterator[dict[nn.Module, Tensor]]:
     """Run a model's linear layers with weights laid out for products of about `rows` rows, without gradients.
 
-    -> layer -> its weight, for layers that kernels/linear_cpu.py lays out; PyTorch lays out the others where it can.
+    -> layer -> its weight, for layers that the kernel lays out; PyTorch lays out the others where it can.
     On CPUs only. Products are the same to rounding. The weights must not change inside.
     """
     ours, forwards = {}, []

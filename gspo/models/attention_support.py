@@ -1,4 +1,4 @@
-"""Check that our attention computes what a model's own attention does, and use it for some forwards."""
+"""Refuse models whose attention ours cannot compute, and switch ours on for some of a model's forwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from gspo.errors import UserError
-from gspo.models.compiled_layers import compiled_layers_enabled
+from gspo.models.cpu_layers import compiled_layers_enabled
 from gspo.models.patching import replaced
 
 SHORT = 2  # tokens that a sliding window has while a model is tried

@@ -12,8 +12,8 @@ from plain_logprobs import RAGGED, SOME_ROWS, assert_plain
 
 from gspo.kernels import segment_attention
 from gspo.kernels.segment_attention import FlashAttention, Plain, Rule, Segments, TorchFlash
-from gspo.packing import attention
-from gspo.packing.shared_prefix import shared_prefix_attention
+from gspo.packing import packed_attention as attention
+from gspo.packing.shared_prefix_attention import shared_prefix_attention
 
 HALF = torch.bfloat16
 

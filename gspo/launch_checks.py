@@ -19,7 +19,7 @@ from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.metrics.evaluation import table
-from gspo.models.architecture import check_length
+from gspo.models.attention_support import check_length
 from gspo.models.precision import DTYPES
 from gspo.rollout.engines import engine_class
 from gspo.rollout.sampler import shares_weights

@@ -2,7 +2,7 @@
 
 Prompts attend causally to themselves; each response attends to its prompt and to itself. For N responses of R tokens to
 a prompt of P that costs N R (P + R) scores, not the (P + N R)^2 of one mask over the pack. Half precision on CUDA uses
-FlashAttention where there is one (shared_prefix.py), CPUs a kernel of ours
+FlashAttention where there is one (shared_prefix_attention.py), CPUs a kernel of ours
 (kernels/packed_attention_cpu.py); everything else gathers padded rows for PyTorch's own attention.
 """
 
@@ -16,9 +16,9 @@ from transformers import AttentionInterface
 from gspo.kernels.native import has_storage
 from gspo.kernels.packed_attention_cpu import NO_ROWS, rows_attention, rows_kernel_takes
 from gspo.kernels.segment_attention import backend_for
-from gspo.models.architecture import check_attention_arguments
+from gspo.models.attention_support import check_attention_arguments
 from gspo.packing.pack import PackedBatch
-from gspo.packing.shared_prefix import shared_prefix_attention
+from gspo.packing.shared_prefix_attention import shared_prefix_attention
 
 PACKED = "gspo_packed"
 

@@ -22,7 +22,7 @@ from gspo.kernels.decode_attention_cpu import Pool, decode_step
 from gspo.kernels.native import cpu_kernels_take, has_storage
 from gspo.kernels.packed_attention_cpu import NO_ROWS, rows_attention, rows_kernel_takes
 from gspo.kernels.segment_attention import Rule, backend_for
-from gspo.models.architecture import (
+from gspo.models.attention_support import (
     attention_implementation,
     check_architecture,
     check_attention_arguments,
@@ -32,7 +32,7 @@ from gspo.models.architecture import (
 )
 from gspo.rollout.attention_inputs import Prefill, Step, pack_prompts
 from gspo.rollout.cuda_graph_tables import FixedStep, Tables
-from gspo.rollout.pages import PAGE, Layer, Plan
+from gspo.rollout.kv_pages import PAGE, Layer, Plan
 from gspo.rollout.slots import Slots
 
 SLOTS = "gspo_slots"
