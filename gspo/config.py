@@ -134,7 +134,7 @@ class Reward:
     workers: int | None = opt(
         None, "worker processes per rank that call the function; empty: the rank's share of the CPU cores", ge=1
     )
-    timeout_s: float = opt(10.0, "seconds after which a call is ended", gt=0.0)
+    timeout_s: float = opt(10.0, "seconds after which a call is ended", gt=0.0, le=1e6)
     on_error: Literal["zero", "skip_group", "stop"] = opt(
         "zero",
         "when a call raises, times out or returns no score. zero: the response scores 0; skip_group: leave its group "

@@ -6,10 +6,10 @@ import threading
 
 
 class Channel:
-    """Messages over a socket, each four bytes of length and then that many bytes."""
+    """Messages over a socket, each four bytes of length and then that many bytes; those received at most `longest`."""
 
-    def __init__(self, sock: socket.socket):
-        self.sock, self.buffer, self.lock = sock, bytearray(), threading.Lock()
+    def __init__(self, sock: socket.socket, longest: int = 2**32):
+        self.sock, self.buffer, self.lock, self.longest = sock, bytearray(), threading.Lock(), longest
 
     def send(self, message: bytes) -> None:
         """Send a message; from any thread."""
@@ -30,10 +30,12 @@ class Channel:
         return bool(chunk)
 
     def next(self) -> bytes | None:
-        """Return the next message if it has arrived whole, else None."""
+        """Return the next message if it has arrived whole, else None. ValueError where it would be too long."""
         if len(self.buffer) < 4:
             return None
         end = 4 + struct.unpack(">I", self.buffer[:4])[0]
+        if end > 4 + self.longest:
+            raise ValueError(f"a message of {end - 4} bytes")
         if len(self.buffer) < end:
             return None
         message = bytes(self.buffer[4:end])

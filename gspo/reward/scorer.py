@@ -10,12 +10,14 @@ It runs in worker processes (worker_pool.py). Its faults are counted and reporte
 response without a score gets.
 """
 
+import contextlib
 import inspect
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from gspo.types import Prompt, Rollout, Scores
 WORTH_OVERLAPPING_S = 1e-3  # shorter calls slow down sampling, on the same cores, by more than they take afterwards
 MOST_TIMEOUTS_BEFORE_TRAINING = 4  # in a row, in the check before training
 OUR_CURVES = ("errors", "timeouts", "faults")  # below reward/, as the parts of a score are
+WATCH_S = 60.0  # of waiting for one call, after which a line says what is waited for
 PRINTED_LINES, LINE_WIDTH = 50, 300  # shown of what the function prints
 
 
@@ -140,11 +143,25 @@ class Scorer:
         table = _ScoreTable(len(groups), n)
         for g, (prompt, group) in enumerate(track(groups, "scoring")):
             for i, future in enumerate(futures[g]):
-                outcome = future.result()
+                outcome = self._wait(future, prompt, group if self.pool.scores_groups else group[i:])
                 if outcome.fault:
                     on_fault(outcome, prompt, group if self.pool.scores_groups else [group[i]])
                 table.enter(g, range(len(group)) if self.pool.scores_groups else [i], outcome)
         return table.scores(skip_groups)
+
+    def _wait(self, future: "Future[Outcome]", prompt: Prompt, texts: list[str]) -> Outcome:
+        """Wait for the outcome of a call; say every minute what is waited for."""
+        began = time.monotonic()
+        while not wait([future], WATCH_S).done:
+            where = "" if is_main() else f"rank {rank()}: "
+            text = (
+                f"{where}has waited {time.monotonic() - began:.0f} s for {self.title}, on the response "
+                f"{texts[0][:80]!r} to the prompt {prompt.text[:80]!r}; {len(self.pool.queue)} calls wait behind it. "
+                f"A call is ended after reward.timeout_s = {self.cfg.timeout_s:g} s; Ctrl-C ends the run."
+            )
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
+        return future.result()
 
     def _warn(self, outcome: Outcome, prompt: Prompt, texts: list[str]) -> None:
         """Warn of the first fault of each kind, with the traceback. Raise UserError where the run is to stop."""

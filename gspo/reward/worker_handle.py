@@ -22,8 +22,10 @@ from typing import Any
 from gspo.errors import UserError
 from gspo.reward.channel import Channel
 
+HELLO = {"scores_groups", "concurrent", "keywords", "required"}  # what a worker says of the function
 ROOT = str(Path(__file__).resolve().parents[2])
 START_S = 120.0  # time limit for the imports of the user's file
+LONGEST_REPLY = 2**26  # bytes; a longer one is no reply of ours
 GRACE_S = 1.0  # an async call has a time limit in the worker, which must come first
 
 
@@ -75,10 +77,16 @@ class WorkerProcess:
         self.keywords, self.required = hello["keywords"], hello["required"]
 
     def _start_process(self) -> None:
-        """Start the process, with a socket for calls and replies and a pipe for what it prints."""
+        """Start the process, with a socket for calls and replies and a pipe for what it prints. May raise OSError."""
         ours, theirs = socket.socketpair()
-        self.channel, self.tail = Channel(ours), ""  # `tail`: the last 4,000 characters printed
-        self.output, write_end = os.pipe()
+        self.tail = ""  # the last 4,000 characters printed
+        try:
+            self.output, write_end = os.pipe()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
+        self.channel = Channel(ours, LONGEST_REPLY)
         os.set_blocking(self.output, False)
         self.ready = select.poll()
         for end in (ours, self.output):
@@ -94,6 +102,10 @@ class WorkerProcess:
                 start_new_session=True,  # it gets no Ctrl-C, and is killed with all that it starts
                 env=environment,
             )
+        except BaseException:  # no file descriptor or no process left
+            ours.close()
+            os.close(self.output)
+            raise
         finally:
             theirs.close()
             os.close(write_end)
@@ -104,6 +116,8 @@ class WorkerProcess:
         try:
             self.channel.send(pickle.dumps({**vars(settings), "source": source}))
             hello = self.receive(time.monotonic() + START_S)
+            if not hello.keys() >= HELLO and not isinstance(hello.get("refused"), str):
+                raise self.end_garbled("no greeting of ours")
         except (WorkerEnded, OSError) as e:
             self.end()
             if isinstance(e, WorkerEnded) and e.outcome.fault == "timeout":
@@ -117,8 +131,9 @@ class WorkerProcess:
             raise UserError(hello["refused"])
         return hello
 
-    def send(self, index: int, arguments: dict[str, Any]) -> None:
-        """Send a call. Raise WorkerEnded where the process is too busy to read; `receive` finds one that has died."""
+    def send(self, index: int, arguments: bytes) -> None:
+        """Send a call, its arguments pickled. Raise WorkerEnded where the process is too busy to read; `receive` finds
+        one that has died."""
         self.channel.sock.settimeout(self.settings.timeout_s + GRACE_S)
         try:
             self.channel.send(pickle.dumps((index, arguments)))
@@ -130,7 +145,7 @@ class WorkerProcess:
     def receive(self, deadline: float, poll: float | None = None) -> dict[str, Any] | None:
         """Return the next reply, or None after `poll` seconds. Raise WorkerEnded at its end or the deadline."""
         until = min(deadline, time.monotonic() + poll) if poll else deadline
-        while (message := self.channel.next()) is None:
+        while (reply := self.next_reply()) is None:
             left = until - time.monotonic()
             ready = {fd for fd, _ in self.ready.poll(max(0.0, 1000 * left))}
             if left <= 0 and self.channel.sock.fileno() not in ready:
@@ -146,7 +161,23 @@ class WorkerProcess:
                     alive = False
                 if not alive:
                     raise self.collect_dead()
-        return json.loads(message)
+        return reply
+
+    def next_reply(self) -> dict[str, Any] | None:
+        """Return the next reply if it has arrived. Raise WorkerEnded where the function wrote to the channel itself."""
+        try:
+            message = self.channel.next()
+            reply = None if message is None else json.loads(message)
+        except (ValueError, RecursionError) as e:
+            raise self.end_garbled(f"{type(e).__name__}: {e}"[:100]) from e
+        if message is not None and not isinstance(reply, dict):
+            raise self.end_garbled(f"a {type(reply).__name__}")
+        return reply
+
+    def end_garbled(self, what: str) -> WorkerEnded:
+        """End a process that wrote what is no reply, and return the error to raise."""
+        self.end()
+        return WorkerEnded("error", "garbled", f"wrote to the file descriptor that its replies go through ({what})")
 
     def read_output(self, show: bool = True) -> bool:
         """Pass on what the process printed. Return whether there was anything to read."""

@@ -150,13 +150,15 @@ class Worker:
 
     def __init__(self, channel: Channel, settings: dict[str, Any]):
         self.channel, self.settings, self.path = channel, settings, settings["path"]
-        self.requests: SimpleQueue[tuple[int, dict]] = SimpleQueue()
+        self.requests: SimpleQueue[tuple[int, bytes]] = SimpleQueue()
         self.arrived: Callable[[], None] | None = None
+        self.pid = os.getpid()
+        os.register_at_fork(after_in_child=channel.sock.close)  # our end of it closes when we end, not when they do
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         """Queue the calls that arrive; at the end of the stream, end the process group."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             while (message := self.channel.receive()) is not None:
                 self.requests.put(pickle.loads(message))
                 if self.arrived:
@@ -164,7 +166,9 @@ class Worker:
         os.killpg(0, signal.SIGKILL)  # the parent is gone; this also ends what the function started
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message to the parent."""
+        """Send a message to the parent. A process that the function forked ends here: the call is not its to answer."""
+        if os.getpid() != self.pid:
+            os._exit(0)
         self.channel.send(json.dumps(message).encode())
 
     def load_function(self) -> Callable[..., Any] | None:
@@ -215,9 +219,10 @@ class Worker:
         """Make one call after another. An awaitable that a plain function returns is run to its end."""
         loop = None
         while True:
-            index, call = self.requests.get()
+            index, arguments = self.requests.get()
             signal.setitimer(signal.ITIMER_REAL, self.settings["timeout_s"] + BACKSTOP_S)
             try:
+                call = pickle.loads(arguments)
                 value = function(**call)
                 if inspect.isawaitable(value):
                     loop = loop or asyncio.new_event_loop()
@@ -251,8 +256,9 @@ class Worker:
         loop, arrived, running = asyncio.get_running_loop(), asyncio.Event(), set()
         self.arrived = lambda: loop.call_soon_threadsafe(arrived.set)
 
-        async def one(index: int, call: dict[str, Any]) -> None:
+        async def one(index: int, arguments: bytes) -> None:
             try:
+                call = pickle.loads(arguments)
                 reply = await self.await_reply(function(**call), call)
             except Exception as e:  # e.g. it does not take these keywords
                 reply = self.fault_reply(e)

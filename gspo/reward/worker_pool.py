@@ -6,6 +6,7 @@ it was, starts another process and goes on with the rest. Nothing here knows of 
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 import time
@@ -23,13 +24,15 @@ GAVE_UP = "gave up"  # the kind of fault of calls that were never made
 LONGEST_CHUNK = 16  # calls sent at once: a message costs about as much as a short call
 MOST_TIMEOUTS = 32  # calls in a row that may time out
 POLL_S = 0.02  # how soon an async worker with room is given new calls
+PAUSES_S = (0.1, 0.5, 2.0)  # before a process is started again that the system did not let start
+NO_PROCESS = "raise `ulimit -n` (files) or `ulimit -u` (processes), or lower reward.workers"
 
 
 @dataclass
 class Call:
     """A call that waits or runs."""
 
-    arguments: dict[str, Any]
+    arguments: bytes  # pickled by the caller: what cannot be sent is found there
     future: Future
     alone: bool = False  # it was running when its process died; it now runs alone, so that another death is its fault
     sent: float = 0.0  # time.monotonic()
@@ -49,7 +52,10 @@ class WorkerPool:
         self.threads: list[WorkerThread] = []
         self.mean_call_s, self.calls = 0.0, 0  # running mean of a call's seconds; calls so far
         self.most_timeouts, self.timeouts_in_a_row = MOST_TIMEOUTS, 0
-        first = self.start()
+        try:
+            first = self.start()
+        except OSError as e:
+            raise UserError(f"no process for the reward function can be started ({e}): {NO_PROCESS}.") from e
         self.first: WorkerProcess | None = first  # until the first call
         self.scores_groups, self.concurrent = first.scores_groups, first.concurrent
         self.keywords, self.required = first.keywords, first.required
@@ -60,7 +66,13 @@ class WorkerPool:
 
     def submit(self, arguments: dict[str, Any]) -> "Future[Outcome]":
         """Queue a call with these keyword arguments; its future gets a result whatever the call does."""
-        call = Call(arguments, Future())
+        call = Call(b"", Future())
+        try:
+            call.arguments = pickle.dumps(arguments)
+        except Exception as e:  # nested too deeply, an object that has no pickle
+            message = f"was not called: its arguments cannot be sent ({type(e).__name__}: {e})"
+            call.future.set_result(Outcome(fault="error", kind="arguments", message=message))
+            return call.future
         with self.changed:
             assert not self.closing
             self.queue.append(call)
@@ -99,11 +111,30 @@ class WorkerPool:
             self.timeouts_in_a_row = self.timeouts_in_a_row + 1 if outcome.fault == "timeout" else 0
             if self.timeouts_in_a_row < self.most_timeouts:
                 return
-            self.timeouts_in_a_row, waiting = 0, list(self.queue)
-            self.queue.clear()
+            self.timeouts_in_a_row = 0
         message = f"was given up after {self.most_timeouts} calls in a row that {outcome.message}"
-        for other in waiting:
-            other.future.set_result(Outcome(fault="timeout", kind=GAVE_UP, message=message))
+        self.give_up([], Outcome(fault="timeout", kind=GAVE_UP, message=message))
+
+    def give_up(self, calls: list[Call], outcome: Outcome) -> None:
+        """Settle these calls and all that wait."""
+        with self.changed:
+            calls = [*calls, *self.queue]
+            self.queue.clear()
+        for call in calls:
+            call.future.set_result(outcome)
+
+    def retire(self, thread: "WorkerThread", calls: list[Call], error: OSError) -> None:
+        """Go on without a thread whose process cannot be started; without the last one, give up the calls."""
+        with self.changed:
+            self.threads.remove(thread)
+            if self.threads:
+                self.workers = len(self.threads)
+        self.put_back(calls)
+        if self.threads:
+            self.on_print(f"{len(self.threads)} worker processes instead of one more ({error}): {NO_PROCESS}\n")
+            return
+        message = f"was not called: no process can be started ({error}): {NO_PROCESS}"
+        self.give_up([], Outcome(fault="error", kind=GAVE_UP, message=message))
 
     def put_back(self, calls: list[Call]) -> None:
         """Put calls that the end of their process interrupted back to the front of the queue."""
@@ -141,6 +172,8 @@ class WorkerThread(threading.Thread):
         while not self.pool.closing:
             calls = self.pool.take(self._room, wait=not self.running, idle=not self.running)
             try:
+                if calls and not self._has_process():
+                    self.process = self._start()
                 self._send(calls)
                 self._receive()
             except WorkerEnded as ended:
@@ -148,8 +181,28 @@ class WorkerThread(threading.Thread):
             except UserError as e:  # a replacement that does not start
                 for call in calls:
                     call.future.set_result(Outcome(fault="error", kind="start", message=f"was not called: {e}"))
+            except Exception as e:  # of whatever kind: every call gets an outcome, and the thread lives on
+                if self.process is None:
+                    return self.pool.retire(self, calls, e)
+                self._assign_fault(WorkerEnded("error", type(e).__name__, f"could not be called: {e!r:.200}"))
         if self.process:
             self.process.end()
+
+    def _has_process(self) -> bool:
+        """Return whether the process lives. One that ended between two calls is cleaned up: no call is at fault."""
+        if self.process and not self.running and self.process.process.poll() is not None:
+            self.process.end()
+            self.process = None
+        return self.process is not None
+
+    def _start(self) -> WorkerProcess:
+        """Start a process; where the system has no room for it, try again after a while. May raise OSError."""
+        for pause in PAUSES_S:
+            try:
+                return self.pool.start()
+            except OSError:
+                time.sleep(pause)
+        return self.pool.start()
 
     def stop(self) -> None:
         """Kill the process and wait for the thread."""
@@ -170,12 +223,7 @@ class WorkerThread(threading.Thread):
         return min(LONGEST_CHUNK, max(1, waiting // (4 * self.pool.workers)))
 
     def _send(self, calls: list[Call]) -> None:
-        """Send calls, to a new process where there is none."""
-        if calls and not self.running and self.process and self.process.process.poll() is not None:
-            self.process.end()  # it ended between two calls: no call is at fault
-            self.process = None
-        if calls and self.process is None:
-            self.process = self.pool.start()
+        """Send calls to the process."""
         if not self.running:
             self.started = time.monotonic()
         for call in calls:
@@ -197,10 +245,13 @@ class WorkerThread(threading.Thread):
         reply = self.process.receive(deadline, poll)
         if reply is None:
             return
+        index = reply.get("index")
+        if not isinstance(index, int) or index not in self.running or not _is_complete(reply):
+            return  # not written by our code in the worker
         now = time.monotonic()
         self.pool.record_duration(now - self.started)
         self.started = now
-        self._deliver(self.running.pop(reply["index"]), reply)
+        self._deliver(self.running.pop(index), reply)
         if reply.get("last"):
             self._restart(list(self.running.values()))
 
@@ -237,3 +288,19 @@ class WorkerThread(threading.Thread):
         self.process.end()
         self.process = None
         self.pool.put_back(calls)
+
+
+def _is_complete(reply: dict[str, Any]) -> bool:
+    """Return whether a reply holds what is read from it: a fault, a score with its parts, or the scores of a group."""
+    if "timeout" in reply:
+        return True
+    fault = reply.get("fault")
+    if fault is not None:
+        return isinstance(fault, dict) and fault.keys() == {"kind", "message", "trace"}
+    numbers = [*reply["scores"]] if isinstance(reply.get("scores"), list) else [reply.get("score")]
+    if "scores" not in reply:
+        parts = reply.get("parts")
+        if not isinstance(parts, dict) or "pred" not in reply:
+            return False
+        numbers += parts.values()
+    return all(isinstance(x, int | float) for x in numbers)
