@@ -12,9 +12,10 @@ from gspo.algorithm.held_out_pairs import HeldOutPairs
 from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.checkpoint.checkpoints import Checkpoints, State, load_held_out, load_order, load_state, restore
+from gspo.checkpoint.checkpoints import Checkpoints, State
 from gspo.checkpoint.evaluations import settings_of, write_evaluation
 from gspo.checkpoint.fingerprints import of_model
+from gspo.checkpoint.restore import load_held_out, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
 from gspo.data.batches import Batches
@@ -94,7 +95,8 @@ def start_run(
         restore(resume, models.policy, optimizer, models.frozen, state)
         batches.load_state(load_order(resume))
         say_what_changed(state, cfg, total_steps, len(splits.val))
-        held_out = HeldOutPairs.read(load_held_out(resume), splits.val)
+        vocab_size = models.policy.config.get_text_config().vocab_size
+        held_out = HeldOutPairs.read(load_held_out(resume, vocab_size), splits.val)
         if held_out is None:
             state.pair_metrics = {}
             if state.round_rewards is not None and splits.val:

@@ -1,4 +1,4 @@
-"""Write checkpoints while training goes on, and restore a run from one.
+"""Write checkpoints while training goes on; restore.py reads them.
 
 `outputs/<run>/checkpoints/step_000050/` is a Hugging Face folder (the policy) with a `trainer/` folder beside the
 weights: optimizer moments, frozen models and data order as safetensors, everything else in `state.json`. Nothing is
@@ -24,11 +24,11 @@ from gspo.checkpoint import manifest
 from gspo.checkpoint.hf_folder import ModelFolder, index_json, shard_files
 from gspo.checkpoint.run_folder import latest_checkpoint, list_checkpoints
 from gspo.config import Config
-from gspo.distributed.move_weights import full_tensor, load_like, load_weights
+from gspo.distributed.move_weights import full_tensor
 from gspo.distributed.world import World, split_by_size
 from gspo.errors import UserError
 from gspo.models.model_folder import resolve_path
-from gspo.models.safetensors_files import open_weights, write_bytes, write_weights
+from gspo.models.safetensors_files import write_bytes, write_weights
 from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, sync_folder
 
@@ -294,54 +294,3 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def load_state(checkpoint: Path) -> State:
-    """Read `trainer/state.json` of a checkpoint."""
-    return State(**json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8")))
-
-
-def load_order(checkpoint: Path) -> dict[str, Tensor]:
-    """Read the data order, as `Batches.state` returned it. UserError where a checkpoint has none."""
-    if not (checkpoint / "trainer" / "order.safetensors").exists():
-        raise UserError(
-            f"{checkpoint} has no trainer/order.safetensors: an earlier version wrote it, or it is damaged. Resume "
-            "from another checkpoint (trainer.resume=FOLDER), or start anew (trainer.resume=never)."
-        )
-    weights = open_weights(checkpoint / "trainer", "order")
-    return {name: weights.read(name).clone() for name in weights.names}
-
-
-def load_held_out(checkpoint: Path) -> dict[str, Tensor]:
-    """Read the held-out responses of the round, as `HeldOutPairs.tensors` returned them; nothing where it has none."""
-    if not (checkpoint / "trainer" / "held_out.safetensors").exists():
-        return {}
-    weights = open_weights(checkpoint / "trainer", "held_out")
-    return {name: weights.read(name).clone() for name in weights.names}
-
-
-def restore(
-    checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, frozen: dict[str, nn.Module], state: State
-) -> None:
-    """Read the optimizer's moments, the frozen models and torch's generator; the policy was opened from the checkpoint.
-
-    Each rank reads only its own part, a tensor at a time, whatever number of ranks wrote the checkpoint.
-    """
-    moments = open_weights(checkpoint / "trainer", "optimizer")
-    keys: dict[str, list[str]] = {}
-    for name in moments.names:
-        keys.setdefault(name.rpartition(":")[0], []).append(name.rpartition(":")[2])
-    for name, p in policy.named_parameters():
-        for key in keys.get(name, []):
-            moment = f"{name}:{key}"
-            value = moments.read(moment).clone() if key == "step" else load_like(moment, moments.read, p)
-            optimizer.state[p][key] = value
-    for name, model in frozen.items():
-        if not [*(checkpoint / "trainer").glob(f"{name}[.-]*safetensors*")]:
-            raise UserError(
-                f"{checkpoint} has no frozen model {name!r}: objective.anchor or reference.refresh was different "
-                "in its run. Set them as they were, or start a new run from its weights with model.path=CHECKPOINT."
-            )
-        load_weights(model, open_weights(checkpoint / "trainer", name).read)
-    if state.torch_rng:
-        torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))

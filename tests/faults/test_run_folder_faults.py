@@ -8,7 +8,7 @@ from saved_run import ALONE, a_run
 from gspo.checkpoint.evaluations import needs_evaluation, settings_of, write_evaluation
 from gspo.checkpoint.run_folder import open_run
 from gspo.errors import UserError
-from gspo.launch import final_words
+from gspo.launch_checks import final_words
 from gspo.read_config import load_config
 from gspo.system.files import remove
 

@@ -18,6 +18,13 @@ from gspo.models.loading import load_model
 from gspo.read_config import load_config
 
 ALONE = World(0, 1, torch.device("cpu"), None)
+ORDER = {  # as `Batches.state` returns it
+    "at": torch.tensor([0, 1]),
+    "due": torch.tensor([3, 1], dtype=torch.int32),
+    "streak": torch.tensor([1, 0], dtype=torch.int8),
+    "mean": torch.tensor([0.5, float("nan")]),
+    "best": torch.tensor([1.0, float("nan")]),
+}
 
 
 @dataclass
@@ -36,7 +43,7 @@ class SavedRun:
         return self.folder / "checkpoints" / f"step_{step:06d}"
 
     def begin(self, step: int, at_once: bool = False, **state) -> None:
-        files, frozen = {"order": {"due": torch.tensor([3, 1])}}, {"opponent": self.opponent}
+        files, frozen = {"order": ORDER}, {"opponent": self.opponent}
         self.checkpoints.save(State(step=step, **state), self.policy, self.optimizer, frozen, files, at_once)
 
     def names(self) -> list[str]:
