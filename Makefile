@@ -43,7 +43,7 @@ data: setup ## write the embedded tasks to data/equations, data/systems, ...
 	for task in $(EMBEDDED); do $(PY) -m gspo.embedded.$$task || exit; done
 
 base-model: setup ## rebuild the embedded models, bit for bit (20, 8 and three times 2 to 5 minutes on two cores)
-	for task in $(EMBEDDED); do $(PY) -m gspo.embedded.build --task $$task || exit; done
+	for task in $(EMBEDDED); do $(PY) -m gspo.embedded.build_models --task $$task || exit; done
 
 train-quick: setup ## two minutes on two cores: N 4, 2 rounds, embedded model and task
 	$(PY) train.py --config configs/quick.yaml $(ARGS)

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import heading, table
 from gspo.models.loading import load_model
 from gspo.packing.logprobs import response_logprobs
-from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import PackedBatch, pack
+from gspo.packing.probe_head import measure_head
 from gspo.types import Prompt
 
 HALF_B = {

@@ -1,5 +1,5 @@
-"""Name the other ways to write a parameter: names of the original description (those without a dot) and of verl, and
-the settings that one `objective.form` stands for."""
+"""Map the original description's names (those without a dot) and verl's to our parameters, and each `objective.form` to
+the settings that it stands for."""
 
 # name -> parameter
 ALIASES = {

@@ -1,4 +1,4 @@
-"""Run one new token a slot through all decoder layers in one call of compiled code (cpu/decoder_layers.cpp).
+"""Run one new token per slot through all decoder layers in one call of compiled code.
 
 For layers that compute
 

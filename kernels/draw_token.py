@@ -1,4 +1,4 @@
-"""Draw one token a row of logits by inverse CDF: the draw of gspo/rollout/draw_tokens.py as a Triton or a C++ kernel.
+"""Draw one token for each row of logits by inverse CDF, by a Triton or a C++ kernel.
 
 With z = logits / T and top = max z, a row's weights are w = exp(z - top). A draw u picks the first token at which their
 running sum reaches u sum(w). Only tokens with z - top >= least take part: `least` is what top_k, top_p and min_p leave,

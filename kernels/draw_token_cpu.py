@@ -1,4 +1,4 @@
-"""Draw a token a row on a CPU in compiled code (cpu/draw_token.cpp), if the draw is not truncated.
+"""Draw one token for each row of logits on a CPU in compiled code, if the draw is not truncated.
 
 Computes what kernels/draw_token.py says: float32 sums of blocks, added up in float64, choose a block of a row, and
 float64 sums inside it choose the token. A row with a NaN has a log-prob and an entropy of NaN.

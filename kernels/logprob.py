@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gspo.kernels import logprob_chunk, logprob_chunk_cpu
-from gspo.kernels.amx_padding import columns_of, whole_tiles
+from gspo.kernels.amx_nan_guard import columns_of, whole_tiles
 from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
 from gspo.kernels.logprob_chunk import LogitTransform
 from gspo.kernels.native import TYPES, cpu_kernels_take

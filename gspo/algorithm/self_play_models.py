@@ -16,8 +16,8 @@ from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model
 from gspo.models.precision import cast_linear_layers
 from gspo.packing.logprobs import check_packing, rollout_logprobs
-from gspo.packing.measure_head import measure_head
 from gspo.packing.micro_batches import micro_batches
+from gspo.packing.probe_head import measure_head
 from gspo.rollout.sampler import shares_weights
 from gspo.system.console import say
 from gspo.types import Rollout

@@ -25,9 +25,9 @@ from gspo.distributed.move_weights import full_tensor, local_shard
 from gspo.distributed.sharding import after_backward, before_backward
 from gspo.distributed.world import World
 from gspo.packing.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
-from gspo.packing.measure_head import Head
 from gspo.packing.micro_batches import Row, micro_batches, minibatch_of
 from gspo.packing.pack import PackedBatch, pack_rows
+from gspo.packing.probe_head import Head
 from gspo.types import Experience, Update
 
 LossOf = Callable[[list[Row], PackedBatch], Tensor]  # the loss of one micro-batch, a scalar

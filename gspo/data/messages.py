@@ -1,4 +1,4 @@
-"""Read the messages and the tools of a row as the chat template is to see them: every field, no nulls, only text."""
+"""Bring a row's messages and tools into the chat template's form: all fields, no nulls, no images or sound."""
 
 import json
 from typing import Any

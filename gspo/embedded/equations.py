@@ -1,4 +1,4 @@
-"""Generate the embedded task: linear equations in English and Chinese, with worked solutions and usual mistakes.
+"""Generate the first embedded task: linear equations in English and Chinese, with worked solutions and usual mistakes.
 
 `python -m gspo.embedded.equations [DIR]` writes `train.json`, `dev.json` and `test.json` in the format
 `[{"prompt", "ground_truth", "data_source"}, ...]`. Every equation belongs to exactly one split, decided by a

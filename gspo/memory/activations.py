@@ -21,8 +21,8 @@ from transformers.initialization import no_init_weights
 from gspo.models.cpu_layers import install_compiled_layers
 from gspo.models.loading import build_model, checkpoint_activations
 from gspo.packing.logprobs import response_logprobs, surrogate
-from gspo.packing.measure_head import Head
 from gspo.packing.pack import PackedBatch
+from gspo.packing.probe_head import Head
 from gspo.rollout.attention_inputs import pack_prompts
 from gspo.rollout.kv_pages import Layer
 from gspo.rollout.slot_attention import forward

@@ -1,8 +1,9 @@
 """Watch for the ways preference learning goes wrong, and say what to do about each.
 
 `GUARDS` is the table of failures; its limits are the section `health` of the configuration. `HealthCheck` reads each
-step's metrics and warns once, with the fix, when one has been out of its range for some steps in a row. It also derives
-the curves that compare a step with the run's own past, such as `response/length_ratio`.
+step's metrics and warns once, or ends the run (`health.on_alarm`), with the fix, when one has been out of its range
+for some steps in a row. It also derives the curves that compare a step with the run's own past, such as
+`response/length_ratio`.
 """
 
 from collections import defaultdict

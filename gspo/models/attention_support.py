@@ -1,4 +1,4 @@
-"""Refuse models whose attention ours cannot compute, and switch ours on for some of a model's forwards."""
+"""Refuse models whose attention ours does not compute; switch ours on inside a `with` block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

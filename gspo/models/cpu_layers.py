@@ -2,7 +2,7 @@
 
 Which modules these kernels serve is found by trial, not by name: each module is run on random numbers and compared
 with the kernel's formula. Only forwards of ours use the kernels (`compiled_layers_enabled`, entered by
-architecture.attention_implementation); called by anyone else, the model runs transformers' code.
+attention_support.attention_implementation); called by anyone else, the model runs transformers' code.
 """
 
 import copy

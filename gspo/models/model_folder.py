@@ -1,4 +1,4 @@
-"""Look at a model's folder before anything opens it, and refuse in words what transformers would fail at, or ask about.
+"""Check a model's folder before transformers opens it, and say what transformers would fail at or ask about.
 
 Nothing here reads weights; stored_weights.py compares those with the model.
 """

@@ -1,4 +1,4 @@
-"""Replace attributes of transformers' models, modules and classes: the only file that does, and what it is used for.
+"""Patch attributes of transformers' models, modules and classes; no other file does. All patches in use:
 
 For the time of a `with` block, by `replaced`:
     attention_support.attention_implementation

@@ -1,6 +1,6 @@
 """Compute log-probabilities of responses under a model: the only place of the token shift and of the temperature.
 
-Responses are packed (pack.py). `head` is what measure_head.py found: with it no [M, V] logits are held; where it is
+Responses are packed (pack.py). `head` is what probe_head.py found: with it no [M, V] logits are held; where it is
 None they are the model's own.
 """
 
@@ -21,10 +21,10 @@ from gspo.models.attention_support import (
     short_windows,
     unsupported_model,
 )
-from gspo.packing.measure_head import Head
 from gspo.packing.micro_batches import Row
 from gspo.packing.pack import PackedBatch, pack, pack_rows
 from gspo.packing.packed_attention import PACKED
+from gspo.packing.probe_head import Head
 from gspo.types import Prompt, Rollout
 
 Autocast = Callable[[], AbstractContextManager]

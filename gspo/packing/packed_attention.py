@@ -77,7 +77,7 @@ def _cast_alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
     On CUDA to the dtype that autocast gives PyTorch's own attention. On a CPU to the value's where our kernels serve
     it, and else to float32: there PyTorch's attention is faster than in bf16, its backward three times, and its
-    products read no further than their rows (kernels/amx_padding.py).
+    products read no further than their rows (kernels/amx_nan_guard.py).
     """
     device, value = tensors[0].device.type, tensors[2]
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""Lay out the weights of linear layers once a rollout, as the CPU's matrix products want them.
+"""Lay out the weights of linear layers for each rollout, in the order in which CPU matrix products read them.
 
 A decoding step multiplies few rows by every weight, and oneDNN lays a weight out anew for each product: with 32 rows
 that takes as long again as the product in float32, and a third of it in bf16.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gspo.kernels.amx_padding import whole_tiles
+from gspo.kernels.amx_nan_guard import whole_tiles
 from gspo.kernels.panel_linear_cpu import can_lay_out, laid_out_linear, lay_out
 from gspo.models.patching import replaced
 

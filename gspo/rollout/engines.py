@@ -1,4 +1,4 @@
-"""List the rollout engines by name. A new one is a class with the methods of `requests.Engine` and one line here."""
+"""List the rollout engines by name. A new one is a class like `engine_interface.Engine` and one line here."""
 
 from gspo.errors import UserError
 from gspo.rollout.engine_interface import Engine

@@ -1,4 +1,4 @@
-"""Hold keys and values in pages of PAGE tokens of one owner each, with a list of the free ones (the KV cache)."""
+"""Hold the KV cache: pages of PAGE tokens, each owned by one prompt or slot, and a list of the free pages."""
 
 import heapq
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ STEPS_PER_BLOCK = {"cuda": 8}  # steps between two reads of the host, by device;
 
 
 class PagedEngine:
-    """Sample with one model in slots; see `requests.Engine` for the methods."""
+    """Sample with one model in slots; see `engine_interface.Engine` for the methods."""
 
     def __init__(self, model: nn.Module, device: torch.device, options: EngineOptions):
         self.model, self.device, self.options = model, device, options

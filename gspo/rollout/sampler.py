@@ -19,7 +19,7 @@ from gspo.models.loading import end_and_pad_ids
 from gspo.rollout.draw_tokens import Sampling, sample_keys
 from gspo.rollout.engine_interface import EngineOptions, Requests, Results
 from gspo.rollout.engines import engine_class
-from gspo.rollout.special_tokens import decode, special_tags, tags_note
+from gspo.rollout.response_text import decode, special_tags, tags_note
 from gspo.rollout.stop_strings import StopStrings
 from gspo.rollout.tree import Tree, grow_branches
 from gspo.system.console import say, track_sampling

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from gspo.errors import UserError
-from gspo.kernels.amx_padding import whole_tiles
+from gspo.kernels.amx_nan_guard import whole_tiles
 from gspo.kernels.decode_attention import decode_attention
 from gspo.kernels.decode_attention_cpu import Pool, decode_step
 from gspo.kernels.native import cpu_kernels_take, has_storage

@@ -8,7 +8,7 @@ from pack_cases import KINDS, LARGE, PACKS, SCALE, a_pack, by_rows, draw, outcom
 from gspo.kernels import segment_attention
 from gspo.packing import packed_attention as attention
 from gspo.packing.logprobs import response_logprobs
-from gspo.packing.measure_head import measure_head
+from gspo.packing.probe_head import measure_head
 from gspo.packing.shared_prefix_attention import shared_prefix_attention
 
 pytestmark = [

@@ -17,8 +17,8 @@ from gspo.kernels import decode_attention, decode_attention_triton
 from gspo.kernels.dispatch import choose
 from gspo.kernels.draw_token import sample
 from gspo.packing.logprobs import response_logprobs
-from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
+from gspo.packing.probe_head import measure_head
 from gspo.rollout.cuda_graphs import Replay, no_waiting
 from gspo.rollout.draw_tokens import Sampling, uniforms
 from gspo.rollout.sampler import Sampler

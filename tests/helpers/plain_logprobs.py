@@ -5,8 +5,8 @@ import copy
 import torch
 
 from gspo.packing.logprobs import response_logprobs
-from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
+from gspo.packing.probe_head import measure_head
 from gspo.types import Prompt, Rollout
 
 T, EOS = 0.7, 1

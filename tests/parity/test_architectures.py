@@ -12,9 +12,9 @@ from gspo.errors import UserError
 from gspo.models.attention_support import attention_implementation, check_length
 from gspo.models.loading import cast_parameters
 from gspo.packing.logprobs import check_packing, response_logprobs
-from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
 from gspo.packing.packed_attention import PACKED
+from gspo.packing.probe_head import measure_head
 from gspo.rollout.attention_inputs import Step
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.slot_attention import check_slots

@@ -10,8 +10,8 @@ from plain_logprobs import RAGGED, SOME_ROWS, T, a_rollout, assert_plain, one_by
 from gspo.kernels.logprob import KEEP_BYTES
 from gspo.models.precision import cast_linear_layers
 from gspo.packing.logprobs import response_logprobs, rollout_logprobs, surrogate
-from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack, pack_rows
+from gspo.packing.probe_head import measure_head
 
 
 @pytest.mark.usefixtures("kernels")

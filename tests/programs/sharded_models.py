@@ -16,7 +16,7 @@ from gspo.distributed.world import process_group
 from gspo.models.loading import load_model
 from gspo.models.safetensors_files import Weights
 from gspo.packing.logprobs import check_packing
-from gspo.packing.measure_head import measure_head
+from gspo.packing.probe_head import measure_head
 from gspo.system.program import end_process
 
 read_from_files = []

@@ -9,7 +9,7 @@ from gspo.algorithm.objective import Counts, Groups, evaluate
 from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.update import Updater
 from gspo.distributed.world import World
-from gspo.packing.measure_head import measure_head
+from gspo.packing.probe_head import measure_head
 from gspo.read_config import load_config
 from gspo.types import Experience, Prompt, Rollout
 

@@ -180,7 +180,7 @@ def test_the_model_has_learned_the_task_but_not_to_perfection(embedded_model, to
 @pytest.mark.slow
 def test_building_twice_gives_the_same_bytes_and_the_tokenizer_that_ships(run_program, tmp_path):
     for name in ("a", "b"):
-        done = run_program("-m", "gspo.embedded.build", "--steps", 2, "--batch", 16, "--out", tmp_path / name)
+        done = run_program("-m", "gspo.embedded.build_models", "--steps", 2, "--batch", 16, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert {*files} == {p.name for p in MODEL_DIR.iterdir()} - {"README.md"}

@@ -256,7 +256,17 @@ def test_the_model_solves_about_half_of_the_task(systems_tokenizer, rows):
 @pytest.mark.slow
 def test_building_twice_gives_the_same_bytes_and_the_tokenizer_that_ships(run_program, tmp_path):
     for name in ("a", "b"):
-        command = ("gspo.embedded.build", "--task", "systems", "--steps", 2, "--batch", 16, "--out", tmp_path / name)
+        command = (
+            "gspo.embedded.build_models",
+            "--task",
+            "systems",
+            "--steps",
+            2,
+            "--batch",
+            16,
+            "--out",
+            tmp_path / name,
+        )
         done = run_program("-m", *command)
         assert done.returncode == 0, done.stderr
     files = sorted(p.name for p in (tmp_path / "a").iterdir())

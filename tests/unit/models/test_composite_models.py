@@ -16,8 +16,8 @@ from gspo.errors import UserError
 from gspo.memory.footprint import footprint
 from gspo.models.loading import checkpoint_activations, decoder_layers, load_model, load_model_config, text_decoder
 from gspo.packing.logprobs import check_packing, response_logprobs
-from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack
+from gspo.packing.probe_head import measure_head
 from gspo.read_config import load_config
 from gspo.rollout.decoder_stack import stack_serves
 from gspo.rollout.slot_attention import check_slots

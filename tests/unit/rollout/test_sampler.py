@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.packing.logprobs import response_logprobs
-from gspo.packing.measure_head import measure_head
 from gspo.packing.pack import pack_rows
+from gspo.packing.probe_head import measure_head
 from gspo.rollout import slot_attention as decode_attention
 from gspo.rollout.draw_tokens import Sampling, choose, sample_keys, uniforms
 from gspo.rollout.kv_budget import plan_slots, prompt_page_size, response_page_size

@@ -90,7 +90,7 @@ def test_building_twice_gives_the_same_bytes_and_the_tokenizer_that_ships(run_pr
     folder = module.TASK.model_dir
     for out in ("a", "b"):
         command = ("--task", name(module), "--steps", 2, "--batch", 16, "--out", tmp_path / out)
-        done = run_program("-m", "gspo.embedded.build", *command)
+        done = run_program("-m", "gspo.embedded.build_models", *command)
         assert done.returncode == 0, done.stderr
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert {*files} == {p.name for p in folder.iterdir()} - {"README.md"}

@@ -1,4 +1,4 @@
-"""Decode responses with the tags that a tokenizer marks as special, and find which it marks so."""
+"""Decode responses to text, with tags such as <think> that the tokenizer marks as special."""
 
 import re
 from collections.abc import Set

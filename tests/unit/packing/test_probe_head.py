@@ -8,7 +8,7 @@ from architectures import tiny_model
 from plain_logprobs import RAGGED, SOME_ROWS, assert_plain
 from torch import nn
 
-from gspo.packing.measure_head import Head, measure_head
+from gspo.packing.probe_head import Head, measure_head
 
 
 def after(change):

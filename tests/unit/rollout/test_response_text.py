@@ -11,8 +11,8 @@ from gspo.embedded import MODEL_DIR
 from gspo.models.loading import load_model, load_tokenizer
 from gspo.read_config import load_config
 from gspo.rollout.draw_tokens import Sampling
+from gspo.rollout.response_text import decode, special_tags, tags_note
 from gspo.rollout.sampler import Sampler
-from gspo.rollout.special_tokens import decode, special_tags, tags_note
 from gspo.rollout.stop_strings import StopStrings
 from gspo.sample import sample
 

@@ -10,9 +10,9 @@ from gspo.algorithm.pairs import forks, preferences
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.distributed.world import World
 from gspo.kernels import logprob
-from gspo.kernels.amx_padding import whole_tiles
+from gspo.kernels.amx_nan_guard import whole_tiles
 from gspo.kernels.ops import linear_logprob, linear_logprob_and_grad, reference_linear_logprob
-from gspo.packing.measure_head import measure_head
+from gspo.packing.probe_head import measure_head
 from gspo.read_config import load_config
 from gspo.rollout.draw_tokens import Sampling
 from gspo.types import Experience, Groups

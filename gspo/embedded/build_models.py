@@ -1,4 +1,4 @@
-"""Rebuild an embedded model, bit for bit: `python -m gspo.embedded.build --task systems`; `make base-model`: all.
+"""Rebuild an embedded model, bit for bit: `python -m gspo.embedded.build_models --task systems`; `make base-model`.
 
 A 0.6 M-parameter Llama is trained, supervised, on worked solutions with right ones and usual mistakes mixed
 (`worked_solution` of the task). It can then calculate but often picks the wrong operation: self-play can correct that.
@@ -148,7 +148,9 @@ def warm_start(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m gspo.embedded.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m gspo.embedded.build_models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", choices=WARM_STARTS, default="equations")
     parser.add_argument("--out", type=Path, help="default: where the model ships")
