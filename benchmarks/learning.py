@@ -9,6 +9,7 @@ benchmarks/learning.jsonl: the same command goes on where it stopped.
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -70,14 +71,12 @@ def start(task: str, fast: bool) -> Result:
 
 def write_splits(tasks: Iterable[str]) -> None:
     """Write the splits of the tasks, and the first POOL rows of their training splits."""
-    from gspo.embedded import equations, systems
-
-    equations.write_splits()
-    systems.write_splits(systems.DATA_DIR)
     for task in tasks:
-        rows = json.loads((ROOT / "data" / task / "train.json").read_text(encoding="utf-8"))
-        file = ROOT / "data" / task / f"train_{POOL}.json"
-        file.write_text(json.dumps(rows[:POOL], ensure_ascii=False, indent=0), encoding="utf-8")
+        folder = ROOT / "data" / task
+        importlib.import_module(f"gspo.embedded.{task}").write_splits(folder)
+        rows = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+        text = json.dumps(rows[:POOL], ensure_ascii=False, indent=0)
+        (folder / f"train_{POOL}.json").write_text(text, encoding="utf-8")
 
 
 def options() -> argparse.Namespace:

@@ -24,7 +24,15 @@ DEVELOPMENT = {
         "systems", 64, "model.path=gspo/embedded/systems_model", "reward.path=benchmarks/systems_reward.py"
     ),
 }
-REPORT: dict[str, list[str]] = {}
+REPORT = {
+    "sorting": _embedded(
+        "sorting", 64, "model.path=gspo/embedded/sorting_model", "reward.path=benchmarks/sorting_reward.py"
+    ),
+    "weekdays": _embedded("weekdays", 64, "model.path=gspo/embedded/weekdays_model"),
+    "brackets": _embedded(
+        "brackets", 64, "model.path=gspo/embedded/brackets_model", "reward.path=benchmarks/brackets_reward.py"
+    ),
+}
 TASKS = {**DEVELOPMENT, **REPORT}
 
 COMMON = [
