@@ -12,6 +12,7 @@ response without a score gets.
 
 import contextlib
 import inspect
+import math
 import os
 import sys
 import time
@@ -218,8 +219,8 @@ class _ScoreTable:
         for name, value in outcome.reply["parts"].items():
             name = _part_name(name)
             if name not in self.parts:
-                self.parts[name] = torch.full_like(self.rewards, torch.nan)
-            self.parts[name][g, i] = value
+                self.parts[name] = torch.full_like(self.rewards, torch.nan, dtype=torch.float64)
+            self.parts[name][g, i] = value if math.isfinite(value) else math.nan
 
     def scores(self, skip_groups: bool) -> Scores:
         """Return the scores; with `skip_groups`, a group with a fault scores 0: nothing is learned from it."""

@@ -1,6 +1,5 @@
 """Run a program's main function: report its errors, and end its process in the right way."""
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -9,27 +8,26 @@ import sys
 from collections.abc import Callable
 
 from gspo.errors import UserError
+from gspo.system.output import kept_output
 from gspo.system.torchrun import agent_address, is_main, world_size
 
 
 def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Run `main`. UserError: one paragraph on stderr and exit code 2. Ctrl-C: one line and exit code 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks is shown as \\ud83d
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        end_with_torchrun()
-        main()
-        end_process()
-    except UserError as e:
-        if is_main():
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if is_main():
-            print(f"\n{interrupted}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(130)
+    with kept_output():
+        try:
+            end_with_torchrun()
+            main()
+            end_process()
+        except UserError as e:
+            if is_main():
+                print(f"error: {e}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            if is_main():
+                print(f"\n{interrupted}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130)
 
 
 def end_with_torchrun() -> None:
@@ -50,7 +48,6 @@ def end_with_torchrun() -> None:
 def end_process(code: int = 0) -> None:
     """End this process at once if the run has several: gloo's threads sometimes abort an interpreter's normal exit."""
     if world_size() > 1:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a full disk, a pipe that nobody reads
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
