@@ -6,13 +6,16 @@ right one. So a text with several readings is first rewritten to have one, and w
 unknown command, a word, a number in base 2) must be the same text. Lists, intervals and relations are compared here,
 member by member, and only expressions by the library. The order of the two answers does not matter.
 
-Nothing here has a time limit, and `9^{9^{9^9}}` never ends: call it in a process that can be killed.
+Numbers too large to compute are recognized first (latex_size.py): `9^{9^{9^9}}` would never end. Still, nothing here
+has a time limit: call it in a process that can be killed.
 """
 
 import logging
 import re
 from importlib.util import find_spec
 from itertools import accumulate
+
+from gspo.reward.latex_size import is_too_large
 
 MAX_LENGTH, MAX_NESTING = 300, 10  # twelve nested parentheses take the parser seconds
 
@@ -188,14 +191,21 @@ _UNREADABLE = re.compile(
 
 
 def _one_reading(text: str) -> str:
-    """Rewrite a text with several readings to have one. Raise ValueError for what the library would misread."""
+    """Rewrite a text with several readings to have one. Raise ValueError for what the library would misread, or
+    compute for ever."""
     for pattern, replacement in _READINGS.items():
         text = re.sub(pattern, replacement, text)
     braces, brackets = (
         list(accumulate((character in pair[0]) - (character in pair[1]) for character in text))
         for pair in (("{", "}"), ("([{", ")]}"))
     )
-    if min(braces) < 0 or braces[-1] != 0 or max(brackets) > MAX_NESTING or _UNREADABLE.search(text):
+    if (
+        min(braces) < 0
+        or braces[-1] != 0
+        or max(brackets) > MAX_NESTING
+        or _UNREADABLE.search(text)
+        or is_too_large(text)
+    ):
         raise ValueError(text)
     return text
 

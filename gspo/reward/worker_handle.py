@@ -39,6 +39,7 @@ class Settings:
     memory_gib: float = 4.0  # 0: no limit
     concurrency: int = 16  # calls at the same time in one process, for async functions
     imports: tuple[str, ...] = ()  # modules to import before the first call, outside its time limit
+    warm_up: dict[str, Any] | None = None  # arguments of a call made with the imports: a library's first one is slow
     allow_ranking: bool = False  # call the file's `rank_responses`, if there is one, instead of the function
     default_ranking: str = ""  # source text of one that is not called, as it only sorts scores of the function
 

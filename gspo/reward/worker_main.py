@@ -180,6 +180,8 @@ class Worker:
             ranking = getattr(module, "rank_responses", None) if self.settings["allow_ranking"] else None
             self.scores_groups = callable(ranking) and not self._is_default(ranking)
             function = ranking if self.scores_groups else getattr(module, self.settings["name"], None)
+            if self.settings["warm_up"] is not None:
+                function(**self.settings["warm_up"])
         except BaseException as e:  # also sys.exit() in a module
             self.send({"refused": f"{self.path} does not import: {where(e, self.path)}."})
             return None

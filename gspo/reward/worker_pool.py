@@ -39,9 +39,20 @@ class Call:
 
 
 class WorkerPool:
-    """Keep `workers` processes busy with the calls that wait. The first starts at once, to check the file."""
+    """Keep `workers` processes busy with the calls that wait. The first starts at once, to check the file.
 
-    def __init__(self, settings: Settings, workers: int, on_print: Callable[[str], None] = lambda text: None):
+    With `spare`, from the first replacement on one more process waits, ready to take the place of one that ends.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        workers: int,
+        on_print: Callable[[str], None] = lambda text: None,
+        spare: bool = False,
+    ):
+        self.timeout_s = settings.timeout_s  # of a call; may be changed between calls
+        self.keep_spare, self.spare = spare, None
         self.settings, self.workers, self.on_print = settings, workers, on_print
         try:
             self.source = Path(settings.path).read_text(encoding="utf-8-sig")
@@ -52,6 +63,7 @@ class WorkerPool:
         self.threads: list[WorkerThread] = []
         self.mean_call_s, self.calls = 0.0, 0  # running mean of a call's seconds; calls so far
         self.most_timeouts, self.timeouts_in_a_row = MOST_TIMEOUTS, 0
+        self.replaced = False  # whether the process to start next takes another's place
         try:
             first = self.start()
         except OSError as e:
@@ -61,8 +73,18 @@ class WorkerPool:
         self.keywords, self.required = first.keywords, first.required
 
     def start(self) -> WorkerProcess:
-        """Start a process. Raise UserError where it cannot import the file."""
-        return WorkerProcess(self.settings, self.source, self.on_print)
+        """Return a new process, or the spare one. Raise UserError where it cannot import the file; OSError."""
+        with self.changed:
+            spare, self.spare = self.spare, None
+        process = spare and spare.take()
+        if process is None:
+            process = WorkerProcess(self.settings, self.source, self.on_print)
+        with self.changed:
+            if self.keep_spare and self.replaced and not (self.spare or self.closing):
+                self.spare = Spare(self)
+                self.spare.start()
+            self.replaced = True
+        return process
 
     def submit(self, arguments: dict[str, Any]) -> "Future[Outcome]":
         """Queue a call with these keyword arguments; its future gets a result whatever the call does."""
@@ -152,10 +174,42 @@ class WorkerPool:
                 call.future.cancel()
             self.queue.clear()
             self.changed.notify_all()
+            spare, self.spare = self.spare, None
+        if spare:
+            spare.end()
         if self.first:
             self.first.end()
         for thread in self.threads:
             thread.stop()
+
+
+class Spare(threading.Thread):
+    """Start a process in the background."""
+
+    def __init__(self, pool: WorkerPool):
+        super().__init__(name="spare reward", daemon=True)
+        self.pool, self.process, self.dropped = pool, None, False
+
+    def run(self) -> None:
+        """Start the process; without room for it, or where it fails, there is none."""
+        with contextlib.suppress(UserError, OSError):
+            self.process = WorkerProcess(self.pool.settings, self.pool.source, self.pool.on_print)
+        if self.dropped:
+            self.end()
+
+    def take(self) -> WorkerProcess | None:
+        """Return the process as soon as it has started, if it lives."""
+        self.join()
+        if self.process and self.process.process.poll() is not None:
+            self.end()
+        return self.process
+
+    def end(self) -> None:
+        """End the process, now or when it has started."""
+        self.dropped = True
+        if self.process:
+            self.process.end()
+            self.process = None
 
 
 class WorkerThread(threading.Thread):
@@ -237,7 +291,7 @@ class WorkerThread(threading.Thread):
         """Wait for one reply and deliver it; where an async process has room for calls, wait POLL_S only."""
         if not self.running:
             return
-        limit, poll = self.pool.settings.timeout_s, None
+        limit, poll = self.pool.timeout_s, None
         deadline = self.started + limit
         if self.pool.concurrent:
             deadline = next(iter(self.running.values())).sent + limit + GRACE_S
@@ -258,7 +312,7 @@ class WorkerThread(threading.Thread):
     def _deliver(self, call: Call, reply: dict[str, Any]) -> None:
         """Turn a reply into the outcome of its call."""
         if "timeout" in reply:
-            limit = self.pool.settings.timeout_s
+            limit = self.pool.timeout_s
             outcome = Outcome(fault="timeout", kind="timeout", message=f"took longer than {limit:g} s")
         elif "fault" in reply:
             outcome = Outcome(fault="error", **reply["fault"])
