@@ -24,6 +24,7 @@ from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_config import load_config, set_value
+from gspo.read_paths import check_path
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
@@ -111,9 +112,13 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
         raise UserError(
             "the model's name is empty (a variable of the shell that is not set?); leave it out for the embedded model."
         )
+    for place, text in {"MODEL": args.model, "--compare": args.compare, "--json": args.json}.items():
+        check_path(str(text or ""), place, written=place == "--json")
     name = checkpoint_of(args.model) if args.model else None
     if args.json and not args.json.expanduser().parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
+    if args.json and args.json.expanduser().is_dir():
+        raise UserError(f"--json {args.json} is a folder; name a file.")
     cfg = configure(args, Path(name) if name else None)
     mine = evaluate(name, cfg, world)
     result = report(mine)

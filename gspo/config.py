@@ -58,7 +58,7 @@ class Data:
     )
     val_files: list[str] = opt([], "held-out prompts for the win rate of each round", path=True)
     test_files: list[str] = opt([], "prompts for the evaluation before and after training; empty: val_files", path=True)
-    train_batch_size: int = opt(256, "prompts per step, over all ranks", ge=1)
+    train_batch_size: int = opt(256, "prompts per step, over all ranks", ge=1, le=10**7)
     max_prompt_length: int = opt(1024, "longest prompt in tokens, chat template included", ge=1)
     overlong: Literal["error", "drop"] = opt("error", "what to do with a longer prompt")
     shuffle: bool = opt(True, "draw a new order of the prompts every epoch")
@@ -75,7 +75,7 @@ class Data:
 class Rollout:
     """Sampling: how responses to the prompts are generated."""
 
-    n: int = opt(8, "responses per prompt (the group size)", ge=2)
+    n: int = opt(8, "responses per prompt (the group size)", ge=2, le=65536)
     trunks: int | None = opt(
         None,
         "make each group a tree: so many whole responses, and n / trunks - 1 branches sampled from inside each; empty: "
@@ -102,7 +102,7 @@ class Rollout:
     min_p: float = opt(
         0.0, "drop tokens less likely than this share of the likeliest one's probability; 0: off", ge=0.0, lt=1.0
     )
-    max_new_tokens: int = opt(512, "longest response in tokens", ge=1)
+    max_new_tokens: int = opt(512, "longest response in tokens", ge=1, le=10**7)
     stop: list[str] = opt([], "stop strings: a response also ends after one of these, and keeps it")
     skip_special_tokens: bool = opt(
         False,
@@ -203,6 +203,7 @@ class SelfPlay:
         3,
         "rounds; when one starts, the opponent becomes a copy of the policy. A run that is extended has more of them",
         ge=1,
+        le=10**6,
     )
 
 
@@ -251,7 +252,7 @@ class Optim:
 class Eval:
     """Evaluation on held-out and on test prompts."""
 
-    n: int = opt(8, "responses per prompt", ge=1)
+    n: int = opt(8, "responses per prompt", ge=1, le=65536)
     prompts: int | None = opt(None, "use only this many prompts, the first of test_files; empty: all", ge=1)
     round_prompts: int = opt(
         64, "held-out prompts for the win rate of each round and preference_accuracy; 0: none", ge=0
@@ -300,15 +301,17 @@ class Health:
 class Trainer:
     """The run: its length, its checkpoints and its folder."""
 
-    total_epochs: int = opt(15, "length of the run: the steps of this many passes over all training prompts", ge=1)
-    max_steps: int | None = opt(None, "stop after this many steps, whatever total_epochs says", ge=1)
+    total_epochs: int = opt(
+        15, "length of the run: the steps of this many passes over all training prompts", ge=1, le=10**6
+    )
+    max_steps: int | None = opt(None, "stop after this many steps, whatever total_epochs says", ge=1, le=10**9)
     save_freq: int = opt(50, "steps between checkpoints; one is always written at the end; 0: only that one", ge=0)
     keep_last: int = opt(3, "checkpoints to keep; 0: all", ge=0)
     keep_best: bool = opt(True, "also save and keep the checkpoint with the best held-out accuracy, as `best`")
     async_save: bool = opt(True, "write checkpoints while training goes on, from a copy in CPU memory")
     output_dir: str = opt("outputs", "folder that holds the folders of all runs", path=True)
     run_name: str | None = opt(None, "folder name of the run; empty: the name of the config file")
-    seed: int = opt(0, "random seed of sampling and data order", ge=0)
+    seed: int = opt(0, "random seed of sampling and data order", ge=0, lt=10**18)
     resume: str = opt(
         "auto",
         "auto: go on where the run stopped; never: start anew; a checkpoint folder: start a run from that checkpoint",

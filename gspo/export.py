@@ -25,6 +25,7 @@ from gspo.models.loading import check_weights
 from gspo.models.model_folder import check_folder
 from gspo.models.safetensors_files import Weights, open_weights, write_weights
 from gspo.models.stored_weights import refuse_non_finite
+from gspo.read_paths import check_path
 from gspo.system.files import replacing
 from gspo.system.program import guarded
 
@@ -37,6 +38,8 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
 
     UserError when the checkpoint is damaged, the folder is not empty or lies among checkpoints, or the disk is full.
     """
+    check_path(str(checkpoint), "CHECKPOINT")
+    check_path(str(folder), "DIR", written=True)
     source = latest_checkpoint(checkpoint) or latest_checkpoint(checkpoint / "checkpoints") or checkpoint
     _check_source(source, named=source == checkpoint)
     _check_target(folder, source)

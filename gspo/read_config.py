@@ -20,6 +20,7 @@ import yaml
 from gspo.config import PARAMETERS, Config, known_keys
 from gspo.config_aliases import ALIASES, FORMS, VALUE_ALIASES
 from gspo.errors import UserError
+from gspo.read_paths import check_path, require_file
 from gspo.read_yaml import TwiceError, Written, parse_json, parse_yaml, plain
 
 ROOM = Path(__file__).resolve().parent
@@ -113,6 +114,7 @@ def _check_text(text: str, is_path: bool, key: str, place: str) -> str:
         return text
     if re.match(r"\$\w|.*\$\{", text):
         raise UserError(f"{place}: {key} = {text!r}: variables are not replaced here; write the path itself.")
+    check_path(text, f"{place}: {key}")
     expanded = os.path.expanduser(text)
     if re.match(r"~[\w-]+/", expanded):
         raise UserError(f"{place}: {key} = {text!r}: there is no such user. A folder of that name is './{text}'.")
@@ -178,6 +180,7 @@ def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
 
 def find_config(name: str | Path) -> Path:
     """Return the file that was named: a path, or, where there is no such file, a preset's name without its .yaml."""
+    check_path(str(name), "--config")
     path, preset = Path(name).expanduser(), PRESETS / f"{name}.yaml"
     return preset if not path.is_file() and len(path.parts) == 1 and preset.is_file() else path
 
@@ -186,6 +189,7 @@ def read_file(path: Path) -> dict:
     """Return the mapping in a YAML or JSON file. Raise UserError where it is missing or holds something else."""
     kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
+        require_file(path, "--config")
         text = path.read_text(encoding="utf-8-sig")
         tree = parse_json(text) if kind == "JSON" else parse_yaml(text)
     except OSError as e:
@@ -265,6 +269,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         places[set_value(config, key, value, "command line")] = "command line"
     apply_form(config, places)
     name = config.trainer.run_name = config.trainer.run_name or "run"
+    check_path(name, "trainer.run_name", written=True)
     if Path(name).name != name or name in ("checkpoints", ".."):
         raise UserError(f"trainer.run_name = {name!r} must be a plain folder name, and not 'checkpoints'.")
     return config

@@ -21,10 +21,11 @@ from torch import nn
 
 from gspo.data.encoding import Encoder
 from gspo.data.messages import Messages, read_messages, read_tools
-from gspo.data.sources import open_source
+from gspo.data.sources import Source, open_source
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
+from gspo.read_paths import check_path
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import say
@@ -108,6 +109,9 @@ def _check_number(n: int) -> None:
 def _open_answers(path: Path, source: str) -> Iterator[TextIO]:
     """Open the file of answers; it is `<path>.part` until all are written. Raise UserError where it cannot be written,
     or is the file of prompts."""
+    check_path(str(path), "ANSWERS", written=True)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file for the answers.")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise UserError(f"{path}: the answers would replace their own prompts; name another file.")
     with contextlib.ExitStack() as files:
@@ -117,6 +121,14 @@ def _open_answers(path: Path, source: str) -> Iterator[TextIO]:
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e.strerror}); name a file in a folder that is there.") from e
         yield out
+
+
+def _row(source: Source, i: int) -> dict[str, Any]:
+    """Return a row of the file of prompts. Raise UserError where it is no object."""
+    row = source[i]
+    if not isinstance(row, dict):
+        raise UserError(f"{source.place(i)}: a row is an object with a `prompt`, and this is a {type(row).__name__}.")
+    return row
 
 
 def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str, tools: Any = None) -> Prompt:
@@ -156,13 +168,14 @@ def main() -> None:
     parser.add_argument("--kv_memory_gib", type=float, help="memory of the KV cache (default: half of the free)")
     a = parser.parse_args()
     _check_number(a.n)
+    check_path(a.model, "MODEL")
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
     source = open_source(a.prompts)
     with _open_answers(a.answers, a.prompts) as out:
         memory, skips = a.kv_memory_gib or "auto", a.skip_special_tokens
         sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", memory, a.seed, skips)
         for at in range(0, len(source), ROWS_AT_ONCE):
-            rows = [source[i] for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
+            rows = [_row(source, i) for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
             prompts = [
                 _prompt(encoder, at + k, row.get("prompt"), source.place(at + k), row.get("tools"))
                 for k, row in enumerate(rows)

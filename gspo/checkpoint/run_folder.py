@@ -12,7 +12,7 @@ import yaml
 
 from gspo import config as configuration
 from gspo.checkpoint import fingerprints, manifest
-from gspo.checkpoint.evaluations import remove_evaluations
+from gspo.checkpoint.evaluations import NAMES, remove_evaluations
 from gspo.checkpoint.fingerprints import Fingerprints
 from gspo.config import Config
 from gspo.distributed.world import World
@@ -34,6 +34,10 @@ FREE_TO_CHANGE = re.compile(
     r"|reward\.(path|workers|timeout_s|memory_gib|concurrency|check_rows)$"
 )
 CONTENT = ("model.path", "data.train_files", "data.val_files")  # compared by content, where fingerprints are kept
+FILES = (
+    *("config.yaml", "fingerprints.json", "metrics.jsonl", "samples.jsonl", "reward_func.py"),
+    *(f"{name}.json" for name in NAMES),
+)  # in the run's folder
 DAMAGED = ".damaged"
 LOCK_TIMEOUT_S = 20.0  # how long a process that was killed may take to release the folder
 _locks: dict[Path, int] = {}  # run folder -> open file descriptor that holds its lock
@@ -140,6 +144,7 @@ def _prepare(folder: Path, checkpoint: Path | None, cfg: Config, prints: Fingerp
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(folder)
+        _check_files(folder)
         for leftover in [*folder.glob(f"*{PART}"), *(folder / "checkpoints").glob(f"*{PART}")]:
             remove(leftover)
         if checkpoint is None or checkpoint.parent != folder / "checkpoints":  # an earlier attempt may have left these
@@ -150,6 +155,13 @@ def _prepare(folder: Path, checkpoint: Path | None, cfg: Config, prints: Fingerp
         _link_latest_run(folder)
     except OSError as e:
         raise UserError(f"trainer.output_dir: cannot write {folder}: {e.strerror or e}.") from e
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError where a folder, a pipe or a device has the name of one of the run's files."""
+    for name in FILES:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name} is a folder, a pipe or a device, not a file of a run. Move it away.")
 
 
 def _lock(folder: Path) -> None:
@@ -201,7 +213,7 @@ def save_reward_function(folder: Path, source: str, step: int) -> None:
     Only the main process calls it. OSError when a file cannot be written.
     """
     kept = folder / "reward_func.py"
-    if kept.exists() and step and (before := kept.read_text(encoding="utf-8")) != source:
+    if kept.exists() and step and (before := kept.read_text(encoding="utf-8", errors="replace")) != source:
         older = folder / f"reward_func_until_step_{step}.py"
         write_text(older, before)
         say(

@@ -12,6 +12,7 @@ from gspo.data.messages import Messages, Tools
 from gspo.errors import UserError
 from gspo.system.console import say
 
+SLOW_CHARACTERS = 2_000_000  # of one prompt; it takes a tokenizer seconds
 SLACK = 8  # tokens per message: next to a content, BPE may cut the template's words into more pieces than alone
 PROBE = "q{0}<\"&'é中>\n{0}q"  # a content that a template changes if it quotes, escapes or repeats contents
 
@@ -124,6 +125,8 @@ class Encoder:
     def ids(self, messages: Messages, place: str, tools: Tools | None = None) -> tuple[int, ...]:
         """Return the token ids of the messages. Raise UserError, which names the place, where there are none."""
         self._check_fields(messages, place, tools)
+        if (length := sum(len(str(m.get("content", ""))) for m in messages)) > SLOW_CHARACTERS:
+            say(f"note: {place}: the tokenizer reads a prompt of {length:,} characters, which takes a while")
         try:
             ids = encode(messages, self.tokenizer, self.system, self.template_kwargs, *([tools] if tools else []))
         except Exception as e:  # templates refuse roles, tokenizers refuse half characters; the types are many

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
+from gspo.read_paths import check_path, require_file
 from gspo.read_yaml import without_repeats
 
 BOM = b"\xef\xbb\xbf"
@@ -192,13 +193,14 @@ READERS: dict[str, Callable[[Path], Source]] = {
 
 def open_source(name: str | Path, split: str = "train") -> Source:
     """Open a file, a folder or a data set `owner/name[:config][@split]`. Raise UserError where it cannot be read."""
-    path = Path(name)
+    path = Path(check_path(str(name), "data file"))
     suffix = path.suffix.lower()
-    if not path.is_file() and (path.is_dir() or suffix not in READERS):
-        return _open_dataset(str(name), split)
-    if suffix in NOT_READ and suffix not in READERS:
-        raise UserError(f"data file {path}: {suffix} is not read; JSON (a list of rows), JSONL and parquet are.")
     try:
+        require_file(path, "data file")
+        if not path.is_file() and (path.is_dir() or suffix not in READERS):
+            return _open_dataset(str(name), split)
+        if suffix in NOT_READ and suffix not in READERS:
+            raise UserError(f"data file {path}: {suffix} is not read; JSON (a list of rows), JSONL and parquet are.")
         path.stat()  # so that a missing file is named as such: pyarrow's error is only its name
         return READERS.get(suffix, JsonList)(path)
     except OSError as e:

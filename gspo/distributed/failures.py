@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from gspo.errors import UserError
-from gspo.system.program import end_process
+from gspo.system.program import end_process, failed_file
 
 WAIT_S = 1.0  # how long a rank waits for another to say the same, or to say why it ended
 FAILED, LOST = "failed", "lost a rank"
@@ -31,6 +31,8 @@ def leave(error: Exception, store: dist.Store, rank: int) -> NoReturn:
         text = f"{name}error: another process of this run has ended without saying why ({_one_line(error)})."
     elif isinstance(error, UserError):
         code, key, text = 2, str(error), f"{name}error: {error}"
+    elif text := failed_file(error):
+        code, key, text = 2, text, f"{name}{text}"
     else:
         code, key = 1, f"{type(error).__name__} {error}"
         text = "".join([f"{name}error:\n", *traceback.format_exception(error)]).rstrip()

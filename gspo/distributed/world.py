@@ -119,6 +119,7 @@ def process_group() -> Iterator[World]:
 
     With several ranks an error inside the block ends the process here: one rank says why (failures.py).
     """
+    torchrun.check_environment()
     rank, size = torchrun.rank(), torchrun.world_size()
     device = torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

@@ -17,6 +17,15 @@ from gspo.system.console import say
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 POINTER = b"version https://git-lfs.github.com/spec/"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+MOST = {  # no model has more
+    "num_hidden_layers": 10_000,
+    "vocab_size": 2**26,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_attention_heads": 2**14,
+    "num_experts": 2**14,
+    "num_local_experts": 2**14,
+}
 QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys of config.json
 
 
@@ -101,7 +110,7 @@ def _read(path: str, file: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(Path(found).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{found} cannot be read as JSON: {e}. Fetch or copy the file again.") from e
     if not isinstance(value, dict):
         raise UserError(f"{found} must hold a JSON object, and holds {type(value).__name__}. Fetch the file again.")
@@ -136,7 +145,10 @@ def _check_adapter(path: str) -> None:
 
 
 def _check_pointers(folder: Path) -> None:
-    """Raise UserError for files that git-lfs has not fetched, and for empty ones."""
+    """Raise UserError for files that git-lfs has not fetched, for empty ones, and for what is no file but a pipe."""
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise wrong_folder(str(folder), f"has {file.name}, which is a pipe or a device. Fetch or copy it again.")
     for pattern in (*WEIGHTS, *TOKENIZERS, "*.json"):
         for file in sorted(folder.glob(pattern)):
             if file.is_symlink() and not file.exists():
@@ -172,8 +184,16 @@ def _no_config(folder: Path) -> UserError:
 
 
 def _check_config(path: str, config: dict[str, Any]) -> None:
-    """Raise UserError for quantised models, and for models that need code of their own."""
+    """Raise UserError for quantised models, sizes that no model has, and models that need code of their own."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for key, most in MOST.items():  # transformers would build such a model for hours, or until memory ends
+        for part in parts:
+            size = part.get(key)
+            least = 1 if part is config and "experts" not in key else 0
+            if isinstance(size, int | float) and not least <= size <= most:
+                raise wrong_folder(
+                    path, f"has {key} = {size} in config.json; it can be {least} to {most:,}. Fetch or copy it again."
+                )
     for key in QUANTISED:
         found = next((part[key] for part in parts if part.get(key)), None)
         if found is not None:

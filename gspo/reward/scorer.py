@@ -48,6 +48,7 @@ class Scorer:
         path = Path(cfg.path).absolute() if cfg.path else Path(reward_func.__file__)
         if not path.is_file():
             what = f"{path} is a folder" if path.is_dir() else f"no such file as {path}"
+            what = f"{path} is a pipe or a device" if path.exists() and not path.is_dir() else what
             raise UserError(f"reward.path = {cfg.path!r}: {what}. It must be a Python file with compute_score.")
         if path.suffix != ".py":
             raise UserError(f"reward.path = {cfg.path!r} is not a Python file (.py).")

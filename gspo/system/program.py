@@ -1,10 +1,12 @@
 """Run a program's main function: report its errors, and end its process in the right way."""
 
 import ctypes
+import errno
 import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 
 from gspo.errors import UserError
@@ -13,7 +15,8 @@ from gspo.system.torchrun import agent_address, is_main, world_size
 
 
 def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Run `main`. UserError: one paragraph on stderr and exit code 2. Ctrl-C: one line and exit code 130."""
+    """Run `main`. UserError, and errors of the system with a file: one paragraph on stderr and exit code
+    2. Ctrl-C: one line and exit code 130."""
     with kept_output():
         try:
             end_with_torchrun()
@@ -23,11 +26,31 @@ def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
             if is_main():
                 print(f"error: {e}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except OSError as e:
+            if not (text := failed_file(e)):
+                raise
+            if is_main():
+                print(text, file=sys.stderr, flush=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             if is_main():
                 print(f"\n{interrupted}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(130)
+
+
+def failed_file(error: Exception) -> str:
+    """Return one paragraph for an error of the system with a file, or of a limit of it; "" for any other error.
+
+    It names the line of ours at which it came.
+    """
+    limits = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in limits):
+        return ""
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in f.filename]
+    where = f"{os.path.relpath(ours[-1].filename)}, line {ours[-1].lineno}" if ours else "before the start"
+    what = f"{os.fsdecode(error.filename)!r:.300}: " if isinstance(error.filename, str | bytes) else ""
+    return f"error: {what}{error.strerror or error} ({where})."
 
 
 def end_with_torchrun() -> None:

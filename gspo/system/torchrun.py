@@ -6,35 +6,61 @@ https://docs.pytorch.org/docs/stable/elastic/run.html.
 
 import os
 
+from gspo.errors import UserError
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    """Return a whole number of the environment. UserError where it holds something else."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise UserError(
+            f"{name} = {text!r:.60} in the environment is not a whole number from {least} on. torchrun sets it; unset "
+            "it to train on one process."
+        )
+    return int(text)
+
 
 def rank() -> int:
     """Return this process's number among all processes of the run, 0 ... world_size() - 1."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """Return how many processes the run has, on all machines together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1, least=1)
 
 
 def local_rank() -> int:
     """Return this process's number among those on its machine: also the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Return how many processes of the run share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", 1, least=1)
 
 
 def restart_count() -> int:
     """Return how often torchrun has started all processes again after one failed (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def is_main() -> bool:
     """Return whether this is rank 0: the one process that prints and writes what the run has only once."""
-    return rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_environment() -> None:
+    """Raise UserError where the environment describes no rank of a run: what started this process was not torchrun."""
+    if rank() >= world_size():
+        raise UserError(f"RANK = {rank()} in the environment, but WORLD_SIZE = {world_size()}: start it with torchrun.")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size() > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE = {world_size()} in the environment, but {' and '.join(missing)} are missing: start it with "
+            "torchrun, or unset WORLD_SIZE and RANK to train on one process."
+        )
+    _number("MASTER_PORT", 29500)
 
 
 def agent_address() -> tuple[str, int] | None:

@@ -37,6 +37,7 @@ VOCABULARY = {
     "gspo.config",
     "gspo.config_aliases",
     "gspo.read_config",
+    "gspo.read_paths",
     "gspo.read_yaml",
     "gspo.types",
     "gspo.errors",

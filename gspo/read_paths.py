@@ -1,0 +1,39 @@
+"""Refuse in words what no path of a user may be: too long, half a character, a pipe that is waited for."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from gspo.errors import UserError
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux
+RESERVED = 40  # bytes of a name that we append to it, such as `.part`
+
+
+def check_path(text: str, what: str, written: bool = False) -> str:
+    """Return a path that a user gave. UserError where no system could open it: too long, a NUL, half a character.
+
+    `what` names its place; `written`: other names are made of it by appending to it.
+    """
+    try:
+        parts = [len(os.fsencode(part)) for part in text.split("/")]
+    except UnicodeEncodeError as e:
+        raise UserError(f"{what} = {text!r:.80}: a path cannot hold half a character.") from e
+    if "\0" in text:
+        raise UserError(f"{what} = {text!r:.80}: a path cannot hold a NUL character.")
+    limit = LONGEST_NAME - (RESERVED if written else 0)
+    if max(parts) > limit:
+        raise UserError(f"{what} = {text[:40]!r}...: a name of {max(parts)} bytes is too long, {limit} is the most.")
+    if sum(parts) + len(parts) > LONGEST_PATH:
+        raise UserError(f"{what} = {text[:40]!r}...: a path of {sum(parts)} bytes is too long for the system.")
+    with contextlib.suppress(OSError):
+        if os.path.islink(text) and os.path.islink(os.path.realpath(text)):
+            raise UserError(f"{what} = {text!r}: a link that leads back to itself.")
+    return text
+
+
+def require_file(path: Path, what: str) -> None:
+    """Raise UserError where a path names a pipe, a device or a socket, of which some never end; OSError where it cannot
+    be looked at."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{what} {path}: is a pipe or a device. Write its content to a file, and name that.")
