@@ -171,7 +171,7 @@ def finish_step(
     """Count the step, end the round where it is over, log, and begin a checkpoint where one is due."""
     cfg, world, state = run.cfg, run.world, run.state
     state.step += 1
-    state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite)
+    state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite, run.checkpoints.steps)
     metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state())) | shown
     state.tokens_sampled += int(metrics["tokens"])
     state.observe_responses(metrics)
@@ -182,7 +182,7 @@ def finish_step(
     run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
     run.log.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
     run.checkpoints.commit()
-    best = state.is_best(metrics) and cfg.trainer.keep_best
+    best = not state.bad_steps and state.is_best(metrics) and cfg.trainer.keep_best
     if best or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
         save_checkpoint(run)
 

@@ -32,6 +32,7 @@ from gspo.models.safetensors_files import write_bytes, write_weights
 from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, sync_folder
 
+LESS = "Lower optim.learning_rate, or use model.precision=fp32"
 Shards = dict[str, dict[str, Tensor]]  # file -> its tensors
 StoredTensors = Callable[[str, Tensor], dict[str, Tensor]]  # a parameter and its name -> tensors as files have them
 
@@ -56,18 +57,29 @@ class State:
     best_step: int = 0
     torch_rng: list[int] = field(default_factory=list)  # bytes of torch's CPU generator
 
-    def count_non_finite(self, skipped: int, limit: int, cause: str = "") -> None:
+    def count_non_finite(
+        self, skipped: int, limit: int, cause: str = "", saved: Callable[[], list[int]] = list
+    ) -> None:
         """Count a step that skipped an update (`skipped` > 0). UserError at the `limit`-th such step in a row.
 
-        `cause` names what was not finite first.
+        `cause` names what was not finite first; `saved` returns the steps of the checkpoints.
         """
         self.bad_steps = self.bad_steps + 1 if skipped else 0
-        if self.bad_steps >= limit:
-            raise UserError(
-                f"step {self.step}: an update was not finite in each of the last {limit} steps"
-                f"{cause and f' (first: {cause})'}. Such updates were skipped, so the weights are finite. "
-                "Lower optim.learning_rate, or use model.precision=fp32."
-            )
+        if self.bad_steps < limit:
+            return
+        last = self.step - self.bad_steps  # the update after which nothing was finite
+        text = (
+            f"step {self.step}: an update was not finite in each of the last {limit} steps"
+            f"{cause and f' (first: {cause})'}. Such updates were skipped, "
+        )
+        if last <= 0:
+            raise UserError(f"{text}so the weights are those of the start. {LESS}.")
+        before = max((step for step in saved() if step < last), default=0)
+        begin = f"trainer.resume=.../step_{before:06d} and another trainer.run_name" if before else "the start"
+        raise UserError(
+            f"{text}so the weights are those of step {last}, whose update was the last: it likely spoiled them, finite "
+            f"as they are. {LESS}, and go on from before it: {begin}."
+        )
 
     def observe_responses(self, metrics: dict[str, float]) -> None:
         """Keep how long this step's responses were, and how uncertain; three digits, alike on any number of ranks."""
@@ -127,12 +139,17 @@ class Checkpoints:
     ) -> None:
         """Start writing `step_<state.step>`, after the checkpoint before it is complete. One that exists is kept.
 
+        Steps without a finite update are saved only `at_once`, at a run's end, and then no older checkpoint is removed:
+        the last update before them may have spoiled the weights.
+
         `small_files` are further tensors that every rank has, a file of `trainer/` each.
 
         With `at_once`, or without `trainer.async_save`, it is complete when this returns, and CPU tensors are not
         copied.
         """
         self.finish()
+        if state.bad_steps and not at_once:
+            return say(f"step {state.step} is not saved: its update was not finite.")
         target = self.folder / f"step_{state.step:06d}"
         if self.world.broadcast_from_main(target.exists):
             return
@@ -152,6 +169,10 @@ class Checkpoints:
         self.writing.start()
         if not self.copied:
             self.finish()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that are complete."""
+        return [int(path.name[5:]) for path in list_checkpoints(self.folder)]
 
     def commit(self) -> None:
         """Complete the checkpoint that is being written, if every rank's thread has finished. Call between steps."""
@@ -258,7 +279,8 @@ class Checkpoints:
             return error
         try:
             sync_folder(self.folder)
-            self._tidy(done.state)
+            if not done.state.bad_steps:
+                self._tidy(done.state)
         except OSError as e:
             say(f"warning: {self.folder}: an older checkpoint could not be removed ({_describe(e)})")
         return ""
