@@ -142,6 +142,11 @@ class Reward:
     )
     memory_gib: float = opt(4.0, "memory limit of one worker process in GiB; 0: none", ge=0.0)
     concurrency: int = opt(16, "calls at the same time in one worker process, for async functions", ge=1)
+    env: list[str] = opt(
+        [],
+        "environment variables that the function gets although they look like secrets (*_TOKEN, *_KEY, *_SECRET, "
+        "*PASSWORD*, *_CREDENTIALS)",
+    )
     check_rows: int = opt(
         16,
         "training rows on which to check, before training, that a right answer scores above a wrong one; 0: no check",

@@ -27,7 +27,7 @@ import torch
 from gspo.config import Reward
 from gspo.errors import UserError
 from gspo.reward import reward_func
-from gspo.reward.worker_handle import Outcome, Settings
+from gspo.reward.worker_handle import Outcome, Settings, withheld
 from gspo.reward.worker_pool import GAVE_UP, MOST_TIMEOUTS, WorkerPool
 from gspo.system.console import say, track
 from gspo.system.torchrun import cpu_cores, is_main, rank
@@ -53,6 +53,7 @@ class Scorer:
         if path.suffix != ".py":
             raise UserError(f"reward.path = {cfg.path!r} is not a Python file (.py).")
         self.path = path
+        self._check_environment()
         # The default's components get a curve each; compute_score itself returns a number, as the description asks.
         name = cfg.name if cfg.path or cfg.name != "compute_score" else "score_parts"
         settings = Settings(
@@ -61,6 +62,7 @@ class Scorer:
             cfg.timeout_s,
             cfg.memory_gib,
             cfg.concurrency,
+            env=tuple(cfg.env),
             allow_ranking=bool(cfg.path) and cfg.name == "compute_score",
             default_ranking=inspect.getsource(reward_func.rank_responses),
         )
@@ -71,6 +73,17 @@ class Scorer:
         self.begun: dict[int, list[Future[Outcome]]] = {}  # place of a group -> its calls
         self.warned: set[str] = set()  # kinds of faults
         self.close = weakref.finalize(self, self.pool.close)
+
+    def _check_environment(self) -> None:
+        """Say which secrets of the environment the user's function does not get. Raise UserError for missing names."""
+        for name in self.cfg.env:
+            if name not in os.environ:
+                raise UserError(
+                    f"reward.env names {name!r}, which is not set in the environment: export it, or drop it."
+                )
+        if self.cfg.path and (hidden := withheld(self.cfg.env)):
+            names = ", ".join(hidden)
+            say(f"note: the reward function does not get {names}; name in reward.env what it needs of these.")
 
     def _check_keywords(self) -> None:
         """Raise UserError where the function does not take what it would be given, or needs what it is not."""

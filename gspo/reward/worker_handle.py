@@ -14,18 +14,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
+from gspo.reward import guardian
 from gspo.reward.channel import Channel
 
 HELLO = {"scores_groups", "concurrent", "keywords", "required"}  # what a worker says of the function
 ROOT = str(Path(__file__).resolve().parents[2])
 START_S = 120.0  # time limit for the imports of the user's file
+SECRETS = ("*_TOKEN", "*_KEY", "*_SECRET", "*PASSWORD*", "*_CREDENTIALS", "TOKEN", "SECRET")
 LONGEST_REPLY = 2**26  # bytes; a longer one is no reply of ours
+END_S = 15.0  # for the guardian to end what a function has started, before it is killed itself
 GRACE_S = 1.0  # an async call has a time limit in the worker, which must come first
 
 
@@ -39,6 +43,7 @@ class Settings:
     memory_gib: float = 4.0  # 0: no limit
     concurrency: int = 16  # calls at the same time in one process, for async functions
     imports: tuple[str, ...] = ()  # modules to import before the first call, outside its time limit
+    env: tuple[str, ...] = ()  # environment variables that it gets although they look like secrets
     warm_up: dict[str, Any] | None = None  # arguments of a call made with the imports: a library's first one is slow
     allow_ranking: bool = False  # call the file's `rank_responses`, if there is one, instead of the function
     default_ranking: str = ""  # source text of one that is not called, as it only sorts scores of the function
@@ -92,7 +97,9 @@ class WorkerProcess:
         self.ready = select.poll()
         for end in (ours, self.output):
             self.ready.register(end, select.POLLIN)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ROOT, *_entries("PYTHONPATH")])}
+        hidden = withheld(self.settings.env)
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        environment["PYTHONPATH"] = os.pathsep.join([ROOT, *_entries("PYTHONPATH")])
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gspo.reward.worker_main", str(theirs.fileno())],
@@ -225,12 +232,29 @@ class WorkerProcess:
         """Kill the process and all that it started; leave no zombie and no open file."""
         if self.output < 0:
             return
+        self.ask_to_end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_S if guardian.available() else 0.0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.channel.sock.close()
         os.close(self.output)
         self.output = -1
+
+    def ask_to_end(self) -> None:
+        """Have the process end, with all that it started, without waiting for that; from any thread."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if guardian.available():
+                self.process.send_signal(signal.SIGTERM)  # to the guardian
+            else:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def withheld(keep: Sequence[str]) -> list[str]:
+    """Return the names of the environment's secrets that a worker does not get, by their spelling."""
+    secret = (any(fnmatchcase(name.upper(), pattern) for pattern in SECRETS) for name in os.environ)
+    return sorted(name for name, is_secret in zip(os.environ, secret, strict=True) if is_secret and name not in keep)
 
 
 def _entries(variable: str) -> list[str]:

@@ -3,7 +3,7 @@
 The parent (worker_handle.py) sends through a socket, whose number is the only argument, first the settings, then
 calls, as pickles. Replies are JSON and not pickles: code that ran here may have been written by a model. What is
 printed goes to the parent through a pipe. When the parent ends, however it ends, so do this process and all that it
-started.
+started (guardian.py).
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
+from gspo.reward import guardian
 from gspo.reward.channel import Channel
 
 BACKSTOP_S = 5.0  # a process without parent that holds the interpreter's lock dies this long after the time limit
@@ -166,10 +167,14 @@ class Worker:
         os.killpg(0, signal.SIGKILL)  # the parent is gone; this also ends what the function started
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message to the parent. A process that the function forked ends here: the call is not its to answer."""
+        """Send a message to the parent."""
+        self.end_fork()
+        self.channel.send(json.dumps(message).encode())
+
+    def end_fork(self) -> None:
+        """End a process that the function has forked: the call is not its to answer, and the event loop not its own."""
         if os.getpid() != self.pid:
             os._exit(0)
-        self.channel.send(json.dumps(message).encode())
 
     def load_function(self) -> Callable[..., Any] | None:
         """Import the file and return the function to call; tell the parent what it is, or why there is none."""
@@ -242,8 +247,11 @@ class Worker:
 
         async def score() -> dict[str, Any]:
             try:
-                return self.score_reply(await value, call)
+                result = await value
+                self.end_fork()
+                return self.score_reply(result, call)
             except BaseException as e:  # a SystemExit would end the loop and every other call in it
+                self.end_fork()
                 return self.fault_reply(e)
 
         task = asyncio.ensure_future(score())
@@ -319,7 +327,10 @@ def limit_memory(gib: float) -> None:
 
 def main() -> None:
     """Connect to the parent, import the user's file and answer calls."""
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    if guardian.available():
+        guardian.fork_worker(sock)
+    channel = Channel(sock)
     first = channel.receive()
     if first is None:
         return

@@ -5,9 +5,7 @@ it was, starts another process and goes on with the rest. Nothing here knows of 
 """
 
 import contextlib
-import os
 import pickle
-import signal
 import threading
 import time
 from collections import deque
@@ -180,7 +178,9 @@ class WorkerPool:
         if self.first:
             self.first.end()
         for thread in self.threads:
-            thread.stop()
+            thread.interrupt()
+        for thread in self.threads:
+            thread.join(5.0)
 
 
 class Spare(threading.Thread):
@@ -258,12 +258,10 @@ class WorkerThread(threading.Thread):
                 time.sleep(pause)
         return self.pool.start()
 
-    def stop(self) -> None:
-        """Kill the process and wait for the thread."""
-        if self.process and self.ident != threading.get_ident():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.process.pid, signal.SIGKILL)  # the thread is waiting for its reply
-        self.join(5.0)
+    def interrupt(self) -> None:
+        """End the process: the thread may be waiting for its reply."""
+        if process := self.process:
+            process.ask_to_end()
 
     def _room(self, waiting: int) -> int:
         """Return how many more calls to send to this process."""
