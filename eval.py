@@ -10,10 +10,12 @@ several. For a checkpoint of a run, data, reward function and sampling are the r
 import argparse
 import os
 from pathlib import Path
+from shlex import quote
 
 import torch
 
 from gspo.algorithm.self_play_models import win_rate
+from gspo.checkpoint import fingerprints
 from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.config import Config
 from gspo.data.prompts import load_splits
@@ -25,6 +27,7 @@ from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_config import load_config, set_value
 from gspo.read_paths import check_path
+from gspo.reward import reward_func
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
@@ -68,9 +71,8 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
         "trainer.seed": args.seed,
         "data.test_files": args.data,
     }
-    if from_run and not args.reward_func and cfg.reward.path and not Path(cfg.reward.path).is_file():
-        given["reward.path"] = str(run_config.with_name("reward_func.py"))  # the copy that the run kept
-        say(f"note: {cfg.reward.path} is gone; scoring by the run's copy, {given['reward.path']}")
+    if from_run and not args.reward_func:
+        _refuse_code_of_the_run(run_config.parent, cfg.reward.path)
     for key, value in given.items():
         if value is not None:
             set_value(cfg, key, value, "command line")
@@ -79,10 +81,32 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
             f"{model} is no checkpoint of a run, so it is not known what to evaluate it on: give --data FILE; "
             "--data embedded takes the embedded equations."
         )
+    if from_run:
+        _say_other_reward(run_config.parent, cfg.reward.path)
     if args.data:
         cfg.data.train_files = cfg.data.val_files = cfg.data.test_files
     cfg.eval.round_prompts = 0
     return cfg
+
+
+def _refuse_code_of_the_run(run: Path, path: str | None) -> None:
+    """Raise UserError where the reward function lies in the run's folder, which may come from anybody."""
+    if not path or (Path(path).is_file() and not Path(path).resolve().is_relative_to(run.resolve())):
+        return
+    where = "which lies in that folder" if Path(path).is_file() else "which is not here"
+    raise UserError(
+        f"{run} was scored by {path!r}, {where}. A reward function is code, and code in the folder of a run is run "
+        f"only when you name it: --reward_func {quote(str(run / 'reward_func.py'))} (read it first), or --reward_func "
+        "with a file of yours."
+    )
+
+
+def _say_other_reward(run: Path, path: str | None) -> None:
+    """Say where the reward function is not the one that the run was scored by, by the hash that it kept."""
+    kept = fingerprints.read(run).get("reward.path")
+    source = Path(path or reward_func.__file__)
+    if kept and source.is_file() and fingerprints.of_source(source.read_text("utf-8-sig", "replace")) != kept:
+        say(f"note: {path or 'the default reward function'} is not what {run} was scored by: it has changed since")
 
 
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:

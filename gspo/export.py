@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -26,10 +27,17 @@ from gspo.models.model_folder import check_folder
 from gspo.models.safetensors_files import Weights, open_weights, write_weights
 from gspo.models.stored_weights import refuse_non_finite
 from gspo.read_paths import check_path
+from gspo.system.console import say
 from gspo.system.files import replacing
 from gspo.system.program import guarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COPIED = (  # what `save_pretrained` writes, and what describes a model
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY.md"),
+)
 ONE_PROCESS = World(0, 1, torch.device("cpu"), None)
 
 
@@ -48,14 +56,33 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
     try:
         with replacing(folder) as part:
             part.mkdir(parents=True)
-            for file in source.iterdir():
-                if file.is_file() and ".safetensors" not in file.suffixes and file.name != manifest.NAME:
-                    shutil.copyfile(file, part / file.name)
+            _copy_known(source, part)
             _write(part, source, weights, dtype, shard_bytes)
             _verify(part, weights, dtype)
     except OSError as e:
         raise UserError(f"{folder} cannot be written: {e.strerror or e}.") from e
     return source
+
+
+def _copy_known(source: Path, part: Path) -> None:
+    """Copy the files that belong to a model, by name; say which others stay behind. UserError for links out of it.
+
+    What else lies in a folder may be secret (.env), code, or pickled weights that are older than these.
+    """
+    left = []
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or ".safetensors" in file.suffixes or file.name == manifest.NAME:
+            continue
+        if not any(fnmatch(file.name, pattern) for pattern in COPIED):
+            left.append(file.name)
+            continue
+        target = file.resolve()
+        is_hub_cache = target.parent.name == "blobs" and target.parent.parent == source.resolve().parent.parent
+        if file.is_symlink() and not target.is_relative_to(source.resolve()) and not is_hub_cache:
+            raise UserError(f"{file} is a link to {target}, outside of the model. Put the file itself there.")
+        shutil.copyfile(file, part / file.name)
+    if left:
+        say(f"not copied, as no part of a model that we know: {', '.join(left)}")
 
 
 def _is_checkpoint(source: Path) -> bool:

@@ -14,7 +14,7 @@ from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, ro
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State
 from gspo.checkpoint.evaluations import settings_of, write_evaluation
-from gspo.checkpoint.fingerprints import of_model
+from gspo.checkpoint.fingerprints import of_model, of_source
 from gspo.checkpoint.restore import load_held_out, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
@@ -75,7 +75,10 @@ def start_run(
     total_steps: int,
 ) -> Run:
     """Open the run's folder, and the models: as they are at its latest checkpoint, if there is one."""
-    prints = {"model.path": of_model(cfg.model.path), **splits.fingerprints} if world.is_main else {}
+    prints = {}
+    if world.is_main:
+        prints = {"model.path": of_model(cfg.model.path), "reward.path": of_source(scorer.pool.source)}
+        prints |= splits.fingerprints
     folder, resume = open_run(cfg, world, prints)
     state, held_out = load_state(resume) if resume else State(), None
     if world.is_main:

@@ -15,9 +15,12 @@ import platform
 import shlex
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +110,53 @@ def _open(compiler: list[str]) -> ctypes.CDLL:
     what = "\0".join([_run([*compiler, "--version"]), _processor(), *FLAGS]).encode()
     name = f"kernels-{hashlib.sha256(texts + what).hexdigest()[:16]}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo"
-    found = [path for path in sorted(folder.glob(f"{name}-*.so")) if path.is_file() and path.stem == _named(name, path)]
+    _make_private(folder)
+    _remove_leftovers(folder)
+    found = [path for path in sorted(folder.glob(f"{name}-*.so")) if _is_ours(path) and path.stem == _named(name, path)]
     if not found:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # processes that start together may all compile
+        with tempfile.TemporaryDirectory(
+            prefix=f"tmp-{_host()}-{os.getpid()}-", dir=folder
+        ) as scratch:  # processes that start together may all compile
             _say("compiling, once on this machine")
             compiled = _compile(compiler, files, Path(scratch))
             found = [folder / f"{_named(name, compiled)}.so"]
+            compiled.chmod(0o700)
             os.replace(compiled, found[0])
     library = ctypes.CDLL(str(found[0]))
     for kernel, signature in SIGNATURES.items():
         function = getattr(library, kernel)
         function.argtypes, function.restype = [*(kind.c_type for kind in signature.values()), ctypes.c_int], None
     return library
+
+
+def _make_private(folder: Path) -> None:
+    """Make the cache folder ours alone: what lies in it runs. PermissionError where it is another user's."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} belongs to another user, so kernels are not kept in it; set XDG_CACHE_HOME")
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a library is a plain file that only this user can have written: loading it runs its code."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the scratch folders of compilations whose process was killed."""
+    for scratch in folder.glob("tmp*"):
+        _, host, pid, _ = (f"{scratch.name}---").split("-", 3)
+        old = time.time() - scratch.lstat().st_mtime > 3 * LIMIT  # of another machine: its processes are not seen here
+        killed = host == _host() and pid.isdecimal() and not Path(f"/proc/{pid}").exists()
+        if old or (killed and sys.platform == "linux"):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _host() -> str:
+    return socket.gethostname().replace("-", "_")
 
 
 def _named(name: str, path: Path) -> str:

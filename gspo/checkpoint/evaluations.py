@@ -1,11 +1,11 @@
 """Keep a run's evaluations (eval_before.json, eval_after.json) with the step and the settings that they belong to."""
 
 import contextlib
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from gspo.checkpoint.fingerprints import of_source
 from gspo.distributed.world import World
 from gspo.system.files import remove, write_json
 
@@ -22,8 +22,7 @@ def settings_of(n: int, rows: str, reward_function: str) -> dict[str, Any]:
 
     `rows` is the fingerprint of the test prompts, `reward_function` its source.
     """
-    source = reward_function.encode("utf-8", "backslashreplace")
-    return {"rows": rows, "n": n, "reward_function": hashlib.sha256(source).hexdigest()}
+    return {"rows": rows, "n": n, "reward_function": of_source(reward_function)}
 
 
 def write_evaluation(folder: Path, name: str, step: int, settings: dict[str, Any], report: dict[str, Any]) -> None:

@@ -37,6 +37,11 @@ def of_model(path: str | None) -> str:
     return digest.hexdigest()
 
 
+def of_source(text: str) -> str:
+    """Return the fingerprint of a reward function's source text."""
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
 def _add_content(digest: "hashlib._Hash", file: Path) -> None:
     """Add a file's bytes, or blocks of them, to the digest."""
     size = file.stat().st_size
