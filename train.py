@@ -26,7 +26,7 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch_checks import check_launch, check_steps, final_words, say_inputs, say_notes
+from gspo.launch_checks import check_launch, check_steps, final_words, say_inputs, say_notes, say_progress
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
@@ -73,7 +73,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)
     state, evaluates = run.state, splits.test and cfg.eval.before_and_after
     if state.step:
-        say(f"{run.folder}: {state.step} of {total} steps done")
+        say_progress(run.folder, state.step, cfg, total)
     else:
         if evaluates:
             evaluate_run(run, "eval_before")

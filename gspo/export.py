@@ -48,7 +48,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
     """
     check_path(str(checkpoint), "CHECKPOINT")
     check_path(str(folder), "DIR", written=True)
-    source = latest_checkpoint(checkpoint) or latest_checkpoint(checkpoint / "checkpoints") or checkpoint
+    source = latest_checkpoint(checkpoint) or checkpoint
     _check_source(source, named=source == checkpoint)
     _check_target(folder, source)
     check_weights(str(source))

@@ -124,6 +124,17 @@ def say_what_changed(state: State, cfg: Config, total: int, held_out: int) -> No
         say(f"eval.round_prompts was {kept} when this round began, and is {held_out} now: {effect}.")
 
 
+def say_progress(folder: Path, step: int, cfg: Config, total: int) -> None:
+    """Say how far a run that goes on has come; where that is beyond its last step, that nothing is trained."""
+    if step <= total:
+        return say(f"{folder}: {step} of {total} steps done")
+    name = "trainer.max_steps" if cfg.trainer.max_steps else "trainer.total_epochs"
+    say(
+        f"warning: {folder} has done {step} steps, and {name} ends it after {total}, so nothing is trained. To go on, "
+        f"raise {name}; to start anew, give another trainer.run_name, or trainer.resume=never."
+    )
+
+
 def final_words(folder: Path, checkpoint: Path) -> str:
     """Return the table of the run, before against after, and what to type next."""
     reports, note = comparable_evaluations(folder, int(checkpoint.name.rpartition("_")[2]))

@@ -1,5 +1,7 @@
 """Open a run's folder: lock it, check that it holds the same experiment, find the checkpoint to resume from."""
 
+import contextlib
+import difflib
 import errno
 import fcntl
 import os
@@ -50,8 +52,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a `checkpoints` folder. It is not verified: resuming and exporting do that."""
-    return next((p for p in reversed(list_checkpoints(folder)) if (p / "trainer" / "state.json").exists()), None)
+    """Return the newest checkpoint in a run's folder or its `checkpoints` folder; None where there is none.
+
+    It is not verified: resuming and exporting do that.
+    """
+    found = [*reversed(list_checkpoints(folder)), *reversed(list_checkpoints(folder / "checkpoints"))]
+    return next((p for p in found if (p / "trainer" / "state.json").exists()), None)
 
 
 def open_run(cfg: Config, world: World, prints: Fingerprints | None = None) -> tuple[Path, Path | None]:
@@ -81,6 +87,8 @@ def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[P
     own, resume = list_checkpoints(folder / "checkpoints"), cfg.trainer.resume
     if resume == "never" and restart_count():
         resume = "auto"  # torchrun restarted the command: this folder is its own run
+    if resume not in ("auto", "never") and not (own and (restart_count() or _began_from(folder, resume))):
+        _require_checkpoint(resume)
     if own and resume not in ("auto", "never"):
         if Path(resume).resolve().parent == own[-1].resolve().parent and Path(resume).resolve() != own[-1].resolve():
             raise UserError(
@@ -99,15 +107,34 @@ def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[P
             f"{folder} has only damaged checkpoints ({damaged[-1].name}). Start anew with trainer.resume=never, which "
             "renames this folder, or with another trainer.run_name."
         )
-    if resume not in ("auto", "never") and not (Path(resume) / "trainer" / "state.json").exists():
-        found = latest_checkpoint(Path(resume)) or latest_checkpoint(Path(resume) / "checkpoints")
-        raise UserError(
-            f"trainer.resume = {resume!r} is not a checkpoint folder (no trainer/state.json in it)."
-            f"{f' Do you mean {found}?' if found else ''}"
-        )
     if not own and _has_results(folder) and not restart_count():  # its checkpoints were moved away, or never reached
         _rename_old_run(folder)
     return ([], False) if resume in ("auto", "never") else ([Path(resume)], True)
+
+
+def _began_from(folder: Path, resume: str) -> bool:
+    """Return whether the run in a folder was started with this trainer.resume, whose folder may be gone since."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
+        stored = configuration.flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        return stored.get("trainer.resume") == resume
+    return False
+
+
+def _require_checkpoint(resume: str) -> None:
+    """Raise UserError, which names the nearest word or checkpoint, unless trainer.resume is a checkpoint's folder."""
+    if (Path(resume) / "trainer" / "state.json").exists():
+        return
+    if not Path(resume).exists():
+        near = difflib.get_close_matches(resume, ("auto", "never"), n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"trainer.resume = {resume!r} is neither auto nor never, and there is no such folder. Do you mean {near}, "
+            "or a checkpoint's folder?"
+        )
+    found = latest_checkpoint(Path(resume))
+    raise UserError(
+        f"trainer.resume = {resume!r} is not a checkpoint folder (no trainer/state.json in it)."
+        f"{f' Do you mean {found}?' if found else ''}"
+    )
 
 
 def _first_undamaged(candidates: list[Path], named: bool, world: World) -> Path | None:

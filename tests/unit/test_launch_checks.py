@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from gspo.checkpoint.checkpoints import State
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.launch_checks import check_launch, check_steps, final_words, say_notes, say_what_changed
+from gspo.launch_checks import check_launch, check_steps, final_words, say_notes, say_progress, say_what_changed
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 
@@ -98,6 +98,16 @@ def test_one_line_names_model_data_and_reward(run_program, tmp_path):
         f"model: the embedded model | data: train {rows} (3 rows); val data/equations/dev.json (256"
     )
     assert first.endswith("my_reward.py: judge") and "the default" not in first
+
+
+@pytest.mark.parametrize("name", ["trainer.max_steps", "trainer.total_epochs"])
+def test_fewer_steps_than_are_done_are_named_in_one_line_with_the_cure(capsys, tmp_path, name):
+    cfg = load_config(None, [f"{name}=12"])
+    say_progress(tmp_path, 12, cfg, 12)
+    assert capsys.readouterr().out == f"{tmp_path}: 12 of 12 steps done\n"
+    say_progress(tmp_path, 163, cfg, 12)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"has done 163 steps, and {name} ends it after 12, so nothing is trained" in line and f"raise {name}" in line
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,25 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(run):
     assert again(run)[1] == newer
 
 
+@pytest.mark.parametrize(("typed", "near"), [("nevr", "never"), ("atuo", "auto"), ("step_000099", "a checkpoint")])
+def test_a_resume_that_is_neither_a_word_nor_a_folder_is_refused_beside_an_existing_run_too(run, typed, near):
+    with pytest.raises(UserError, match=rf"resume = '{typed}' is neither auto nor never.*Do you mean .*{near}"):
+        again(run, f"trainer.resume={typed}")
+
+
+def test_a_run_goes_on_although_the_checkpoint_that_it_began_from_is_gone(run):
+    begin = [f"trainer.resume={run.folder / 'checkpoints' / 'step_000004'}", "trainer.run_name=other"]
+    folder, taken = again(run, *begin)
+    shutil.move(taken, folder / "checkpoints" / "step_000009")
+    assert again(run, *begin)[1] == folder / "checkpoints" / "step_000009"
+
+
+def test_the_folder_of_a_run_means_its_newest_checkpoint(run):
+    newest = run.folder / "checkpoints" / "step_000004"
+    assert latest_checkpoint(run.folder) == latest_checkpoint(run.folder / "checkpoints") == newest
+    assert latest_checkpoint(run.folder.parent) == run.folder.parent / "checkpoints" / "step_000004"
+
+
 def test_a_run_goes_on_under_another_name_of_its_folder(run):
     os.close(run_folder._locks.pop(run.folder))
     other = run.folder.rename(run.folder.with_name("other"))
