@@ -6,6 +6,7 @@ It has the format of SummaryWriter, whose thread would end at a full disk.
 import io
 import os
 import socket
+import string
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.tensorboard import summary
 from gspo.config import Config
 from gspo.metrics.trackers import FileTracker, Samples
 from gspo.system.files import AppendedFile
+from gspo.system.output import printable
 
 PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healthy high), limits of `config.Health`
     "reward_mean (healthy: rises)": ("reward_mean", None, None),
@@ -26,6 +28,7 @@ PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healt
     "kl_divergence (healthy: 0.001 to 0.1)": ("kl_divergence", "kl_divergence_min", "kl_divergence_max"),
     "ranking_loss (healthy: falls)": ("ranking_loss", None, None),
 }
+_ENTITIES = {ord(c): f"&#{ord(c)};" for c in string.punctuation} | {ord("\n"): "<br>"}
 SAMPLES, SAMPLES_EVERY = 2, 10  # groups shown as text, and every how many steps
 
 
@@ -66,10 +69,11 @@ def _tags(name: str, low: str | None, high: str | None) -> list[str]:
 
 
 def _table(row: dict[str, Any]) -> str:
-    """Write a group as a Markdown table, best response first."""
+    """Write a group as a Markdown table, best response first. Texts are shown as they are: none of their characters
+    is Markdown or HTML, an image in an answer is not fetched."""
 
     def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", "<br>")
+        return printable(str(text)).translate(_ENTITIES)
 
     lines = [
         f"**{cell(row['prompt'])}** (answer {cell(row['ground_truth'])})",

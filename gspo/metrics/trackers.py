@@ -6,6 +6,7 @@ from typing import Any
 
 from gspo.config import Config
 from gspo.system.files import AppendedFile, write_text
+from gspo.system.output import printable_json
 
 Samples = dict[int, dict[str, Any]]  # place in the global batch -> prompt, responses, rewards, the widest pair
 
@@ -64,7 +65,9 @@ class SamplesFile(FileTracker):
 
     def samples(self, step: int, rows: Samples) -> OSError | None:
         lines = [json.dumps({"step": step, **row}, ensure_ascii=False, default=str) + "\n" for row in rows.values()]
-        return self.file.append("".join(lines).encode("utf-8", "backslashreplace"))  # half a character: \\ud83d
+        return self.file.append(
+            printable_json("".join(lines)).encode("utf-8", "backslashreplace")
+        )  # half a character: \\ud83d
 
 
 def drop_steps_after(path: Path, step: int) -> None:

@@ -30,6 +30,7 @@ from gspo.reward import reward_func
 from gspo.reward.worker_handle import Outcome, Settings, withheld
 from gspo.reward.worker_pool import GAVE_UP, MOST_TIMEOUTS, WorkerPool
 from gspo.system.console import say, track
+from gspo.system.output import printable
 from gspo.system.torchrun import cpu_cores, is_main, rank
 from gspo.types import Prompt, Rollout, Scores
 
@@ -175,7 +176,7 @@ class Scorer:
                 f"A call is ended after reward.timeout_s = {self.cfg.timeout_s:g} s; Ctrl-C ends the run."
             )
             with contextlib.suppress(OSError):
-                print(text, file=sys.stderr, flush=True)
+                print(printable(text), file=sys.stderr, flush=True)
         return future.result()
 
     def _warn(self, outcome: Outcome, prompt: Prompt, texts: list[str]) -> None:
@@ -196,7 +197,7 @@ class Scorer:
         where = "" if is_main() else f"rank {rank()}: "
         trace = f"\n{outcome.trace.rstrip()}" if outcome.trace else ""
         note = f"({effect}, reward.on_error; further ones are only counted, in reward/{outcome.fault}s)"
-        print(f"{where}warning: {text} {note}{trace}", file=sys.stderr, flush=True)
+        print(printable(f"{where}warning: {text} {note}{trace}"), file=sys.stderr, flush=True)
 
 
 def _part_name(name: str) -> str:
@@ -256,7 +257,7 @@ class _PrintedLines:
         lines = (self.part + text[: PRINTED_LINES * LINE_WIDTH]).split("\n")
         self.part = lines.pop()[:LINE_WIDTH]
         for line in lines[: self.left]:
-            say(f"reward function: {line[:LINE_WIDTH]}")
+            say(f"reward function: {printable(line[:LINE_WIDTH])}")
         self.left -= len(lines)
         if self.left <= 0:
             say(f"reward function: (it prints more than {PRINTED_LINES} lines; the rest is not shown)")

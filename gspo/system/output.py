@@ -1,4 +1,7 @@
-"""Print without being ended by it: to a full disk, a pipe that nobody reads, or no standard output at all."""
+"""Print without being ended by it: to a full disk, a pipe that nobody reads, or no standard output at all.
+
+And without doing what a text says: answers and exceptions may hold escape sequences, which a terminal would obey.
+"""
 
 import contextlib
 import os
@@ -7,15 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+# Characters that a terminal obeys: controls but tab and line feed, and those that change the direction of text.
+CONTROLS = [*range(9), *range(11, 32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+_SHOWN = {c: f"\\x{c:02x}" if c < 256 else f"\\u{c:04x}" for c in CONTROLS}
+_SHOWN_OF_PROGRAMS = {c: shown for c, shown in _SHOWN.items() if c != ord("\r")}  # progress bars return the carriage
+_IN_JSON = {c: f"\\u{c:04x}" for c in CONTROLS}
+
+
+def printable(text: str) -> str:
+    r"""Return the text with control characters shown: `\x1b[2J` instead of a cleared screen."""
+    return text.translate(_SHOWN)
+
+
+def printable_json(text: str) -> str:
+    """Return the same JSON without a control character, for those who print the file."""
+    return text.translate(_IN_JSON)
+
 
 class KeptStream:
-    """Pass text on to a stream. What the stream does not take is lost, and `error` says why; the program goes on."""
+    """Pass text on to a stream, control characters shown. What the stream does not take is lost, and `error` says why;
+    the program goes on."""
 
     def __init__(self, stream: TextIO):
         self.stream, self.error = stream, None
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self.stream.write(text))
+        self._attempt(lambda: self.stream.write(text.translate(_SHOWN_OF_PROGRAMS)))
         return len(text)
 
     def flush(self) -> None:

@@ -221,7 +221,7 @@ def test_the_first_samples_are_a_table_on_the_board(tmp_path):
     assert text.splitlines()[4:] == [
         "| 1 | line<br>break | chosen |",
         "| 0.5 | x |  |",
-        "| 0.1 | 5 \\| 6 |  |",
+        "| 0.1 | 5 &#124; 6 |  |",
         "| 0 |  | rejected |",
     ]
 
