@@ -172,8 +172,7 @@ def _prepare(folder: Path, checkpoint: Path | None, cfg: Config, prints: Fingerp
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(folder)
         _check_files(folder)
-        for leftover in [*folder.glob(f"*{PART}"), *(folder / "checkpoints").glob(f"*{PART}")]:
-            remove(leftover)
+        _remove_unfinished(folder)
         if checkpoint is None or checkpoint.parent != folder / "checkpoints":  # an earlier attempt may have left these
             remove(folder / "tensorboard")
             remove_evaluations(folder)
@@ -224,8 +223,15 @@ def _has_results(folder: Path) -> bool:
     return any((folder / name).is_file() and (folder / name).stat().st_size for name in kept)
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the unfinished files of earlier attempts."""
+    for leftover in [*folder.glob(f"*{PART}"), *(folder / "checkpoints").glob(f"*{PART}")]:
+        remove(leftover)
+
+
 def _rename_old_run(folder: Path) -> None:
-    """Append the time of its last change to the name of an old run's folder."""
+    """Append the time of its last change to the name of an old run's folder, whose unfinished files are removed."""
+    _remove_unfinished(folder)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
     renamed = folder.with_name(f"{folder.name}-{stamp}")
     while renamed.exists():

@@ -37,10 +37,12 @@ def again(run, *overrides):
 @pytest.mark.parametrize("other", [[], ["optim.learning_rate=0.5", "trainer.seed=9", "objective.algorithm=grpo"]])
 def test_a_run_whose_checkpoints_were_moved_away_is_kept_beside_the_new_one(run, capsys, gone, other):
     remove(run.folder / gone)
+    (run.folder / "metrics.jsonl.part").write_text("unfinished")
     assert again(run, *other) == (run.folder, None)
     assert "the earlier run is kept as" in capsys.readouterr().out
     (kept,) = [p for p in run.folder.parent.iterdir() if p.name.startswith("quick-")]
     assert (kept / "metrics.jsonl").read_text() == '{"step": 6}\n' and (kept / "eval_after.json").exists()
+    assert not list(kept.rglob("*.part"))
     assert sorted(p.name for p in run.folder.iterdir()) == ["checkpoints", "config.yaml", "fingerprints.json"]
 
 
