@@ -8,7 +8,6 @@ several. For a checkpoint of a run, data, reward function and sampling are the r
 """
 
 import argparse
-import os
 from pathlib import Path
 from shlex import quote
 
@@ -16,14 +15,14 @@ import torch
 
 from gspo.algorithm.self_play_models import win_rate
 from gspo.checkpoint import fingerprints
-from gspo.checkpoint.run_folder import latest_checkpoint
+from gspo.checkpoint.run_folder import checkpoint_of
 from gspo.config import Config
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch_checks import say_inputs
 from gspo.metrics.evaluation import Answers, answer, report, table
-from gspo.models.loading import load_model, load_model_config, load_tokenizer
+from gspo.models.loading import check_weights, load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_config import load_config, set_value
 from gspo.read_paths import check_path
@@ -38,9 +37,7 @@ from gspo.system.program import guarded
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", nargs="?", help="checkpoint, folder of checkpoints, HF folder or name (default: embedded)"
-    )
+    parser.add_argument("model", nargs="?", help="checkpoint, run, HF folder or name (default: embedded)")
     parser.add_argument("--compare", metavar="OTHER", help="a second model; prints the first one's win rate against it")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="JSON, JSONL or parquet prompts")
     parser.add_argument("--n", type=int, help="samples per prompt (default 8)")
@@ -109,6 +106,16 @@ def _say_other_reward(run: Path, path: str | None) -> None:
         say(f"note: {path or 'the default reward function'} is not what {run} was scored by: it has changed since")
 
 
+def check_model(name: str, place: str) -> None:
+    """Raise UserError, which names its place on the command line, where a model cannot be opened."""
+    try:
+        load_model_config(name)
+        load_tokenizer(name)
+        check_weights(name)
+    except UserError as e:
+        raise UserError(str(e).replace("model.path =", f"{place} =", 1)) from e
+
+
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score responses of one model to the test prompts."""
     config, tokenizer = load_model_config(name), load_tokenizer(name)
@@ -132,17 +139,21 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
 
 def run_evaluation(args: argparse.Namespace, world: World) -> None:
     """Evaluate the model, compare it with the other where there is one, and print and write the numbers."""
-    if args.model is not None and not args.model.strip():
-        raise UserError(
-            "the model's name is empty (a variable of the shell that is not set?); leave it out for the embedded model."
-        )
+    for what, text in {"the model's name": args.model, "--compare": args.compare}.items():
+        if text is not None and not text.strip():
+            raise UserError(f"{what} is empty (a variable of the shell that is not set?). Give one, or leave it out.")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: it must be at least 1. Leave it out to evaluate on every prompt.")
     for place, text in {"MODEL": args.model, "--compare": args.compare, "--json": args.json}.items():
         check_path(str(text or ""), place, written=place == "--json")
-    name = checkpoint_of(args.model) if args.model else None
+    name, other = (checkpoint_of(text) if text else None for text in (args.model, args.compare))
     if args.json and not args.json.expanduser().parent.is_dir():
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
     if args.json and args.json.expanduser().is_dir():
         raise UserError(f"--json {args.json} is a folder; name a file.")
+    for place, model in {"MODEL": name, "--compare": other}.items():  # both before anything is sampled
+        if model:
+            check_model(model, place)
     cfg = configure(args, Path(name) if name else None)
     mine = evaluate(name, cfg, world)
     result = report(mine)
@@ -151,8 +162,7 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
     title = f"{name or 'embedded model'}: {result['prompts']} prompts, {result['samples']} samples each, 95 % intervals"
     columns = {"all": result, **result.get("by_data_source", {})}
     say(f"\n{title}\n{table(columns)}")
-    if args.compare:
-        other = checkpoint_of(args.compare)
+    if other:
         theirs = evaluate(other, cfg, world)
         wins, ties = win_rate(torch.tensor(mine.rewards), torch.tensor(theirs.rewards), cfg.objective.margin)
         result["compare"] = {"other": other, "win_rate": wins, "ties": ties, **report(theirs)}
@@ -160,12 +170,6 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
         say(table({"this": result, "other": result["compare"]}))
     if args.json and world.is_main:
         write_json(args.json.expanduser(), {"model": str(name or "embedded"), **result})
-
-
-def checkpoint_of(name: str) -> str:
-    """Return the newest checkpoint in a folder of checkpoints; any other name as it is, `~` expanded."""
-    name = os.path.expanduser(name)
-    return str(latest_checkpoint(Path(name)) or name)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gspo.checkpoint import manifest
 from gspo.checkpoint.hf_folder import index_json, json_bytes, shard_files
-from gspo.checkpoint.run_folder import latest_checkpoint
+from gspo.checkpoint.run_folder import checkpoint_of
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import check_weights
@@ -48,8 +48,8 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None, sha
     """
     check_path(str(checkpoint), "CHECKPOINT")
     check_path(str(folder), "DIR", written=True)
-    source = latest_checkpoint(checkpoint) or checkpoint
-    _check_source(source, named=source == checkpoint)
+    source = Path(checkpoint_of(checkpoint))
+    _check_source(source, named=source == checkpoint.expanduser())
     _check_target(folder, source)
     check_weights(str(source))
     weights = open_weights(source)

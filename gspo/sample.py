@@ -19,6 +19,7 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import nn
 
+from gspo.checkpoint.run_folder import checkpoint_of
 from gspo.data.encoding import Encoder
 from gspo.data.messages import Messages, read_messages, read_tools
 from gspo.data.sources import Source, open_source
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gspo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="HF folder or name; '' for the embedded model")
+    parser.add_argument("model", help="checkpoint, run, HF folder or name; '' for the embedded model")
     parser.add_argument("prompts", help="file of rows, or a data set owner/name[:config][@split]")
     parser.add_argument("answers", type=Path, help="JSONL file to write")
     parser.add_argument("--n", type=int, default=8, help="responses per prompt (default: %(default)s)")
@@ -172,8 +173,9 @@ def main() -> None:
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
     source = open_source(a.prompts)
     with _open_answers(a.answers, a.prompts) as out:
+        model = checkpoint_of(a.model) if a.model else None
         memory, skips = a.kv_memory_gib or "auto", a.skip_special_tokens
-        sampler, encoder = _open(a.model or None, None, None, a.precision, "auto", memory, a.seed, skips)
+        sampler, encoder = _open(model, None, None, a.precision, "auto", memory, a.seed, skips)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [_row(source, i) for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
             prompts = [

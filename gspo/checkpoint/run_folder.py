@@ -60,6 +60,15 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next((p for p in found if (p / "trainer" / "state.json").exists()), None)
 
 
+def checkpoint_of(name: str | Path) -> str:
+    """Return the newest checkpoint of a run or of a folder of checkpoints; any other folder, or a hub name, as it is.
+
+    `~` is expanded.
+    """
+    expanded = os.path.expanduser(name)
+    return str(latest_checkpoint(Path(expanded)) or expanded)
+
+
 def open_run(cfg: Config, world: World, prints: Fingerprints | None = None) -> tuple[Path, Path | None]:
     """Prepare the run's folder. Return (folder, checkpoint to resume from or None). All ranks call it together.
 

@@ -55,6 +55,7 @@ def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
             generation_config=read_generation_config(name),
             dtype=dtype,
             trust_remote_code=False,
+            local_files_only=Path(name).exists(),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
@@ -127,7 +128,7 @@ def load_tokenizer(path: str | None) -> Any:
     name = resolve_path(path)
     check_tokenizer_files(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).exists())
     except Exception as e:
         if code := own_code(name, "tokenizer_config.json", "AutoTokenizer"):
             raise needs_own_code(name, code) from e
@@ -210,13 +211,14 @@ def load_model_config(path: str | None) -> Any:
     name = resolve_path(path)
     check_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).exists())
     except Exception as e:
         if code := own_code(name, "config.json", "AutoConfig"):
             raise needs_own_code(name, code) from e
-        with contextlib.suppress(Exception):  # a name on the hub without config.json may be an adapter
-            hf_hub_download(name, "adapter_config.json")
-        check_folder(name)
+        if not Path(name).exists():
+            with contextlib.suppress(Exception):  # a name on the hub without config.json may be an adapter
+                hf_hub_download(name, "adapter_config.json")
+            check_folder(name)
         raise cannot_open(name, e) from e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise wrong_folder(

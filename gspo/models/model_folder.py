@@ -4,6 +4,7 @@ Nothing here reads weights; stored_weights.py compares those with the model.
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ MOST = {  # no model has more
     "num_experts": 2**14,
     "num_local_experts": 2**14,
 }
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # OWNER/NAME
 QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys of config.json
 
 
@@ -55,6 +57,14 @@ def check_folder(path: str) -> None:
     if folder.is_file():
         raise wrong_folder(path, f"is a file. Give the folder that it lies in, {str(folder.parent)!r}.")
     _check_adapter(path)
+    if not folder.exists() and _read(path, "config.json") is None:
+        if not HUB_NAME.fullmatch(path):
+            raise wrong_folder(
+                path,
+                "is no folder here, and a name on the hub is OWNER/NAME. Give a Hugging Face folder or such a name, or "
+                "leave it empty.",
+            )
+        _say_asking(path)
     if folder.is_dir():
         _check_pointers(folder)
         if not (folder / "config.json").exists():
@@ -227,6 +237,11 @@ def _check_code(path: str, file: str, *kinds: str) -> None:
         raise needs_own_code(path, code)
     if code:
         _say_not_run(path, code)
+
+
+@cache
+def _say_asking(path: str) -> None:
+    say(f"no folder {path} here; asking the hub")
 
 
 @cache

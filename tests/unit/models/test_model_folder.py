@@ -20,6 +20,36 @@ def folder(tmp_path):
     return shutil.copytree(MODEL_DIR, tmp_path / "m")
 
 
+@pytest.mark.parametrize("name", ["qwen2.5", "./owner/name", "/no/such/folder", "a/b/c"])
+def test_a_name_that_is_no_folder_and_cannot_be_on_the_hub_is_refused_at_once(name, capsys):
+    with pytest.raises(
+        UserError, match=rf"model.path = '{name}' is no folder here, and a name on the hub is OWNER/NAME"
+    ):
+        load_model_config(name)
+    assert capsys.readouterr().out == ""
+
+
+def test_that_the_hub_is_asked_is_said_once(capsys):
+    for _ in range(2):
+        with pytest.raises(UserError, match="is no folder here and cannot be fetched"):
+            load_model_config("owner/not-fetched")
+    assert capsys.readouterr().out == "no folder owner/not-fetched here; asking the hub\n"
+
+
+def test_a_folder_is_never_looked_for_on_the_hub(folder, monkeypatch):
+    """Its relative name could be one of the hub's."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *host: asked.append(host) or 1 / 0)
+    monkeypatch.chdir(folder.parent.parent)
+    name = f"{folder.parent.name}/m"
+    assert load_model(name) is not None and load_tokenizer(name) is not None
+    add(folder, "config.json", model_type="of_tomorrow")
+    with pytest.raises(UserError, match="cannot be opened as a model folder.*of_tomorrow"):
+        load_model_config(name)
+    assert asked == []
+
+
 def remove(folder, *names):
     for name in names:
         (folder / name).unlink()
