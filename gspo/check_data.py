@@ -4,7 +4,7 @@ r"""Check the data before training: what is wrong with its rows, and whether the
 
 Every row is read; a sample of rows is tokenized and its answers are scored. Right ("gold") answers are a row's
 `solution` and its ground truth as `\boxed{72}`, `#### 72`, `The answer is 72`, `答案：72` and `72`; the best of them
-counts. Wrong ones are made from another row's ground truth. Exit code: 0 when training would start, 2 when not.
+counts. Wrong ones are made from another row's ground truth, or empty where all are alike. Exit code: 0 when training would start, 2 when not.
 """
 
 import argparse

@@ -162,7 +162,8 @@ def _score(
 ) -> tuple[list[Example], Scores]:
     """Return an example for each row at `places`: its best right and best wrong answer; and the scores of all texts.
 
-    A row's right and wrong texts form one group, as a `rank_responses` scores them against each other.
+    Wrong is another row's ground truth, or an empty response where there is no other. Right and wrong form one group, as
+    a `rank_responses` scores them against each other.
     """
     chosen = [prompts[i] for i in places]
     truths = [p.ground_truth for p in chosen] + [first_truth]
@@ -170,7 +171,7 @@ def _score(
     for k, prompt in enumerate(chosen):
         later = [t for t in truths[k + 1 :] + truths[:k] if isinstance(t, str) and t != prompt.ground_truth]
         golds.append(gold_texts(prompt))
-        wrongs.append(renderings(later[0]) if later else [])
+        wrongs.append(renderings(later[0]) if later else [""])  # all truths are alike: an empty response is wrong
         both = golds[-1] + wrongs[-1]
         groups.append(both + both[-1:] * (1 + 2 * len(RENDERINGS) - len(both)))
     scores = scorer.score_texts(chosen, groups)

@@ -83,9 +83,13 @@ def test_calls_that_failed_are_reported():
     assert check.faults == 7 and check.refused and "7 of its calls failed" in check.verdict()
 
 
-def test_where_all_truths_are_alike_there_is_nothing_to_compare():
-    check = check_gold(Scorer(lambda p, t: 1.0), prompts("1", "1"), 16)
-    assert (check.compared, check.refused, check.verdict()) == (0, False, None)
+@pytest.mark.parametrize("truth", ["1", ""])
+def test_where_all_truths_are_alike_right_answers_must_score_above_an_empty_one(truth):
+    check = check_gold(Scorer(exact), prompts(truth, truth), 16)
+    assert (check.compared, check.above, check.verdict()) == (2, 2, None)
+    for constant in (0.0, 1.0):
+        check = check_gold(Scorer(lambda p, t, c=constant: c), prompts(truth), 16)
+        assert check.refused and f"the wrong '' {constant:g}" in check.verdict()
 
 
 def test_many_rows_go_in_chunks_and_every_one_is_compared():
@@ -186,6 +190,11 @@ def test_a_function_that_does_not_tell_right_from_wrong(check):
     code, table, out = check({"train": rows(0, 5)}, reward=always)
     assert code == 2 and table["train"]["gold > wrong"] == "0.000" and "scores no right answer above a wrong" in out
     assert check({"train": rows(0, 5)}, "reward.check_rows=0", reward=always)[0] == 0
+
+
+def test_an_empty_ground_truth_that_nothing_scores_keeps_training_from_starting(check):
+    code, _, out = check({"train": [{"prompt": "Say it.", "ground_truth": ""}]})
+    assert code == 2 and "training would not start" in out and "scores no right answer above a wrong one" in out
 
 
 def test_a_function_that_ranks_a_group_is_asked_about_right_and_wrong_together(check):
