@@ -16,7 +16,7 @@ import torch
 from gspo.algorithm.self_play_models import win_rate
 from gspo.checkpoint import fingerprints
 from gspo.checkpoint.run_folder import checkpoint_of
-from gspo.config import Config
+from gspo.config import Config, known_keys
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
@@ -48,7 +48,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--precision", help="auto, fp32 or bf16")
     parser.add_argument("--seed", type=int, help="of sampling")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
-    return parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    for text in [args.model or "", *(args.data or []), *unknown]:
+        key, equals, value = text.partition("=")
+        if equals and key in known_keys() and not Path(text).exists():
+            name = key.rpartition(".")[2]
+            cure = f"write --{name} {quote(value)}" if name in vars(args) else "`eval.py --help` lists them"
+            raise UserError(f"{text}: eval.py takes flags, no section.key=value; {cure}.")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def configure(args: argparse.Namespace, model: Path | None) -> Config:

@@ -26,12 +26,12 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch_checks import check_launch, check_steps, final_words, say_inputs, say_notes, say_progress
+from gspo.launch_checks import check_launch, check_steps, final_words, say_fine, say_inputs, say_notes, say_progress
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.packing.balance import balance
-from gspo.read_config import STANDARD, load_config
+from gspo.read_config import STANDARD, load_config, parse_arguments
 from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
 from gspo.rollout.tree import Tree
@@ -68,7 +68,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     say_notes(cfg)
     check_steps(cfg, total)
     if check_only:
-        return say(f"fine: {len(splits.train)} prompts, {total} steps of {batches.size} x {cfg.rollout.n} responses")
+        return say_fine(cfg, len(splits.train), total)
 
     run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)
     state, evaluates = run.state, splits.test and cfg.eval.before_and_after
@@ -194,7 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
-    args = parser.parse_intermixed_args()
+    args = parse_arguments(parser)
     with process_group() as world:  # around all that may fail: of several ranks one says why
         train(load_config(args.config, args.overrides), world, check_only=args.check)
 

@@ -4,7 +4,8 @@ r"""Check the data before training: what is wrong with its rows, and whether the
 
 Every row is read; a sample of rows is tokenized and its answers are scored. Right ("gold") answers are a row's
 `solution` and its ground truth as `\boxed{72}`, `#### 72`, `The answer is 72`, `答案：72` and `72`; the best of them
-counts. Wrong ones are made from another row's ground truth, or empty where all are alike. Exit code: 0 when training would start, 2 when not.
+counts. Wrong ones are made from another row's ground truth, or empty where all are alike.
+Exit code: 0 when training would start, 2 when not.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from gspo.data.encoding import check_template_kwargs
 from gspo.data.prompts import Survey, TooLong, check_positions, configured_splits, in_common, make_checker, survey
 from gspo.errors import UserError
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
-from gspo.read_config import STANDARD, load_config
+from gspo.read_config import STANDARD, load_config, parse_arguments
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
 from gspo.system.program import guarded
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     amount.add_argument("--rows", type=int, default=1000, metavar="K", help="rows sampled (default: %(default)s)")
     amount.add_argument("--all", action="store_true", help="count tokens and score answers of every row")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_arguments(parser, argv)
     if args.rows < 1:
         raise UserError(f"--rows {args.rows}: it must be at least 1.")
     cfg = load_config(args.config, args.overrides)

@@ -124,6 +124,13 @@ def say_what_changed(state: State, cfg: Config, total: int, held_out: int) -> No
         say(f"eval.round_prompts was {kept} when this round began, and is {held_out} now: {effect}.")
 
 
+def say_fine(cfg: Config, prompts: int, total: int) -> None:
+    """Say that a run could start, and what its steps are."""
+    size, n = cfg.data.train_batch_size, cfg.rollout.n
+    all_of_them = f"; data.train_batch_size = {size}, so a batch holds all {prompts} prompts" if prompts < size else ""
+    say(f"fine: {prompts} prompts, {total} steps of {min(size, prompts)} x {n} responses{all_of_them}")
+
+
 def say_progress(folder: Path, step: int, cfg: Config, total: int) -> None:
     """Say how far a run that goes on has come; where that is beyond its last step, that nothing is trained."""
     if step <= total:

@@ -27,7 +27,7 @@ def draw(run: Path, out: Path) -> None:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError as e:
-        raise UserError("pictures need matplotlib: pip install -r requirements-dev.txt.") from e
+        raise UserError("pictures need matplotlib: `make dev`, or pip install -r requirements-dev.txt.") from e
     try:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except OSError as e:

@@ -4,15 +4,18 @@
 `objective.form` is one setting for several: they are set last, and nothing else may set them otherwise.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
 import operator
 import os
 import re
+import sys
 import types
 import typing
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import yaml
@@ -42,8 +45,28 @@ def find_parameter(typed: str, place: str) -> tuple[str, tuple[str, ...]]:
         is_mapping = name in PARAMETERS and typing.get_origin(PARAMETERS[name].type) is dict
         if name in PARAMETERS and (not inside or (is_mapping and all(inside))):
             return name, inside
-    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
-    raise UserError(f"{place}: unknown key {key!r}; did you mean {near[0]!r}? `python -m gspo.config` lists every key.")
+    inside = [known for known in PARAMETERS if known.startswith(f"{key}.")]
+    if inside:
+        raise UserError(f"{place}: {key!r} is a section; name a parameter in it: {', '.join(inside[:3])}, ...")
+    near = [known for known in PARAMETERS if known.split(".")[1] == key]  # only its section was left out
+    near = near or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+    meant = " or ".join(map(repr, near))
+    raise UserError(f"{place}: unknown key {key!r}; did you mean {meant}? `python -m gspo.config` lists every key.")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse flags and `section.key=value` settings, in any order. UserError where a parameter is written as a flag."""
+    given = sys.argv[1:] if argv is None else argv
+    args, unknown = parser.parse_known_intermixed_args(given)
+    for flag in unknown:
+        name, equals, value = flag.lstrip("-").partition("=")
+        key, inside = find_parameter(name.replace("-", "_"), f"command line: {flag}")
+        following = given[given.index(flag) + 1 :][:1]
+        if not equals:
+            value = next((text for text in following if not text.startswith("-")), "VALUE")
+        written = quote(f"{'.'.join((key, *inside))}={value}")
+        raise UserError(f"command line: {flag}: parameters are no flags here (but of train.sh); write {written}.")
+    return args
 
 
 def _type_name(kind: Any) -> str:

@@ -1,5 +1,6 @@
 """Bring a row's messages and tools into the chat template's form: all fields, no nulls, no images or sound."""
 
+import difflib
 import json
 from typing import Any
 
@@ -27,7 +28,9 @@ def read_messages(prompt: Any, place: str) -> Messages:
 
 def _message(message: Any, place: str, number: int) -> dict[str, Any]:
     """Return one message, its content a text, or missing beside other fields such as tool_calls."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    if isinstance(message, dict) and message.get("role") is None:
+        raise _missing("role", message, place, number)
+    if not isinstance(message, dict) or not isinstance(message["role"], str):
         raise _error(message, place, "a text, or a list of {role, content} messages", number)
     if type(message.get("content")) is str and len(message) == 2:
         return message  # nearly all are like this
@@ -37,8 +40,8 @@ def _message(message: Any, place: str, number: int) -> dict[str, Any]:
     if isinstance(content, dict | list):
         parts = content if isinstance(content, list) else [content]
         message["content"] = "".join(_part(part, place, number) for part in parts)
-    elif content is None and len(message) == 1:
-        raise _error(message, place, "a text, or a list of {role, content} messages", number)
+    elif content is None and (len(message) == 1 or message["role"] in ("user", "system") or _near("content", message)):
+        raise _missing("content", message, place, number)
     elif not isinstance(content, str | None):
         raise _error(content, place, "a message whose content is a text, or a list of text parts", number)
     return message
@@ -96,6 +99,16 @@ def question_of(messages: Messages) -> str:
     texts = [(m["role"], m["content"]) for m in messages if m.get("content")]
     asked = [text for role, text in texts if role == "user"] or [text for _, text in texts]
     return asked[-1] if asked else ""
+
+
+def _near(field: str, message: dict[str, Any]) -> list[str]:
+    """Return the key of a message that is the field's name misspelt, if there is one."""
+    return difflib.get_close_matches(field, [str(key) for key in message], n=1, cutoff=0.7)
+
+
+def _missing(field: str, message: dict[str, Any], place: str, number: int) -> UserError:
+    near = "".join(f"; is {key!r} meant for it?" for key in _near(field, message))
+    return UserError(f"{place}: field 'prompt', message {number} has no {field!r}, got {message!r:.80}{near or '.'}")
 
 
 def _error(got: Any, place: str, expected: str, number: int | None = None) -> UserError:

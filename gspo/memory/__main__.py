@@ -17,7 +17,7 @@ from gspo.memory.footprint import GIB, Footprint, footprint
 from gspo.models.loading import check_weights, load_model_config
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import choose_precision
-from gspo.read_config import STANDARD, load_config
+from gspo.read_config import STANDARD, load_config, parse_arguments
 from gspo.rollout.kv_budget import free_bytes
 from gspo.system.console import say
 from gspo.system.program import guarded
@@ -60,7 +60,7 @@ def _arguments() -> argparse.Namespace:
         "--have", type=float, metavar="GIB", help="memory of a device (default: what is free on this machine)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
-    args = parser.parse_intermixed_args()
+    args = parse_arguments(parser)
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: must be 1 or more.")
     if args.have is not None and not 0 < args.have < math.inf:

@@ -162,8 +162,8 @@ def _score(
 ) -> tuple[list[Example], Scores]:
     """Return an example for each row at `places`: its best right and best wrong answer; and the scores of all texts.
 
-    Wrong is another row's ground truth, or an empty response where there is no other. Right and wrong form one group, as
-    a `rank_responses` scores them against each other.
+    Wrong is another row's ground truth, or an empty response where there is no other. Right and wrong form one group,
+    as a `rank_responses` scores them against each other.
     """
     chosen = [prompts[i] for i in places]
     truths = [p.ground_truth for p in chosen] + [first_truth]

@@ -38,3 +38,19 @@ def test_the_folder_of_a_run_is_evaluated_by_its_newest_checkpoint(monkeypatch, 
     for folder in (run.folder, run.folder.parent, run.folder / "checkpoints"):
         with pytest.raises(pytest.fail.Exception, match="sampled: .*step_000004"):
             evaluate(monkeypatch, folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        (["rollout.n=4"], "write --n 4."),
+        (["outputs", "trainer.seed=1"], "write --seed 1."),
+        (["--data", "embedded", "eval.n=4"], "write --n 4."),
+        (["rollout.top_k=5"], "`eval.py --help` lists them."),
+    ],
+)
+def test_a_setting_is_answered_with_the_flag(monkeypatch, given, cure):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *given])
+    with pytest.raises(UserError, match="eval.py takes flags, no section.key=value") as e:
+        evaluation.options()
+    assert str(e.value).endswith(cure)

@@ -10,7 +10,15 @@ from transformers import AutoConfig
 from gspo.checkpoint.checkpoints import State
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.launch_checks import check_launch, check_steps, final_words, say_notes, say_progress, say_what_changed
+from gspo.launch_checks import (
+    check_launch,
+    check_steps,
+    final_words,
+    say_fine,
+    say_notes,
+    say_progress,
+    say_what_changed,
+)
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 
@@ -98,6 +106,16 @@ def test_one_line_names_model_data_and_reward(run_program, tmp_path):
         f"model: the embedded model | data: train {rows} (3 rows); val data/equations/dev.json (256"
     )
     assert first.endswith("my_reward.py: judge") and "the default" not in first
+
+
+def test_a_batch_that_holds_all_prompts_is_said(capsys):
+    cfg = load_config(None, ["rollout.n=8", "data.train_batch_size=256"])
+    say_fine(cfg, 256, 15)
+    assert capsys.readouterr().out == "fine: 256 prompts, 15 steps of 256 x 8 responses\n"
+    say_fine(cfg, 64, 15)
+    assert capsys.readouterr().out == (
+        "fine: 64 prompts, 15 steps of 64 x 8 responses; data.train_batch_size = 256, so a batch holds all 64 prompts\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["trainer.max_steps", "trainer.total_epochs"])

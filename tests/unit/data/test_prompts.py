@@ -128,9 +128,20 @@ def test_ids_count_rows_over_files_and_a_limit_stops_early(write, load):
         (
             {"prompt": [{"role": "user"}], "ground_truth": "1"},
             "'prompt'",
-            "message 1, must be a text, or a list of {role, content} messages, got {'role': 'user'}",
+            "message 1 has no 'content', got {'role': 'user'}.",
         ),
-        ({"prompt": [{"content": "hi"}], "ground_truth": "1"}, "'prompt'", "got {'content': 'hi'}"),
+        ({"prompt": [{"content": "hi"}], "ground_truth": "1"}, "'prompt'", "has no 'role', got {'content': 'hi'}."),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"rol": "user", "content": "b"}], "ground_truth": "1"},
+            "'prompt'",
+            "message 2 has no 'role', got {'rol': 'user', 'content': 'b'}; is 'rol' meant for it?",
+        ),
+        (
+            {"prompt": [{"role": "assistant", "contents": "a"}], "ground_truth": "1"},
+            "'prompt'",
+            "message 1 has no 'content', got {'role': 'assistant', 'contents': 'a'}; is 'contents' meant for it?",
+        ),
+        ({"prompt": [{"role": "user", "text": "a"}], "ground_truth": "1"}, "'prompt'", "has no 'content'"),
         ({"prompt": [{"role": "user", "content": 5}], "ground_truth": "1"}, "'prompt'", "got 5"),
         ({"prompt": "a"}, "'ground_truth'", "got nothing"),
         ({"prompt": "a", "ground_truth": None}, "'ground_truth'", "got None"),

@@ -118,7 +118,7 @@ def test_tools_and_calls_of_rows_come_through_training(splits, chat):
         ("What is on <image>?", {"images": [{"bytes": "x"}]}, "field 'images' is not empty"),
         ([{**ASKED, "images": ["x"]}], {}, "message 1: field 'images' is not empty"),
         ("Watch", {"videos": ["a.mp4"]}, "field 'videos' is not empty"),
-        ([ASKED, {"role": "assistant", "content": None}], {}, "message 2, must be a text"),
+        ([ASKED, {"role": "assistant", "content": None}], {}, "message 2 has no 'content'"),
         ([ASKED, {"role": "assistant", "tool_calls": [CALL]}], {}, "ends in a message of the assistant without"),
     ],
 )
