@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 import torch
 from architectures import tiny_model
 from repository import ROOT
@@ -45,6 +46,7 @@ def test_an_objective_is_one_function_and_one_line(run_program, tmp_path):
     assert metrics["loss/total"] > 0.0 and metrics["grad_norm"] > 0.0 and metrics["empty_updates"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_data_source_is_one_class_and_one_line(run_program, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("prompt,ground_truth\n" + "".join(f'"Solve: x + {i} = {2 * i}",{i}\n' for i in range(2, 10)))
@@ -56,6 +58,7 @@ def test_a_data_source_is_one_class_and_one_line(run_program, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_tracker_is_one_class_and_one_line(run_program, tmp_path):
     metrics = train_a_step(run_program, tmp_path, example("gspo/metrics/spreadsheet.py"))
     (row,) = (tmp_path / "quick" / "metrics.csv").read_text().splitlines()
@@ -68,6 +71,7 @@ def test_a_kernel_is_a_formula_a_file_and_a_line(tmp_path):
     assert results("interpreted_example.py", tmp_path, str(tmp_path)) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_engine_is_one_class_and_one_line(monkeypatch, run_program, tmp_path):
     code = example("gspo/rollout/uncached.py")
     monkeypatch.setattr("gspo.rollout.engines.ENGINES", {**ENGINES})

@@ -59,6 +59,7 @@ def test_installed_beside_the_other_package_kernels_ours_is_imported(tmp_path):
     assert done.stdout.split() == [str(tmp_path / "gspo" / "kernels" / "ops.py"), "True"], done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_installed_it_finds_its_presets(tmp_path):
     install(tmp_path / "site")
     code = "import sys, train; sys.argv = ['gspo-train', '--check']; train.program()"

@@ -67,6 +67,7 @@ def test_another_experiment_does_not_overwrite_the_first(uninterrupted, run_prog
     assert len(rows(folder / "metrics.jsonl")) == 6
 
 
+@pytest.mark.slow
 def test_the_seeds_own_row_trains_for_a_step(run_program, tmp_path):
     data = tmp_path / "data.json"
     data.write_text('[{"prompt": "解方程：x + 5 = 12", "ground_truth": "7", "data_source": "math_reasoning"}]')
@@ -97,6 +98,7 @@ def test_a_users_mistake_is_one_paragraph_and_exit_code_2(run_program, tmp_path,
     assert not list(tmp_path.rglob("step_*")) and not list(tmp_path.rglob("eval_*"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(uninterrupted, run_program, tmp_path):
     folder, _ = uninterrupted
     other = tmp_path / "other"

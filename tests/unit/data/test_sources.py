@@ -66,6 +66,7 @@ def test_random_access_is_sequential_access_also_in_another_process(lines):
     assert [copy[i] for i in places] == [rows[i] for i in places]
 
 
+@pytest.mark.slow
 def test_only_offsets_are_kept(tmp_path):
     path, count = tmp_path / "rows.jsonl", 200_000
     with path.open("w") as file:

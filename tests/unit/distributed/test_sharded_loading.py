@@ -60,11 +60,12 @@ def test_a_missing_weight_or_a_wrong_shape_is_refused_by_name(tmp_path):
         allocate_and_load(whole, meta_model(str(tmp_path)), str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "families",
     [
         pytest.param(("llama",), id="one"),
-        pytest.param((*FAMILIES, "gemma3"), id="every one", marks=pytest.mark.slow),
+        pytest.param((*FAMILIES, "gemma3"), id="every one"),
     ],
 )
 def test_three_ranks_each_read_only_their_own_shards(run_program, tmp_path, families):

@@ -188,11 +188,10 @@ def test_one_weight_as_embedding_and_as_head():
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("name", [pytest.param("linear_logprob", marks=pytest.mark.slow), "linear_logprob_and_grad"])
-@pytest.mark.parametrize(
-    "tokens, size, vocabulary", [(600, 16, 200_000), pytest.param(2048, 896, 151_936, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_logprob_and_grad"])
+@pytest.mark.parametrize("tokens, size, vocabulary", [(600, 16, 200_000), (2048, 896, 151_936)])
 def test_memory_above_the_gradients_is_under_300_mb(run_program, name, tokens, size, vocabulary):
     """All logits would be 480 and 1,245 MB, and plain PyTorch holds three tensors like them."""
     sizes = ("--tokens", tokens, "--size", size, "--vocabulary", vocabulary)

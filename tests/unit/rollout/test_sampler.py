@@ -215,6 +215,7 @@ def test_short_responses_have_small_pages_while_their_prompts_have_large_ones():
     assert [prompt_page_size([size] * 3, 16) for size in (20, 512)] == [32, 512]
 
 
+@pytest.mark.slow
 def test_resident_memory_grows_by_no_more_than_the_budget(run_program):
     """A process whose keys and values dwarf everything else: 64 KiB a token, 1,536 tokens in 96 MiB."""
     done = run_program("tests/programs/kv_memory.py", 96, env=PROGRAM_ENV)
