@@ -195,15 +195,16 @@ class HealthCheck:
         # stay lower where some gold answers are wrong.
         if max(values.get("reward_mean", 0.0), self.accuracy) >= self.cfg.solved_reward:
             found.add("solved")
+        first = self.initial["reward_mean"]
+        risen = bool(first) and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward
+        if risen and "solved" in found:
+            found.add("learned")  # few pairs are what success looks like; prompts that were never hard are another case
         if "heldout/pairs" in values:  # the same pairs for a whole round: nothing explains their accuracy away
             return found | ({"scarce"} if values["heldout/pairs"] < FEW_PAIRS else set())
+        if risen:
+            found.add("risen")  # the pairs left are what a much better policy still gets wrong
         if values.get("pairs/groups_with", 1.0) < self.cfg.paired_groups_min:
             found.add("starved")  # the last few pairs are what the policy still gets wrong
-        first = self.initial["reward_mean"]
-        if first and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward:
-            found.add("risen")  # the pairs left are what a much better policy still gets wrong
-        if {"solved", "risen"} <= found:
-            found.add("learned")  # few pairs are what success looks like; prompts that were never hard are another case
         return found
 
     def _derive(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -167,8 +167,9 @@ def test_held_out_answers_tell_as_well_that_the_task_is_solved():
     assert sum(map(len, told(Health(patience=1), rows))) == 1
 
 
-def test_few_pairs_are_no_illness_once_the_answers_are_learned():
-    few = {"pairs/groups_without": 0.95}
+@pytest.mark.parametrize("held_out", [{}, {"heldout/pairs": 90.0}, {"heldout/pairs": 3.0}])
+def test_few_pairs_are_no_illness_once_the_answers_are_learned(held_out):
+    few = {"pairs/groups_without": 0.95} | held_out
     assert not any(told(Health(patience=1), [few | {"reward_mean": 0.95}] * 9))
     (news,) = told(Health(patience=1), [few | {"reward_mean": 0.75}])
     assert "easier ones if it is near 0, unless their gold answers are wrong" in news[0].text
