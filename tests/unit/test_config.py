@@ -2,13 +2,12 @@
 
 import argparse
 import re
-import runpy
 
 import pytest
 import yaml
 from repository import ROOT
 
-from gspo.config import PARAMETERS, Config, Objective, dump, flatten, to_dict
+from gspo.config import Objective, dump, flatten, to_dict
 from gspo.config_aliases import ALIASES
 from gspo.errors import UserError
 from gspo.read_config import load_config, parse_arguments
@@ -402,12 +401,3 @@ def test_a_missing_file_and_a_folder(tmp_path):
 def test_a_dumped_configuration_loads_again(write, overrides):
     cfg = load_config(None, overrides)
     assert load_config(write(dump(cfg))) == cfg
-
-
-def test_the_printed_page_has_one_line_per_parameter_and_per_alias(capsys):
-    runpy.run_path(str(ROOT / "gspo/config.py"), run_name="__main__")
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == [*PARAMETERS, *ALIASES]
-    assert list(PARAMETERS) == list(flatten(to_dict(Config())))
-    for row in rows[: len(PARAMETERS)]:
-        assert len(row.split(" | ")) == 4 and not row.endswith("|  |")
