@@ -193,7 +193,7 @@ def main() -> None:
         "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
     )
     parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.parameters")
     args = parse_arguments(parser)
     with process_group() as world:  # around all that may fail: of several ranks one says why
         train(load_config(args.config, args.overrides), world, check_only=args.check)

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--rows", type=int, default=1000, metavar="K", help="rows sampled (default: %(default)s)")
     amount.add_argument("--all", action="store_true", help="count tokens and score answers of every row")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.parameters")
     args = parse_arguments(parser, argv)
     if args.rows < 1:
         raise UserError(f"--rows {args.rows}: it must be at least 1.")

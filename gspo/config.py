@@ -1,6 +1,6 @@
 """Define every parameter: its section, type, default, meaning and range, and the other names that users may type.
 
-`python -m gspo.config` prints them all as a Markdown page (parameters_page.py). read_config.py fills a `Config` from a
+`python -m gspo.parameters` prints them all as a Markdown page. read_config.py fills a `Config` from a
 YAML file and the command line; the resolved values are written beside each run.
 """
 
@@ -375,9 +375,3 @@ def flatten(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def dump(config: Config) -> str:
     """Return the configuration as YAML, which `load_config` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-if __name__ == "__main__":
-    from gspo.parameters_page import parameters_page
-
-    print(parameters_page(), end="")

@@ -51,7 +51,7 @@ def find_parameter(typed: str, place: str) -> tuple[str, tuple[str, ...]]:
     near = [known for known in PARAMETERS if known.split(".")[1] == key]  # only its section was left out
     near = near or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
     meant = " or ".join(map(repr, near))
-    raise UserError(f"{place}: unknown key {key!r}; did you mean {meant}? `python -m gspo.config` lists every key.")
+    raise UserError(f"{place}: unknown key {key!r}; did you mean {meant}? `python -m gspo.parameters` lists every key.")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -59,7 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--have", type=float, metavar="GIB", help="memory of a device (default: what is free on this machine)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.parameters")
     args = parse_arguments(parser)
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: must be 1 or more.")

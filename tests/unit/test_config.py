@@ -371,13 +371,6 @@ def test_a_file_that_is_not_a_configuration(write, content, said):
     assert str(e.value).startswith(f"--config {path} {said}") and "\n" not in str(e.value)
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
-    for path in (tmp_path / "no.yaml", tmp_path):
-        with pytest.raises(UserError, match=re.escape(f"--config {path}: ")) as e:
-            load_config(path)
-        assert re.search(r"a preset in configs: [a-z_0-9, ]*quick[a-z_0-9, ]* or standard\.$", str(e.value))
-
-
 # ---- what is written beside a run ----
 
 

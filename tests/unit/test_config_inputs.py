@@ -1,6 +1,7 @@
 """Configuration as it comes in real life: keys given twice, empty arguments, dates, home folders, keys in mappings."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,10 @@ def test_minus_one_is_off_where_verl_means_it(key, value, text):
     from gspo.config_aliases import ALIASES
 
     assert value_of(load_config(None, [f"{key}={text}"]), ALIASES.get(key, key)) == value
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    for path in (tmp_path / "no.yaml", tmp_path):
+        with pytest.raises(UserError, match=re.escape(f"--config {path}: ")) as e:
+            load_config(path)
+        assert re.search(r"a preset in configs: [a-z_0-9, ]*quick[a-z_0-9, ]* or standard\.$", str(e.value))

@@ -9,7 +9,7 @@ from repository import ROOT
 from gspo.config import Config, flatten, known_keys, to_dict
 from gspo.config_aliases import ALIASES, FORMS
 from gspo.metrics.run_log import GLOSSARY
-from gspo.parameters_page import parameters_page
+from gspo.parameters import parameters_page
 
 READMES = ["README.md", "README.zh.md"]
 PAGES = sorted(

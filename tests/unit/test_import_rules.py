@@ -36,7 +36,7 @@ VOCABULARY = {
     "gspo",
     "gspo.config",
     "gspo.config_aliases",
-    "gspo.parameters_page",
+    "gspo.parameters",
     "gspo.read_config",
     "gspo.read_paths",
     "gspo.read_yaml",

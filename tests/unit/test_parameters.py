@@ -9,7 +9,7 @@ from gspo.config_aliases import ALIASES
 
 
 def test_the_printed_page_has_one_line_per_parameter_and_per_alias(capsys):
-    runpy.run_path(str(ROOT / "gspo/config.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "gspo/parameters.py"), run_name="__main__")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == [*PARAMETERS, *ALIASES]
     assert list(PARAMETERS) == list(flatten(to_dict(Config())))

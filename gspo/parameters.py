@@ -1,4 +1,4 @@
-"""Print docs/parameters.md from the parameters themselves: `python -m gspo.config > docs/parameters.md`."""
+"""Print docs/parameters.md from the parameters themselves: `python -m gspo.parameters > docs/parameters.md`."""
 
 import dataclasses
 import typing
@@ -29,8 +29,9 @@ def parameters_page() -> str:
     lines = [
         "# Parameters",
         "",
-        "[中文](zh/parameters.md) · code: [gspo/config.py](../gspo/config.py), which prints this page: "
-        "`python -m gspo.config > docs/parameters.md`",
+        "[中文](zh/parameters.md) · code: [gspo/config.py](../gspo/config.py), and "
+        "[gspo/parameters.py](../gspo/parameters.py), which prints this page: "
+        "`python -m gspo.parameters > docs/parameters.md`",
         "",
         "Set a parameter in the YAML file, or on the command line as `section.name=value`, which wins over the file. "
         "What neither names keeps its default. An unknown name or a value out of range is an error. An empty default "
@@ -46,3 +47,7 @@ def parameters_page() -> str:
     lines += ["", "## Other names", "", "These names, those of verl among them, are accepted as well.", ""]
     lines += ["| name | parameter |", "|---|---|", *(f"| `{name}` | `{key}` |" for name, key in ALIASES.items())]
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(parameters_page(), end="")
