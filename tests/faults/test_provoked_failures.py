@@ -142,7 +142,12 @@ def test_a_model_that_bf16_cannot_hold_gives_a_warning(run_program, tmp_path):
             p.mul_(100.0 if "q_proj" in name else 1.0)
     model.save_pretrained(tmp_path / "model")
     load_tokenizer(None).save_pretrained(tmp_path / "model")
-    settings = [f"model.path={tmp_path}/model", "rollout.temperature=1.5", "optim.learning_rate=1e-6"]
+    settings = [
+        f"model.path={tmp_path}/model",
+        "data.train_files=embedded",
+        "rollout.temperature=1.5",
+        "optim.learning_rate=1e-6",
+    ]
     news, rows = train(run_program, tmp_path, 5, [*settings, "model.precision=bf16"])
     assert [text for _, _, text in news if text.startswith("sampler and trainer disagree") and "fp32" in text]
     assert all(row["mismatch"] > 0.02 for row in rows)

@@ -17,7 +17,7 @@ from gspo.system.program import end_process
 from train import train
 
 FEW = ("data.train_batch_size=7", "eval.before_and_after=false", "eval.round_prompts=0", "trainer.save_freq=1",
-       "optim.learning_rate=1e-3", "reward.workers=1", "reward.check_rows=0")  # fmt: skip
+       "optim.learning_rate=1e-3", "selfplay.rounds=1", "reward.workers=1", "reward.check_rows=0")  # fmt: skip
 
 
 def run(folder: Path, ranks: int, steps: int) -> None:
@@ -49,12 +49,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     is_main = os.environ["RANK"] == "0"
     (folder / "4").mkdir(exist_ok=True)
-    run(folder / "4", 4, 2)
+    run(folder / "4", 4, 3)
     for name in ("3", "2", "1", "2-damaged"):
         if is_main:
             shutil.copytree(folder / "4", folder / "copy", symlinks=True)
             for file in ("done", "port"):
                 (folder / "copy" / file).unlink()
+            shutil.rmtree(folder / "copy/quick/checkpoints/step_000003")  # as if the run had ended before
             if name == "2-damaged":
                 file = folder / "copy/quick/checkpoints/step_000002/trainer/optimizer-00002-of-00004.safetensors"
                 data = bytearray(file.read_bytes())

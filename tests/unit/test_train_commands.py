@@ -36,7 +36,8 @@ def test_no_arguments(tmp_path):
 
 
 def test_model_rollout_n_and_rounds(tmp_path):
-    cfg, rows = launch(tmp_path, "--model", "gspo/embedded/model", "--rollout_n", "10", "--self_play_rounds", "5")
+    data = "data.train_files=embedded"  # the original's command names no data; ours asks for some, or for this
+    cfg, rows = launch(tmp_path, "--model", "gspo/embedded/model", "--rollout_n", "10", "--self_play_rounds", "5", data)
     assert (cfg["model"]["path"], cfg["rollout"]["n"], cfg["selfplay"]["rounds"]) == ("gspo/embedded/model", 10, 5)
 
 
