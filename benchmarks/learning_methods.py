@@ -50,6 +50,8 @@ ANCHOR, FORK = ["objective.anchor=opponent"], ["objective.after_fork=0.3"]
 CONSTANT, SPACED = ["objective.normalizer=constant"], ["data.spaced=true"]
 BRANCH_WEIGHTS = ["objective.pair_weight=branch"]
 TREE = ["rollout.n=12", "rollout.trunks=4"]  # samples about as many tokens as 8 whole responses
+EIGHT_STEPS, SIXTEEN_STEPS = ["optim.epochs_per_rollout=4"], ["optim.epochs_per_rollout=8"]  # of two mini-batches
+CISPO = ["objective.clip=cispo", "objective.clip_high=4"]  # a token's weight is at most 5, as in arXiv 2510.13786
 DEFAULTS: list[str] = []  # GSPO as gspo/config.py has it
 VARIANTS = {
     "original": ORIGINAL,
@@ -64,6 +66,9 @@ VARIANTS = {
     "anchor, fork, constant Z, tree": [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT, *TREE],
     "no ranking": [*ORIGINAL, "objective.use_ranking_loss=false"],
     "gap weights": [*ORIGINAL, "objective.pair_weight=gap"],
+    "8 steps": [*ORIGINAL, *EIGHT_STEPS],
+    "8 steps, clipped": [*ORIGINAL, *EIGHT_STEPS, *CISPO],
+    "16 steps, clipped": [*ORIGINAL, *SIXTEEN_STEPS, *CISPO],
 }
 METHODS = {
     "GSPO": DEFAULTS,
