@@ -1,6 +1,10 @@
-"""Runs the attention of decoding on CPU tensors in Triton's interpreter and prints what is too far from float64."""
+"""Runs the attention of decoding on CPU tensors in Triton's interpreter and prints what is too far from float64.
+
+Started as `interpreted_decode.py STEP`: only every STEP-th case.
+"""
 
 import json
+import sys
 
 import torch
 from decode_cases import cases, too_far
@@ -14,7 +18,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)  # which also fills new tensors with NaN
     decode_attention_triton.SHARE = 32  # several programs a sequence
     use_triton(decode_attention)
-    print(json.dumps({case.name(): too_far(case) for case in cases()}))
+    print(json.dumps({case.name(): too_far(case) for case in cases()[:: int(sys.argv[1])]}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Runs the Triton kernels on CPU tensors and prints, as JSON, what is too far from float64.
 
-To be started with TRITON_INTERPRET=1. A program of its own: Triton reads that variable when a kernel is defined (its
-helpers as well), and the other tests compile the same kernels.
+Started as `interpreted_logprob.py STEP` with TRITON_INTERPRET=1: only every STEP-th case. A program of its own: Triton
+reads that variable when a kernel is defined (its helpers as well), and the other tests compile the same kernels.
 """
 
 import json
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -58,13 +59,13 @@ def main() -> None:
     use_triton(logprob)
     logprob.CHUNK_BYTES["cpu"], logprob.LEAST_WIDTH["cpu"] = 0, 256  # several chunks,
     logprob_chunk_triton.BLOCK = 128  # of several blocks
-    results = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in SHAPES:
-            for number, head in enumerate(HEADS[1:5]):  # capped or not
-                case = Case(*shape, dtype, **head, keep=(None, 0, 10_000)[number % 3])
-                results[case.name()] = too_far(case)
-    print(json.dumps(results))
+    cases = [
+        Case(*shape, dtype, **head, keep=(None, 0, 10_000)[number % 3])
+        for dtype in (torch.float32, torch.bfloat16)
+        for shape in SHAPES
+        for number, head in enumerate(HEADS[1:5])  # capped or not
+    ]
+    print(json.dumps({case.name(): too_far(case) for case in cases[:: int(sys.argv[1])]}))
 
 
 if __name__ == "__main__":

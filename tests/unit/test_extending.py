@@ -32,6 +32,7 @@ def train_a_step(run_program, folder, code, *settings):
     return json.loads((folder / "quick" / "metrics.jsonl").read_text().splitlines()[0])
 
 
+@pytest.mark.slow
 def test_a_reward_is_one_file(run_program, tmp_path):
     reward = tmp_path / "my_reward.py"
     reward.write_text(example("my_reward.py"))

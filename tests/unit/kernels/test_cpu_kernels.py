@@ -45,6 +45,7 @@ def test_rows_attend_as_padded_rows_in_float64(shape, alphabet, heads, softcap, 
     compare_rows(shape, alphabet, heads, softcap, window)
 
 
+@pytest.mark.slow
 @needed
 def test_long_rows_do_so_too():
     compare_rows(LARGE, 2, HEADS[2], 2.0, 70)

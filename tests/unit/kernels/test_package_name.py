@@ -48,6 +48,7 @@ def installed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_transformers_gets_the_package(installed, run_program):
     done = run_program("-c", LOOK, env={"PYTHONPATH": str(installed)})
     assert done.returncode == 0, done.stderr
@@ -56,6 +57,7 @@ def test_transformers_gets_the_package(installed, run_program):
     assert second == str(installed / "kernels" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_without_the_package_there_is_none(run_program):
     done = run_program("-c", LOOK)
     assert done.returncode == 0, done.stderr

@@ -64,6 +64,7 @@ def test_interpreted_kernel_is_as_near_to_the_objective_as_float32_allows(tmp_pa
     assert len(found) == 81 and not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_kernel_compiles_for_sm_80_and_sm_90a_with_nothing_spilled(tmp_path):
     pytest.importorskip("triton")
     found = results("compiled_pairwise.py", tmp_path)

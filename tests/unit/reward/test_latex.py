@@ -33,6 +33,7 @@ def test_known_misses_are_as_documented(gold, answer, equal, why):
 
 
 @needs_library
+@pytest.mark.slow
 def test_the_default_reward_over_the_same_pairs():
     differs = {pair[:2] for pair in REWARD_DIFFERS}
     for _, gold, answer, equal in ALL:

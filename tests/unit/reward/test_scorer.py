@@ -288,6 +288,7 @@ def test_a_function_that_hangs_on_everything_ends_the_run(scorer):
         my(a_rollout(["x"] * 200))
 
 
+@pytest.mark.slow
 def test_a_hang_now_and_then_does_not(scorer):
     my = scorer(
         "import time\nif solution_str == 'x':\n    time.sleep(600)\nreturn 1.0", on_error="zero", timeout_s=0.02
