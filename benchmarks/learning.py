@@ -3,8 +3,8 @@
     python benchmarks/learning.py develop   # on the development tasks: which variant of GSPO becomes the default?
     python benchmarks/learning.py report    # on tasks that nothing was chosen on: GSPO beside its rivals
 
-For each task and method, a climb over learning rates and KL weights with one seed is judged on the dev split; the best
-point runs with further seeds and is judged on the test split. A run is kept as soon as it ends, as a line of
+For each task and method, a climb over learning rates and KL weights is judged on the dev split; the best point runs
+with further seeds and is judged on the test split. A run is kept as soon as it ends, as a line of
 benchmarks/learning.jsonl: the same command goes on where it stopped.
 """
 
@@ -28,7 +28,7 @@ from benchmarks.learning_methods import (
     POOL,
     REPORT,
     TASKS,
-    TUNING_SEED,
+    TUNING_SEEDS,
     VARIANTS,
 )  # fmt: skip
 from benchmarks.learning_report import draw, task_table
@@ -50,10 +50,10 @@ def make_job(task: str, method: str, settings: list[str], at: Point, seed: int, 
 
 
 def search(task: str, method: str, settings: tuple[str, ...], file: str, scratch: str, fast: bool) -> Point:
-    """Return a method's best (learning rate, KL weight) on a task, by its dev split and one seed."""
+    """Return a method's best (learning rate, KL weight) on a task, by its dev split and seeds of no table."""
 
-    def score(at: Point) -> float:
-        job = make_job(task, method, list(settings), at, TUNING_SEED, fast, tested=False)
+    def score(at: Point, run: int) -> float:
+        job = make_job(task, method, list(settings), at, TUNING_SEEDS[run], fast, tested=False)
         return dev_score(result_of(job, Results(Path(file)), Path(scratch)))
 
     return best_point(score)[0]
