@@ -281,9 +281,24 @@ REWARD_DIFFERS = [
     ("1,00", "1,0000", False, "two lists of 1 and 0"),
     ("5", r"\{5\}", False, "a set of one number is taken for the number"),
     ("x", "X", False, "the letter of a choice may be given in either case"),
-    (r"\sin 30^\circ", r"\sin 30", False, "the degree sign is not compared"),
-    (r"12\text{ hours}", r"12\text{ minutes}", False, "words beside a number are not compared"),
+    ("12", "12m", False, "m beside a number is a unit"),
+    *(
+        (gold, given, False, "the sign % may be missing")
+        for gold, given in ((r"50\%", "50"), ("50", r"50\%"), ("9", r"9\%"), ("0.5", r"0.5\%"))
+    ),
+    *(
+        (gold, given, True, "a gold number is given as a number, not as what has to be computed")
+        for gold, given in (
+            *(("2", "2(1)"), ("6", "2(3)"), ("6", "(2)(3)"), ("1024", "2^{10}"), ("1024", "2^10"), ("8", "2**3")),
+            *(("120", "5!"), ("10", r"\binom{5}{2}"), ("18", r"\binom{4}{2}\binom{3}{1}"), ("12", r"3 \cdot 4")),
+            *(("3", r"\lfloor 3.7 \rfloor"), ("12", r"3 \times 4"), (r"\frac{1}{3}", r"\frac{1/2}{3/2}")),
+            *(("2", r"\sqrt[3]{8}"), ("5", "(2+i)(2-i)"), ("-1", "i^2"), ("-1", r"e^{i\pi}")),
+        )
+    ),
     ("xy", "yx", True, "letters alone are compared as text"),
 ]
 # Misses of `equivalent` that the default reward decides rightly before it is asked.
-REWARD_KNOWS = [("3", "x = 2 + 1 = 3"), (r"\frac{1}{2}x", "1/2x")]
+REWARD_KNOWS = [
+    *(("3", "x = 2 + 1 = 3"), (r"\frac{1}{2}x", "1/2x"), ("0.5", r"50\%"), ("5000000", r"5 \text{ million}")),
+    (r"\sqrt{2}", r"\sqrt{2} \approx 1.414"),
+]

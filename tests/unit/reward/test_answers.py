@@ -1,0 +1,54 @@
+"""Answers as people write them: every kind of docs/answers.md, and strings made to score without an answer."""
+
+import pytest
+from answer_cases import CASES, CUT_OFF
+from answer_exploits import EXPLOITS
+
+from gspo.reward.latex import available
+from gspo.reward.reward_func import compute_score, score_parts
+
+ALL = [(kind, *case) for kind, cases in CASES.items() for case in cases]
+needs_library = pytest.mark.skipif(not available(), reason="math-verify is not installed")
+
+
+def is_as_expected(score: float, expected: float) -> bool:
+    return score <= 0.1 if expected == 0.1 else score == expected
+
+
+@needs_library
+@pytest.mark.parametrize(("kind", "gold", "response", "score"), ALL)
+def test_an_answer_scores_by_the_rule_of_its_kind(kind, gold, response, score):
+    assert is_as_expected(compute_score("any", response, gold), score), (kind, compute_score("any", response, gold))
+
+
+@pytest.mark.parametrize(("gold", "response", "score"), CUT_OFF)
+def test_half_an_answer_at_the_end_of_a_cut_off_response_does_not_count(gold, response, score):
+    assert is_as_expected(compute_score("any", response, gold, {"finish_reason": "length"}), score)
+    assert compute_score("any", response, gold, {"finish_reason": "stop"}) == 1.0
+
+
+def test_every_kind_has_six_cases_right_and_wrong():
+    for kind, cases in CASES.items():
+        assert len(cases) >= 6, kind
+        assert any(score == 1.0 for *_, score in cases) and any(score < 1.0 for *_, score in cases), kind
+        assert any(not (gold + response).isascii() for gold, response, _ in cases), f"{kind}: none in Chinese"
+
+
+def test_accuracy_is_about_the_answer_alone():
+    parts = score_parts("any", "1 + 1 = 3\n#### 7", "7")
+    assert (parts["score"], parts["acc"]) == (0.5, 1.0)
+    assert score_parts("any", "#### 3", "3, 5")["acc"] == 0.0
+
+
+EXPLOIT_PAIRS = [(gold, text) for gold, texts in EXPLOITS.items() for text in texts]
+
+
+@pytest.mark.parametrize(("gold", "text"), EXPLOIT_PAIRS)
+def test_no_exploit_scores(gold, text):
+    assert compute_score("any", text, gold) <= 0.1
+
+
+def test_there_are_many_exploits_in_both_languages():
+    texts = [text for _, text in EXPLOIT_PAIRS]
+    assert len(set(EXPLOIT_PAIRS)) == len(EXPLOIT_PAIRS) >= 150
+    assert sum(not text.isascii() for text in texts) >= 30
