@@ -73,7 +73,7 @@ def sample(
     _check_number(n)
     sampler, encoder = _open(model, tokenizer, device, precision, max_slots, kv_memory_gib, seed, skip_special_tokens)
     rows = [_prompt(encoder, i, prompt, f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
-    notify = None if on_group is None else lambda place, prompt, texts: on_group(place, texts)
+    notify = None if on_group is None else lambda place, prompt, texts, reasons: on_group(place, texts)
     return _answers(sampler.generate(rows, n, sampling or Sampling(), purpose=EVAL, on_group=notify))
 
 

@@ -41,6 +41,11 @@ class Prompt:
     extra_info: dict[str, Any] = field(default_factory=dict)
 
 
+def finish_reasons(finished: Tensor) -> list[str]:
+    """Return why responses ended, from `finished` [N]: by an end token or a stop string, or at their limit."""
+    return ["stop" if ended else "length" for ended in finished.tolist()]
+
+
 @dataclass(frozen=True)
 class Rollout:
     """N responses to each of G prompts."""
@@ -85,7 +90,7 @@ class Rollout:
     @property
     def finish_reasons(self) -> list[list[str]]:
         """G x N: `stop`, by an end token or a stop string, or `length`."""
-        return [["stop" if ended else "length" for ended in group] for group in self.finished.tolist()]
+        return [finish_reasons(group) for group in self.finished]
 
     @property
     def longest(self) -> int:

@@ -116,38 +116,45 @@ class Scorer:
         """Return the file and the function in it, for messages."""
         return f"{self.cfg.path or f'the default, {os.path.relpath(self.path)}'}: {self.name}"
 
-    def begin(self, place: int, prompt: Prompt, texts: list[str]) -> None:
+    def begin(self, place: int, prompt: Prompt, texts: list[str], reasons: list[str]) -> None:
         """Start scoring group `place` while others are still being sampled, if calls are long enough to gain by it."""
         if self.pool.mean_call_s > WORTH_OVERLAPPING_S:
-            self.begun[place] = self._submit(prompt, texts)
+            self.begun[place] = self._submit(prompt, texts, reasons)
 
     def __call__(self, rollout: Rollout) -> Scores:
         """Score every response, but those begun already. Raise UserError at a fault where reward.on_error = stop."""
         begun, self.begun = self.begun, {}
         skip_groups = self.cfg.on_error == "skip_group"
-        return self._collect(rollout.prompts, rollout.texts, begun, rollout.tokens.shape[1], skip_groups, self._warn)
+        reasons, n = rollout.finish_reasons, rollout.tokens.shape[1]
+        return self._collect(rollout.prompts, rollout.texts, reasons, begun, n, skip_groups, self._warn)
 
     def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores:
         """Score N given texts for each of G prompts: rewards [G, N] float32, 0 for faults, without warnings."""
         self.pool.most_timeouts, self.printed.quiet = MOST_TIMEOUTS_BEFORE_TRAINING, True
         try:
-            return self._collect(prompts, texts, {}, len(texts[0]) if texts else 0, False, lambda *fault: None)
+            reasons, n = [["stop"] * len(group) for group in texts], len(texts[0]) if texts else 0
+            return self._collect(prompts, texts, reasons, {}, n, False, lambda *fault: None)
         finally:
             self.pool.most_timeouts, self.printed.quiet = MOST_TIMEOUTS, False
 
-    def _submit(self, prompt: Prompt, texts: list[str]) -> "list[Future[Outcome]]":
+    def _submit(self, prompt: Prompt, texts: list[str], reasons: list[str]) -> "list[Future[Outcome]]":
         """Queue the calls for a group: one for each response, or one for all."""
         given = {"ground_truth": prompt.ground_truth, "data_source": prompt.data_source, **self.cfg.reward_kwargs}
-        if not self.pool.scores_groups or self.pool.keywords is None or "extra_info" in self.pool.keywords:
-            given["extra_info"] = prompt.extra_info
         if self.pool.scores_groups:
+            if self.pool.keywords is None or "extra_info" in self.pool.keywords:
+                given["extra_info"] = {"finish_reasons": reasons, **prompt.extra_info}
             return [self.pool.submit({"responses": texts, **given})]
-        return [self.pool.submit({"solution_str": text, **given}) for text in texts]
+        infos = [{"finish_reason": reason, **prompt.extra_info} for reason in reasons]
+        return [
+            self.pool.submit({"solution_str": text, **given, "extra_info": info})
+            for text, info in zip(texts, infos, strict=True)
+        ]
 
     def _collect(
         self,
         prompts: Sequence[Prompt],
         texts: list[list[str]],
+        reasons: list[list[str]],
         begun: dict[int, Any],
         n: int,
         skip_groups: bool,
@@ -155,7 +162,10 @@ class Scorer:
     ) -> Scores:
         """Wait for the outcomes of all groups, those in `begun` and the others."""
         groups = list(zip(prompts, texts, strict=True))
-        futures = [begun.get(g) or self._submit(*group) for g, group in enumerate(groups)]
+        futures = [
+            begun.get(g) or self._submit(*group, why)
+            for g, (group, why) in enumerate(zip(groups, reasons, strict=True))
+        ]
         table = _ScoreTable(len(groups), n)
         for g, (prompt, group) in enumerate(track(groups, "scoring")):
             for i, future in enumerate(futures[g]):

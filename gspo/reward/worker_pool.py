@@ -39,7 +39,7 @@ class Call:
 class WorkerPool:
     """Keep `workers` processes busy with the calls that wait. The first starts at once, to check the file.
 
-    With `spare`, from the first replacement on one more process waits, ready to take the place of one that ends.
+    With `spare`, one more process waits, ready to take the place of one that ends.
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class WorkerPool:
         self.threads: list[WorkerThread] = []
         self.mean_call_s, self.calls = 0.0, 0  # running mean of a call's seconds; calls so far
         self.most_timeouts, self.timeouts_in_a_row = MOST_TIMEOUTS, 0
-        self.replaced = False  # whether the process to start next takes another's place
         try:
             first = self.start()
         except OSError as e:
@@ -78,10 +77,9 @@ class WorkerPool:
         if process is None:
             process = WorkerProcess(self.settings, self.source, self.on_print)
         with self.changed:
-            if self.keep_spare and self.replaced and not (self.spare or self.closing):
+            if self.keep_spare and not (self.spare or self.closing):
                 self.spare = Spare(self)
                 self.spare.start()
-            self.replaced = True
         return process
 
     def submit(self, arguments: dict[str, Any]) -> "Future[Outcome]":

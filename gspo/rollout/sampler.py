@@ -23,10 +23,10 @@ from gspo.rollout.response_text import decode, special_tags, tags_note
 from gspo.rollout.stop_strings import StopStrings
 from gspo.rollout.tree import Tree, grow_branches
 from gspo.system.console import say, track_sampling
-from gspo.types import Prompt, Rollout
+from gspo.types import Prompt, Rollout, finish_reasons
 
 TRAIN, EVAL, GREEDY = 0, 1, 2  # purposes: samples for one never equal those for another
-OnGroup = Callable[[int, Prompt, list[str]], None]
+OnGroup = Callable[[int, Prompt, list[str], list[str]], None]  # ... texts, finish reasons
 
 
 class Sampler:
@@ -79,10 +79,11 @@ class Sampler:
     ) -> Rollout:
         """Sample n responses to each prompt: a Rollout [G, n, L] on the sampler's device, in the prompts' order.
 
-        `on_group(place, prompt, texts)` is called as soon as the n responses to a prompt have ended, while others go
-        on. `limits` [G, n] ends single responses earlier than `sampling.max_new_tokens`. With a `tree` the n responses
-        are its leaves, trunks first sampled as a whole. A line on the terminal shows responses done and tokens a
-        second. Raises UserError where the model's positions would depend on batch mates at this length.
+        `on_group(place, prompt, texts, reasons)` is called as soon as the n responses to a prompt have ended, by an
+        end token (`stop`) or at their limit (`length`), while others go on. `limits` [G, n] ends single responses
+        earlier than `sampling.max_new_tokens`. With a `tree` the n responses are its leaves, trunks first sampled as a
+        whole. A line on the terminal shows responses done and tokens a second. Raises UserError where the model's
+        positions would depend on batch mates at this length.
         """
         self._check_length(prompts, sampling)
         if not prompts:
@@ -94,7 +95,7 @@ class Sampler:
             rows = slice(g * n, (g + 1) * n)
             texts[g] = self._texts(results.tokens[rows], results.lengths[rows])
             if on_group:
-                on_group(g, prompts[g], texts[g])
+                on_group(g, prompts[g], texts[g], finish_reasons(results.finished[rows]))
 
         if tree is not None:
             assert tree.leaves == n and limits is None
@@ -175,9 +176,9 @@ class Sampler:
         self._check_length(prompts, sampling)  # of all ranks, so that none fails alone
         together, mine = world.places(len(prompts), self.tp), world.places(len(prompts))
 
-        def own(i: int, prompt: Prompt, texts: list[str]) -> None:
+        def own(i: int, prompt: Prompt, texts: list[str], reasons: list[str]) -> None:
             if together[i] in mine:
-                on_group(mine.index(together[i]), prompt, texts)
+                on_group(mine.index(together[i]), prompt, texts, reasons)
 
         shared, told = [prompts[p] for p in together], own if on_group else None
         rollout = self.generate(shared, n, sampling, purpose=purpose, step=step, on_group=told, tree=tree)

@@ -1,12 +1,13 @@
 """Formulas made to take for ever are recognized before a library sees them; others cost little."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from repository import ROOT
 
-from gspo.reward import reward_func
+from gspo.reward import latex_process, reward_func
 from gspo.reward.latex import available
 from gspo.reward.latex_size import is_too_large
 from gspo.reward.worker_handle import Settings
@@ -82,13 +83,11 @@ def pool(tmp_path):
     made.close()
 
 
-def test_from_the_second_replacement_on_a_process_waits_ready(pool):
+def test_a_process_waits_ready_to_take_the_place_of_one_that_ends(pool):
     def timeout():
         assert pool.submit({"s": 60}).result(PATIENCE_S).fault == "timeout"
         return pool.submit({"s": 0}).result(PATIENCE_S).reply["parts"]["pid"]
 
-    assert pool.spare is None, "none before the first"
-    timeout()
     for _ in range(2):
         pool.spare.join(PATIENCE_S)
         ready = pool.spare.process
@@ -112,14 +111,14 @@ def test_the_time_limit_of_calls_may_change_between_them(pool):
 @needs_library
 def test_many_slow_comparisons_get_less_time_each_and_later_ones_more_again(capsys):
     """Products of powers, each small enough by itself."""
-    reward_func._overdue.clear()
+    latex_process._overdue.clear()
     powers = r"(x+1)^{{60}}(x+2)^{{60}}(x+3)^{{60}}(x+y)^{{60}}(y+z)^{{60}}+{}"
     limits = []
     for i in range(6):
         assert reward_func.correctness(rf"\boxed{{{powers.format(i)}}}", "(x+1)^{119}") == 0.0
-        limits.append(reward_func._latex_pool(reward_func.os.getpid()).timeout_s)
+        limits.append(latex_process.latex_pool(os.getpid()).timeout_s)
     assert limits == [1.5, 0.75, 0.375, 0.25, 0.25, 0.25]
     assert capsys.readouterr().out.count("LaTeX answers that take seconds") == 1
     for i in range(40):
         assert reward_func.correctness(rf"\boxed{{x^2+{i}}}", f"{i}+x^2") == 1.0
-    assert reward_func._latex_pool(reward_func.os.getpid()).timeout_s == reward_func.LATEX_S
+    assert latex_process.latex_pool(os.getpid()).timeout_s == latex_process.LATEX_S

@@ -44,7 +44,7 @@ def test_the_default_reward_over_the_same_pairs():
 
 
 def test_every_miss_and_exception_is_in_the_docs():
-    page = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
     for gold, answer, _, why in [*MISSES, *REWARD_DIFFERS]:
         assert f"| `{gold}` | `{answer}` | {why} |" in page, (gold, answer)
 
@@ -138,5 +138,5 @@ def test_a_hostile_answer_ends_its_process_and_scores_as_wrong_and_the_next_is_c
     hostile = "".join(f"({a})^{{60}}" for a in ("x+1", "x+2", "x+3", "x+y", "y+z", "z+1"))  # each factor is small
     assert compute_score("", rf"\boxed{{{hostile} + 1}}", "(x+1)^{119}") == 0.1
     assert outcomes[0].result().fault, "its comparison did not end by itself"
-    assert compute_score("", r"\boxed{\sqrt{49} + 0}", "7") == 1.0
+    assert compute_score("", r"\boxed{\frac{35}{\sqrt{7}}}", r"5\sqrt{7}") == 1.0
     assert outcomes[1].result().fault == ""

@@ -1,6 +1,7 @@
 """The user's reward function: how it is found and called, what it may return, and how its faults are reported."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,19 @@ def test_the_default_is_compute_score():
     assert scores.rewards.tolist() == [pytest.approx([1.0, 0.5, 0.1, 0.0]), pytest.approx([0.0, 0.1, 0.5, 1.0])]
     assert scores.rewards.dtype == torch.float32
     assert {name: part[0].tolist() for name, part in scores.parts.items()} == {
+        "acc": [1.0, 1.0, 0.0, 0.0],
         "correct": [1.0, 1.0, 0.0, 0.0],
         "reasoning": [1.0, 0.0, 1.0, 1.0],
         "format": [1.0, 1.0, 1.0, 0.0],
     }
+
+
+def test_a_response_that_was_cut_off_is_said_to_the_function_and_its_last_number_is_no_answer():
+    whole = a_rollout(["so 7", "#### 7", "so 7"])
+    cut = replace(whole, finished=torch.tensor([[True, True, False]]))
+    scorer = Scorer(Reward())
+    assert scorer(whole).rewards.tolist() == [[1.0, 1.0, 1.0]]
+    assert scorer(cut).rewards.tolist() == [[1.0, 1.0, 0.0]]
 
 
 def test_every_response_is_scored_with_its_own_prompt(scorer):
@@ -77,7 +87,7 @@ def test_every_response_is_scored_with_its_own_prompt(scorer):
 def test_it_is_called_by_keyword_with_all_that_is_known(scorer):
     my = scorer(
         "assert (data_source, solution_str, ground_truth) == ('math_reasoning', 'seven', '7')\n"
-        "assert extra_info == {'index': 3} and bonus == 0.25 and names == ['a']\n"
+        "assert extra_info == {'index': 3, 'finish_reason': 'stop'} and bonus == 0.25 and names == ['a']\n"
         "return bonus",
         "def compute_score(*, names, bonus, extra_info, ground_truth, solution_str, data_source):\n",
         reward_kwargs={"bonus": 0.25, "names": ["a"]},
@@ -325,7 +335,7 @@ def test_groups_begun_early_are_not_scored_again(scorer, tmp_path):
     body = "import time\ntime.sleep(0.03)\n"
     my = scorer(f"{body}open({str(log)!r}, 'a').write(solution_str + ' ')\nreturn float(solution_str)")
     my(a_rollout(["1"] * 5))  # long enough to be worth it
-    my.begin(1, PROMPT, ["0.25", "0.75"])
+    my.begin(1, PROMPT, ["0.25", "0.75"], ["stop", "stop"])
     assert list(my.begun) == [1]
     assert my(a_rollout(["0", "1"], ["0.25", "0.75"])).rewards.tolist() == [[0, 1], [0.25, 0.75]]
     assert sorted(log.read_text().split()[5:]) == ["0", "0.25", "0.75", "1"]
@@ -337,7 +347,7 @@ def test_short_calls_wait_until_sampling_is_over(scorer, monkeypatch):
     monkeypatch.setattr("gspo.reward.scorer.WORTH_OVERLAPPING_S", 60.0)  # beside other work no call is short
     my = scorer("return float(solution_str)")
     my(a_rollout(["1"] * 200))
-    my.begin(0, PROMPT, ["0.25", "0.75"])
+    my.begin(0, PROMPT, ["0.25", "0.75"], ["stop", "stop"])
     assert my.begun == {} and my(a_rollout(["0.25", "0.75"])).rewards.tolist() == [[0.25, 0.75]]
 
 

@@ -122,17 +122,19 @@ def test_first_tokens_follow_the_softmax_at_the_temperature():
 
 def test_on_group_is_called_once_a_group_with_its_texts_when_its_last_response_ends(monkeypatch):
     """... before the longer groups have ended."""
-    sampler, called, decoded, step = sampler_for(tiny_model("llama")), {}, [0], Slots.step
+    sampler, called, ended, decoded, step = sampler_for(tiny_model("llama")), {}, {}, [0], Slots.step
     monkeypatch.setattr(Slots, "step", lambda slots: decoded.__setitem__(0, decoded[0] + 1) or step(slots))
 
-    def on_group(place, prompt, texts):
+    def on_group(place, prompt, texts, reasons):
         assert place not in called
         called[place] = (prompt.id, texts, decoded[0])
+        ended[place] = reasons
 
     prompts, limits = prompts_of((3, 9, 5, 7, 4)), torch.tensor([[30], [1], [40], [12], [40]]).expand(-1, 3)
     rollout = sampler.generate(prompts, 3, Sampling(1.5, max_new_tokens=40), on_group=on_group, limits=limits)
     assert {place: texts for place, (_, texts, _) in called.items()} == dict(enumerate(rollout.texts))
     assert all(rollout.prompts[place].id == id for place, (id, _, _) in called.items())
+    assert ended == dict(enumerate(rollout.finish_reasons))
     longest = rollout.lengths.amax(1)
     assert [called[place][2] for place in range(5)] == (longest - 1).tolist(), "called at the step of its last token"
     assert len(longest.unique()) > 2, "lengths should differ, or the test says little"
@@ -144,7 +146,7 @@ def test_on_group_is_called_for_a_ranks_own_prompts_only_by_their_place_in_its_r
     world = World(1, 2, torch.device("cpu"), None)
     places, rollout = sampler.generate_share(
         prompts_of((3, 9, 5, 7, 4)), 2, Sampling(1.5, max_new_tokens=8), world,
-        on_group=lambda place, prompt, texts: called.update({place: (prompt, texts)}),
+        on_group=lambda place, prompt, texts, reasons: called.update({place: (prompt, texts)}),
     )  # fmt: skip
     assert places == [1, 3] and called == dict(enumerate(zip(rollout.prompts, rollout.texts, strict=True)))
 
@@ -298,7 +300,7 @@ def test_one_token_responses_need_no_slot(monkeypatch, n):
         prompts_of((1, 6)),
         n,
         Sampling(1.0, max_new_tokens=1),
-        on_group=lambda place, prompt, texts: called.append(place),
+        on_group=lambda place, prompt, texts, reasons: called.append(place),
     )
     assert rollout.tokens.shape == (2, n, 1) and (rollout.lengths == 1).all() and sorted(called) == [0, 1]
 

@@ -201,7 +201,7 @@ def test_on_group_is_called_once_a_group_with_the_texts_of_all_its_leaves():
     sampler, called = sampler_for(tiny_model("llama")), {}
     sampler.end_ids = set(range(1, 40))  # some trunks end before they branch
 
-    def on_group(place, prompt, texts):
+    def on_group(place, prompt, texts, reasons):
         assert place not in called
         called[place] = (prompt, texts)
 
