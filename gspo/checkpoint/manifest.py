@@ -5,7 +5,8 @@ It is written last, and has a checksum of its own.
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -52,9 +53,19 @@ def _read(checkpoint: Path, required: bool) -> tuple[Files, str]:
     try:
         text = (checkpoint / NAME).read_text(encoding="utf-8")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(text)["files"].items()}
-        return (files, "") if text == _text(files) else ({}, f"{NAME} has changed since it was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        if text != _text(files):
+            return {}, f"{NAME} has changed since it was written"
+        odd = next((name for name, entry in files.items() if not _is_listed_well(name, *entry)), None)
+        return (files, "") if odd is None else ({}, f"{NAME} lists {odd!r:.60}, which no checkpoint has")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return {}, f"{NAME} cannot be read ({type(e).__name__})"
+
+
+def _is_listed_well(name: str, size: Any, digest: Any) -> bool:
+    """Return whether this is a file inside the checkpoint with its size and sha256: whoever changes a checkpoint can
+    write a manifest that leads anywhere, also to files without end."""
+    inside = PurePosixPath(name).parts and not {"/", ".."} & {*PurePosixPath(name).parts}
+    return bool(inside) and type(size) is int and 0 <= size < 2**63 and isinstance(digest, str)
 
 
 def _problem(file: Path, name: str, size: int, digest: str) -> str:
@@ -62,6 +73,8 @@ def _problem(file: Path, name: str, size: int, digest: str) -> str:
     try:
         if not file.exists():
             return f"{name} is missing"
+        if not file.is_file():
+            return f"{name} is no file"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
         return "" if _sha256(file) == digest else f"{name} has changed"
@@ -80,11 +93,13 @@ def _sha256(file: Path) -> str:
 def _damage_without_manifest(checkpoint: Path) -> str:
     """Return what is wrong with state.json or the headers of the safetensors files, or ""."""
     try:
-        json.loads((checkpoint / "trainer" / "state.json").read_text(encoding="utf-8"))
-        weights = [*checkpoint.rglob("*.safetensors")]
+        state, weights = checkpoint / "trainer" / "state.json", [*checkpoint.rglob("*.safetensors")]
+        if other := next((file for file in (state, *weights) if file.exists() and not file.is_file()), None):
+            return f"{other.relative_to(checkpoint)} is no file"
+        json.loads(state.read_text(encoding="utf-8"))
         for file in weights:
             with safe_open(file, "pt"):
                 pass
-    except (OSError, ValueError, SafetensorError) as e:
+    except (OSError, ValueError, RecursionError, SafetensorError) as e:
         return f"it has no {NAME}, and {' '.join(str(e).split())}"
     return "" if weights else f"it has no {NAME} and no weights"

@@ -23,6 +23,7 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW
 CURE = (
     "Resume from another checkpoint (trainer.resume=FOLDER), or start a run from its weights (model.path=CHECKPOINT)."
 )
+MOST_EPOCHS = 2**30  # the epochs of prompts are int32
 COUNTS = ("step", "round", "planned_steps", "total_steps", "bad_steps", "tokens_sampled", "best_step")
 
 
@@ -91,6 +92,9 @@ def load_order(checkpoint: Path) -> dict[str, Tensor]:
         _check(checkpoint, "order", name, x, *wanted[name])
     if bool((torch.cat([found["at"], found["due"], found["streak"]]) < 0).any()):
         raise _damaged(checkpoint, "order", "has a negative number")
+    epoch, position = found["at"].tolist()
+    if epoch > MOST_EPOCHS or position > rows:
+        raise _damaged(checkpoint, "order", f"goes on at prompt {position} of {rows}, in epoch {epoch}")
     return found
 
 

@@ -170,6 +170,8 @@ class Scorer:
         for g, (prompt, group) in enumerate(track(groups, "scoring")):
             for i, future in enumerate(futures[g]):
                 outcome = self._wait(future, prompt, group if self.pool.scores_groups else group[i:])
+                if len(outcome.reply.get("scores", group)) != len(group):  # not written by our code in the worker
+                    outcome = Outcome(fault="error", kind="garbled", message="sent scores of another group's size")
                 if outcome.fault:
                     on_fault(outcome, prompt, group if self.pool.scores_groups else [group[i]])
                 table.enter(g, range(len(group)) if self.pool.scores_groups else [i], outcome)

@@ -296,7 +296,7 @@ class WorkerThread(threading.Thread):
         if reply is None:
             return
         index = reply.get("index")
-        if not isinstance(index, int) or index not in self.running or not _is_complete(reply):
+        if not isinstance(index, int) or index not in self.running or not _is_complete(reply, self.pool.scores_groups):
             return  # not written by our code in the worker
         now = time.monotonic()
         self.pool.record_duration(now - self.started)
@@ -340,17 +340,23 @@ class WorkerThread(threading.Thread):
         self.pool.put_back(calls)
 
 
-def _is_complete(reply: dict[str, Any]) -> bool:
+def _is_complete(reply: dict[str, Any], of_group: bool) -> bool:
     """Return whether a reply holds what is read from it: a fault, a score with its parts, or the scores of a group."""
     if "timeout" in reply:
         return True
-    fault = reply.get("fault")
+    fault, pred = reply.get("fault"), reply.get("pred")
     if fault is not None:
-        return isinstance(fault, dict) and fault.keys() == {"kind", "message", "trace"}
-    numbers = [*reply["scores"]] if isinstance(reply.get("scores"), list) else [reply.get("score")]
-    if "scores" not in reply:
-        parts = reply.get("parts")
-        if not isinstance(parts, dict) or "pred" not in reply:
-            return False
-        numbers += parts.values()
-    return all(isinstance(x, int | float) for x in numbers)
+        wanted = {"kind", "message", "trace"}
+        return isinstance(fault, dict) and fault.keys() == wanted and all(isinstance(x, str) for x in fault.values())
+    if of_group or "scores" in reply:
+        scores = reply.get("scores")
+        return of_group and isinstance(scores, list) and all(map(_is_score, scores))
+    parts = reply.get("parts")
+    if not isinstance(parts, dict) or not all(isinstance(x, float) for x in parts.values()):
+        return False
+    return _is_score(reply.get("score")) and isinstance(pred, str | None)
+
+
+def _is_score(value: Any) -> bool:
+    """Return whether a value is a number from 0 to 1, as the worker sends it."""
+    return isinstance(value, float) and 0.0 <= value <= 1.0

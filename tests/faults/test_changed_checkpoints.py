@@ -1,11 +1,12 @@
 """A checkpoint that somebody changed, without a manifest: every shape, type and number is checked before it is used."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_run import a_run
+from saved_run import ALONE, a_run
 
 from gspo.algorithm.update import make_optimizer
 from gspo.checkpoint import manifest
@@ -58,6 +59,8 @@ TENSORS = {
     "an order with a shorter streak": ("order", "streak", lambda x: x[:1]),
     "an order before the first epoch": ("order", "at", lambda x: x - 9),
     "an order without a place": ("order", "at", None),
+    "an order behind the last prompt": ("order", "at", lambda x: torch.tensor([0, 3])),
+    "an order in an epoch that no run reaches": ("order", "at", lambda x: torch.tensor([2**40, 0])),
     "a token that the model does not have": ("held_out", "tokens", lambda x: x + 64),
     "a token below 0": ("held_out", "tokens", lambda x: x - 2),
     "a length beyond the row": ("held_out", "lengths", lambda x: x + 1),
@@ -109,3 +112,49 @@ def test_a_state_that_is_no_object_is_refused(saved, content):
     (step / "trainer" / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state.json"):
         read_back(run, step)
+
+
+# ---- the manifest, and what stands in for one ----
+
+ENTRY = {"bytes": 3, "sha256": "x"}
+ODD_FILES = {  # a manifest lists these, with a valid checksum of its own
+    "a device without an end": {"/dev/zero": {"bytes": 0, "sha256": "x"}},
+    "a file of somebody else": {"../../secret": ENTRY},
+    "the folder itself": {".": ENTRY},
+    "no name": {"": ENTRY},
+    "a size that is a text": {"model.safetensors": {"bytes": "3", "sha256": "x"}, "a": ENTRY},
+    "a size that is an object": {"model.safetensors": {"bytes": {}, "sha256": "x"}, "a": ENTRY},
+    "a checksum that is a list": {"model.safetensors": {"bytes": 3, "sha256": []}},
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_a_manifest_that_leads_elsewhere_is_damage(tmp_path, name):
+    files = {name: (entry["bytes"], entry["sha256"]) for name, entry in ODD_FILES[name].items()}
+    (tmp_path / manifest.NAME).write_text(manifest._text(files))
+    assert manifest.find_damage(tmp_path, ALONE).startswith("manifest.json lists ")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", '{"files": 1}', '{"files": {"a": 1}}', "\x00"])
+def test_a_manifest_that_is_none_is_damage(tmp_path, content):
+    (tmp_path / manifest.NAME).write_text(content)
+    assert manifest.find_damage(tmp_path, ALONE).startswith("manifest.json cannot be read")
+
+
+@pytest.mark.parametrize("file", ["trainer/state.json", "model.safetensors", "trainer"])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_damage_and_not_waited_for(tmp_path, file):
+    """With a manifest and without."""
+    (tmp_path / "trainer").mkdir()
+    if not (tmp_path / file).exists():
+        os.mkfifo(tmp_path / file)
+    (tmp_path / manifest.NAME).write_text(manifest._text({file: (0, "x")}))
+    assert manifest.find_damage(tmp_path, ALONE) == f"{file} is no file"
+    (tmp_path / manifest.NAME).unlink()
+    damage = manifest.find_damage(tmp_path, ALONE, required=False)
+    assert damage == f"{file} is no file" or (file == "trainer" and "No such file" in damage)
+
+
+def test_a_state_nested_too_deep_is_damage(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "state.json").write_text("[" * 100_000)
+    assert "maximum recursion depth" in manifest.find_damage(tmp_path, ALONE, required=False)
