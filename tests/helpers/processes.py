@@ -17,7 +17,7 @@ class Program:
 
     started: ClassVar[list["Program"]] = []
 
-    def __init__(self, *args, log: Path):
+    def __init__(self, *args, log: Path, env: dict[str, str] | None = None):
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
         self.log = log
         self.started.append(self)
@@ -27,7 +27,7 @@ class Program:
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,
-                env={**os.environ, **PROGRAM_ENV, "GSPO_TEST_MARK": self.mark},
+                env={**os.environ, **PROGRAM_ENV, **(env or {}), "GSPO_TEST_MARK": self.mark},
             )
 
     def alive(self) -> dict[int, str]:
