@@ -96,8 +96,8 @@ test-all: test test-slow ## everything that needs no GPU and no hour
 test-hour: dev ## the longest, one after the other: 25 kills on two ranks, 200 chaotic steps, measured memory
 	$(PY) -m pytest -m hour
 
-test-gpu: dev ## the cases that need CUDA
-	$(PY) -m pytest -m gpu
+test-gpu: dev ## the cases that need CUDA, a process for each file: an assert on the device ends it for all that follow
+	failed=0; for file in tests/gpu/test_*.py; do $(PY) -m pytest -n0 -m gpu $$file || failed=1; done; exit $$failed
 
 lint: dev ## ruff, format and rules
 	$(PY) -m ruff format --check .

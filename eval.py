@@ -11,6 +11,9 @@ import argparse
 from pathlib import Path
 from shlex import quote
 
+import gspo  # noqa: F401 -- before torch
+
+# isort: split
 import torch
 
 from gspo.algorithm.self_play_models import win_rate

@@ -10,6 +10,9 @@ round ends, the opponent becomes a copy of the policy. This file is where the st
 import argparse
 import math
 
+import gspo  # noqa: F401 -- before torch
+
+# isort: split
 import torch
 from torch import Tensor
 from torch.nn.functional import pad

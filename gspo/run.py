@@ -86,12 +86,10 @@ def start_run(
     winners = StoredWinners(cfg.objective.margin) if cfg.rollout.stored_winners else None
     if world.is_main:
         save_reward_function(folder, scorer.pool.source, state.step)
-    if not state.precision:
-        state.precision, measured = world.broadcast_from_main(
-            lambda: choose_precision(cfg.model.precision, world.device, model_config)
-        )
-        if measured:
-            say(f"model.precision=auto: {state.precision} ({measured})")
+    wanted = state.precision or cfg.model.precision
+    state.precision, measured = world.broadcast_from_main(lambda: choose_precision(wanted, world.device, model_config))
+    if measured:
+        say(f"model.precision=auto: {state.precision} ({measured})")
     if world.is_main:
         longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
         say(memory_report_line(cfg, world, state.precision, longest))

@@ -30,6 +30,7 @@ from gspo.read_paths import check_path
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import say
+from gspo.system.devices import choose_device
 from gspo.system.files import replacing
 from gspo.system.program import guarded
 from gspo.types import Prompt, Rollout
@@ -88,7 +89,7 @@ def _open(
     skip_special_tokens: bool,
 ) -> tuple[Sampler, Encoder]:
     """Open the model and its tokenizer. Raise UserError."""
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = torch.device(device) if device else choose_device()
     if not isinstance(model, nn.Module):
         config, tokenizer = load_model_config(model), tokenizer or load_tokenizer(model)
         chosen, _ = choose_precision(precision, on, config)

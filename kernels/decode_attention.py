@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gspo.kernels.decode_types import Pool
-from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
+from gspo.kernels.dispatch import Implementation, always, choose, on_tensor_cores, triton_kernel
 
 
 def decode_attention(
@@ -92,6 +92,6 @@ def _part(
 
 
 IMPLEMENTATIONS = (
-    Implementation(on_cuda, triton_kernel("decode_attention_triton", "decode_attention")),
+    Implementation(on_tensor_cores, triton_kernel("decode_attention_triton", "decode_attention")),
     Implementation(always, lambda q: plain_decode_attention),
 )

@@ -40,6 +40,24 @@ def on_cuda(x: Tensor, *arguments: Any) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
+def on_tensor_cores(x: Tensor, *arguments: Any) -> bool:
+    """Return whether x is what Triton kernels with matrix products take: Triton uses the tensor cores of Ampere on.
+
+    On older GPUs such kernels spill registers and ask for more shared memory than there is; a line says so, once.
+    """
+    if not on_cuda(x):
+        return False
+    if torch.version.hip is None and _capability(x.device) < (8, 0):
+        _say_once("this GPU is older than Ampere, so attention in the sampler is PyTorch's own, which is slower.")
+        return False
+    return True
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def triton_kernel(module: str, function: str | None = None) -> Callable[..., Any]:
     """Make the `load` of a Triton kernel: `function` of kernels/`module`.py, or the module itself.
 

@@ -197,7 +197,7 @@ def restore(
             value = moments.read(moment).clone() if key == "step" else load_like(moment, moments.read, p)
             if key == "step" and not (math.isfinite(value) and value >= 0):
                 raise _damaged(checkpoint, "optimizer", f"has {moment} = {float(value)}")
-            optimizer.state[p][key] = value
+            optimizer.state[p][key] = value.to(p.device)  # the fused AdamW of CUDA reads its step there, too
     for name, model in frozen.items():
         if not [*(checkpoint / "trainer").glob(f"{name}[.-]*safetensors*")]:
             raise UserError(

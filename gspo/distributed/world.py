@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from gspo.distributed.failures import leave
 from gspo.errors import UserError
 from gspo.system import torchrun
+from gspo.system.devices import choose_device
 from gspo.system.malloc import keep_freed_memory
 
 
@@ -121,11 +122,11 @@ def process_group() -> Iterator[World]:
     """
     torchrun.check_environment()
     rank, size = torchrun.rank(), torchrun.world_size()
-    device = torch.device("cuda", torchrun.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device()
+    torch.set_num_threads(torchrun.cpu_cores())  # torchrun sets one; beside a GPU they pack, and step what is offloaded
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(torchrun.cpu_cores())
         keep_freed_memory()
     mesh = store = None
     if size > 1 or device.type == "cuda":  # on one GPU too: the offloaded reference is an FSDP module

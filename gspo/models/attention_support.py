@@ -89,6 +89,16 @@ def check_length(config: PreTrainedConfig, tokens: int) -> None:
 
 
 @contextmanager
+def plain_attention(config: PreTrainedConfig) -> Iterator[None]:
+    """Use transformers' own attention, written out, for the forwards inside that ours is compared with.
+
+    What it loads a model with may leave something out: up to transformers 5.17 `sdpa` drops Gemma 2's soft cap.
+    """
+    with replaced([(config.get_text_config(), "_attn_implementation", "eager")]):
+        yield
+
+
+@contextmanager
 def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
     """Use the attention function registered as `name`, and compiled layers, for the forwards inside."""
     with replaced([(config, "_attn_implementation", name)]), compiled_layers_enabled():

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gspo.errors import UserError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIN_HIDDEN_SIZE = 512  # narrower models stay in fp32: products are little of their step, and rounding shows most
 MIN_SPEEDUP = 1.5  # of bf16 over fp32, from which `auto` chooses it
@@ -16,13 +18,20 @@ MIN_SPEEDUP = 1.5  # of bf16 over fp32, from which `auto` chooses it
 def choose_precision(precision: str, device: torch.device, model_config: Any) -> tuple[str, str]:
     """Return (`fp32` or `bf16`, what was measured, in a few words, or "").
 
-    `auto` is bf16 on a GPU that has it. On a CPU it is measured in a second, by products of the model's width, forward
+    `auto` is bf16 on a GPU that has it, and UserError says so where another one is to compute in it: PyTorch would
+    emulate it, slowly. On a CPU it is measured in a second, by products of the model's width, forward
     and backward. A busy machine may give another result the next day, so a run keeps its first.
     """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and not has_bf16:
+            raise UserError(
+                f"model.precision = bf16: {torch.cuda.get_device_name(device)} cannot compute in bf16, as GPUs from "
+                "Ampere on can. Set model.precision=fp32, in a run of its own (trainer.run_name) if this one has begun."
+            )
+        return ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision, ""
     if precision != "auto":
         return precision, ""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32", ""
     width = model_config.get_text_config().hidden_size
     if width < MIN_HIDDEN_SIZE:
         return "fp32", ""

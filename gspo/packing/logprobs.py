@@ -18,6 +18,7 @@ from gspo.models.attention_support import (
     attention_implementation,
     check_architecture,
     ordinary_token,
+    plain_attention,
     short_windows,
     unsupported_model,
 )
@@ -174,7 +175,8 @@ def _packing_error(
     for r, (owner, n) in enumerate(zip(owners, lengths.tolist(), strict=True)):
         response = tokens[r, :n]
         ids = torch.tensor([[*prompts[owner].ids, *response.tolist()]], device=tokens.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
+        with plain_attention(model.config):
+            logits = model(input_ids=ids, use_cache=False).logits[0, -n - 1 : -1]
         half, logits = logits.dtype != torch.float32, logits.float()
         plain = logits.log_softmax(-1).gather(-1, response[:, None]).squeeze(-1)
         error = max(error, float((mine[r, :n] - plain).abs().max()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gspo.distributed.sharding import run_as_forward
+from gspo.models.attention_support import plain_attention
 
 SMALL, LARGE = 2.0**-10, 2.0**20  # inputs too small for a cap to change, and so large that any cap is reached
 
@@ -58,11 +59,12 @@ def measure_head(model: nn.Module, device: torch.device | None = None) -> Head |
         return y.clone()
 
     handle = layer.register_forward_hook(return_ours)
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        handle.remove()
-    hidden = run_as_forward(model, _last_hidden, ids)
+    with plain_attention(model.config):
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        hidden = run_as_forward(model, _last_hidden, ids)
     if len(seen) != 1 or not _same(seen[0], hidden) or logits.shape != y.shape:
         return None
     scale, top = logits[0, 1, 0].item() / SMALL, logits[0, 2, 0].item()

@@ -1,5 +1,6 @@
 """Replay a decoding step as a CUDA graph: captured once for each number of slots, then launched as a whole."""
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,11 +56,17 @@ class Replay:
     def _capture(self, work: Work, size: int) -> None:
         graph, others = torch.cuda.CUDAGraph(), [g for g in self._graphs.values() if g is not None]
         pool = others[0].pool() if others else None
-        stream = torch.cuda.Stream(self._device)
+        stream = _capture_stream(self._device)
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work(size)
         self._graphs[size] = graph
         graph.replay()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures: every stream that computes has a cuBLAS workspace, which is never freed."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

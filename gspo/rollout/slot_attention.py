@@ -27,6 +27,7 @@ from gspo.models.attention_support import (
     check_architecture,
     check_attention_arguments,
     ordinary_token,
+    plain_attention,
     short_windows,
     unsupported_model,
 )
@@ -266,7 +267,8 @@ def _slots_error(model: nn.Module, device: torch.device, fixed: bool) -> tuple[f
     plain = []
     for owner, response in zip(owners, responses.tolist(), strict=True):
         ids = torch.tensor([[*prompts[owner], *response]], device=device)
-        plain.append(model(input_ids=ids, use_cache=False).logits[0, -4:-1].float())
+        with plain_attention(model.config):
+            plain.append(model(input_ids=ids, use_cache=False).logits[0, -4:-1].float())
     tolerance = TOLERANCE.get(logits.dtype, HALF_TOLERANCE)
     mine, plain = torch.stack(mine, 1).float(), torch.stack(plain)
     size = (plain - plain.mean(-1, keepdim=True)).abs().mean()

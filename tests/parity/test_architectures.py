@@ -219,3 +219,12 @@ def test_and_are_refused_by_name_beyond_as_a_longer_batch_mate_would_change_a_re
 def test_other_frequencies_have_no_limit(rope):
     check_length(tiny_model("llama", rope_parameters=rope, max_position_embeddings=24).config, 10**6)
     check_length(AutoConfig.for_model("bloom"), 10**6)
+
+
+def test_a_soft_cap_that_the_loaded_attention_drops_is_no_reason_to_refuse_a_model():
+    """transformers 5.17 loads Gemma 2 with `sdpa`, which leaves its soft cap out there, and is an error in 5.23."""
+    model = tiny_model("gemma2", attn_logit_softcapping=0.5)
+    model.config._attn_implementation = "sdpa"
+    check_packing(model, measure_head(model))
+    check_slots(model, CPU)
+    assert model.config._attn_implementation == "sdpa"

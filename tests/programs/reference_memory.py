@@ -37,9 +37,9 @@ def units(model):
     return {"largest": max(sizes), "left": size(model) - sum(sizes), "all": size(model)}
 
 
-def rollout():
-    tokens = torch.randint(4, 60, (2, 2, TOKENS))
-    zeros, lengths = torch.zeros(tokens.shape), torch.full((2, 2), TOKENS)
+def rollout(device):
+    tokens = torch.randint(4, 60, (2, 2, TOKENS)).to(device)
+    zeros, lengths = torch.zeros_like(tokens, dtype=torch.float32), torch.full((2, 2), TOKENS, device=device)
     prompts = [Prompt(k, (5, 6, 7), "", "", "") for k in range(2)]
     return Rollout(prompts, tokens, lengths, zeros, zeros, lengths > 0, [["", ""]] * 2)
 
@@ -57,7 +57,7 @@ def main() -> None:
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        models.logprobs_under(model, rollout())
+        models.logprobs_under(model, rollout(world.device))
         result |= {"peak": max(counts), "after": gathered(model, seen)}
         if world.device.type == "cuda":
             result["cuda_peak"] = torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,117 @@
+"""Checks on the device that is not there, of itself and of what uses it; test_rehearsal.py runs them in a process."""
+
+import pytest
+import torch
+from architectures import tiny_model
+from cuda_module import graphs
+from device import Recorder, seen
+from torch import nn
+
+from gspo.rollout.cuda_graphs import Replay, no_waiting
+
+X = torch.arange(6.0).view(2, 3)
+
+
+def test_tensors_say_where_they_are():
+    x, layer = X.to("cuda"), nn.Linear(3, 2).cuda()
+    assert x.is_cuda and x.device == torch.device("cuda", 0) and not x.cpu().is_cuda
+    assert torch.zeros(2, device=x.device).is_cuda and torch.zeros_like(x).is_cuda and x.new_zeros(2).is_cuda
+    assert (
+        torch.zeros(2).to(x).is_cuda
+        and not x.to(torch.zeros(2)).is_cuda
+        and x.to("cpu", torch.float64).dtype == torch.float64
+    )
+    assert isinstance(layer.weight, nn.Parameter) and layer.weight.is_cuda
+    layer(x).sum().backward()
+    assert layer.weight.grad.is_cuda and layer.weight.grad.cpu().equal(X.sum(0).expand(2, 3))
+
+
+def test_gradients_cross_between_the_devices():
+    w = X.clone().requires_grad_()
+    (w.to("cuda") * 2).sum().backward()
+    assert not w.grad.is_cuda and w.grad.eq(2).all()
+
+
+def test_tied_weights_stay_tied_when_a_model_is_moved():
+    model = tiny_model("llama", tie_word_embeddings=True).to("cuda")
+    assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.is_cuda
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda x: x + X, "at least two devices"),
+        (lambda x: torch.cat([x, X]), "at least two devices"),
+        (lambda x: nn.Linear(3, 2)(x), "at least two devices"),
+        (lambda x: X[x.long()], "indices should be"),
+        (lambda x: x.index_put_((x[0].long(),), torch.ones(3)), "another device"),
+        (lambda x: x.numpy(), "Use Tensor.cpu"),
+        (lambda x: x.pin_memory(), "cannot pin"),
+    ],
+)
+def test_a_mix_of_devices_is_refused(use, says):
+    with pytest.raises((RuntimeError, TypeError), match=says):
+        use(X.to("cuda"))
+
+
+def test_a_scalar_of_the_cpu_may_be_mixed():
+    assert (X.to("cuda") * torch.tensor(2.0)).cpu().equal(2 * X)
+
+
+def test_a_fused_optimizer_refuses_a_step_on_the_cpu():
+    layer = nn.Linear(3, 2).cuda()
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    for _ in range(2):
+        layer(X.to("cuda")).sum().backward()
+        optimizer.step()
+    optimizer.state[layer.weight]["step"] = torch.tensor(2.0)
+    with pytest.raises(RuntimeError, match="same device"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x[x > 2], lambda x: x.nonzero(),
+     lambda x: bool(x.any()), lambda x: x.copy_(X), lambda x: torch.tensor([1], device="cuda"), lambda x: X.to("cuda"),
+     lambda x: x[0].repeat_interleave(x[0].long()), lambda x: torch.cuda.synchronize()],
+)  # fmt: skip
+def test_a_wait_of_the_host_is_an_error_where_none_is_allowed(use):
+    x = X.to("cuda")
+    use(x)
+    with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
+        use(x)
+    with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        use(x)
+    assert Recorder.operations is None and Recorder.sync_mode == 0
+
+
+def test_a_graph_replays_over_the_same_memory_and_keeps_numbers_of_the_host():
+    x, total, amount, graph = X.to("cuda"), torch.zeros(2, 3, device="cuda"), torch.tensor(10.0), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total.add_(x * amount + torch.ones(3, device="cuda"))
+    x.mul_(2)
+    amount.fill_(1000.0)
+    graph.replay()
+    assert total.cpu().equal(20 * X + 1), "a capture computes nothing"
+
+
+def test_all_sizes_are_captured_on_one_stream():
+    """Each stream has a cuBLAS workspace of its own, 32 MiB on Hopper, that is never freed."""
+    x, first = torch.zeros(8, device="cuda"), len(graphs)
+    for replay in (Replay(torch.device("cuda", 0)), Replay(torch.device("cuda", 0))):
+        for size in (8, 4, 8, 4, 8):
+            replay(lambda n: x[:n].add_(1), size)
+    made = graphs[first:]
+    assert len(made) == 4 and len({id(g.stream) for g in made}) == 1 and x.cpu().tolist() == [10.0] * 4 + [6.0] * 4
+
+
+def test_weights_that_fsdp_has_freed_are_nan_and_a_cpu_kernel_takes_nothing_of_the_device():
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    from gspo.kernels import native
+
+    x = X.to("cuda")
+    with pytest.raises(RuntimeError, match="tensor of the GPU"):
+        native.call("any", x=x)
+    _fsdp_param.free_storage(x)
+    assert x.isnan().all() and seen["aten.isnan.default"]
