@@ -23,7 +23,7 @@ from gspo.algorithm.pairs import branch_weights, forks, has_contrast, preference
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.evaluations import needs_evaluation
-from gspo.checkpoint.run_folder import latest_checkpoint
+from gspo.checkpoint.run_folder import check_run, latest_checkpoint
 from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.beta_batches import BetaBatches
@@ -46,6 +46,7 @@ from gspo.run import (
     evaluate_held_out,
     evaluate_run,
     evaluation_settings,
+    fingerprints_of,
     save_checkpoint,
     start_run,
     stop_reason,
@@ -74,6 +75,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     say_notes(cfg)
     check_steps(cfg, total)
     if check_only:
+        check_run(cfg, fingerprints_of(cfg, splits, scorer))
         return say_fine(cfg, len(splits.train), total)
 
     run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)

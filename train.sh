@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The original launcher: environment variables, then flags, then section.key=value overrides, start the processes.
 #   ./train.sh [--model M] [--rollout_n N] [--self_play_rounds R] [--reward_func FILE] [--n_gpus K] [--nnodes M]
-#              [--config FILE] [--any_key VALUE] [section.key=value ...]
+#              [--config FILE] [--check] [--any_key VALUE] [section.key=value ...]
 # ROLLOUT_N, SELF_PLAY_ROUNDS, PREFERENCE_BETA, MARGIN, USE_RANKING_LOSS, TRAIN_BATCH_SIZE, LEARNING_RATE, TOTAL_EPOCHS
 # and ROLLOUT_TEMPERATURE are read from the environment; their defaults stand in configs/standard.yaml.
 set -euo pipefail
@@ -10,7 +10,7 @@ root=$(cd "$(dirname "$0")" && pwd)  # paths that users type are relative to whe
 fail() { echo "error: $1" >&2; exit 2; }
 
 config=$root/configs/standard.yaml n_gpus=1 nnodes=1
-settings=() overrides=()
+settings=() overrides=() check=()
 for name in ROLLOUT_N SELF_PLAY_ROUNDS PREFERENCE_BETA MARGIN USE_RANKING_LOSS TRAIN_BATCH_SIZE LEARNING_RATE \
             TOTAL_EPOCHS ROLLOUT_TEMPERATURE; do
   [ -z "${!name:-}" ] || settings+=("$(echo "$name" | tr "[:upper:]" "[:lower:]")=${!name}")
@@ -18,6 +18,7 @@ done
 while [ $# -gt 0 ]; do
   case "$1" in
     -h|--help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --check) check=(--check); shift ;;
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --*)
       [ $# -gt 1 ] || fail "$1 needs a value."
@@ -38,8 +39,8 @@ done
 
 python=${PYTHON:-$root/.venv/bin/python}
 command -v "$python" > /dev/null || make -C "$root" setup
-args=(--config "$config" trainer.n_gpus="$n_gpus" trainer.nnodes="$nnodes" "${settings[@]}" "${overrides[@]}")
-[ "$n_gpus:$nnodes" != 1:1 ] || exec "$python" "$root/train.py" "${args[@]}"
+args=(--config "$config" "${check[@]}" trainer.n_gpus="$n_gpus" trainer.nnodes="$nnodes" "${settings[@]}" "${overrides[@]}")
+[ "$n_gpus:$nnodes" != 1:1 ] && [ ${#check[@]} = 0 ] || exec "$python" "$root/train.py" "${args[@]}"
 
 launch=(--standalone)
 [ "$nnodes" = 1 ] || launch=(--nnodes "$nnodes" --node_rank "${NODE_RANK:-0}" \

@@ -18,7 +18,16 @@ import numpy as np
 from gspo.algorithm.objective import find_algorithm
 from gspo.config import Config
 from gspo.data.encoding import check_template_kwargs
-from gspo.data.prompts import Survey, TooLong, check_positions, configured_splits, in_common, make_checker, survey
+from gspo.data.prompts import (
+    Survey,
+    TooLong,
+    check_positions,
+    configured_splits,
+    in_common,
+    make_checker,
+    say_unread,
+    survey,
+)
 from gspo.errors import UserError
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.read_config import STANDARD, load_config, parse_arguments
@@ -70,6 +79,8 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
             found.add(LONG if isinstance(error, TooLong) else BAD, str(error))
 
         seen = survey(configured.files, checker, on_bad_row, split=configured.split, limit=configured.limit)
+        if configured.name == "train":
+            say_unread(checker.unread)
         bad, long = found.counts.get(BAD, 0), found.counts.get(LONG, 0)
         total = len(seen.prompts) + bad + long
         if bad:

@@ -66,6 +66,12 @@ class Run:
     winners: StoredWinners | None = None  # where rollout.stored_winners
 
 
+def fingerprints_of(cfg: Config, splits: Splits, scorer: Scorer) -> dict[str, str]:
+    """Return the fingerprints of a run's model, reward function and data."""
+    found = {"model.path": of_model(cfg.model.path), "reward.path": of_source(scorer.pool.source)}
+    return found | splits.fingerprints
+
+
 def start_run(
     cfg: Config,
     world: World,
@@ -77,10 +83,7 @@ def start_run(
     total_steps: int,
 ) -> Run:
     """Open the run's folder, and the models: as they are at its latest checkpoint, if there is one."""
-    prints = {}
-    if world.is_main:
-        prints = {"model.path": of_model(cfg.model.path), "reward.path": of_source(scorer.pool.source)}
-        prints |= splits.fingerprints
+    prints = fingerprints_of(cfg, splits, scorer) if world.is_main else {}
     folder, resume = open_run(cfg, world, prints)
     state, held_out = load_state(resume) if resume else State(), None
     winners = StoredWinners(cfg.objective.margin) if cfg.rollout.stored_winners else None

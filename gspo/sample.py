@@ -22,6 +22,7 @@ from torch import nn
 from gspo.checkpoint.run_folder import checkpoint_of
 from gspo.data.encoding import Encoder
 from gspo.data.messages import Messages, read_messages, read_tools
+from gspo.data.prompts import EMBEDDED
 from gspo.data.sources import Source, open_source
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
@@ -152,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gspo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="checkpoint, run, HF folder or name; '' for the embedded model")
+    parser.add_argument("model", help="checkpoint, run, HF folder or name; embedded: the embedded model")
     parser.add_argument("prompts", help="file of rows, or a data set owner/name[:config][@split]")
     parser.add_argument("answers", type=Path, help="JSONL file to write")
     parser.add_argument("--n", type=int, default=8, help="responses per prompt (default: %(default)s)")
@@ -170,11 +171,16 @@ def main() -> None:
     parser.add_argument("--kv_memory_gib", type=float, help="memory of the KV cache (default: half of the free)")
     a = parser.parse_args()
     _check_number(a.n)
+    if not a.model.strip():
+        raise UserError(
+            "MODEL is an empty text (a variable of the shell that is not set?). Give a model; the word `embedded` "
+            "means the embedded one."
+        )
     check_path(a.model, "MODEL")
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
     source = open_source(a.prompts)
     with _open_answers(a.answers, a.prompts) as out:
-        model = checkpoint_of(a.model) if a.model else None
+        model = None if a.model == EMBEDDED and not Path(EMBEDDED).exists() else checkpoint_of(a.model)
         memory, skips = a.kv_memory_gib or "auto", a.skip_special_tokens
         sampler, encoder = _open(model, None, None, a.precision, "auto", memory, a.seed, skips)
         for at in range(0, len(source), ROWS_AT_ONCE):

@@ -96,8 +96,7 @@ def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[P
     own, resume = list_checkpoints(folder / "checkpoints"), cfg.trainer.resume
     if resume == "never" and restart_count():
         resume = "auto"  # torchrun restarted the command: this folder is its own run
-    if resume not in ("auto", "never") and not (own and (restart_count() or _began_from(folder, resume))):
-        _require_checkpoint(resume)
+    _require_named(folder, own, resume)
     if own and resume not in ("auto", "never"):
         if Path(resume).resolve().parent == own[-1].resolve().parent and Path(resume).resolve() != own[-1].resolve():
             raise UserError(
@@ -119,6 +118,25 @@ def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[P
     if not own and _has_results(folder) and not restart_count():  # its checkpoints were moved away, or never reached
         _rename_old_run(folder)
     return ([], False) if resume in ("auto", "never") else ([Path(resume)], True)
+
+
+def check_run(cfg: Config, prints: Fingerprints) -> None:
+    """Raise the UserErrors of `open_run` for what stands in the run's folder and in trainer.resume, and change nothing.
+
+    Whether checkpoints are undamaged is not looked at.
+    """
+    folder, resume = Path(cfg.trainer.output_dir) / cfg.trainer.run_name, cfg.trainer.resume
+    own = list_checkpoints(folder / "checkpoints")
+    _require_named(folder, own, resume)
+    if own and resume != "never":
+        _check_same_experiment(folder / "config.yaml", cfg, prints)
+        _check_same_content(folder, cfg, prints, own[-1])
+
+
+def _require_named(folder: Path, own: list[Path], resume: str) -> None:
+    """Raise UserError unless trainer.resume is a word, or a checkpoint, or was one when the run in `folder` began."""
+    if resume not in ("auto", "never") and not (own and (restart_count() or _began_from(folder, resume))):
+        _require_checkpoint(resume)
 
 
 def _began_from(folder: Path, resume: str) -> bool:

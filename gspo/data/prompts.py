@@ -3,6 +3,7 @@
 Before training, every row is read and checked once (`survey`) and then dropped: memory only holds where rows begin.
 """
 
+import difflib
 import hashlib
 from array import array
 from bisect import bisect_right
@@ -16,7 +17,7 @@ import numpy as np
 from gspo.config import Config
 from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.messages import Messages, Tools, question_of, read_tools
-from gspo.data.schemas import bytes_of, parse_row
+from gspo.data.schemas import FIELDS, bytes_of, parse_row
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
@@ -103,12 +104,15 @@ class RowChecker:
         self.longest = 0  # of the prompts tokenized, which include all that are longer than `positions`
         self._surely_short = min(max_length, positions)  # a prompt with a bound up to this is not tokenized
         self.good, self._digest = 0, hashlib.blake2b(digest_size=16)
+        self.unread: dict[str, str] = {}  # fields that nothing reads -> the place of the first
 
     def __call__(self, row: Any, place: str) -> int:
         """Return the key of a good row's prompt. Raise UserError: TooLong where its length is what is wrong."""
         if isinstance(row, UserError):
             raise row
         messages, truth, source, extra = parse_row(row, place)
+        if not row.keys() <= FIELDS:
+            self.unread |= {name: place for name in row.keys() - FIELDS - self.unread.keys() if row[name] is not None}
         tools = read_tools(row.get("tools"), place)
         if self.only_texts and not isinstance(truth, str):
             raise UserError(
@@ -134,6 +138,20 @@ class RowChecker:
     def fingerprint(self) -> str:
         """Return `<rows> rows <digest>` of the good rows so far: the same wherever they were read from."""
         return f"{self.good} rows {self._digest.hexdigest()}"
+
+
+def say_unread(unread: dict[str, str]) -> None:
+    """Say in one line which fields of the rows nothing reads, and what a misspelt one may be meant for."""
+    if not unread:
+        return
+    near = {name: difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8) for name in sorted(unread)}
+    words = [f"{name!r:.60}{f' (is {found[0]!r} meant?)' if found else ''}" for name, found in near.items()]
+    more = f" and {len(words) - 10} more" if len(words) > 10 else ""
+    kind, place = "warning" if any(near.values()) else "note", next(iter(unread.values()))
+    say(
+        f"{kind}: of the rows nothing reads {', '.join(words[:10])}{more} (first: {place}). A reward function gets "
+        "extra_info."
+    )
 
 
 def prompt_key(messages: Messages, tools: Tools | None = None) -> int:
@@ -294,6 +312,7 @@ def load_splits(
     """
     found: dict[str, Survey] = {}
     prints: dict[str, str] = {}
+    unread: dict[str, str] = {}
     check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)
     for configured in configured_splits(cfg, only_test):
         checker = make_checker(cfg, tokenizer, model_config, needs_solutions and configured.name == "train")
@@ -301,7 +320,9 @@ def load_splits(
             configured.files, checker, cfg.data.overlong, configured.split, configured.limit
         )
         check_positions(checker, cfg)
+        unread = checker.unread | unread
         prints[f"data.{configured.name}_files"] = checker.fingerprint()
+    say_unread(unread)
     held_out = [found[name].keys for name in ("val", "test") if name in found]
     if "train" in found and held_out and (count := int(in_common(found["train"].keys, np.concatenate(held_out)).sum())):
         say(

@@ -12,13 +12,17 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from gspo.data.messages import Messages, read_messages, refuse_other_media
+from gspo.data.messages import NOT_TEXT, Messages, read_messages, refuse_other_media
 from gspo.errors import UserError
 
 Row = dict[str, Any]
 SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")  # begins the UTF-8 of one, if it had any
 MARSHAL = 2  # the version without references: the bytes depend on the values alone
 EXACT = 2**53  # a float of this size or more may not be the integer that was meant
+
+# All that is read of a row, of whichever schema.
+FIELDS = {"prompt", "ground_truth", "data_source", "reward_model", "extra_info", "solution", "tools", *NOT_TEXT}
+FIELDS |= {"question", "answer", "problem", "level", "type"}  # as GSM8K and MATH are published
 
 ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's calculator notes: 48/2 = <<48/2=24>>24
 FINAL = re.compile(r"^####\s*(-?[\d,.]*\d)\s*\Z", re.MULTILINE)

@@ -36,6 +36,7 @@ from gspo.types import Prompt, Rollout, Scores
 
 WORTH_OVERLAPPING_S = 1e-3  # shorter calls slow down sampling, on the same cores, by more than they take afterwards
 MOST_TIMEOUTS_BEFORE_TRAINING = 4  # in a row, in the check before training
+MOST_DEATHS_BEFORE_TRAINING = 3  # calls in a row that end their process; each costs two starts of one
 OUR_CURVES = ("errors", "timeouts", "faults")  # below reward/, as the parts of a score are
 WATCH_S = 60.0  # of waiting for one call, after which a line says what is waited for
 PRINTED_LINES, LINE_WIDTH = 50, 300  # shown of what the function prints
@@ -131,11 +132,12 @@ class Scorer:
     def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores:
         """Score N given texts for each of G prompts: rewards [G, N] float32, 0 for faults, without warnings."""
         self.pool.most_timeouts, self.printed.quiet = MOST_TIMEOUTS_BEFORE_TRAINING, True
+        self.pool.most_deaths = MOST_DEATHS_BEFORE_TRAINING
         try:
             reasons, n = [["stop"] * len(group) for group in texts], len(texts[0]) if texts else 0
             return self._collect(prompts, texts, reasons, {}, n, False, lambda *fault: None)
         finally:
-            self.pool.most_timeouts, self.printed.quiet = MOST_TIMEOUTS, False
+            self.pool.most_timeouts, self.pool.most_deaths, self.printed.quiet = MOST_TIMEOUTS, math.inf, False
 
     def _submit(self, prompt: Prompt, texts: list[str], reasons: list[str]) -> "list[Future[Outcome]]":
         """Queue the calls for a group: one for each response, or one for all."""

@@ -27,6 +27,7 @@ from gspo.reward.channel import Channel
 HELLO = {"scores_groups", "concurrent", "keywords", "required"}  # what a worker says of the function
 ROOT = str(Path(__file__).resolve().parents[2])
 START_S = 120.0  # time limit for the imports of the user's file
+SLOW_START_S = 5.0  # of them, after which a line says what is waited for
 SECRETS = ("*_TOKEN", "*_KEY", "*_SECRET", "*PASSWORD*", "*_CREDENTIALS", "TOKEN", "SECRET")
 LONGEST_REPLY = 2**26  # bytes; a longer one is no reply of ours
 END_S = 15.0  # for the guardian to end what a function has started, before it is killed itself
@@ -58,23 +59,24 @@ class Outcome:
     kind: str = ""  # of several faults of one kind, the first is reported
     message: str = ""  # `raised ValueError: ... (line 3)`
     trace: str = ""
+    died: bool = False  # its process ended during the call, by itself
 
 
 class WorkerEnded(Exception):
     """The worker process has ended, or was ended because a call timed out (`fault` == "timeout")."""
 
-    def __init__(self, fault: str, kind: str, message: str):
+    def __init__(self, fault: str, kind: str, message: str, died: bool = False):
         super().__init__(message)
-        self.outcome = Outcome(fault=fault, kind=kind, message=message)
+        self.outcome = Outcome(fault=fault, kind=kind, message=message, died=died)
 
 
 class WorkerProcess:
-    """One worker process. Raises UserError where it does not start."""
+    """One worker process. Raises UserError where it does not start. `first`: it says so where its imports take long."""
 
-    def __init__(self, settings: Settings, source: str, on_print: Callable[[str], None]):
+    def __init__(self, settings: Settings, source: str, on_print: Callable[[str], None], first: bool = False):
         self.settings, self.on_print = settings, lambda text: None  # nothing is shown before it has started
         self._start_process()
-        hello = self._start_function(source)
+        hello = self._start_function(source, on_print if first else None)
         self.on_print = on_print
         if self.tail:
             on_print(self.tail)
@@ -118,12 +120,16 @@ class WorkerProcess:
             theirs.close()
             os.close(write_end)
 
-    def _start_function(self, source: str) -> dict[str, Any]:
+    def _start_function(self, source: str, on_slow: Callable[[str], None] | None) -> dict[str, Any]:
         """Have the user's file imported; return what the worker says of the function. Raise UserError."""
         settings = self.settings
         try:
             self.channel.send(pickle.dumps({**vars(settings), "source": source}))
-            hello = self.receive(time.monotonic() + START_S)
+            until = time.monotonic() + START_S
+            hello = self.receive(until, SLOW_START_S if on_slow else None)
+            if hello is None:
+                on_slow(f"(its file {settings.path} is still being imported after {SLOW_START_S:g} s of {START_S:g})\n")
+                hello = self.receive(until)
             if not hello.keys() >= HELLO and not isinstance(hello.get("refused"), str):
                 raise self.end_garbled("no greeting of ours")
         except (WorkerEnded, OSError) as e:
@@ -226,7 +232,7 @@ class WorkerProcess:
             how = f"ended its process by {signal.Signals(-code).name}"
         else:
             how = f"ended its process with exit code {code}"
-        return WorkerEnded("error", how, how)
+        return WorkerEnded("error", how, how, died=True)
 
     def end(self) -> None:
         """Kill the process and all that it started; leave no zombie and no open file."""

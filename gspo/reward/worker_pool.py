@@ -5,6 +5,7 @@ it was, starts another process and goes on with the rest. Nothing here knows of 
 """
 
 import contextlib
+import math
 import pickle
 import threading
 import time
@@ -61,21 +62,22 @@ class WorkerPool:
         self.threads: list[WorkerThread] = []
         self.mean_call_s, self.calls = 0.0, 0  # running mean of a call's seconds; calls so far
         self.most_timeouts, self.timeouts_in_a_row = MOST_TIMEOUTS, 0
+        self.most_deaths, self.deaths_in_a_row = math.inf, 0
         try:
-            first = self.start()
+            first = self.start(first=True)
         except OSError as e:
             raise UserError(f"no process for the reward function can be started ({e}): {NO_PROCESS}.") from e
         self.first: WorkerProcess | None = first  # until the first call
         self.scores_groups, self.concurrent = first.scores_groups, first.concurrent
         self.keywords, self.required = first.keywords, first.required
 
-    def start(self) -> WorkerProcess:
+    def start(self, first: bool = False) -> WorkerProcess:
         """Return a new process, or the spare one. Raise UserError where it cannot import the file; OSError."""
         with self.changed:
             spare, self.spare = self.spare, None
         process = spare and spare.take()
         if process is None:
-            process = WorkerProcess(self.settings, self.source, self.on_print)
+            process = WorkerProcess(self.settings, self.source, self.on_print, first)
         with self.changed:
             if self.keep_spare and not (self.spare or self.closing):
                 self.spare = Spare(self)
@@ -123,15 +125,18 @@ class WorkerPool:
         self.mean_call_s += max(0.05, 1.0 / self.calls) * (seconds - self.mean_call_s)
 
     def finish(self, call: Call, outcome: Outcome) -> None:
-        """Give a call its outcome. After `most_timeouts` timeouts in a row, give up the calls that wait."""
+        """Give a call its outcome. After `most_timeouts` timeouts in a row, or `most_deaths` calls in a row that ended
+        their process, give up the calls that wait."""
         call.future.set_result(outcome)
         with self.changed:
             self.timeouts_in_a_row = self.timeouts_in_a_row + 1 if outcome.fault == "timeout" else 0
-            if self.timeouts_in_a_row < self.most_timeouts:
+            self.deaths_in_a_row = self.deaths_in_a_row + 1 if outcome.died else 0
+            if self.timeouts_in_a_row < self.most_timeouts and self.deaths_in_a_row < self.most_deaths:
                 return
-            self.timeouts_in_a_row = 0
-        message = f"was given up after {self.most_timeouts} calls in a row that {outcome.message}"
-        self.give_up([], Outcome(fault="timeout", kind=GAVE_UP, message=message))
+            count = max(self.timeouts_in_a_row, self.deaths_in_a_row)
+            self.timeouts_in_a_row = self.deaths_in_a_row = 0
+        message = f"was given up after {count} calls in a row that {outcome.message}"
+        self.give_up([], Outcome(fault=outcome.fault, kind=GAVE_UP, message=message))
 
     def give_up(self, calls: list[Call], outcome: Outcome) -> None:
         """Settle these calls and all that wait."""

@@ -1,10 +1,14 @@
 """What is checked before a run, and what it says at its end."""
 
 import json
+import os
 import shlex
+import subprocess
 
 import pytest
 import torch
+from repository import ROOT
+from saved_run import ALONE, a_run
 from transformers import AutoConfig
 
 from gspo.checkpoint.checkpoints import State
@@ -21,6 +25,7 @@ from gspo.launch_checks import (
 )
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
+from train import train
 
 # ---- the launch ----
 
@@ -200,3 +205,28 @@ def test_the_commands_to_type_next_can_be_pasted(tmp_path, name):
 
 def test_the_last_words_say_when_nothing_was_evaluated(tmp_path):
     assert "nothing was evaluated" in final_words(tmp_path, tmp_path / "step_000001")
+
+
+def test_the_check_looks_at_what_is_resumed_and_changes_nothing(tmp_path, tokenizer):
+    fast = ("reward.workers=1", "reward.check_rows=0", f"trainer.output_dir={tmp_path}")
+    train(cfg := load_config("configs/quick.yaml", fast), ALONE, check_only=True)
+    assert list(tmp_path.iterdir()) == []
+    for resume in ("nowhere", str(tmp_path)):
+        with pytest.raises(UserError, match="trainer.resume = .*(neither auto nor never|not a checkpoint folder)"):
+            train(load_config("configs/quick.yaml", [*fast, f"trainer.resume={resume}"]), ALONE, check_only=True)
+    a_run(tmp_path, tokenizer, *fast).save(1)
+    files = sorted(tmp_path.rglob("*"))
+    train(cfg, ALONE, check_only=True)
+    with pytest.raises(UserError, match="holds a run with rollout.n = 4, but this command has 6"):
+        train(load_config("configs/quick.yaml", [*fast, "rollout.n=6"]), ALONE, check_only=True)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("ranks", ["1", "8"])
+def test_the_launcher_checks_on_one_process(ranks):
+    command = ["./train.sh", "--n_gpus", ranks, "--check", "--rollout_n", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHON": "/bin/echo"})
+    assert done.returncode == 0, done.stderr
+    program, *flags = done.stdout.split()
+    assert program.endswith("/train.py") and "--check" in flags and "rollout_n=4" in flags
+    assert f"trainer.n_gpus={ranks}" in flags

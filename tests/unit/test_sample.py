@@ -50,7 +50,7 @@ def test_the_command_writes_every_row_with_its_answers(run_program, tmp_path):
     rows = [{"prompt": prompt, "ground_truth": str(i)} for i, prompt in enumerate(PROMPTS)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ("--n", 3, "--temperature", 0.9, "--max_new_tokens", 12, "--stop", "=")
-    done = run_program("-m", "gspo.sample", "", tmp_path / "p.jsonl", tmp_path / "a.jsonl", *args)
+    done = run_program("-m", "gspo.sample", "embedded", tmp_path / "p.jsonl", tmp_path / "a.jsonl", *args)
     assert done.returncode == 0 and "2 prompts, 3 responses each" in done.stdout, done.stderr
     written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     expected = sample(None, PROMPTS, 3, Sampling(0.9, max_new_tokens=12, stop=("=",)))
@@ -91,7 +91,13 @@ def test_impossible_settings_are_named_and_existing_answers_stay(flags, says, mo
 
 
 def command(monkeypatch, *args):
-    monkeypatch.setattr("sys.argv", ["sample", "", *map(str, args)])
+    monkeypatch.setattr("sys.argv", ["sample", "embedded", *map(str, args)])
+
+
+def test_an_empty_model_is_a_variable_that_is_not_set_and_no_embedded_model(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["sample", "", str(tmp_path / "p.jsonl"), str(tmp_path / "a.jsonl")])
+    with pytest.raises(UserError, match="MODEL is an empty text .* `embedded`"):
+        main()
 
 
 def test_prompts_are_not_overwritten_and_a_missing_folder_is_an_error(monkeypatch, tmp_path):

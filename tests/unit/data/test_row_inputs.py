@@ -305,3 +305,18 @@ def test_a_missing_solution_is_found_before_training(splits, row):
 def test_a_solution_may_be_anywhere_it_is_read_from(splits):
     rows = [{**GOOD, "solution": "s"}, {**GOOD, "extra_info": {"solution": "s"}}, {"question": "q", "answer": "#### 7"}]
     assert len(splits(rows, needs_solutions=True)) == 3
+
+
+# ---- fields that nothing reads ----
+
+
+def test_fields_that_nothing_reads_are_said_in_one_line_with_what_a_misspelt_one_is_meant_for(splits, capsys):
+    splits([GOOD, {**GOOD, "extra_inf": {"a": 1}, "ability": "math"}, {**GOOD, "reward_kwarg": 1, "ability": "art"}])
+    said = capsys.readouterr().out
+    assert said.count("nothing reads") == 1
+    assert "warning: of the rows nothing reads 'ability', 'extra_inf' (is 'extra_info' meant?), 'reward_kwarg'" in said
+
+
+def test_of_fields_that_are_read_or_empty_nothing_is_said(splits, capsys):
+    splits([{**GOOD, "extra_info": {"id": 1}, "solution": "2", "ability": None}])
+    assert "nothing reads" not in capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 from gspo.config import Reward
 from gspo.errors import UserError
 from gspo.reward import reward_func
+from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
 from gspo.types import Prompt, Rollout
 
@@ -312,6 +313,20 @@ def test_the_check_before_training_gives_up_sooner_and_is_silent(scorer, capfd):
     scores = my.score_texts([PROMPT], [["x"] * 50])
     assert scores.timeouts == 50 and scores.first_fault.startswith("took longer than 0.1 s (line ")
     assert capfd.readouterr().out == ""
+
+
+def test_the_check_before_training_stops_at_the_third_call_that_ends_its_process(scorer, tmp_path):
+    """Each such call costs two starts of a process."""
+    body = f"import os\nopen({str(tmp_path / 'log')!r}, 'a').write('x')\nos._exit(3)"
+    with pytest.raises(UserError, match="failed on every answer .* it ended its process with exit code 3"):
+        require_gold(scorer(body), [replace(PROMPT, id=i, ground_truth=str(i)) for i in range(8)], 8)
+    assert len((tmp_path / "log").read_text()) < 40, "of 176 starts for 88 calls"
+
+
+def test_in_training_every_call_that_ends_its_process_is_counted(scorer):
+    my = scorer("import os\nif 'x' in solution_str:\n    os._exit(3)\nreturn 1.0", on_error="zero")
+    scores = my(a_rollout(["x"] * 5 + ["y"]))
+    assert scores.errors == 5 and scores.rewards.tolist() == [[0.0] * 5 + [1.0]]
 
 
 def test_an_error_message_of_several_lines_is_printed_on_one(scorer):

@@ -190,6 +190,16 @@ def test_an_import_that_hangs_is_reported_with_its_line(pool, monkeypatch):
     assert children() == []
 
 
+def test_an_import_that_takes_long_is_said_once(pool, monkeypatch):
+    monkeypatch.setattr(worker_handle, "SLOW_START_S", 0.2)
+    printed = []
+    p = pool("import time\ntime.sleep(0.6)\ndef compute_score(**_):\n    return 1.0\n", printed=printed.append)
+    assert len(printed) == 1 and f"its file {p.settings.path} is still being imported" in printed[0]
+    p.first.process.kill()
+    assert call(p, "").result(PATIENCE_S).reply["score"] == 1.0
+    assert "".join(printed).count("imported") == 1, "of the process that took its place nothing is said"
+
+
 def test_editing_the_file_does_not_change_a_run(pool):
     p = pool("def compute_score(**_):\n    return 0.25\n")
     Path(p.settings.path).write_text("def compute_score(**_):\n    return 0.75\n")
