@@ -31,8 +31,10 @@ class Model:
         "number format of matrix products; weights and optimizer stay fp32. auto: bf16 on CUDA; on a CPU, the faster "
         "one, measured once",
     )
-    gradient_checkpointing: bool = opt(
-        False, "recompute activations in the backward pass: less memory, a third more time"
+    gradient_checkpointing: bool | Literal["auto"] = opt(
+        "auto",
+        "recompute activations in the backward pass: less memory, a third more time. auto: on a GPU, where they would "
+        "be most of what a step takes",
     )
     shard_size: int | None = opt(
         None,
@@ -250,10 +252,10 @@ class Optim:
     grad_clip: float = opt(1.0, "largest global norm of the gradient; a larger one is scaled down to it", gt=0.0)
     epochs_per_rollout: int = opt(1, "passes over a rollout", ge=1)
     minibatches: int = opt(1, "optimizer steps per pass", ge=1)
-    micro_batch_tokens: int = opt(
-        16384,
+    micro_batch_tokens: int | Literal["auto"] = opt(
+        "auto",
         "most tokens in one forward and backward on a rank, a group's prompt counted once; the gradient does not "
-        "depend on it",
+        "depend on it. auto: 16384, and on a GPU half as many, down to 1024, until the memory forecast fits",
         ge=1,
     )
     micro_batch_responses: int | None = opt(None, "most responses in one forward and backward; empty: no limit", ge=1)

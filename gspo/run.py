@@ -23,7 +23,7 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import Splits
 from gspo.distributed.world import World
 from gspo.launch_checks import say_what_changed
-from gspo.memory.footprint import memory_report_line
+from gspo.memory.footprint import plan_memory
 from gspo.metrics.evaluation import answer, correct_of, report
 from gspo.metrics.run_log import RunLog
 from gspo.models.precision import DTYPES, choose_precision
@@ -93,9 +93,9 @@ def start_run(
     state.precision, measured = world.broadcast_from_main(lambda: choose_precision(wanted, world.device, model_config))
     if measured:
         say(f"model.precision=auto: {state.precision} ({measured})")
-    if world.is_main:
-        longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
-        say(memory_report_line(cfg, world, state.precision, longest))
+    longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
+    cfg, memory = plan_memory(cfg, world, state.precision, longest)
+    say(memory)
     models = SelfPlayModels(cfg, world, DTYPES[state.precision], weights_from=resume)
     optimizer = make_optimizer(models.policy, cfg)
     if resume:

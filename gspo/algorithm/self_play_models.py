@@ -13,10 +13,10 @@ from gspo.distributed.move_weights import copy_weights
 from gspo.distributed.sharded_loading import allocate_and_load, meta_model
 from gspo.distributed.sharding import local_bytes, materialize, needs_sharding, shard, shard_sampler, with_hybrid_mesh
 from gspo.distributed.world import World
-from gspo.models.loading import checkpoint_activations, load_model
+from gspo.models.loading import checkpoint_activations, load_model, recomputes_activations
 from gspo.models.precision import cast_linear_layers
 from gspo.packing.logprobs import check_packing, rollout_logprobs
-from gspo.packing.micro_batches import micro_batches
+from gspo.packing.micro_batches import micro_batches, token_budget
 from gspo.packing.probe_head import measure_head
 from gspo.rollout.sampler import shares_weights
 from gspo.system.console import say
@@ -73,7 +73,7 @@ class SelfPlayModels:
             model.requires_grad_(False)
             if world.size == 1:
                 cast_linear_layers(model, self.dtype)
-        elif cfg.model.gradient_checkpointing:
+        elif recomputes_activations(cfg.model.gradient_checkpointing, world.device.type):
             checkpoint_activations(model)
         if not bare:
             return model.to(world.device)
@@ -108,7 +108,7 @@ class SelfPlayModels:
         parts = micro_batches(
             rollout,
             list(range(len(rollout.prompts))),
-            budget=2 * o.micro_batch_tokens,  # no activations are kept
+            budget=2 * token_budget(o.micro_batch_tokens),  # no activations are kept
             max_rows=None if o.micro_batch_responses is None else 2 * o.micro_batch_responses,
             whole_groups=False,
         )

@@ -25,7 +25,7 @@ from gspo.distributed.move_weights import full_tensor, local_shard
 from gspo.distributed.sharding import after_backward, before_backward
 from gspo.distributed.world import World
 from gspo.packing.logprobs import idle_forward, response_logprobs, rollout_logprobs, surrogate
-from gspo.packing.micro_batches import Row, micro_batches, minibatch_of
+from gspo.packing.micro_batches import Row, micro_batches, minibatch_of, token_budget
 from gspo.packing.pack import PackedBatch, pack_rows
 from gspo.packing.probe_head import Head
 from gspo.types import Experience, Update
@@ -199,7 +199,7 @@ class Updater:
 
     def _micro_batches(self, exp: Experience, groups: list[int], whole_groups: bool) -> list[list[Row]] | None:
         o = self.cfg.optim
-        limits = {"budget": o.micro_batch_tokens, "max_rows": o.micro_batch_responses}
+        limits = {"budget": token_budget(o.micro_batch_tokens), "max_rows": o.micro_batch_responses}
         return micro_batches(exp.rollout, groups, **limits, whole_groups=whole_groups)
 
     def _accumulate_gradient(self, exp: Experience, parts: list[list[Row]], loss_of: LossOf) -> None:

@@ -13,12 +13,11 @@ import math
 import torch
 
 from gspo.errors import UserError
-from gspo.memory.footprint import GIB, Footprint, footprint
+from gspo.memory.footprint import GIB, Footprint, available_bytes, fit_micro_batches
 from gspo.models.loading import check_weights, load_model_config
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import choose_precision
 from gspo.read_config import STANDARD, load_config, parse_arguments
-from gspo.rollout.kv_budget import free_bytes
 from gspo.system.console import say
 from gspo.system.program import guarded
 
@@ -79,13 +78,13 @@ def main() -> None:
     if args.have is not None:
         free = int(args.have * GIB)
     elif device == this_machine:
-        free = free_bytes(torch.device(device)) // (ranks if device == "cpu" else 1)
+        free = available_bytes(torch.device(device)) // (ranks if device == "cpu" else 1)
     if device == this_machine:
         precision, _ = choose_precision(cfg.model.precision, torch.device(device), load_model_config(cfg.model.path))
     else:
         precision = "bf16" if cfg.model.precision == "auto" else cfg.model.precision
     try:
-        report = footprint(cfg, ranks, device, precision, 2**62 if free is None else free)
+        tokens, report = fit_micro_batches(cfg, ranks, device, precision, 2**62 if free is None else free)
     except UserError:
         raise
     except Exception as e:  # a model class that does more than fake tensors allow
@@ -95,6 +94,8 @@ def main() -> None:
             "trained."
         ) from e
     say(report_text(report, free))
+    if cfg.optim.micro_batch_tokens == "auto":
+        say(f"optim.micro_batch_tokens=auto: {tokens:,}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ that one copy of the weights is sharded over. docs/scaling.md has the same terms
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -16,10 +16,10 @@ from gspo.distributed.sharding import check_shard_size, check_tensor_parallel, s
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.memory.activations import FakeModel
-from gspo.models.loading import load_model_config
+from gspo.models.loading import load_model_config, recomputes_activations
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import DTYPES
-from gspo.packing.micro_batches import Row, micro_batches
+from gspo.packing.micro_batches import Row, micro_batches, token_budget
 from gspo.packing.pack import PackedBatch, pack_rows
 from gspo.rollout.cpu_weight_layout import laid_out_bytes
 from gspo.rollout.kv_budget import MOST, SHARE, free_bytes, plan_slots, response_page_size
@@ -28,6 +28,13 @@ from gspo.types import Prompt, Rollout
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
+# What a GPU holds beside tensors. Assumed from the documentation and reports of others; not measured yet.
+CONTEXT = GIB // 2  # CUDA's own, with the kernels that are loaded
+WORKSPACES = 2 * 32 * 2**20  # cuBLAS: one for each stream that computes, here the usual one and that of captures
+NCCL = GIB  # buffers of one group of ranks
+FRAGMENTS = 0.05  # of what tensors take at the peak: gaps between them, with expandable segments
+FILLED = 0.85  # of a device, up to which `optim.micro_batch_tokens: auto` fills it
+LEAST_TOKENS = 1024  # of a micro-batch that `auto` chooses: with fewer, products hardly fill a GPU
 CHANGE = {  # part -> the setting that makes it smaller
     "activations": "optim.micro_batch_tokens (smaller) or model.gradient_checkpointing=true",
     "KV cache": "rollout.kv_memory_gib or rollout.max_slots (smaller)",
@@ -73,7 +80,7 @@ class Footprint:
 
     def cure(self) -> str:
         """Return the setting that makes the largest part at the peak smaller."""
-        return CHANGE[max(self.parts_at_peak, key=self.parts_at_peak.get)]
+        return CHANGE[max(self.parts_at_peak.keys() & CHANGE.keys(), key=self.parts_at_peak.get)]
 
     def summary(self) -> str:
         """Return one line: the peak, its phase, and its five largest parts in GiB."""
@@ -127,7 +134,8 @@ def footprint(
     check_shard_size(cfg.model.shard_size, ranks)
     config, dtype = load_model_config(cfg.model.path), DTYPES[precision]
     check_tensor_parallel(config, ranks, cfg.rollout.tensor_model_parallel_size)
-    trained = FakeModel(config, dtype if ranks > 1 else torch.float32, cfg.model.gradient_checkpointing)
+    recomputes = recomputes_activations(cfg.model.gradient_checkpointing, device)
+    trained = FakeModel(config, dtype if ranks > 1 else torch.float32, recomputes)
     setup = _Setup(cfg, ranks, device, dtype, trained.model)
     longest = prompt_tokens or cfg.data.max_prompt_length
     work = _LargestMicroBatches(cfg, ranks, precision, longest)
@@ -144,26 +152,67 @@ def footprint(
     scoring["activations"] = work.scoring_bytes(trained)
     sampling = _sampling(setup, FakeModel(config, dtype), longest, work.groups, free - sum(resident.values()))
     phases = {"updating": updating, "scoring": scoring, "sampling": sampling}
+    if device == "cuda":
+        for parts in phases.values():
+            parts["gaps"] = int(FRAGMENTS * (sum(resident.values()) + sum(parts.values())))
+        resident["CUDA and NCCL"] = _beside_tensors(setup)
     path = resolve_path(cfg.model.path)
     return Footprint(path, setup.parameters, precision, ranks, device, resident, phases, offloaded)
 
 
-def memory_report_line(cfg: Config, world: World, precision: str, prompt_tokens: int) -> str:
-    """Return the report in a line or two, for the start of a run on this device.
+def available_bytes(device: torch.device) -> int:
+    """Return what a process may take of the device in all; what CUDA has taken for this one is counted in."""
+    return free_bytes(device) + (CONTEXT if device.type == "cuda" else 0)
+
+
+def fit_micro_batches(
+    cfg: Config, ranks: int, device: str, precision: str, free: int, prompt_tokens: int | None = None
+) -> tuple[int, Footprint]:
+    """Choose `optim.micro_batch_tokens` where it is auto -> the tokens, and the report with them.
+
+    On a GPU they are halved until the peak leaves some memory free, or is not made by activations.
+    """
+    wanted, tokens = cfg.optim.micro_batch_tokens, token_budget(cfg.optim.micro_batch_tokens)
+    while True:
+        optim = replace(cfg.optim, micro_batch_tokens=tokens)
+        report = footprint(replace(cfg, optim=optim), ranks, device, precision, free, prompt_tokens)
+        fits = report.peak <= FILLED * free or report.peak_phase == "sampling"
+        if wanted != "auto" or device != "cuda" or fits or tokens <= LEAST_TOKENS:
+            return tokens, report
+        tokens //= 2
+
+
+def plan_memory(cfg: Config, world: World, precision: str, prompt_tokens: int) -> tuple[Config, str]:
+    """Return the configuration with the tokens of a micro-batch chosen, and the report in a line or two, for the start
+    of a run on these devices. Every rank must call this.
 
     A model that cannot be run on fake tensors is no reason not to train it: the line then says so.
     """
-    free = free_bytes(world.device)
-    try:
-        report = footprint(cfg, world.size, world.device.type, precision, free, prompt_tokens)
-    except Exception as e:  # a model class that does more than fake tensors allow
-        return f"note: the memory of this model cannot be computed in advance ({type(e).__name__}: {str(e)[:200]})"
-    if report.peak <= free:
-        return report.summary()
-    return (
-        f"warning: {report.summary()},\nbut only {free / GIB:.3g} GiB are free. If the run ends for lack of memory, "
-        f"change {report.cure()}"
-    )
+    free = min(world.gather(available_bytes(world.device)))
+    default = token_budget(cfg.optim.micro_batch_tokens)
+
+    def report() -> tuple[int, str]:
+        try:
+            tokens, found = fit_micro_batches(cfg, world.size, world.device.type, precision, free, prompt_tokens)
+        except Exception as e:  # a model class that does more than fake tensors allow
+            why = f"{type(e).__name__}: {str(e)[:200]}"
+            return default, f"note: the memory of this model cannot be computed in advance ({why})"
+        chosen = f"optim.micro_batch_tokens=auto: {tokens:,}, by this forecast:\n" if tokens < default else ""
+        if found.peak <= free:
+            return tokens, chosen + found.summary()
+        return tokens, (
+            f"{chosen}warning: {found.summary()},\nbut only {free / GIB:.3g} GiB are free. If the run ends for lack of "
+            f"memory, change {found.cure()}"
+        )
+
+    tokens, line = world.broadcast_from_main(report)
+    return replace(cfg, optim=replace(cfg.optim, micro_batch_tokens=tokens)), line
+
+
+def _beside_tensors(setup: _Setup) -> int:
+    """Return the bytes that a GPU holds beside tensors: CUDA's, cuBLAS's, and NCCL's for each group of ranks."""
+    groups = [setup.shard_size, setup.ranks // setup.shard_size, setup.cfg.rollout.tensor_model_parallel_size]
+    return CONTEXT + WORKSPACES + NCCL * sum(size > 1 for size in groups)
 
 
 def _resident(setup: _Setup) -> tuple[dict[str, int], dict[str, int]]:
@@ -236,13 +285,14 @@ class _LargestMicroBatches:
         self.rollout = _longest_rollout(self.groups, cfg.rollout.n, longest_prompt, cfg.rollout.max_new_tokens)
         bounds = [k * self.groups // optim.minibatches for k in range(optim.minibatches + 1)]
         minibatch = max((list(range(a, b)) for a, b in pairwise(bounds)), key=len)
-        whole = self._cut(minibatch, optim.micro_batch_tokens, optim.micro_batch_responses, whole_groups=True)
+        budget = token_budget(optim.micro_batch_tokens)
+        whole = self._cut(minibatch, budget, optim.micro_batch_responses, whole_groups=True)
         self.exact = optim.epochs_per_rollout * optim.minibatches == 1 and whole is not None
         self.trained = whole
         if not self.exact:
-            self.trained = self._cut(minibatch, optim.micro_batch_tokens, optim.micro_batch_responses)
+            self.trained = self._cut(minibatch, budget, optim.micro_batch_responses)
         rows = None if optim.micro_batch_responses is None else 2 * optim.micro_batch_responses
-        self.scored = self._cut(list(range(self.groups)), 2 * optim.micro_batch_tokens, rows)
+        self.scored = self._cut(list(range(self.groups)), 2 * budget, rows)
 
     def _cut(
         self, groups: list[int], tokens: int, rows: int | None, whole_groups: bool = False

@@ -3,7 +3,7 @@
 import contextlib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -191,6 +191,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             "process with model.gradient_checkpointing=false, or choose another model."
         )
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def recomputes_activations(gradient_checkpointing: bool | Literal["auto"], device: str) -> bool:
+    """Decide the setting for a device, cpu or cuda."""
+    return device == "cuda" if gradient_checkpointing == "auto" else gradient_checkpointing
 
 
 def checkpoint_activations(model: nn.Module) -> None:

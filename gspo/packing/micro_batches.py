@@ -2,10 +2,17 @@
 
 import heapq
 from itertools import groupby
+from typing import Literal
 
 from gspo.types import Rollout
 
 Row = tuple[int, int]  # (group, response)
+MOST_TOKENS = 16384  # of a micro-batch, where `optim.micro_batch_tokens` is auto and memory/ has chosen no fewer
+
+
+def token_budget(micro_batch_tokens: int | Literal["auto"]) -> int:
+    """Return the most tokens of a micro-batch by the setting."""
+    return MOST_TOKENS if micro_batch_tokens == "auto" else micro_batch_tokens
 
 
 def packed_tokens(rollout: Rollout, rows: list[Row], lengths: list[list[int]]) -> int:

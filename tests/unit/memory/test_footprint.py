@@ -2,23 +2,37 @@
 
 import json
 import re
+from unittest.mock import ANY
 
 import pytest
 import torch
 from architectures import tiny_model
-from repository import PROGRAM_ENV
+from repository import PROGRAM_ENV, ROOT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from gspo.distributed.world import World
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 from gspo.memory.__main__ import main, report_text
 from gspo.memory.activations import LiveBytes
-from gspo.memory.footprint import footprint
+from gspo.memory.footprint import (
+    CHANGE,
+    CONTEXT,
+    FILLED,
+    FRAGMENTS,
+    LEAST_TOKENS,
+    NCCL,
+    WORKSPACES,
+    fit_micro_batches,
+    footprint,
+    plan_memory,
+)
 from gspo.models.loading import load_tokenizer
 from gspo.read_config import load_config
 
 GIB, PLENTY = 2**30, 2**62
+SMALL = ["data.train_batch_size=8", "rollout.max_slots=1"]  # most of it are activations
 MEDIUM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
           "num_key_value_heads": 6, "max_position_embeddings": 512, "vocab_size": 4096}  # fmt: skip
 
@@ -52,7 +66,7 @@ def test_resident_bytes_are_4_a_parameter_for_weights_8_for_moments_and_the_froz
     assert one.parameters == p
     assert one.resident == {"weights": 4 * p, "optimizer": 8 * p, "reference": 4 * p}, "the sampler is the policy"
     four = report(ranks=4, on="cuda", precision="bf16")
-    assert four.resident == {"weights": p, "optimizer": 2 * p, "sampler's copy": 2 * p}
+    assert four.resident == {"weights": p, "optimizer": 2 * p, "sampler's copy": 2 * p, "CUDA and NCCL": ANY}
     assert four.offloaded == {"reference": 2 * p // 4, "checkpoint": 12 * p // 4 + 2 * p // 4}
     pairs = report("model.shard_size=2", "optim.gradient_reduction=step", "reference.param_offload=false",
                    "objective.anchor=initial", ranks=4, on="cuda", precision="bf16")  # fmt: skip
@@ -60,6 +74,69 @@ def test_resident_bytes_are_4_a_parameter_for_weights_8_for_moments_and_the_froz
     assert pairs.resident["reference"] == 2 * (2 * p // 2), "opponent and initial model"
     away = report("optim.offload=true", on="cuda", precision="bf16")
     assert away.offloaded["weights"] == 4 * p and "weights" not in away.resident
+
+
+def test_a_gpu_holds_more_than_tensors():
+    """CUDA's context, cuBLAS's workspaces, NCCL's buffers for each group of ranks, and gaps: assumed, not measured."""
+    alone, eight = (report(f"model.shard_size={s}", ranks=r, on="cuda", precision="bf16") for s, r in ((1, 1), (4, 8)))
+    assert alone.resident["CUDA and NCCL"] == CONTEXT + WORKSPACES
+    assert eight.resident["CUDA and NCCL"] == CONTEXT + WORKSPACES + 2 * NCCL, "shards and copies"
+    tensors = alone.peak - alone.parts_at_peak["gaps"] - alone.resident["CUDA and NCCL"]
+    assert alone.parts_at_peak["gaps"] == int(FRAGMENTS * tensors)
+    assert "CUDA and NCCL" not in report().resident and "gaps" not in report().parts_at_peak
+    assert alone.cure() in CHANGE.values(), "none of these is a setting"
+
+
+def test_activations_are_recomputed_on_a_gpu_unless_told_otherwise():
+    def activations(device, *settings):
+        return report(*settings, on=device).phases["updating"]["activations"]
+
+    kept, recomputed = activations("cpu"), activations("cuda")
+    assert recomputed == activations("cpu", "model.gradient_checkpointing=true")
+    assert recomputed < 0.7 * kept == 0.7 * activations("cuda", "model.gradient_checkpointing=false")
+
+
+def test_micro_batches_are_halved_on_a_gpu_until_they_fit():
+    auto, given = load_config(None, SMALL), load_config(None, ["optim.micro_batch_tokens=8192", *SMALL])
+    half = footprint(given, 1, "cuda", "fp32", PLENTY).peak
+    tokens, chosen = fit_micro_batches(auto, 1, "cuda", "fp32", int(half / FILLED) + 1)
+    assert tokens == 8192 and chosen.peak == half
+    assert fit_micro_batches(given, 1, "cuda", "fp32", half // 2)[0] == 8192, "nobody asked for fewer"
+    assert fit_micro_batches(auto, 1, "cpu", "fp32", half // 2)[0] == 16384, "on a CPU results stay the same"
+
+
+@pytest.mark.slow
+def test_micro_batches_are_never_smaller_than_what_fills_a_gpu():
+    assert fit_micro_batches(load_config(None, SMALL), 1, "cuda", "fp32", 2**20)[0] == LEAST_TOKENS
+
+
+def test_a_run_trains_with_the_micro_batches_that_its_forecast_chose(monkeypatch):
+    cfg, world = load_config(None, SMALL), World(0, 1, torch.device("cpu"), None)
+    monkeypatch.setattr("gspo.memory.footprint.fit_micro_batches", lambda *_: (2048, report()))
+    planned, line = plan_memory(cfg, world, "fp32", 20)
+    assert planned.optim.micro_batch_tokens == 2048 and "micro_batch_tokens=auto: 2,048" in line
+    assert cfg.optim.micro_batch_tokens == "auto", "the run's config.yaml keeps what was asked for"
+
+
+QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768}
+CARDS = [  # the GPUs that README.md and docs/scaling.md name: GiB of each, their number, the model
+    (24, 1, QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+                    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}),
+    (80, 8, QWEN | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064,
+                    "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gib", "gpus", "model"), CARDS, ids=["0.5B on one of 24 GB", "7B on eight of 80 GB"])
+def test_the_gpus_that_the_readme_names_hold_their_models_by_the_forecast(gib, gpus, model, tmp_path):
+    """With the settings of configs/standard.yaml, which train.sh takes."""
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    cfg = load_config("configs/standard.yaml", [f"model.path={tmp_path}"])
+    _, found = fit_micro_batches(cfg, gpus, "cuda", "bf16", gib * GIB)
+    assert found.peak < gib * GIB, found.summary()
+    readme = (ROOT / "README.md").read_text()
+    assert f"{gpus} x {gib} GB" in readme and "Ampere" in readme
 
 
 def test_gathered_layers_are_the_two_largest_units_and_what_belongs_to_none(tmp_path):
