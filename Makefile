@@ -83,8 +83,9 @@ bench-learning: dev ## GSPO beside its rivals on tasks that nothing was chosen o
 bench-learning-variants: dev ## ... and variants of GSPO on the development tasks
 	$(PY) benchmarks/learning.py develop $(ARGS)
 
-bench-reward: setup ## scoring in parallel and behind sampling
+bench-reward: setup ## scoring in parallel and behind sampling; the default reward beside math-verify: answers and speeds
 	$(PY) benchmarks/reward.py
+	$(PY) benchmarks/answers.py $(ARGS)
 
 bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
 	$(PY) benchmarks/data.py

@@ -30,6 +30,7 @@ from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_config import load_config, set_value
 from gspo.read_paths import check_path
 from gspo.reward import reward_func
+from gspo.reward.gold_check import find_correct_at
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
@@ -134,7 +135,11 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     precision, _ = world.broadcast_from_main(lambda: choose_precision(cfg.model.precision, world.device, config))
     model = load_model(name, DTYPES[precision]).to(world.device)
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True))
-    scorer = Scorer(cfg.reward)
+    scorer = Scorer(cfg.reward, world.device)
+    if cfg.reward.path and cfg.reward.check_rows:
+        scorer.of_each.correct_at = world.broadcast_from_main(
+            lambda: find_correct_at(scorer, splits.test, cfg.reward.check_rows)
+        )
     say_inputs(name, splits, scorer.title)
     sampler = Sampler(
         model,

@@ -61,7 +61,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     model_config, tokenizer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path)
     check_launch(cfg, model_config, world, started=not check_only)
     world.broadcast_from_main(lambda: check_weights(cfg.model.path, values=True))
-    scorer = Scorer(cfg.reward)
+    scorer = Scorer(cfg.reward, world.device)
     needs_solutions = find_algorithm(cfg.objective.algorithm).needs_solutions
     splits = world.main_process_first(
         lambda: load_splits(cfg, tokenizer, model_config, needs_solutions=needs_solutions)
@@ -70,7 +70,8 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     if cfg.data.choice == "beta":
         batches = BetaBatches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.rollout.n)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
-    world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
+    correct_at = world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
+    scorer.of_each.correct_at = correct_at
     say_inputs(cfg.model.path, splits, scorer.title)  # after all checks: what a wrong start says is its error alone
     say_notes(cfg)
     check_steps(cfg, total)

@@ -36,7 +36,7 @@ from gspo.reward.scorer import Scorer
 from gspo.system.program import guarded
 
 BAD, LONG, TWICE, IN_TRAIN = "bad rows", "too long", "duplicates", "also in train"
-NOT_FULL, NOT_ABOVE = "gold answers below 1.0", "gold answers not above a wrong one"
+NOT_FULL, NOT_ABOVE = "gold answers that count as wrong", "gold answers not above a wrong one"
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Report:
     cells: list[str]
     found: Found
     blocked: list[str]
+    faults: str = ""  # what the reward function did where it failed
 
 
 def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
@@ -106,9 +107,9 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
         found.counts |= {NOT_FULL: gold.rows - gold.full, NOT_ABOVE: gold.compared - gold.above}
         if configured.name == "train" and cfg.reward.check_rows:  # the same sample as at the start of training
             verdict = check_gold(scorer, seen.prompts, cfg.reward.check_rows)
-            blocked += [verdict.verdict()] if verdict.refused else []
+            blocked += [verdict.verdict()] if verdict.refused else [gold.verdict()] if gold.unscored else []
         cells = [str(total), str(bad), str(long), *_cells(seen, rows, found, configured.name, gold)]
-        yield Report(configured.name, cells, found, blocked)
+        yield Report(configured.name, cells, found, blocked, gold.fault_lines(configured.name))
 
 
 def _find_repeats(seen: Survey, train: Survey | None, found: Found) -> None:
@@ -144,14 +145,15 @@ def _cells(seen: Survey, rows: int | None, found: Found, name: str, gold: GoldCh
     ]
 
 
-TITLES = ["", "rows", "bad", "too long", "tokens", "twice", "in train", "gold", "gold = 1", "wrong", "gold > wrong"]
+TITLES = ["", "rows", "bad", "too long", "tokens", "twice", "in train", "gold", "right", "wrong", "gold > wrong"]
 
 
 def show(reports: list[Report]) -> str:
-    """Return the table, and the first problems of each kind."""
+    """Return the faults of the reward function first, the table, and the first problems of each kind."""
     table = [TITLES] + [[r.name, *r.cells, *[""] * (len(TITLES) - 1 - len(r.cells))] for r in reports]
     widths = [max(len(line[i]) for line in table) for i in range(len(TITLES))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines = [report.faults for report in reports if report.faults]
+    lines += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
     for report in reports:
         for kind, count in report.found.counts.items():
             if count:

@@ -158,6 +158,23 @@ class Reward:
         "environment variables that the function gets although they look like secrets (*_TOKEN, *_KEY, *_SECRET, "
         "*PASSWORD*, *_CREDENTIALS)",
     )
+    range: list[float] = opt(
+        [],
+        "[lowest, highest] reward: what lies outside is a fault, and a faulty call scores the lowest; empty: any "
+        "finite number is a reward",
+    )
+    correct_at: float | None = opt(
+        None,
+        "a response is right from this reward on, where the function returns no `acc`; empty: from the top of "
+        "reward.range, or from the highest reward of right answers in the check before training, at least 1",
+    )
+    model_path: str | None = opt(
+        None,
+        "a reward model (Hugging Face folder or hub name, sequence classification with one label) whose score is added "
+        "to the function's",
+        path=True,
+    )
+    model_weight: float = opt(1.0, "what the reward model's score is multiplied with")
     check_rows: int = opt(
         16,
         "training rows on which to check, before training, that a right answer scores above a wrong one; 0: no check",
@@ -181,7 +198,7 @@ class Objective:
         "data.spaced false, and to set one of these otherwise is an error; default: every setting as it stands",
     )
     preference_beta: float = opt(0.1, "temperature of the preference loss", gt=0.0)
-    margin: float = opt(0.1, "two responses form a pair when their rewards differ by more than this", ge=0.0, lt=1.0)
+    margin: float = opt(0.1, "two responses form a pair when their rewards differ by more than this", ge=0.0)
     anchor: Literal["none", "opponent", "initial", "old"] = opt(
         "opponent",
         "model whose log-probs are subtracted from the policy's; none: the literal formula, nothing subtracted",

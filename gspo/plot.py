@@ -53,8 +53,9 @@ def draw(run: Path, out: Path) -> None:
     reports = [run / f"eval_{name}.json" for name in ("before", "after")]
     if all(r.exists() for r in reports):
         before, after = (json.loads(r.read_text(encoding="utf-8")) for r in reports)
-        title += f"; on {after['prompts']} unseen problems pass@1 {before['pass@1']:.2f} to {after['pass@1']:.2f}"
-        title += f", greedy {before['greedy']:.2f} to {after['greedy']:.2f}"
+        shown = ("pass@1", "greedy") if "pass@1" in before else ("reward_mean",)  # none is right by rank_responses
+        changes = [f"{name} {before[name]:.2f} to {after[name]:.2f}" for name in shown]
+        title += f"; on {after['prompts']} unseen problems {', '.join(changes)}"
     figure.suptitle(title, fontsize=11)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

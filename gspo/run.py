@@ -164,7 +164,7 @@ def evaluate_run(run: Run, name: str) -> None:
         try:
             write_evaluation(run.folder, name, run.state.step, evaluation_settings(run), result)
         except OSError as e:
-            say(f"warning: {name}.json cannot be written ({e.strerror}); pass@1 is {result['pass@1']:.3f}")
+            say(f"warning: {name}.json cannot be written ({e.strerror}); reward_mean is {result['reward_mean']:.3f}")
 
 
 def end_round_if_over(run: Run) -> dict[str, float]:
@@ -190,19 +190,21 @@ def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[s
 
     When a round ended, they are compared with those of its beginning; when one begins, they are kept for that.
     """
-    cfg, world, state = run.cfg, run.world, run.state
+    cfg, world, state, scorer = run.cfg, run.world, run.state, run.scorer.of_each
     if not run.splits.val:
         if round_begins:
             state.round_rewards, state.pair_metrics, run.held_out = None, {}, None  # they are of an earlier round
         return {}
     run.models.refresh_sampler()
     places, rollout = run.sampler.generate_share(
-        run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=state.step, on_group=run.scorer.begin
+        run.splits.val, cfg.rollout.n, run.sampling, world, purpose=EVAL, step=state.step, on_group=scorer.begin
     )
-    scores = run.scorer(rollout)
+    scores = scorer(rollout)
     rewards = world.gather_rows(places, scores.rewards)
-    correct = world.gather_rows(places, correct_of(scores).float())
-    metrics = {"heldout/reward_mean": float(rewards.mean()), "heldout/accuracy": float(correct.mean())}
+    correct = world.gather_rows(places, correct_of(scores, scorer.correct_at, scorer.ranks).float())
+    metrics = {"heldout/reward_mean": float(rewards.mean())}
+    if not correct.isnan().any():  # else the rewards are relative: they say nothing of right and wrong
+        metrics["heldout/accuracy"] = float(correct.mean())
     if state.step > 0:
         metrics["kl_to_initial"] = kl_divergence_to(run.models, run.models.initial(), rollout, world)
     if round_ended and state.round_rewards is not None:

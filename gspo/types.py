@@ -112,7 +112,7 @@ class Rollout:
 class Scores:
     """What the reward function returned for a rollout."""
 
-    rewards: Tensor  # [G, N] float32 in [0, 1], on the CPU
+    rewards: Tensor  # [G, N] float32, finite, on the CPU
     parts: dict[str, Tensor] = field(default_factory=dict)  # name -> [G, N], its further numbers; NaN where none
     predictions: list[list[str | None]] = field(default_factory=list)  # G x N, the final answers it read (`pred`)
     skipped: list[int] = field(default_factory=list)  # groups left out because the function failed; they score 0
@@ -120,6 +120,7 @@ class Scores:
     errors: int = 0  # calls that raised, returned no score, or took their process with them
     timeouts: int = 0  # calls that took too long
     calls: int = 0
+    faulty: Tensor | None = None  # [G, N] bool, responses whose call failed; None where all were scored
 
     @property
     def faults(self) -> int:

@@ -49,7 +49,8 @@ class BetaBatches(Batches):
         known, first = ~np.isnan(found[1]), ~seen[batch]
         self.right *= self.kept
         self.wrong *= self.kept
-        success = np.where(found[0] == 0, found[1] >= 0.5, found[1])[known] * self.responses
+        mean = np.clip(found[1], 0, 1)  # rewards may be of another range
+        success = np.where(found[0] == 0, mean >= 0.5, mean)[known] * self.responses
         self.right[batch[known]] += success
         self.wrong[batch[known]] += self.responses - success
         curves = {}

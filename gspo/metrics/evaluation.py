@@ -17,7 +17,7 @@ from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, GREEDY, Sampler
 from gspo.types import Prompt, Rollout, Scores
 
-CORRECT_AT = 1.0 - 1e-6  # a response is correct when its reward is full
+TOLERANCE = 1e-6  # of float32 rewards, relative
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Answers:
 
     sources: list[str]  # P
     rewards: np.ndarray  # [P, n]
-    correct: np.ndarray  # [P, n] bool
-    greedy: np.ndarray  # [P] bool, of the greedy response
+    correct: np.ndarray | None  # [P, n] bool; None where rewards compare within a group only
+    greedy: np.ndarray | None  # [P] bool, of the greedy response
     final: list[list[str]]  # P x n, the final answers, for the majority vote
     faults: int = 0  # calls of the reward function that failed
 
@@ -39,15 +39,17 @@ def answer(
 
     UserError where the reward function failed on every response.
     """
+    scorer = scorer.of_each
     places, sampled = sampler.generate_share(prompts, n, sampling, world, purpose=EVAL, on_group=scorer.begin)
     scores = scorer(sampled)
     _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY, on_group=scorer.begin)
     greedy = scorer(best)
+    right, best_right = (correct_of(each, scorer.correct_at, scorer.ranks) for each in (scores, greedy))
     mine = zip(
         places,
         scores.rewards.tolist(),
-        correct_of(scores).tolist(),
-        correct_of(greedy).flatten().tolist(),
+        right.tolist(),
+        best_right.flatten().tolist(),
         finals_of(scores, sampled),
         strict=True,
     )
@@ -56,21 +58,30 @@ def answer(
         raise UserError(f"the reward function {scorer.path} failed on every answer; there is nothing to report.")
     rows = sorted((row for part in world.gather(list(mine)) for row in part), key=lambda row: row[0])
     _, rewards, correct, best_correct, finals = zip(*rows, strict=True)
+    known = not np.isnan(np.array(correct)).any() and not np.isnan(np.array(best_correct)).any()
     return Answers(
         [p.data_source for p in prompts],
         np.array(rewards),
-        np.array(correct),
-        np.array(best_correct),
+        np.array(correct) > 0.5 if known else None,
+        np.array(best_correct) > 0.5 if known else None,
         list(finals),
         faults=faults,
     )
 
 
-def correct_of(scores: Scores) -> Tensor:
-    """Return which responses are correct, [G, n] bool: as the reward function says (`acc`), or those of full reward."""
-    full = scores.rewards >= CORRECT_AT
+def correct_of(scores: Scores, correct_at: float = 1.0, ranks: bool = False) -> Tensor:
+    """Return which responses are correct, [G, n] of 0, 1 and, where that is not known, NaN.
+
+    As the reward function says (`acc`); else those of at least the reward `correct_at`. Where `ranks`, rewards compare
+    within a group: its best response is not right by that.
+    """
+    right = (scores.rewards >= correct_at - TOLERANCE * abs(correct_at)).double()
+    if ranks:
+        right.fill_(torch.nan)
+    if scores.faulty is not None:
+        right[scores.faulty] = 0.0
     acc = scores.parts.get("acc")
-    return full if acc is None else torch.where(acc.isnan(), full, acc > 0.5)
+    return right if acc is None else torch.where(acc.isnan(), right, (acc > 0.5).double())
 
 
 def finals_of(scores: Scores, sampled: Rollout) -> list[list[str]]:
@@ -113,14 +124,16 @@ def summarise(answers: Answers) -> dict[str, Any]:
     """Return {metric: value, ..., "interval": {metric: [low, high]}} over these prompts."""
     correct, greedy = answers.correct, answers.greedy
     n = answers.rewards.shape[1]
-    per_prompt = {
-        f"pass@{k}": np.array([pass_at_k(n, int(c), k) for c in correct.sum(1)]) for k in (1, 2, 4, 8, 16, 32) if k <= n
-    }
-    votes = zip(correct, answers.final, strict=True)
-    per_prompt[f"maj@{n}"] = np.array([majority_reward(c.astype(float), f) for c, f in votes])
+    result: dict[str, Any] = {"prompts": len(answers.sources), "samples": n}
+    per_prompt, interval = {}, {}
+    if correct is not None:
+        result["greedy"], interval["greedy"] = float(greedy.mean()), list(wilson(greedy.sum(), len(greedy)))
+        for k in (1, 2, 4, 8, 16, 32):
+            if k <= n:
+                per_prompt[f"pass@{k}"] = np.array([pass_at_k(n, int(c), k) for c in correct.sum(1)])
+        votes = zip(correct, answers.final, strict=True)
+        per_prompt[f"maj@{n}"] = np.array([majority_reward(c.astype(float), f) for c, f in votes])
     per_prompt["reward_mean"] = answers.rewards.mean(1)
-    result: dict[str, Any] = {"prompts": len(answers.sources), "samples": n, "greedy": float(greedy.mean())}
-    interval = {"greedy": list(wilson(greedy.sum(), len(greedy)))}
     for name, values in per_prompt.items():
         result[name] = float(values.mean())
         interval[name] = list(bootstrap(values))
@@ -129,7 +142,9 @@ def summarise(answers: Answers) -> dict[str, Any]:
 
 def report(answers: Answers) -> dict[str, Any]:
     """Return the summary over all prompts, and by data source where there are several."""
-    result = summarise(answers) | {"correct_counts": answers.correct.sum(1).tolist()}  # for paired comparisons
+    result = summarise(answers)
+    if answers.correct is not None:
+        result["correct_counts"] = answers.correct.sum(1).tolist()  # for paired comparisons
     if answers.faults:
         result["reward_faults"] = answers.faults
     names = sorted(set(answers.sources))
@@ -140,8 +155,8 @@ def report(answers: Answers) -> dict[str, Any]:
             part = Answers(
                 [name] * len(rows),
                 answers.rewards[rows],
-                answers.correct[rows],
-                answers.greedy[rows],
+                None if answers.correct is None else answers.correct[rows],
+                None if answers.greedy is None else answers.greedy[rows],
                 [answers.final[i] for i in rows],
             )
             result["by_data_source"][name] = summarise(part)

@@ -98,4 +98,5 @@ def _join_scores(parts: list[Scores], order: list[int], counted: Scores) -> Scor
         parts={name: rows(name) for name in sorted({name for part in parts for name in part.parts})},
         predictions=[predictions[g] for g in order],
         skipped=[k for k, g in enumerate(order) if skipped[g]],
+        faulty=None,
     )

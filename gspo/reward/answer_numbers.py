@@ -23,20 +23,31 @@ _NUMBER = re.compile(
 _CJK = r"\u4e00-\u9fff"
 # ---- words before a number ----
 _WORDS_BEFORE = re.compile(rf"(?:[A-Za-z][a-z']+(?:-[a-z]+)*|[IaA]|[{_CJK}]+|[:,'\"“”]|[€£¥￥]|\s)*")
-# These change a number that follows at once ...
+# These change a number that follows at once.
 _CHANGES_NEXT = re.compile(
     any_of(
-        "of, but, times, twice, thrice, double, triple, half, plus, by, root, sqrt, square, squared, cube, least, most,"
-        "than, over, under, above, below, beyond, exceeds?, exceeding, almost, nearly, before, between, from, until,"
-        "up to, close to, next to, prior to, opposed to, per, pm, mod, modulo, log, ln, lg, exp, sin, cos, tan, cot,"
-        "sec, csc, arcsin, arccos, arctan, abs, floor, ceil, max, min, gcd, lcm, pi",
-        "[加减乘除的非近倍] 除以 乘以 大于 小于 多于 少于 高于 低于 超过 不到 不足 不满 至少 至多 最多 最少 根号 "
+        "but, times, twice, thrice, double, triple, half, plus, multiplied by, divided by, root, sqrt, square, squared,"
+        "cube, least, most, than, over, under, above, below, beyond, exceeds?, exceeding, almost, nearly, before,"
+        "between, from, until, up to, close to, next to, prior to, opposed to, per, pm, mod, modulo, log, ln, lg, exp,"
+        "sin, cos, tan, cot, sec, csc, arcsin, arccos, arctan, abs, floor, ceil, max, min, gcd, lcm, pi",
+        "[加减乘除的非近倍比] 除以 乘以 大于 小于 多于 少于 高于 低于 超过 不到 不足 不满 至少 至多 最多 最少 根号 "
         "平方根 立方根 分之 对数",
     )
     + r"\s*$",
     re.IGNORECASE,
 )
-# ... and these wherever they stand before it, or after it.
+# "of" does as well (half of 7, the square of 7), except after these: "a total of 7".
+_OF = re.compile(r"(?:(\w+) )?of\s*$", re.IGNORECASE)
+_QUANTITIES = re.compile(
+    any_of(
+        "total, amount, number, count, value, answer, result, cost, price, age, distance, length, width, height, depth,"
+        "area, volume, rate, speed, weight, profit, loss, discount, probability, chance, score, average, mean, median,"
+        "mode, maximum, minimum, temperature, duration, period, salary, income, balance, remainder, change, savings,"
+        "perimeter, radius, diameter, angle, slope, ratio, percentage, increase, decrease, group, set, sum"
+    ),
+    re.IGNORECASE,
+)
+# These do wherever they stand before it or after it.
 _DENIES = re.compile(
     any_of(
         "not, never, neither, nor, cannot, no more, no less, no fewer, except, other than, unlike, instead, without,"
@@ -45,17 +56,26 @@ _DENIES = re.compile(
     ),
     re.IGNORECASE,
 )
-_MINUS = re.compile(r"(?:\b(?:negative|minus)|负)\s*$", re.IGNORECASE)
+_MINUS = re.compile(r"(?:\b(?:negative|minus)|负|零下)\s*$", re.IGNORECASE)
 _APPROXIMATELY = re.compile(r"^\s*\\approx\s*")
 # ---- words after it ----
 _CHANGES_BEFORE = re.compile(
     r"\s*"
     + any_of(
-        "(?:or|and) (?:more|less|fewer|above|below|over|under|higher|lower|greater|smaller|so),"
         "(?:more|less|fewer|greater|smaller|larger|higher|lower) than, (?:is|was|are) (?:not|wrong|incorrect|false),"
         "times (?!(?:a|per|as|in|each|every|the)\\b)[a-z]+, squared, cubed, factorial, plus, minus, mod, modulo, pi,"
-        "to the power, raised",
-        "以上 以下 以内 以外 多 余 的 次方 倍多 分之 开方",
+        "to the power, raised, halves, thirds, fifths, sixths, sevenths, eighths, ninths, tenths, hundredths,"
+        "thousandths",
+        "[个人年月天岁倍]?多 余 的 次方 分之 开方 或",
+    ),
+    re.IGNORECASE,
+)
+# These do wherever they stand after it.
+_BOUNDS = re.compile(
+    any_of(
+        "(?:or|and) (?:more|less|fewer|above|below|over|under|higher|lower|greater|smaller|so), at least,"
+        "at most, below zero",
+        "以上 以下 以内 以外 或更",
     ),
     re.IGNORECASE,
 )
@@ -156,8 +176,10 @@ def _sign(before: str) -> int:
     sign = 1
     if found := _MINUS.search(before):
         sign, before = -1, before[: found.start()]
-    is_plain = _WORDS_BEFORE.fullmatch(before) and not _CHANGES_NEXT.search(before) and not _DENIES.search(before)
-    return sign if is_plain else 0
+    if not _WORDS_BEFORE.fullmatch(before) or _CHANGES_NEXT.search(before) or _DENIES.search(before):
+        return 0
+    of = _OF.search(before)
+    return 0 if of and not _QUANTITIES.fullmatch(of[1] or "") else sign
 
 
 def _with_suffix(value: Fraction, after: str, unit: str) -> Number | None:
@@ -174,7 +196,9 @@ def _with_suffix(value: Fraction, after: str, unit: str) -> Number | None:
     written, rest = take_unit(after)
     if not written and _ADJACENT_LETTER.match(after):
         return None
-    if _CHANGES_BEFORE.match(rest) or HALF.search(rest) or _DENIES.search(rest) or not _WORDS_AFTER.fullmatch(rest):
+    if _CHANGES_BEFORE.match(rest) or not _WORDS_AFTER.fullmatch(rest):
+        return None
+    if any(pattern.search(rest) for pattern in (_BOUNDS, _DENIES, HALF)):
         return None
     if re.search(r"(?<![A-Za-z'])[b-hj-zB-HJ-Z](?![A-Za-z'])", rest):
         return None  # a letter alone may be a variable

@@ -3,6 +3,8 @@
 import socket
 import struct
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 
 class Channel:
@@ -41,3 +43,12 @@ class Channel:
         message = bytes(self.buffer[4:end])
         del self.buffer[:end]
         return message
+
+
+LARGEST = 1e18  # so that sums of squares of float32 rewards stay finite
+
+
+def is_reward(value: Any, limits: Sequence[float] = ()) -> bool:
+    """Return whether a value is a reward: a finite float, within the limits if there are some."""
+    low, high = limits or (-LARGEST, LARGEST)
+    return isinstance(value, float) and low <= value <= high

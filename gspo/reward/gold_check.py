@@ -11,7 +11,7 @@ from gspo.system.console import say
 from gspo.types import Prompt, Scores
 
 RENDERINGS = (r"\boxed{{{}}}", "#### {}", "The answer is {}", "答案：{}", "{}")
-FULL = 1.0 - 1e-6
+TOLERANCE = 1e-6  # of float32 rewards, relative
 SHOWN = 5  # examples shown of each kind of problem
 CHUNK = 256  # rows whose texts are scored together
 
@@ -21,6 +21,14 @@ class ScoresTexts(Protocol):
 
     path: Any
     name: str
+    correct_at: float  # a response is right from this reward on
+    is_told: bool  # ... as it was configured
+    ranks: bool  # rewards compare within a group only
+
+    @property
+    def of_each(self) -> "ScoresTexts":
+        """Return what scores a response by itself, where there is such a function."""
+        ...
 
     def score_texts(self, prompts: list[Prompt], texts: list[list[str]]) -> Scores: ...
 
@@ -34,6 +42,7 @@ class Example:
     gold_score: float
     wrong: str | None
     wrong_score: float
+    unscored: bool = False  # every call on its wrong answers failed
 
     def __str__(self) -> str:
         said = f"{self.place}: {self.gold[-80:]!r} scores {self.gold_score:.3g}"
@@ -46,22 +55,34 @@ class GoldCheck:
 
     function: str
     rows: int = 0
-    full: int = 0  # rows whose right answer scores 1.0
+    full: int = 0  # rows whose right answer is right by its reward
+    correct_at: float = 1.0  # ... which is at least this
+    highest: float = 1.0  # reward of a right answer
     gold_mean: float = 0.0
     compared: int = 0  # rows for which there is a wrong answer
     above: int = 0  # of these, rows whose right answer scores higher
     wrong_mean: float = 0.0
     calls: int = 0
     faults: int = 0  # calls that raised or timed out
-    first_fault: str = ""  # what the first of these did
-    not_full: tuple[Example, ...] = ()  # the first SHOWN rows whose right answer scores less than 1.0
+    first_fault: str = ""  # what the first of these did, and the call
+    unscored: int = 0  # rows on whose wrong answers every call failed: what is left of them is no score
+    not_full: tuple[Example, ...] = ()  # the first SHOWN rows whose right answer scores less than correct_at
 
     not_above: tuple[Example, ...] = ()  # ... not above a wrong one
 
     @property
     def refused(self) -> bool:
-        """Return whether nothing can be learned: no right answer scores above a wrong one."""
-        return self.compared > 0 and self.above == 0
+        """Return whether nothing can be learned: no right answer scores above a wrong one, or wrong ones fail."""
+        return self.unscored > 0 or (self.compared > 0 and self.above == 0)
+
+    def fault_lines(self, split: str) -> str:
+        """Return what the function did where it failed, for the first lines of a report; "" where it did not."""
+        if not self.faults:
+            return ""
+        said = (
+            f"{split}: the reward function failed on {self.faults} of {self.calls} calls; the first {self.first_fault}"
+        )
+        return said + (f"\n{split}: it failed on every wrong answer to {self.unscored} rows" if self.unscored else "")
 
     def verdict(self) -> str | None:
         """Return one paragraph that is an error where `refused`, else a warning; None where nothing is wrong."""
@@ -70,19 +91,26 @@ class GoldCheck:
                 f"the reward function {self.function} failed on every answer it was given before training: it "
                 f"{self.first_fault}. Fix it; reward.check_rows=0 starts the run without this check."
             )
-        failed = f" {self.faults} of its calls failed, the first {self.first_fault}." if self.faults else ""
+        failed = f" {self.faults} of its {self.calls} calls failed: it {self.first_fault}." if self.faults else ""
+        if self.unscored:
+            return (
+                f"the reward function {self.function} failed on every wrong answer to {self.unscored} of {self.rows} "
+                f"sampled rows; one call {self.first_fault}. It must score wrong answers, too; reward.check_rows=0 "
+                "starts the run without this check."
+            )
         if self.refused:
             return (
                 f"the reward function {self.function} scores no right answer above a wrong one in {self.compared} "
-                f"sampled rows; {self.not_above[0]}.{failed} Give the rows a `solution` that it scores 1.0, or fix "
+                f"sampled rows; {self.not_above[0]}.{failed} Give the rows a `solution` that it scores higher, or fix "
                 "the function; reward.check_rows=0 starts the run without this check."
             )
         if self.full < self.rows:
             return (
                 f"the reward function {self.function} gives {self.rows - self.full} of {self.rows} sampled right "
-                f"answers less than 1.0; {self.not_full[0]}.{failed}"
+                f"answers less than {self.correct_at:g}, so that they count as wrong (reward.correct_at); "
+                f"{self.not_full[0]}.{failed}"
             )
-        return None
+        return f"of the reward function {self.function}{failed}" if failed else None
 
 
 def gold_texts(prompt: Prompt) -> list[str]:
@@ -108,43 +136,50 @@ def check_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int | None,
     """Score right and wrong answers to a sample of the prompts (None: all)."""
     places = [i for i in sample(len(prompts), rows, seed) if gold_texts(prompts[i])]
     first = prompts[places[0]].ground_truth if places else ""
-    gold_sum, wrong_sum, first_fault = 0.0, 0.0, ""
-    sums = {"rows": 0, "full": 0, "compared": 0, "above": 0, "calls": 0, "faults": 0}
-    not_full: list[Example] = []
-    not_above: list[Example] = []
+    examples: list[Example] = []
+    faults, calls, first_fault = 0, 0, ""
     for start in range(0, len(places), CHUNK):
-        examples, scores = _score(scorer, prompts, places[start : start + CHUNK], first)
-        sums["faults"] += scores.faults
-        sums["calls"] += scores.calls
+        found, scores = _score(scorer, prompts, places[start : start + CHUNK], first)
+        examples += found
+        faults, calls = faults + scores.faults, calls + scores.calls
         first_fault = first_fault or scores.first_fault
-        for e in examples:
-            sums["rows"] += 1
-            gold_sum += e.gold_score
-            if e.gold_score >= FULL:
-                sums["full"] += 1
-            elif len(not_full) < SHOWN:
-                not_full.append(e)
-            if e.wrong is None:
-                continue
-            sums["compared"] += 1
-            wrong_sum += e.wrong_score
-            if e.gold_score > e.wrong_score:
-                sums["above"] += 1
-            elif len(not_above) < SHOWN:
-                not_above.append(e)
+    highest = max((e.gold_score for e in examples), default=1.0)
+    correct_at = correct_from(scorer, highest)
+    compared = [e for e in examples if e.wrong is not None and not e.unscored]
+    not_full = [e for e in examples if e.gold_score < correct_at - TOLERANCE * abs(correct_at)]
+    not_above = [e for e in compared if not e.gold_score > e.wrong_score]
     return GoldCheck(
         f"{scorer.path}: {scorer.name}",
-        gold_mean=gold_sum / max(1, sums["rows"]),
-        wrong_mean=wrong_sum / max(1, sums["compared"]),
-        not_full=tuple(not_full),
-        not_above=tuple(not_above),
+        rows=len(examples),
+        full=len(examples) - len(not_full),
+        correct_at=correct_at,
+        highest=highest,
+        gold_mean=sum(e.gold_score for e in examples) / max(1, len(examples)),
+        compared=len(compared),
+        above=len(compared) - len(not_above),
+        wrong_mean=sum(e.wrong_score for e in compared) / max(1, len(compared)),
+        calls=calls,
+        faults=faults,
         first_fault=first_fault,
-        **sums,
+        unscored=sum(e.unscored for e in examples),
+        not_full=tuple(not_full[:SHOWN]),
+        not_above=tuple(not_above[:SHOWN]),
     )
 
 
-def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> None:
-    """Check the reward function before training. Raise UserError where no right answer scores above a wrong one."""
+def correct_from(scorer: ScoresTexts, highest: float) -> float:
+    """Return the reward from which on a response is right, when right answers get up to `highest`.
+
+    It is the configured one, the top of the configured range, or `highest` where that is more than 1.
+    """
+    return scorer.correct_at if scorer.is_told or scorer.ranks else max(scorer.correct_at, highest)
+
+
+def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> float:
+    """Check the reward function before training; return the reward from which on a response is right.
+
+    UserError where no right answer scores above a wrong one.
+    """
     check = check_gold(scorer, prompts, rows)
     if rows and not check.rows:
         say(
@@ -155,6 +190,23 @@ def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> N
         raise UserError(check.verdict())
     if check.verdict():
         say(f"warning: {check.verdict()}")
+    return find_correct_at(scorer, prompts, rows, check)
+
+
+def find_correct_at(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int, check: GoldCheck | None = None) -> float:
+    """Return the reward from which on evaluation takes a response for right, and say it where that is not 1.
+
+    `check` is the scorer's, where it was made already.
+    """
+    each = scorer.of_each
+    if each.is_told or each.ranks:
+        correct_at = each.correct_at
+    else:
+        check = check if check is not None and each is scorer else check_gold(each, prompts, rows)
+        correct_at = check.correct_at if check.rows else each.correct_at
+    if correct_at != 1.0 and not each.ranks:
+        say(f"note: a response is right from a reward of {correct_at:g} on (reward.correct_at), unless it has `acc`")
+    return correct_at
 
 
 def _score(
@@ -182,5 +234,6 @@ def _score(
         wrong = max(range(split, split + len(wrongs[k])), key=row.__getitem__, default=None)
         place = prompts.place(places[k]) if hasattr(prompts, "place") else f"prompt {chosen[k].id}"
         wrong_and_score = (None, 0.0) if wrong is None else (groups[k][wrong], row[wrong])
-        examples.append(Example(place, groups[k][gold], row[gold], *wrong_and_score))
+        failed = scores.faulty is not None and bool(scores.faulty[k, split : split + len(wrongs[k])].all())
+        examples.append(Example(place, groups[k][gold], row[gold], *wrong_and_score, failed))
     return examples, scores

@@ -48,6 +48,7 @@ class Settings:
     warm_up: dict[str, Any] | None = None  # arguments of a call made with the imports: a library's first one is slow
     allow_ranking: bool = False  # call the file's `rank_responses`, if there is one, instead of the function
     default_ranking: str = ""  # source text of one that is not called, as it only sorts scores of the function
+    range: tuple[float, ...] = ()  # lowest and highest reward; (): any finite number
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class WorkerProcess:
         # What the function is: `rank_responses`? async? the keywords it takes (None: any), those it cannot do without.
         self.scores_groups, self.concurrent = hello["scores_groups"], hello["concurrent"]
         self.keywords, self.required = hello["keywords"], hello["required"]
+        self.has_function = hello["has_function"]  # beside `rank_responses`
 
     def _start_process(self) -> None:
         """Start the process, with a socket for calls and replies and a pipe for what it prints. May raise OSError."""

@@ -19,14 +19,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.machinery import ModuleSpec
 from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
 from gspo.reward import guardian
-from gspo.reward.channel import Channel
+from gspo.reward.channel import Channel, is_reward
 
 BACKSTOP_S = 5.0  # a process without parent that holds the interpreter's lock dies this long after the time limit
 
@@ -116,29 +116,32 @@ class NotAScoreError(ValueError):
     """The function returned something that is not a reward."""
 
 
-def one_score(value: Any) -> dict[str, Any]:
-    """Return {"score", "parts", "pred"} of a number or a dict with `score`. Raise NotAScoreError for anything else."""
+def one_score(value: Any, limits: Sequence[float] = ()) -> dict[str, Any]:
+    """Return {"score", "parts", "pred"} of a number or a dict with `score`. Raise NotAScoreError for anything else, and
+    for what lies outside of the limits."""
     is_dict = isinstance(value, dict)
-    score = number(value.get("score") if is_dict else value)
-    if score is None or not 0.0 <= score <= 1.0:
-        raise NotAScoreError(
-            f"returned {value!r:.60}; it must return a number from 0 to 1, or a dict whose 'score' is one"
-        )
+    given = value.get("score") if is_dict else value
+    score = None if is_dict and isinstance(given, bool) else number(given)
+    if not is_reward(score, limits):
+        what = f"number from {limits[0]:g} to {limits[1]:g} (reward.range)" if limits else "finite number"
+        raise NotAScoreError(f"returned {value!r:.60}; it must return a {what}, or a dict whose 'score' is one")
     parts = {str(k): x for k, v in value.items() if k != "score" and (x := number(v)) is not None} if is_dict else {}
     pred = value.get("pred") if is_dict else None
     return {"score": score, "parts": parts, "pred": None if pred is None else str(pred)}
 
 
-def ranked_scores(value: Any, count: int) -> dict[str, Any]:
-    """Return {"scores"} of [(index, score), ...] with each index once. Raise NotAScoreError for anything else."""
+def ranked_scores(value: Any, count: int, limits: Sequence[float] = ()) -> dict[str, Any]:
+    """Return {"scores": one of each} of [(index, score), ...] with each index once; a score may be a dict with
+    `score` and `acc`. Raise NotAScoreError for anything else."""
     try:
-        scores = {int(index): number(score) for index, score in value}
+        scores = {int(index): one_score(score, limits) for index, score in value}
         complete = len(list(value)) == count and sorted(scores) == list(range(count))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # of which NotAScoreError is one
         complete = False
-    if not complete or not all(s is not None and 0.0 <= s <= 1.0 for s in scores.values()):
+    if not complete:
+        what = f"score from {limits[0]:g} to {limits[1]:g}" if limits else "finite score"
         raise NotAScoreError(
-            f"returned {value!r:.120}; it must return (index, score from 0 to 1) for each of the {count} responses"
+            f"returned {value!r:.120}; it must return (index, {what}) for each of the {count} responses"
         )
     return {"scores": [scores[i] for i in range(count)]}
 
@@ -199,6 +202,7 @@ class Worker:
         # An object with `async def __call__` counts as well.
         self.concurrent = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
         keywords = {"keywords": _keywords(function), "required": _required(function)}
+        keywords["has_function"] = callable(getattr(module, self.settings["name"], None))
         self.send({"scores_groups": self.scores_groups, "concurrent": self.concurrent, **keywords})
         return function
 
@@ -210,7 +214,8 @@ class Worker:
 
     def score_reply(self, value: Any, call: dict[str, Any]) -> dict[str, Any]:
         """Return the reply for a value that the function returned. Raise NotAScoreError."""
-        return ranked_scores(value, len(call["responses"])) if self.scores_groups else one_score(value)
+        limits = self.settings["range"]
+        return ranked_scores(value, len(call["responses"]), limits) if self.scores_groups else one_score(value, limits)
 
     def fault_reply(self, error: BaseException) -> dict[str, Any]:
         """Return the reply for an exception."""

@@ -10,13 +10,14 @@ import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gspo.errors import UserError
+from gspo.reward.channel import is_reward
 from gspo.reward.worker_handle import GRACE_S, Outcome, Settings, WorkerEnded, WorkerProcess
 
 GAVE_UP = "gave up"  # the kind of fault of calls that were never made
@@ -69,7 +70,7 @@ class WorkerPool:
             raise UserError(f"no process for the reward function can be started ({e}): {NO_PROCESS}.") from e
         self.first: WorkerProcess | None = first  # until the first call
         self.scores_groups, self.concurrent = first.scores_groups, first.concurrent
-        self.keywords, self.required = first.keywords, first.required
+        self.keywords, self.required, self.has_function = first.keywords, first.required, first.has_function
 
     def start(self, first: bool = False) -> WorkerProcess:
         """Return a new process, or the spare one. Raise UserError where it cannot import the file; OSError."""
@@ -301,8 +302,10 @@ class WorkerThread(threading.Thread):
         if reply is None:
             return
         index = reply.get("index")
-        if not isinstance(index, int) or index not in self.running or not _is_complete(reply, self.pool.scores_groups):
+        if not isinstance(index, int) or index not in self.running:
             return  # not written by our code in the worker
+        if not _is_complete(reply, self.pool.scores_groups, self.pool.settings.range):
+            return  # nor this
         now = time.monotonic()
         self.pool.record_duration(now - self.started)
         self.started = now
@@ -345,23 +348,23 @@ class WorkerThread(threading.Thread):
         self.pool.put_back(calls)
 
 
-def _is_complete(reply: dict[str, Any], of_group: bool) -> bool:
-    """Return whether a reply holds what is read from it: a fault, a score with its parts, or the scores of a group."""
+def _is_complete(reply: dict[str, Any], of_group: bool, limits: Sequence[float]) -> bool:
+    """Return whether a reply holds what is read from it: a fault, a score with its parts, or those of a group."""
     if "timeout" in reply:
         return True
-    fault, pred = reply.get("fault"), reply.get("pred")
+    fault = reply.get("fault")
     if fault is not None:
         wanted = {"kind", "message", "trace"}
         return isinstance(fault, dict) and fault.keys() == wanted and all(isinstance(x, str) for x in fault.values())
-    if of_group or "scores" in reply:
-        scores = reply.get("scores")
-        return of_group and isinstance(scores, list) and all(map(_is_score, scores))
-    parts = reply.get("parts")
-    if not isinstance(parts, dict) or not all(isinstance(x, float) for x in parts.values()):
+    if not of_group:
+        return "scores" not in reply and _is_score(reply, limits)
+    scores = reply.get("scores")
+    return isinstance(scores, list) and all(_is_score(score, limits) for score in scores)
+
+
+def _is_score(reply: Any, limits: Sequence[float]) -> bool:
+    """Return whether a reply is a score with its parts and prediction, as the worker sends it."""
+    if not isinstance(reply, dict) or not isinstance(reply.get("parts"), dict):
         return False
-    return _is_score(reply.get("score")) and isinstance(pred, str | None)
-
-
-def _is_score(value: Any) -> bool:
-    """Return whether a value is a number from 0 to 1, as the worker sends it."""
-    return isinstance(value, float) and 0.0 <= value <= 1.0
+    are_numbers = all(isinstance(x, float) for x in reply["parts"].values())
+    return are_numbers and is_reward(reply.get("score"), limits) and isinstance(reply.get("pred"), str | None)

@@ -19,10 +19,14 @@ def prompts(*truths, **extra):
 class Scorer:
     """A reward function of (prompt, text), without processes."""
 
-    path, name = "mine.py", "compute_score"
+    path, name, correct_at, is_told, ranks = "mine.py", "compute_score", 1.0, False, False
 
     def __init__(self, function, faults=0):
         self.function, self.faults, self.seen = function, faults, []
+
+    @property
+    def of_each(self):
+        return self
 
     def score_texts(self, prompts, texts):
         assert len({len(group) for group in texts}) == 1
@@ -75,12 +79,15 @@ def test_a_solution_may_be_the_only_text_with_full_marks():
 def test_some_right_answers_below_full_marks_are_a_warning_with_the_first():
     check = check_gold(Scorer(lambda p, t: 0.5 * exact(p, t) * (1 + (p.id != 1))), prompts("1", "2", "3"), 16)
     assert (check.full, check.above, check.refused) == (2, 3, False)
-    assert "gives 1 of 3 sampled right answers less than 1.0; prompt 1: '#### 2' scores 0.5" in check.verdict()
+    assert (
+        "gives 1 of 3 sampled right answers less than 1, so that they count as wrong (reward.correct_at); "
+        "prompt 1: '#### 2' scores 0.5" in check.verdict()
+    )
 
 
 def test_calls_that_failed_are_reported():
     check = check_gold(Scorer(lambda p, t: 0.0, faults=7), prompts("1", "2"), 16)
-    assert check.faults == 7 and check.refused and "7 of its calls failed" in check.verdict()
+    assert check.faults == 7 and check.refused and "7 of its 0 calls failed" in check.verdict()
 
 
 @pytest.mark.parametrize("truth", ["1", ""])
@@ -141,7 +148,7 @@ def rows(first, count):
 def test_good_data(check):
     code, table, out = check({"train": rows(0, 30), "val": rows(100, 5), "test": rows(200, 7)})
     assert code == 0 and out.endswith("training would start\n")
-    common = {"bad": "0", "too long": "0", "twice": "0", "gold": "1.000", "gold = 1": "1.000", "gold > wrong": "1.000"}
+    common = {"bad": "0", "too long": "0", "twice": "0", "gold": "1.000", "right": "1.000", "gold > wrong": "1.000"}
     for name, count, in_train in (("train", "30", "-"), ("val", "5", "0"), ("test", "7", "0")):
         assert table[name].items() >= {**common, "rows": count, "in train": in_train}.items()
 

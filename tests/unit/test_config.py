@@ -315,7 +315,7 @@ MISTAKES = {  # override: what the message must say
     "rollout.temperature=0": ["rollout.temperature = 0.0", "> 0"],
     "rollout.top_p=1.01": ["rollout.top_p = 1.01", "<= 1"],
     "rollout.top_k=-2": ["rollout.top_k = -2", ">= 0"],
-    "objective.margin=1": ["objective.margin = 1.0", "< 1"],
+    "objective.margin=-1": ["objective.margin = -1.0", ">= 0"],
     "objective.preference_beta=-0.1": ["objective.preference_beta = -0.1", "> 0"],
     "trainer.seed=-1": ["trainer.seed = -1", ">= 0"],
     "optim.micro_batch_responses=0": ["optim.micro_batch_responses = 0", ">= 1"],

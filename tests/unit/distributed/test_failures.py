@@ -118,7 +118,7 @@ def test_the_whole_of_a_wrong_start_is_one_paragraph(run_program, tmp_path, what
     ("what", "said", "code"),
     [
         ("raise RuntimeError('no judge')", "rank 1: error: {tmp}/judge.py: compute_score raised RuntimeError", 2),
-        ("return 7", "rank 1: error: {tmp}/judge.py: compute_score returned 7; it must return a number from 0 to 1", 2),
+        ("return 'x'", "rank 1: error: {tmp}/judge.py: compute_score returned 'x'; it must return a finite number", 2),
         ("os.kill(parent_of(os.getppid()), 9)", "without saying why", 1),  # past its guardian
     ],
     ids=["raises", "no score", "kills its rank"],

@@ -121,10 +121,14 @@ GOOD = {
     "torch.tensor(0.5)": 0.5,
     "{'score': 0.5}": 0.5,
     "{'score': np.float32(0.5)}": 0.5,
+    "-1": -1.0,
+    "2.5": 2.5,
+    "{'score': -0.5, 'acc': True}": -0.5,
+    "-100": -100.0,
 }
 
 
-def test_a_number_from_0_to_1_of_any_type(scorer):
+def test_a_finite_number_of_any_type(scorer):
     values = f"import numpy as np\nimport torch\nVALUES = {{{', '.join(f'{v!r}: {v}' for v in GOOD)}}}\n"
     my = scorer("return VALUES[solution_str]", values + SIGNATURE)
     assert my.score_texts([PROMPT], [list(GOOD)]).rewards.tolist() == [list(GOOD.values())]
@@ -213,31 +217,28 @@ BAD = {
     "float('inf')": "inf",
     "None": "None",
     "'0.5'": "'0.5'",
-    "1.5": "1.5",
-    "-0.1": "-0.1",
-    "1.0000001": "1.0000001",
+    "1e300": "1e+300",
+    "{'score': True}": "True",
     "[1.0]": "[1.0]",
     "np.array([0.5, 0.5])": "array([0.5, 0.5])",
     "np.float64('nan')": "nan",
     "np.str_('best')": "'best'",
     "10**400": "1000",
     "1j": "1j",
-    "{'score': 1.5}": "1.5",
+    "{'score': float('inf')}": "inf",
     "{'score': None}": "None",
     "{'reward': 0.5}": "{'reward': 0.5}",
     "{}": "{}",
 }
 
 
-def test_a_result_that_is_not_a_number_from_0_to_1_is_reported_with_its_value(scorer):
+def test_a_result_that_is_not_a_finite_number_is_reported_with_its_value(scorer):
     values = f"import numpy as np\nVALUES = {{{', '.join(f'{v!r}: {v}' for v in BAD)}}}\n"
     my = scorer("return VALUES[solution_str]", values + SIGNATURE)
     for value, warning in BAD.items():
         with pytest.raises(UserError) as e:
             ask(my, value)
-        said = re.search(
-            r"my_reward\.py: compute_score returned (.*); it must return a number from 0 to 1", str(e.value)
-        )
+        said = re.search(r"my_reward\.py: compute_score returned (.*); it must return a finite number", str(e.value))
         assert said and warning in said[1]
 
 
@@ -378,7 +379,7 @@ def test_a_rank_responses_in_the_file_scores_whole_groups(scorer):
         "return [(i, 1.0 - place / len(order)) for place, i in enumerate(order)]",
         "def compute_score(**_):\n    raise SystemError\n\n\n" + RANKS,
     )
-    my.begun[1] = my._submit(PROMPT, ["aaaa", "b"])
+    my.begun[1] = my._submit(PROMPT, ["aaaa", "b"], ["stop", "stop"])
     scores = my(a_rollout(["a", "bbb"], ["aaaa", "b"]))
     assert scores.rewards.tolist() == [[0.5, 1.0], [1.0, 0.5]] and scores.calls == 2
 
@@ -389,7 +390,7 @@ def test_a_ranking_gets_extra_info_and_kwargs_where_it_takes_them(scorer):
     assert my(a_rollout(["a", "b"])).rewards.tolist() == [[0.125, 0.75]]
 
 
-NO_RANKING = "[(0, 1)] | [(0, 1), (0, 0.5)] | [(0, 1), (2, 0.5)] | [(0, 2), (1, 0)] | None | [1.0, 0.5]"
+NO_RANKING = "[(0, 1)] | [(0, 1), (0, 0.5)] | [(0, 1), (2, 0.5)] | [(0, 1e300), (1, 0)] | None | [1.0, 0.5]"
 NO_RANKING += "| [(0, 1), (1, 0), (1, 0)] | [(0, None), (1, 1)] | [(0, float('nan')), (1, 1)]"
 
 

@@ -50,7 +50,7 @@ FAULTS = {
     "kill": ("error", "ended its process by SIGKILL"),
     "memory": ("error", "raised MemoryError:  (line 13); reward.memory_gib = 4 is the limit"),
     "close": ("error", "ended its process"),
-    "nan": ("error", "returned nan; it must return a number from 0 to 1"),
+    "nan": ("error", "returned nan; it must return a finite number"),
     "none": ("error", "returned None; it must"),
     "text": ("error", "returned '1.0'; it must"),
     "recurse": ("error", "raised RecursionError"),
