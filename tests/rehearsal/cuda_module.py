@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from device import CUDA, Recorder, wait
 
-CAPABILITY = (9, 0)
+CAPABILITY = tuple(int(x) for x in os.environ.get("REHEARSED_CAPABILITY", "9.0").split("."))
 MEMORY = 80 << 30  # bytes
 graphs: list[Graph] = []  # all that were made
 

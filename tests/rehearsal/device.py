@@ -237,7 +237,7 @@ def refuse(func: Any, args: tuple, kwargs: dict, leaves: list[Any]) -> None:
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     elsewhere = [x for x in tensors if not on_device(x)]
     if func in FUSED and elsewhere:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but state_steps is on cpu ({func})")
+        raise RuntimeError(f"Expected all tensors to be on the same device, but a state is on the CPU ({func})")
     if func not in MIXED and any(x.dim() for x in elsewhere):
         shapes = [tuple(x.shape) for x in elsewhere if x.dim()]
         raise RuntimeError(

@@ -7,6 +7,7 @@ from cuda_module import graphs
 from device import Recorder, seen
 from torch import nn
 
+from gspo.distributed.world import process_group
 from gspo.rollout.cuda_graphs import Replay, no_waiting
 
 X = torch.arange(6.0).view(2, 3)
@@ -103,6 +104,16 @@ def test_all_sizes_are_captured_on_one_stream():
             replay(lambda n: x[:n].add_(1), size)
     made = graphs[first:]
     assert len(made) == 4 and len({id(g.stream) for g in made}) == 1 and x.cpu().tolist() == [10.0] * 4 + [6.0] * 4
+
+
+def test_a_rank_beside_a_gpu_has_its_share_of_the_cores(monkeypatch):
+    """torchrun sets OMP_NUM_THREADS=1; packing, casts and an offloaded optimizer run on the CPU."""
+    monkeypatch.setattr("gspo.system.torchrun.cpu_cores", lambda: 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with process_group() as world:
+        assert world.device == torch.device("cuda", 0) and torch.get_num_threads() == 3
+    torch.set_num_threads(before)
 
 
 def test_weights_that_fsdp_has_freed_are_nan_and_a_cpu_kernel_takes_nothing_of_the_device():

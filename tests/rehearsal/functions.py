@@ -45,13 +45,12 @@ class Functions(TorchFunctionMode):
     @staticmethod
     def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Do `x.to(...)` of a CPU tensor, or of a sharded one."""
+        if isinstance(x, DTensor):
+            local = convert(x.to_local().detach(), *args, **kwargs)
+            return DTensor(local, x._spec, requires_grad=False)  # its from_local would move it to the mesh's device
         named = [*args, *kwargs.values()]
         if not any(on_device(a) or (isinstance(a, str | torch.device) and names_cuda(a)) for a in named):
             return Tensor.to(x, *args, **kwargs)
-        if isinstance(x, DTensor):
-            local = convert(x.to_local(), *args, **kwargs)
-            shape = {"shape": x.shape, "stride": x.stride()}
-            return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, **shape)
         return convert(x, *args, **kwargs)
 
     @staticmethod

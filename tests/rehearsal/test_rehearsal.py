@@ -18,6 +18,7 @@ TINY = ("--config", "configs/quick.yaml", "model.precision=fp32", "data.train_ba
         "rollout.max_new_tokens=6", "eval.prompts=2", "eval.n=2", "eval.round_prompts=2", "reward.check_rows=0",
         "reward.workers=1", "reward.path=tests/rehearsal/reward.py", "trainer.save_freq=1", "optim.warmup_steps=0",
         "optim.epochs_per_rollout=1", "optim.minibatches=1", "optim.schedule=constant")  # fmt: skip
+TURING = {"REHEARSED_CAPABILITY": "7.5"}
 PATHS = os.pathsep.join([PROGRAM_ENV["PYTHONPATH"], str(REHEARSAL)])
 
 
@@ -27,7 +28,7 @@ def checked(done):
     return done.stdout
 
 
-def tested(run_program, file, chosen="", marked="gpu"):
+def passed(run_program, file, chosen="", marked="gpu"):
     """Run tests of a file on the device; return how many passed."""
     command = (
         "-m",
@@ -48,7 +49,7 @@ def tested(run_program, file, chosen="", marked="gpu"):
 
 
 def test_the_device_refuses_what_a_gpu_refuses(run_program):
-    assert tested(run_program, "tests/rehearsal/device_cases.py", marked="not slow") >= 25
+    assert passed(run_program, "tests/rehearsal/device_cases.py", marked="not slow") >= 25
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +109,28 @@ def test_a_checkpoint_is_evaluated_and_sampled_on_the_device(run_program, traine
     [
         ("engine", "tokens_of_the_cpu and (llama or gemma2 or deepseek_v3 or mixtral)", 4),
         ("engine", "work_that_waits or sampler_and_trainer or (recorded and float32)", 4),
-        ("attention", "whole_models or proven", 11),
+        ("attention", "whole_models or proven", 9),
         ("pairwise", "takes_its_coefficients or beyond_the_kernel", 2),
     ],
     ids=["tokens", "graphs", "attention", "pairs"],
 )
 def test_tests_for_the_gpu_pass_on_the_device(run_program, file, chosen, count):
-    assert tested(run_program, f"tests/gpu/test_{file}_on_cuda.py", chosen) == count
+    assert passed(run_program, f"tests/gpu/test_{file}_on_cuda.py", chosen) == count
+
+
+def test_turing_samples_the_tokens_of_the_cpu_by_pytorchs_attention(run_program):
+    command = ("-m", "pytest", "-n0", "-p", "plugin", "-m", "gpu", "-s", "-k", "tokens_of_the_cpu and llama")
+    done = run_program(*command, "tests/gpu/test_engine_on_cuda.py", env={"PYTHONPATH": PATHS} | TURING)
+    checked(done)
+    assert "1 passed" in done.stdout and "older than Ampere" in done.stderr
+
+
+def test_more_processes_than_gpus_end_with_one_line(run_program, tmp_path):
+    start = ("gspo/distributed/start_ranks.py", "--standalone", "--nproc_per_node=3")
+    done = run_program(*start, RUN, "train.py", *TINY, f"trainer.output_dir={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("error:") == 1, done.stderr
+    assert "3 processes were started on this machine, and it has 1 GPU that" in done.stderr
+    assert not (tmp_path / "quick").exists()
 
 
 def test_the_program_that_measures_an_offloaded_reference_runs(run_program, tmp_path):
