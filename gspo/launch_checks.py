@@ -175,6 +175,7 @@ def final_words(folder: Path, checkpoint: Path) -> str:
         [
             *lines,
             "\nnext:",
+            f"  report     {quote(PYTHON)} -m gspo.report {quote(str(folder))}",
             f"  curves     {quote(PYTHON)} -m tensorboard.main --logdir {quote(str(folder / 'tensorboard'))}",
             f"  evaluate   {quote(PYTHON)} {quote(evaluate)} {quote(str(checkpoint))}",
             f"  use        transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",

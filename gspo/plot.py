@@ -4,11 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
+from gspo.checkpoint.run_folder import run_folder_of
+from gspo.config import Health
 from gspo.errors import UserError
+from gspo.metrics.health import healthy_range
 from gspo.metrics.run_log import SEED_FIVE
 from gspo.system.program import guarded
 
-HEALTHY = {"preference_accuracy": (0.6, None), "kl_divergence": (0.001, 0.1)}
 INK, SOFT, BAND = "#1f4e79", "#9db8d2", "#e6f2e6"
 
 
@@ -37,8 +39,8 @@ def draw(run: Path, out: Path) -> None:
     for axis, name in zip(axes, SEED_FIVE, strict=True):
         points = [(r["step"], r[name]) for r in rows if name in r]
         steps, values = [p[0] for p in points], [p[1] for p in points]
-        if name in HEALTHY:
-            low, high = HEALTHY[name]
+        low, high = healthy_range(name, Health())
+        if low is not None:
             axis.axhspan(low, high if high is not None else 1.0, color=BAND, zorder=0)
         axis.plot(steps, values, color=SOFT, linewidth=0.8)
         axis.plot(steps, smooth(values), color=INK, linewidth=1.8)
@@ -63,10 +65,10 @@ def draw(run: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gspo.plot", description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    draw(args.run, args.out)
+    draw(run_folder_of(args.run), args.out)
     print(f"wrote {args.out}")
 
 

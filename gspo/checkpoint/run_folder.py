@@ -69,6 +69,22 @@ def checkpoint_of(name: str | Path) -> str:
     return str(latest_checkpoint(Path(expanded)) or expanded)
 
 
+def run_folder_of(name: str | Path) -> Path:
+    """Return the folder of a run that is named by itself, by its `checkpoints` or by one of them.
+
+    Any other folder is returned as it is. `~` is expanded. Of `outputs/checkpoints`, a link, it is the latest run.
+    UserError where there is no such folder.
+    """
+    folder = Path(os.path.expanduser(name))
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder. Name a run, such as outputs/quick.")
+    if (folder / "metrics.jsonl").exists():
+        return folder
+    above = [*folder.resolve().parents][:2]
+    run = next((parent for parent in above if (parent / "config.yaml").is_file()), folder)
+    return run if folder.is_absolute() else Path(os.path.relpath(run))
+
+
 def open_run(cfg: Config, world: World, prints: Fingerprints | None = None) -> tuple[Path, Path | None]:
     """Prepare the run's folder. Return (folder, checkpoint to resume from or None). All ranks call it together.
 

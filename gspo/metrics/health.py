@@ -117,6 +117,12 @@ GUARDS = (
 )  # fmt: skip
 
 
+def healthy_range(metric: str, cfg: Health) -> tuple[float | None, float | None]:
+    """Return the lowest and the highest value of a metric that no guard warns of; None where there is no such limit."""
+    limits = {guard.bad: getattr(cfg, guard.warn) for guard in GUARDS if guard.metric == metric}
+    return limits.get("below"), limits.get("above")
+
+
 class News(NamedTuple):
     """A warning or an alarm to print."""
 

@@ -17,6 +17,7 @@ ORDER = {
     "benchmarks": "timings and learning curves; nothing imports them",
     "programs": "train.py and eval.py: where the stages meet",
     "run": "gspo/*.py but the vocabulary: a run opened, its first and last words, python -m gspo.X",
+    "report": "runs as one HTML page, read from their folders",
     "memory": "what a run will take, worked out before it starts",
     "metrics": "what a step and an evaluation show",
     "checkpoint": "what a run keeps on disk and goes on from",

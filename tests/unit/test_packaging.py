@@ -24,6 +24,7 @@ def test_every_file_that_is_not_python_is_listed():
         "gspo.embedded": ROOT / "gspo" / "embedded",
         "gspo.configs": ROOT / "configs",
         "gspo.kernels": ROOT / "kernels",
+        "gspo.report": ROOT / "gspo" / "report",
     }
     assert {f"gspo.{folder}": folder for folder in ("configs", "kernels")} == SETUPTOOLS["package-dir"]
     for package, patterns in SETUPTOOLS["package-data"].items():
