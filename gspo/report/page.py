@@ -67,6 +67,7 @@ def content_of(runs: list[RunPage], language: str | None) -> dict[str, Any]:
                 "folder": run.folder,
                 "last_step": run.last_step,
                 "rounds": run.rounds,
+                "right_at": run.right_at,
                 "curves": run.curves,
                 "tables": run.tables,
                 "prompts": run.prompts,

@@ -32,6 +32,7 @@ class RunPage:
     last_step: int
     settings: dict[str, str]  # parameter -> value, as text
     health: Health  # the limits of the run's own configuration
+    right_at: float  # a response of at least this reward is right
     rounds: list[tuple[int, int]]  # (first step, round from 1)
     curves: dict[str, Curve]
     tables: dict[str, dict[str, dict[str, Any]]]  # data source, or "" for all -> {"before": ..., "after": ...}
@@ -50,7 +51,7 @@ def read_run(folder: Path) -> RunPage:
     rows = read_lines(folder / "metrics.jsonl", _is_step, notes)
     if not rows:
         raise UserError(f"{folder} holds no steps yet (metrics.jsonl is empty). Wait for its first step.")
-    settings, health = _read_settings(folder / "config.yaml")
+    settings, health, right_at = _read_settings(folder / "config.yaml")
     last_step = rows[-1]["step"]
     prompts, samples = compact(read_lines(folder / "samples.jsonl", _is_group, notes))
     return RunPage(
@@ -59,6 +60,7 @@ def read_run(folder: Path) -> RunPage:
         last_step=last_step,
         settings=settings,
         health=health,
+        right_at=right_at,
         rounds=_rounds(rows),
         curves=curves_of(rows),
         tables=_tables(folder, last_step, notes),
@@ -129,8 +131,9 @@ def _is_group(row: Any) -> bool:
     )
 
 
-def _read_settings(path: Path) -> tuple[dict[str, str], Health]:
-    """Return config.yaml's parameters as texts, and its limits of health; those that it lacks by their defaults."""
+def _read_settings(path: Path) -> tuple[dict[str, str], Health, float]:
+    """Return config.yaml's parameters as texts, its limits of health (by their defaults where it lacks some), and the
+    reward from which on a response is right: reward.correct_at, else the top of reward.range, else 1."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
@@ -143,7 +146,10 @@ def _read_settings(path: Path) -> tuple[dict[str, str], Health]:
         )
     known = {f.name for f in fields(Health)}
     limits = {name: value for name, value in tree.get("health", {}).items() if name in known}
-    return {shown(str(name)): setting_text(value) for name, value in flatten(tree).items()}, Health(**limits)
+    reward = tree.get("reward", {})
+    stated = [reward.get("correct_at"), *(reward.get("range") or [])[1:]]
+    right_at = next((float(value) for value in stated if _is_number(value)), 1.0)
+    return {shown(str(name)): setting_text(value) for name, value in flatten(tree).items()}, Health(**limits), right_at
 
 
 def setting_text(value: Any) -> str:

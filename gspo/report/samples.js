@@ -1,12 +1,16 @@
 // The browser of samples: groups that pass the filter, some at a time.
 
 const AT_ONCE = 20;
-const RIGHT_AT = 1 - 1e-6; // full reward, as in evaluations
 const [STEP, PROMPT, TRUTH, RESPONSES, CHOSEN, REJECTED] = [0, 1, 2, 3, 4, 5];
 
+/** Return whether a reward is that of a right response. */
+function isRight(reward, run) {
+  return reward >= run.right_at - 1e-5 * Math.abs(run.right_at);
+}
+
 /** Return whether a group's responses are all right, mixed or all wrong. */
-function outcomeOf(group) {
-  const right = group[RESPONSES].filter(([, reward]) => reward >= RIGHT_AT).length;
+function outcomeOf(group, run) {
+  const right = group[RESPONSES].filter(([, reward]) => isRight(reward, run)).length;
   return right === 0 ? "wrong" : right === group[RESPONSES].length ? "right" : "mixed";
 }
 
@@ -21,7 +25,7 @@ function passing(runs, filter) {
       const fits =
         (filter.round === "" || roundAt(group[STEP], run.rounds) === Number(filter.round)) &&
         (filter.outcome === "" ||
-          (filter.outcome === "pair" ? group[CHOSEN] !== null : outcomeOf(group) === filter.outcome)) &&
+          (filter.outcome === "pair" ? group[CHOSEN] !== null : outcomeOf(group, run) === filter.outcome)) &&
         (!wanted || has(run.prompts[group[PROMPT]]) || has(group[TRUTH]) || group[RESPONSES].some(([text]) => has(text)));
       if (fits) found.push([run, group]);
     }
@@ -39,7 +43,7 @@ function groupArticle(run, group, many) {
     element("p", { class: "soft text" }, word("truth", { truth: group[TRUTH] })));
   const list = element("ol", { class: "responses" });
   group[RESPONSES].forEach(([text, reward, times], i) => {
-    const line = element("li", {}, element("span", { class: reward >= RIGHT_AT ? "reward right" : "reward" }, short(reward)));
+    const line = element("li", {}, element("span", { class: isRight(reward, run) ? "reward right" : "reward" }, short(reward)));
     if (times > 1) line.append(" ", element("span", { class: "soft" }, word("times", { times })));
     if (i === group[CHOSEN]) line.append(" ", element("span", { class: "tag won" }, word("chosen")));
     if (i === group[REJECTED]) line.append(" ", element("span", { class: "tag lost" }, word("rejected")));

@@ -214,6 +214,15 @@ def test_the_filter_lets_pass_what_it_names(tmp_path):
 
 
 @pytest.mark.skipif(NODE is None, reason="no node here")
+@pytest.mark.parametrize("settings", [["reward.correct_at=0.5"], ["reward.range=[0.0,0.5]"]])
+def test_right_is_what_the_run_calls_right(settings, tmp_path):
+    rows = [group("one", ("a", "b"), (0.5, 0.5), pair=None)]
+    run = read_run(write_run(tmp_path / "a", samples={1: rows}, settings=settings))
+    content = json.dumps(content_of([run], None)["runs"])
+    assert computed(f"outcomeOf({content}[0].samples[0], {content}[0])") == "right"
+
+
+@pytest.mark.skipif(NODE is None, reason="no node here")
 def test_the_bold_curve_is_a_mean_within_a_round():
     found = computed("smooth([1, 2, 3, 4], [0, 2, 10, 12], [[1, 1], [3, 2]])")
     assert found == [1, 1, 11, 11]
