@@ -19,7 +19,7 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
         bench-data bench-number-words bench-grpo test test-slow test-all test-hour test-gpu lint format clean
 
 help: ## this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
 
 $(VENV)/.train: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
