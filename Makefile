@@ -104,7 +104,7 @@ test-slow: dev ## what `make test` has no time for: every architecture, kills, r
 
 test-all: test test-slow ## everything that needs no GPU and no hour
 
-test-hour: dev ## the longest, one after the other: 25 kills on two ranks, 200 chaotic steps, measured memory
+test-hour: dev ## the longest, one after the other: 25 kills on one and two ranks, 200 chaotic steps, measured memory
 	$(PY) -m pytest -m hour
 
 test-gpu: dev ## the cases that need CUDA, a process for each file: an assert on the device ends it for all that follow

@@ -23,7 +23,10 @@ def read_messages(prompt: Any, place: str) -> Messages:
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
         raise _error(prompt, place, "a text, or a list of {role, content} messages")
-    return [_message(message, place, number) for number, message in enumerate(prompt, 1)]
+    try:
+        return [_message(message, place, number) for number, message in enumerate(prompt, 1)]
+    except RecursionError:
+        raise too_deep(place, "prompt") from None
 
 
 def _message(message: Any, place: str, number: int) -> dict[str, Any]:
@@ -76,13 +79,21 @@ def read_tools(tools: Any, place: str) -> Tools | None:
     if isinstance(tools, str) and tools.strip():
         try:
             given = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             given = 0
     if given in (None, "", []) or (isinstance(given, str) and not given.strip()):
         return None
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise UserError(f"{place}: field 'tools' must be a list of objects, or its JSON text, got {tools!r:.80}.")
-    return without_nulls(given)
+    try:
+        return without_nulls(given)
+    except RecursionError:
+        raise too_deep(place, "tools") from None
+
+
+def too_deep(place: str, field: str) -> UserError:
+    """Return the error for a field in which lists or objects are nested hundreds deep."""
+    return UserError(f"{place}: field {field!r} is nested too deep to be read.")
 
 
 def without_nulls(value: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from gspo.data.messages import NOT_TEXT, Messages, read_messages, refuse_other_media
+from gspo.data.messages import NOT_TEXT, Messages, read_messages, refuse_other_media, too_deep
 from gspo.errors import UserError
 
 Row = dict[str, Any]
@@ -92,7 +92,10 @@ def refuse_half_characters(row: Row, place: str) -> None:
         if b"\xed" not in data or not SURROGATE.search(data):  # the first is the faster question
             return
     for name, value in row.items():
-        found = half_character(name) or half_character(value)
+        try:
+            found = half_character(name) or half_character(value)
+        except RecursionError:
+            raise too_deep(place, name) from None
         if found:
             raise UserError(
                 f"{place}: field {name!r} holds half a character ({found!r}), as is left where a text is cut inside an "

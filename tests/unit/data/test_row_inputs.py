@@ -307,6 +307,29 @@ def test_a_solution_may_be_anywhere_it_is_read_from(splits):
     assert len(splits(rows, needs_solutions=True)) == 3
 
 
+# ---- nested hundreds deep, which JSON's reader takes and a function that calls itself does not ----
+
+
+def nested(leaf, depth=700):
+    for _ in range(depth):
+        leaf = [leaf]
+    return leaf
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("extra_info", {"a": nested("\ud83d")}),
+        ("tools", [{"a": nested(1)}]),
+        ("tools", "[" * 100_000),
+        ("prompt", [{"role": "user", "content": "x", "a": nested(1)}]),
+    ],
+)
+def test_a_field_nested_too_deep_is_refused(splits, field, value):
+    with pytest.raises(UserError, match=f"rows.jsonl, line 1: field '{field}' (is nested too deep|must be a list)"):
+        splits([{**GOOD, field: value}])
+
+
 # ---- fields that nothing reads ----
 
 
