@@ -326,7 +326,9 @@ class Health:
     risen_reward: float = opt(
         0.2, "without held-out pairs: reward gain above which the preference_accuracy warning is off", ge=0.0
     )
-    solved_reward: float = opt(0.9, "mean reward above which the entropy warning is off", ge=0.0)
+    solved_reward: float = opt(
+        0.9, "mean reward, as a share of a right response's, above which the entropy warning is off", ge=0.0
+    )
     skipped_updates_max: int = opt(0, "warn above: updates of a step skipped because they were not finite", ge=0)
     reward_faults_max: float = opt(0.05, "warn above: share of reward calls that failed", ge=0.0, le=1.0)
     patience: int = opt(5, "steps in a row beyond a limit before the warning", ge=1)

@@ -125,6 +125,7 @@ def start_run(
         skip_special_tokens=cfg.rollout.skip_special_tokens,
     )
     sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step)
+    log.health.full_reward = max(scorer.of_each.correct_at, 1e-6)
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
         cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,

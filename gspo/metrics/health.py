@@ -150,6 +150,7 @@ class HealthCheck:
         self.ended: tuple[float, float] | None = None  # the round before: mean of these, held-out accuracy
         self.diverging = 0
         self.accuracy = 0.0  # held-out, measured last
+        self.full_reward = 1.0  # of a right response
 
     def check(self, metrics: dict[str, float], causes: dict[str, str] | None = None) -> list[News]:
         """Return the warnings and alarms that are new at this step; each comes once a run. `causes` says in a few words
@@ -199,7 +200,7 @@ class HealthCheck:
         self.accuracy = values.get("heldout/accuracy", self.accuracy)
         # Low entropy is expected of a policy that knows the answers. Held-out prompts tell, too: rewards in training
         # stay lower where some gold answers are wrong.
-        if max(values.get("reward_mean", 0.0), self.accuracy) >= self.cfg.solved_reward:
+        if max(values.get("reward_mean", 0.0) / self.full_reward, self.accuracy) >= self.cfg.solved_reward:
             found.add("solved")
         first = self.initial["reward_mean"]
         risen = bool(first) and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward

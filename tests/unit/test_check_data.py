@@ -212,6 +212,17 @@ def test_a_function_that_ranks_a_group_is_asked_about_right_and_wrong_together(c
     assert code == 0 and table["train"]["gold > wrong"] == "1.000"
 
 
+def test_a_function_that_fails_is_named_first_with_the_call_that_failed(check):
+    """... and where it fails on wrong answers training would not start, though right ones score above what is left."""
+    head = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+    fails = head + "    return 1.0 if solution_str == ground_truth else {}['x']\n"
+    code, _, out = check({"train": rows(0, 5)}, reward=fails)
+    first, second = [line for line in out.splitlines() if not line.startswith("reading")][:2]
+    assert code == 2 and "training would not start" in out and "would start\n" not in out
+    assert first.startswith("train: the reward function failed on ") and "KeyError: 'x' (line 2), on the" in first
+    assert "(ground truth '" in first and second == "train: it failed on every wrong answer to 5 rows"
+
+
 def test_only_what_training_reads_is_looked_at(check):
     splits = {"train": rows(0, 3), "val": [*rows(50, 2), "{"]}
     assert check(splits, "eval.round_prompts=2", "eval.prompts=1")[0] == 0

@@ -42,9 +42,10 @@ AT_ONCE = {
 ALARMS = {"kl_divergence": 0.51, "pairs/gap_std": 1.51, "mismatch": 0.11}
 
 
-def told(cfg, rows, healthy_first=ROUND_GRACE):
+def told(cfg, rows, healthy_first=ROUND_GRACE, full_reward=1.0):
     """-> for each row, what is told; "initial" is healthy."""
     check = HealthCheck(cfg)
+    check.full_reward = full_reward
     for _ in range(healthy_first):
         assert check.check(WELL) == []
     return [check.check({**WELL, **row}) for row in rows]
@@ -157,6 +158,13 @@ def test_who_has_learned_the_answers_needs_no_entropy():
     sure = {"entropy": 0.01}
     assert told(Health(patience=1), [sure | {"reward_mean": 0.9}] * 9) == [[]] * 9
     assert levels(told(Health(patience=1), [sure | {"reward_mean": 0.89}])) == [["warning"]]
+
+
+def test_solved_is_a_share_of_what_a_right_response_gets():
+    health = Health(patience=1)
+    rows = [{"entropy": 0.01, "reward_mean": 1.7}]
+    assert told(health, rows) == [[]], "of 1"
+    assert levels(told(health, rows, full_reward=2.0)) == [["warning"]], "1.7 of 2 is 0.85"
 
 
 def test_held_out_answers_tell_as_well_that_the_task_is_solved():
