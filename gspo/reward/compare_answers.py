@@ -53,7 +53,7 @@ _BETWEEN = r"(?: ?, ?| and | ?[和与] ?| ?& ?|\) ?\(| )(?:and )?"
 _CHOICES = re.compile(
     r"(?:(?:the )?(?:option|choice|answer)s? |选项?|答案)?\s?"
     rf"\(?\s?((?:{_LETTER}|[A-Z]+)(?:{_BETWEEN}{_LETTER})*)\s?\)?"
-    r"(?:(?<=\))\s?|\s?[.:,)]\s?|\s?$|(?=\s?[\u4e00-\u9fff]))(.*)$",
+    r"(?:(?<=\))\s?|\s?[.:,)]\s?|\s?$|(?=\s?[\u4e00-\u9fff]|\s(?:is|as|for)\b))(.*)$",
     re.DOTALL,
 )
 _DENIED = re.compile(r"\b(?:not|wrong|incorrect|false|except|or)\b|n't|不|错|除|或|非", re.IGNORECASE)

@@ -48,7 +48,9 @@ _PHRASE = re.compile(
 )
 _LETTERS = r"[A-Z](?![a-z])(?:(?:\s?[、,和与及]\s?|\s)?[A-Z](?![a-z]))*"
 _CHOICE = re.compile(
-    rf"(?:[故应只]?选(?:择|项)?(?:的是|是|为|出)?\s?[:：]?|\bis (?:option|choice)|\b(?:option|choice) is)[\s$*]*"
+    r"(?:[故应只]?选(?:择|项)?(?:的是|是|为|出)?\s?[:：]?|\bis (?:option|choice)|\b(?:[Oo]ption|[Cc]hoice) is|"
+    r"\b(?:[Oo]ption|[Cc]hoice)(?= \(?[A-H]\)? is (?:the )?(?:correct|right|best))|"
+    r"(?=[A-H]\s?选?项?\s?是?(?:正确|符合题意)))[\s$*]*"
     rf"(?=(?:\(|\\text\w*\{{\(?)?{_LETTERS}(?:\)|\}}|[^a-zA-Z]|$))"
 )
 # Said of an answer, not an answer.
@@ -62,7 +64,7 @@ _COMMENT = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(
-    r"[.](?=[\s$*)\"”】]|\\[\])]|$)|[?](?=\s|$)|[。！？；\n]|<(?:eo[aes]|/)|<\||"
+    r"[.](?=[\s$*)\"”】]|\\[\])]|$)|[?](?=\s|$)|[。！？；\n【]|<(?:eo[aes]|/)|<\||"
     r"(?<![\d)}!])!(?=\s|$)|!(?=\s+[A-Z]|\s*[\u4e00-\u9fff]|$)"  # 5! may be a factorial
 )
 _OPENING = re.compile(r"(?:[\s*_:：]|\$|\\[\[(]|是|为)*")
