@@ -3,6 +3,7 @@
 import pytest
 from answer_cases import CASES, CUT_OFF
 from answer_exploits import EXPLOITS
+from repository import ROOT
 
 from gspo.reward.latex import available
 from gspo.reward.reward_func import compute_score, score_parts
@@ -52,3 +53,12 @@ def test_there_are_many_exploits_in_both_languages():
     texts = [text for _, text in EXPLOIT_PAIRS]
     assert len(set(EXPLOIT_PAIRS)) == len(EXPLOIT_PAIRS) >= 150
     assert sum(not text.isascii() for text in texts) >= 30
+
+
+def test_the_table_of_the_docs_counts_these_cases():
+    page = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    counts = {kind: len(cases) for kind, cases in CASES.items()} | {"exploits": len(EXPLOIT_PAIRS)}
+    for kind, count in counts.items():
+        name = f"{kind} (is the answer right)" if kind == "calculations" else kind
+        assert f"| {name} | {count} | {count} |" in page, kind
+    assert f"has {len(EXPLOIT_PAIRS)} strings" in page
