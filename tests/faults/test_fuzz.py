@@ -28,7 +28,7 @@ from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 from gspo.reward.gold_check import gold_texts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # ---- data rows ----
 

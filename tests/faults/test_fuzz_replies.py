@@ -16,7 +16,7 @@ from gspo.config import Reward
 from gspo.reward.scorer import Scorer
 from gspo.types import Prompt, Rollout
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SPEAKER = """
 import os, struct, sys
