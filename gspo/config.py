@@ -351,6 +351,11 @@ class Trainer:
     async_save: bool = opt(True, "write checkpoints while training goes on, from a copy in CPU memory")
     output_dir: str = opt("outputs", "folder that holds the folders of all runs", path=True)
     run_name: str | None = opt(None, "folder name of the run; empty: the name of the config file")
+    trackers: list[str] = opt(
+        ["tensorboard"],
+        "where curves are sent besides metrics.jsonl, any of tensorboard, wandb, swanlab, trackio, mlflow",
+    )
+    project_name: str = opt("gspo", "project (mlflow: experiment) under which trackers file the run")
     seed: int = opt(0, "random seed of sampling and data order", ge=0, lt=10**18)
     resume: str = opt(
         "auto",

@@ -39,6 +39,8 @@ ALIASES = {
     "trainer.n_gpus_per_node": "trainer.n_gpus",
     "trainer.resume_mode": "trainer.resume",
     "trainer.default_local_dir": "trainer.output_dir",
+    "trainer.logger": "trainer.trackers",
+    "trainer.experiment_name": "trainer.run_name",
     "trainer.test_freq": "eval.freq",
     "trainer.total_training_steps": "trainer.max_steps",
     "data.apply_chat_template_kwargs": "data.chat_template_kwargs",

@@ -19,6 +19,7 @@ from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.metrics.evaluation import table
+from gspo.metrics.run_log import check_trackers
 from gspo.models.attention_support import check_length
 from gspo.models.precision import DTYPES
 from gspo.rollout.engines import engine_class
@@ -38,6 +39,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     wanted = (cfg.trainer.n_gpus or 0) * (cfg.trainer.nnodes or 1)
     check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
     check_shard_size(cfg.model.shard_size, wanted or world.size)
+    check_trackers(cfg.trainer.trackers)
     find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
     check_stored_winners(cfg)

@@ -167,7 +167,7 @@ def set_value(config: Config, typed: str, value: Any, place: str) -> str:
     if isinstance(value, str):
         value = _check_text(value, is_path, key, place)
     elif isinstance(value, list):
-        value = [_check_text(item, is_path, key, place) for item in value]
+        value = [_check_text(item, is_path, key, place) if isinstance(item, str) else item for item in value]
     setattr(getattr(config, section), name, value)
     return key
 

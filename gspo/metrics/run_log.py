@@ -3,28 +3,41 @@
 Nothing here stops a run: what a full disk does not take is written when there is room again.
 
 `GLOSSARY` is the one list of metrics and their meaning; docs/metrics.md is printed from it
-(`python -m gspo.metrics.run_log`). `TRACKERS` is the one list of places they are written to.
+(`python -m gspo.metrics.run_log`). `TRACKERS` is the one list of places that trainer.trackers may name.
 """
 
+import difflib
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from gspo.algorithm.pairs import chosen_rejected
 from gspo.config import Config
+from gspo.errors import UserError
 from gspo.metrics.health import HealthCheck
-from gspo.metrics.tensorboard_file import TensorboardFile
+from gspo.metrics.tracker_packages import PACKAGES
+from gspo.metrics.tracker_process import TrackerProcess
 from gspo.metrics.trackers import MetricsFile, Samples, SamplesFile, Tracker, read_rows
 from gspo.system.console import say
 from gspo.system.torchrun import is_main
 from gspo.types import Experience
 
-TRACKERS: dict[str, type[Tracker]] = {
-    "metrics.jsonl": MetricsFile,
-    "samples.jsonl": SamplesFile,
-    "tensorboard": TensorboardFile,
+
+def tensorboard(folder: Path, cfg: Config, start_step: int) -> Tracker:
+    """Open tensorboard's tracker; its package is imported only here."""
+    from gspo.metrics.tensorboard_file import TensorboardFile
+
+    return TensorboardFile(folder, cfg, start_step)
+
+
+TRACKERS: dict[str, Callable[[Path, Config, int], Tracker]] = {
+    "tensorboard": tensorboard,
+    **{package: partial(TrackerProcess, package) for package in PACKAGES},
 }
+ALWAYS = ("console", "file")  # verl's names for what every run does: its lines, metrics.jsonl and samples.jsonl
 GLOSSARY = {
     "reward_mean": "mean reward over all training prompts: the batch's, for those put off their last (should rise)",
     "reward_max": "the same of the best response's reward (should rise)",
@@ -93,6 +106,17 @@ GLOSSARY = {
 SEED_FIVE = ("reward_mean", "reward_max", "preference_accuracy", "kl_divergence", "ranking_loss")
 
 
+def check_trackers(names: list[str]) -> None:
+    """Raise UserError, which names the nearest known one, where a tracker is unknown."""
+    for name in names:
+        if name not in TRACKERS and name not in ALWAYS:
+            near = difflib.get_close_matches(name, TRACKERS, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"trainer.trackers = {name!r} is unknown; did you mean {near!r}? There are {', '.join(TRACKERS)}; "
+                "metrics.jsonl and samples.jsonl are always written."
+            )
+
+
 class RunLog:
     """Write and print what a run shows. On ranks other than 0 it does nothing."""
 
@@ -102,7 +126,8 @@ class RunLog:
         self.last_line, self.disk_full = 0.0, False
         if not is_main():
             return
-        self.trackers = [tracker(folder, cfg, start_step) for tracker in TRACKERS.values()]
+        named = [TRACKERS[name] for name in dict.fromkeys(cfg.trainer.trackers) if name not in ALWAYS]
+        self.trackers = [make(folder, cfg, start_step) for make in (MetricsFile, SamplesFile, *named)]
         for row in read_rows(folder / "metrics.jsonl"):  # a resumed run knows what it has seen and warned of
             self.health.check(row)
 

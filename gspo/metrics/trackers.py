@@ -12,7 +12,8 @@ Samples = dict[int, dict[str, Any]]  # place in the global batch -> prompt, resp
 
 
 class Tracker:
-    """One place that a run's numbers go to. To add one: a subclass, and its line of TRACKERS in run_log.py.
+    """One place that a run's numbers go to. To add one: a subclass, and its line of TRACKERS in run_log.py (of a
+    package that may be missing: tracker_packages.py).
 
     Nothing here may stop a run: a method returns the error when what it was given has to wait for room on the disk.
     """

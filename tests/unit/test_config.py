@@ -237,6 +237,8 @@ TYPED = {  # names of the original description and of verl: (text, our section, 
     "trainer.total_epochs": ("2", "trainer", "total_epochs", 2),
     "trainer.nnodes": ("2", "trainer", "nnodes", 2),
     "trainer.save_freq": ("20", "trainer", "save_freq", 20),
+    "trainer.logger": ("[console, wandb]", "trainer", "trackers", ["console", "wandb"]),
+    "trainer.experiment_name": ("mine", "trainer", "run_name", "mine"),
 }
 
 

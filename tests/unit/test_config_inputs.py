@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gspo.config import flatten, to_dict
 from gspo.errors import UserError
@@ -248,3 +249,8 @@ def test_a_missing_file_and_a_folder(tmp_path):
         with pytest.raises(UserError, match=re.escape(f"--config {path}: ")) as e:
             load_config(path)
         assert re.search(r"a preset in configs: [a-z_0-9, ]*quick[a-z_0-9, ]* or standard\.$", str(e.value))
+
+
+@pytest.mark.parametrize("text", ["[0, 1]", "[-1, 1]", "[0.0, 0.5]"])
+def test_a_list_of_numbers_may_hold_zero(text):
+    assert load_config(None, [f"reward.range={text}"]).reward.range == yaml.safe_load(text)

@@ -61,7 +61,8 @@ def test_a_data_source_is_one_class_and_one_line(run_program, tmp_path):
 
 @pytest.mark.slow
 def test_a_tracker_is_one_class_and_one_line(run_program, tmp_path):
-    metrics = train_a_step(run_program, tmp_path, example("gspo/metrics/spreadsheet.py"))
+    code = example("gspo/metrics/spreadsheet.py")
+    metrics = train_a_step(run_program, tmp_path, code, "trainer.trackers=[metrics.csv]")
     (row,) = (tmp_path / "quick" / "metrics.csv").read_text().splitlines()
     assert [float(x) for x in row.split(",")] == [1, metrics["reward_mean"], metrics["kl_divergence"]]
 

@@ -58,6 +58,8 @@ STAGES = {
         "gspo.metrics.step_metrics",
         "gspo.metrics.run_log",
         "gspo.metrics.trackers",
+        "gspo.metrics.tracker_packages",
+        "gspo.metrics.tracker_process",
         "gspo.metrics.tensorboard_file",
         "gspo.metrics.health",
     ],
