@@ -204,7 +204,9 @@ def find_correct_at(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int, c
     else:
         check = check if check is not None and each is scorer else check_gold(each, prompts, rows)
         correct_at = check.correct_at if check.rows else each.correct_at
-    if correct_at != 1.0 and not each.ranks:
+    if each.ranks:
+        say("note: rank_responses compares within a group: no accuracy is shown, unless its scores have `acc`")
+    elif correct_at != 1.0:
         say(f"note: a response is right from a reward of {correct_at:g} on (reward.correct_at), unless it has `acc`")
     return correct_at
 

@@ -102,8 +102,9 @@ def test_a_function_that_fails_on_wrong_answers_is_refused_and_its_call_is_named
 # ---- rewards that compare within a group only ----
 
 
-def test_a_ranking_alone_makes_no_accuracy(scorer):
+def test_a_ranking_alone_makes_no_accuracy(scorer, capsys):
     mine = scorer(RANKS.format(score="1.0 if g else 0.0"))
+    assert require_gold(mine, PROMPTS, 16) == 1.0 and "no accuracy is shown" in capsys.readouterr().out
     scores = mine.of_each.score_texts(PROMPTS[:1], [["0"]])
     assert mine.of_each is mine and correct_of(scores, mine.correct_at, mine.ranks).isnan().all()
 
