@@ -57,12 +57,12 @@ class Workload:
 WORKLOADS = {
     "number_words": Workload(
         config="configs/smollm2_number_words.yaml",
-        steps=20,
-        every=2,
+        steps=24,
+        every=3,
         settings=(),
         ours=(),
         trl=(),
-        rates=(1e-5, 2e-5, 4e-5),
+        rates=(5e-6, 1e-5, 2e-5),
     ),
     # The KL term is left out: we sum it over a response's tokens, TRL takes their mean.
     "equations": Workload(
