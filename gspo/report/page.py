@@ -80,12 +80,12 @@ def content_of(runs: list[RunPage], language: str | None) -> dict[str, Any]:
 
 
 def differing_settings(runs: list[RunPage]) -> list[list[str | None]]:
-    """Return [parameter, value in each run]: those in which the runs differ. Of one run: those that are not the
-    default, with the default last. None: a version that had no such parameter."""
+    """Return [parameter, value in each run]: those in which the runs differ. Of one run: those that it sets otherwise
+    than by default, with the default last. None: a version that had no such parameter."""
     columns: list[dict[str, str]] = [run.settings for run in runs]
     if len(runs) == 1:
         columns.append({name: setting_text(value) for name, value in flatten(to_dict(Config())).items()})
-    names = dict.fromkeys(name for column in columns for name in column)
+    names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [[name, *(column.get(name) for column in columns)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1 and row[0] not in ("trainer.run_name", "trainer.output_dir")]
 
