@@ -91,10 +91,11 @@ bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
 	$(PY) benchmarks/data.py
 
 bench: $(RIVALS)/.ready smollm2 ## speed and memory beside TRL and other kernels -> kernels/BENCH.md (most of an hour on two cores)
-	$(RIVALS)/bin/python benchmarks/speed.py cpu $(ARGS)
+	$(RIVALS)/bin/python benchmarks/speed.py $(ARGS)
 
-bench-gpu: $(RIVALS)/.ready ## ... on CUDA
-	$(RIVALS)/bin/python benchmarks/speed.py cuda $(ARGS)
+bench-gpu: ## 8.5 minutes on a GPU, with a python3 that has torch for CUDA (PYTHON=...) -> benchmarks/gpu.md
+	PYTHON=$(PYTHON) benchmarks/gpu_day.sh outputs/gpu_day
+	cp outputs/gpu_day/gpu.md benchmarks/gpu.md
 
 test: dev ## every module's tests, under 4 minutes on two cores (how to run fewer: tests/README.md)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal

@@ -1,7 +1,7 @@
 """Measure tokens per second of the sampler beside transformers' own, and its share of what matrix products allow.
 
     python benchmarks/rollout.py [MODEL] [--prompt_tokens 51 512] [--new_tokens 64]        (make bench)
-    python benchmarks/rollout.py --device cuda                                             (make bench-gpu)
+    python benchmarks/rollout.py --device cuda                                             (gpu_day.sh)
 
 8 prompts x 8 samples, all of one length, then 16 x 8 whose lengths have a long tail. Prompts are random tokens, end
 tokens are switched off and lengths are fixed, so that all do the same work. The floor is the time of the model's linear

@@ -21,6 +21,7 @@ from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
 
 PROMPTS, SLOTS, STEPS = 64, 256, 128
+GROWN = 256  # tokens of a response when steps are timed
 ARCHITECTURES = {  # Qwen2.5's, with random weights
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
@@ -55,7 +56,7 @@ def bandwidth() -> float:
 def step(sampler: Sampler, size: int, vocabulary: int) -> tuple[float, float]:
     """Return the seconds of a step of SLOTS slots, reads by the host included, and the bytes that a step must read.
 
-    Measured once every response has 256 tokens.
+    Measured once every response has GROWN tokens.
     """
     sampler.engine.options.max_slots = SLOTS
     prompts = draw(SLOTS // N, size, vocabulary)
@@ -64,7 +65,7 @@ def step(sampler: Sampler, size: int, vocabulary: int) -> tuple[float, float]:
     for _ in generation._fill_slots():
         pass
     slots, token = generation.slots, sum(layer.token_bytes for layer in sampler.engine.layout.values())
-    while slots.length.min() < 256:
+    while slots.length.min() < GROWN:
         list(generation._decode())
     before = slots.length.copy()
     torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""Run all speed benchmarks of a device and write their tables to kernels/BENCH.md.
+"""Run all speed benchmarks of the CPU and write their tables to kernels/BENCH.md (a GPU's: gpu_day.sh).
 
-    python benchmarks/speed.py cpu|cuda [--only WORD]
+    python benchmarks/speed.py [--only WORD]
 
 `--only` runs the benchmarks whose command contains the word, and leaves the other tables in the file as they are.
 """
@@ -11,28 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "kernels" / "BENCH.md"
 PREFACE = """# Measurements
 
-Made by `make bench` (CPU) and `make bench-gpu`; all contestants of a table ran one after another. The machines are
+Made by `make bench`; all contestants of a table ran one after another. The machines are
 shared and noisy: compare ratios within a table.
 """
-RUNS = {
-    "cpu": (
-        "operations.py --device cpu --dtype float32",
-        "operations.py --device cpu --dtype bfloat16",
-        "step.py",
-        "rollout.py",
-    ),
-    "cuda": (
-        "operations.py --device cuda",
-        "packed_step.py --device cuda",
-        "rollout.py --device cuda",
-    ),
-}
+RUNS = (
+    "operations.py --device cpu --dtype float32",
+    "operations.py --device cpu --dtype bfloat16",
+    "step.py",
+    "rollout.py",
+)
 
 
 def replaced(text: str, command: str, section: str) -> str:
@@ -47,14 +38,11 @@ def replaced(text: str, command: str, section: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=RUNS)
     parser.add_argument("--only", default="", metavar="WORD")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here; `make bench` measures on the CPU")
-    chosen = [command for command in RUNS[args.device] if args.only in command]
+    chosen = [command for command in RUNS if args.only in command]
     if not chosen:
-        parser.error(f"--only {args.only}: none of {', '.join(RUNS[args.device])}")
+        parser.error(f"--only {args.only}: none of {', '.join(RUNS)}")
     failed = []
     for command in chosen:
         print(f"python benchmarks/{command}", file=sys.stderr, flush=True)

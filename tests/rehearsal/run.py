@@ -13,14 +13,14 @@ import install
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
     sys.argv = sys.argv[1:]
-    if sys.argv[0] == "-m":
-        sys.argv = sys.argv[1:]
-        run = lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)  # noqa: E731
-    else:
-        sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-        run = lambda: runpy.run_path(sys.argv[0], run_name="__main__")  # noqa: E731
     import gspo  # noqa: F401 -- before torch
 
     if install.wanted():
         install.install()
-    run()
+    sys.path.remove(str(Path(__file__).resolve().parent))  # what a program imports is its own
+    if sys.argv[0] == "-m":
+        sys.argv = sys.argv[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")

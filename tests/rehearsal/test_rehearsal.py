@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,20 @@ def test_the_program_that_measures_an_offloaded_reference_runs(run_program, tmp_
     told = tmp_path / "told.json"
     checked(run_program(RUN, "tests/programs/reference_memory.py", told, tmp_path, env=PROGRAM_ENV))
     assert json.loads(told.read_text())["shards_on"] == "cpu"
+
+
+@pytest.mark.timeout(3000)
+def test_the_day_on_a_gpu_runs_to_its_end(tmp_path):
+    tiny = {"PYTHON": f"{sys.executable} {RUN}", "TINY": "1", "PATIENCE": "20"}
+    subprocess.run(["bash", "benchmarks/gpu_day.sh", tmp_path], cwd=ROOT, env=os.environ | tiny, check=True)
+    day = json.loads((tmp_path / "gpu_day.json").read_text())
+    logs = {p["name"]: (tmp_path / f"{p['name']}.log") for p in day["parts"] if p["exit_code"]}
+    assert not logs, {name: log.read_text()[-2000:] if log.exists() else "" for name, log in logs.items()}
+    assert {name for found in day["results"]["decode"] for name in found} >= {"slots", "step_ms"}
+    assert list(day["tests"]["tests-pairwise"].values()) == ["PASSED"]
+    assert [step["step"] for step in day["runs"]["smoke-again"]["steps"]] == [1, 2, 3, 4], "it went on"
+    assert day["runs"]["step-offloaded"]["steps"] and day["runs"]["step-resident"]["forecast_gib"] > 0
+    assert "| decode |" in (tmp_path / "gpu.md").read_text()
 
 
 def test_gpu_tests_have_a_process_for_each_file():
