@@ -30,14 +30,14 @@ train() {  # NAME SECONDS settings...
 small=() step=(data.train_batch_size=64 rollout.n=8 rollout.max_new_tokens=256) work=()
 if [ -n "$tiny" ]; then
   small=(data.train_batch_size=2 rollout.n=2 rollout.max_new_tokens=6)
-  step=("${small[@]}") work=(--model gspo/embedded/model --prompt 8 --response 8 --n 2 --groups 1 --repeats 1)
+  step=("${small[@]}") work=(--model gspo/embedded/model --prompt 8 --response 8 --n 2 --groups 1 --repeats 1 --square 64)
 fi
 
 command -v nvidia-smi > /dev/null && part nvidia-smi 10 nvidia-smi
 measure rates 30 rates
 train smoke 40 trainer.max_steps=3 "${small[@]}"
+mv "$out/smoke.log" "$out/smoke-first.log"
 train smoke 30 trainer.max_steps=4 "${small[@]}"  # the same run goes on
-mv "$out/smoke.log" "$out/smoke-again.log"
 measure model 30 model "$out/model"
 if [ -z "$tiny" ]; then
   tests tests-engine 60 tests/gpu/test_engine_on_cuda.py -k "tokens_of_the_cpu or graphs or host_does or work_that"

@@ -100,7 +100,7 @@ def report(folder: Path) -> dict:
             gathered["results"][log.stem] = [json.loads(line) for line in found]
         if outcomes := re.findall(r"^(PASSED|FAILED|ERROR) (\S+)", text, re.MULTILINE):
             gathered["tests"][log.stem] = {name: outcome for outcome, name in outcomes}
-        metrics = folder / log.stem.removesuffix("-again") / "run" / "metrics.jsonl"
+        metrics = folder / log.stem.removesuffix("-first") / "run" / "metrics.jsonl"
         if metrics.exists():
             gathered["runs"][log.stem] = {"steps": [json.loads(line) for line in metrics.read_text().splitlines()]}
             if forecast := FORECAST.search(text):

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="responses a prompt")
     parser.add_argument("--groups", type=int, default=3 if cuda else 1)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--square", type=int, default=8192, help="CUDA: rows and columns of the best bare product")
     parser.add_argument("--repeats", type=int, default=10 if cuda else 3)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -105,7 +106,7 @@ def main() -> None:
     rates.append(bare_rate(packed.ids.shape[1], c.hidden_size, c.intermediate_size, dtype, args.device))
     peak = max(rates)
     if cuda:  # the GPU's best rate, not that of these narrow matrices
-        peak = max(peak, bare_rate(8192, 8192, 8192, dtype, args.device))
+        peak = max(peak, bare_rate(args.square, args.square, args.square, dtype, args.device))
     took, flops = statistics.median(times), work(model, args)
     shape = f"{args.groups} x ({args.prompt} + {args.n} x {args.response}) tokens, {args.dtype}"
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"

@@ -151,7 +151,7 @@ def test_the_day_on_a_gpu_runs_to_its_end(tmp_path):
     assert not logs, {name: log.read_text()[-2000:] if log.exists() else "" for name, log in logs.items()}
     assert {name for found in day["results"]["decode"] for name in found} >= {"slots", "step_ms"}
     assert list(day["tests"]["tests-pairwise"].values()) == ["PASSED"]
-    assert [step["step"] for step in day["runs"]["smoke-again"]["steps"]] == [1, 2, 3, 4], "it went on"
+    assert [step["step"] for step in day["runs"]["smoke"]["steps"]] == [1, 2, 3, 4], "it went on"
     assert day["runs"]["step-offloaded"]["steps"] and day["runs"]["step-resident"]["forecast_gib"] > 0
     assert "| decode |" in (tmp_path / "gpu.md").read_text()
 
