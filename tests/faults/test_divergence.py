@@ -44,7 +44,7 @@ def test_without_a_checkpoint_the_run_begins_anew(step, says):
 def test_a_diverged_run_keeps_its_good_checkpoints(run_program, tmp_path):
     """The first update is finite and spoils the weights; those after it are not."""
     done = run_program(
-        "train.py", "--config", "configs/quick.yaml", "data.train_batch_size=2", "rollout.max_new_tokens=8",
+        "train.py", "--config", "configs/quick.yaml", "data.train_batch_size=2", "rollout.max_new_tokens=24",
         "eval.before_and_after=false", "eval.round_prompts=0", "trainer.max_steps=12", "trainer.save_freq=1",
         "trainer.keep_last=3", "reward.workers=1", "reward.check_rows=0", f"trainer.output_dir={tmp_path}",
         "optim.learning_rate=1e30", "optim.schedule=constant", "optim.warmup_steps=0",
