@@ -367,4 +367,5 @@ def _is_score(reply: Any, limits: Sequence[float]) -> bool:
     if not isinstance(reply, dict) or not isinstance(reply.get("parts"), dict):
         return False
     are_numbers = all(isinstance(x, float) for x in reply["parts"].values())
-    return are_numbers and is_reward(reply.get("score"), limits) and isinstance(reply.get("pred"), str | None)
+    is_prediction = "pred" in reply and isinstance(reply["pred"], str | None)
+    return are_numbers and is_reward(reply.get("score"), limits) and is_prediction

@@ -51,6 +51,7 @@ GARBAGE = {  # what is written to the channel: the fault of that call; "": its o
     "no number as score": (framed(b'{"index": 2, "score": NaN, "parts": {}, "pred": null}'), ""),
     "a number too large": (framed(b'{"index": 2, "score": 1.0, "parts": {"a": 1%s}, "pred": null}' % (b"0" * 400)), ""),
     "a list as answer": (framed(b'{"index": 2, "score": 1.0, "parts": {}, "pred": [1]}'), ""),
+    "no answer": (framed(b'{"index": 2, "score": 1.0, "parts": {}}'), ""),
     "a fault of lists": (framed(b'{"index": 2, "fault": {"kind": [], "message": [], "trace": []}}'), ""),
     "a group's scores": (framed(b'{"index": 2, "score": 1.0, "scores": [1.0], "parts": {}, "pred": null}'), ""),
 }

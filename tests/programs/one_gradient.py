@@ -46,9 +46,8 @@ def main() -> None:
         def keep_gradient_and_move() -> None:
             for name, p in models.policy.named_parameters():
                 gradient[name] = full_tensor(p.grad).cpu().clone().contiguous()
-                p.data.sub_(
-                    p.grad, alpha=5.0
-                )  # plain descent: AdamW's first step is the gradient's sign, noise and all
+                if cfg.optim.epochs_per_rollout > 1:  # a second pass is to find another policy
+                    p.data.sub_(p.grad, alpha=5.0)  # AdamW's first step would be the gradient's sign, noise and all
 
         optimizer.step = keep_gradient_and_move
         Updater(models.policy, models.head, optimizer, cfg, world, models.autocast).run(experience, lr=0.0)

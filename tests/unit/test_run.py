@@ -11,9 +11,9 @@ from gspo.distributed.world import World
 from gspo.read_config import load_config
 from train import train
 
-TINY = ("data.train_batch_size=2", "rollout.n=2", "rollout.max_new_tokens=24", "reward.workers=1", "reward.check_rows=0",
-        "optim.warmup_steps=0", "model.precision=fp32", "eval.before_and_after=false", "trainer.save_freq=0",
-        "eval.round_prompts=2")  # fmt: skip
+TINY = ("data.train_batch_size=2", "rollout.n=2", "rollout.max_new_tokens=24", "reward.workers=1",
+        "reward.check_rows=0", "optim.warmup_steps=0", "model.precision=fp32", "eval.before_and_after=false",
+        "trainer.save_freq=0", "eval.round_prompts=2")  # fmt: skip
 
 
 def run(folder, *overrides):
