@@ -77,8 +77,8 @@ SETTINGS = {
     "eval --reward_func": with_eval("--reward_func", "PATH", "--limit", "1"),
     "eval --json": with_eval("--json", "PATH"),
     "sample MODEL": with_sample("PATH", "{tmp}/rows.jsonl", "{tmp}/answers.jsonl"),
-    "sample PROMPTS": with_sample("", "PATH", "{tmp}/answers.jsonl"),
-    "sample ANSWERS": with_sample("", "{tmp}/rows.jsonl", "PATH"),
+    "sample PROMPTS": with_sample("embedded", "PATH", "{tmp}/answers.jsonl"),
+    "sample ANSWERS": with_sample("embedded", "{tmp}/rows.jsonl", "PATH"),
     "export CHECKPOINT": lambda path: export.export(Path(path), Path("{tmp}/model")),
     "export DIR": lambda path: export.export(MODEL_DIR, Path(path)),
 }
@@ -248,7 +248,7 @@ FULL = {
     "reward copy": lambda tmp: save_reward_function(tmp, "x" * 100_000, 0),
     "output_dir": lambda tmp: open_run(load_config("configs/quick.yaml", [f"trainer.output_dir={tmp}"]), ALONE),
     "export": lambda tmp: export.export(MODEL_DIR, tmp / "model"),
-    "sample": lambda tmp: fill(with_sample("", "{tmp}/rows.jsonl", "{tmp}/answers.jsonl"), tmp)("PATH"),
+    "sample": lambda tmp: fill(with_sample("embedded", "{tmp}/rows.jsonl", "{tmp}/answers.jsonl"), tmp)("PATH"),
     "json": lambda tmp: evaluation.write_json(tmp / "e.json", {"a": "x" * 100_000}),
 }
 
@@ -287,7 +287,7 @@ def test_a_row_of_prompts_that_is_no_object_is_named(tmp, row, monkeypatch):
     (tmp / "rows.jsonl").write_text(row + "\n")
     monkeypatch.setattr(sys, "argv", [])
     with pytest.raises(UserError, match="rows.jsonl, line 1: a row is an object"):
-        fill(with_sample("", "{tmp}/rows.jsonl", "{tmp}/answers.jsonl"), tmp)("PATH")
+        fill(with_sample("embedded", "{tmp}/rows.jsonl", "{tmp}/answers.jsonl"), tmp)("PATH")
     assert not [*tmp.glob("answers*")]
 
 

@@ -23,8 +23,19 @@ def test_the_first_that_serves_and_is_installed_is_chosen():
     assert [choose(table, x) for x in (3, 2, 1, 0)] == ["fast", "plain", "plain", None]
 
 
+@pytest.fixture()
+def a_gpu(monkeypatch):
+    """Set the compute capability of the GPU that is absent; it is an Ampere at first."""
+
+    def a_gpu(*capability):
+        monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+
+    a_gpu(8, 0)
+    return a_gpu
+
+
 @pytest.mark.parametrize("name", TABLES)
-def test_only_tensors_on_cuda_go_to_triton_and_no_doubles(name):
+def test_only_tensors_on_cuda_go_to_triton_and_no_doubles(name, a_gpu):
     module, asked = TABLES[name]
     triton_serves = module.IMPLEMENTATIONS[0].serves
     with torch._subclasses.FakeTensorMode():
@@ -33,7 +44,18 @@ def test_only_tensors_on_cuda_go_to_triton_and_no_doubles(name):
     assert not triton_serves(*asked(torch.zeros(2, 3, 4)))
 
 
-def test_a_missing_triton_is_said_once_and_pytorch_takes_over(monkeypatch, capsys):
+@pytest.mark.skipif(torch.version.hip is not None, reason="capabilities are NVIDIA's")
+def test_before_ampere_only_the_sampler_s_attention_is_pytorch_s_and_a_line_says_so(a_gpu, capsys):
+    a_gpu(7, 5)
+    dispatch._say_once.cache_clear()
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(2, 3, 4, device="cuda")
+        serves = [module.IMPLEMENTATIONS[0].serves(*asked(x)) for module, asked in TABLES.values()]
+    assert serves == [False, True, True, True]
+    assert "older than Ampere" in capsys.readouterr().err
+
+
+def test_a_missing_triton_is_said_once_and_pytorch_takes_over(monkeypatch, a_gpu, capsys):
     def missing(name):
         raise ModuleNotFoundError("No module named 'triton'")
 
