@@ -37,6 +37,8 @@ VOCABULARY = {
     "gspo",
     "gspo.config",
     "gspo.config_aliases",
+    "gspo.config_health",
+    "gspo.config_option",
     "gspo.parameters",
     "gspo.read_config",
     "gspo.read_paths",
