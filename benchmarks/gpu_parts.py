@@ -12,7 +12,6 @@ import json
 import platform
 import re
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,15 +42,7 @@ def rates(tiny: bool) -> None:
     result(device=name, python=platform.python_version(), cuda=torch.version.cuda, **{p: version(p) for p in packages})
     size = 64 if tiny else 8192
     result(matmul_bf16_tflops=bare_rate(size, size, size, torch.bfloat16, "cuda") / 1e12)
-    a, b = torch.empty(2, 2**10 if tiny else 2**31, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        b.copy_(a)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    result(copy_gb_per_s=2 * a.nbytes / min(times) / 1e9)
+    result(copy_gb_per_s=rollout_cuda.bandwidth(2**10 if tiny else 2**31) / 1e9)
 
 
 def decode(tiny: bool) -> None:

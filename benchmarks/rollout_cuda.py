@@ -39,9 +39,9 @@ def random_model(name: str) -> nn.Module:
     return model
 
 
-def bandwidth() -> float:
-    """Return the bytes per second of a large copy, reads and writes counted."""
-    a, b = torch.empty(2, 2**31, dtype=torch.uint8, device="cuda")
+def bandwidth(size: int = 2**31) -> float:
+    """Return the bytes per second of a copy of `size` bytes, reads and writes counted."""
+    a, b = torch.empty(2, size, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(5):
         torch.cuda.synchronize()
