@@ -39,8 +39,9 @@ def with_config(key, also=()):
             return load_model_config(cfg.model.path) and load_tokenizer(cfg.model.path)
         if key.startswith("data."):
             return load_splits(cfg, TOKENIZER, load_model_config(None))
-        if key == "reward.path":
-            return Scorer(Reward(path=cfg.reward.path, workers=1)).close()
+        if key.startswith("reward."):
+            return Scorer(Reward(path=cfg.reward.path, model_path=cfg.reward.model_path, workers=1)).close()
+        assert key.startswith("trainer."), f"say how {key} is read"
         return open_run(cfg, ALONE)
 
     return read
@@ -70,7 +71,7 @@ TOKENIZER = load_tokenizer(None)
 SETTINGS = {
     "--config": load_config,
     **{key: with_config(key) for key, field in PARAMETERS.items() if field.metadata.get("path")},
-    "trainer.run_name": with_config("trainer.run_name"),
+    "trainer.run_name": with_config("trainer.run_name", ["trainer.output_dir={tmp}/runs"]),
     "open_source": open_source,
     "eval MODEL": with_eval("PATH"),
     "eval --data": with_eval("--data", "PATH", "--limit", "1"),
