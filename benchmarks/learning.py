@@ -28,6 +28,7 @@ from benchmarks.learning_methods import (
     POOL,
     REPORT,
     TASKS,
+    TUNING,
     TUNING_SEEDS,
     VARIANTS,
 )  # fmt: skip
@@ -45,7 +46,8 @@ STAGES = {  # stage -> tasks, methods, the method that the others are compared w
 def make_job(task: str, method: str, settings: list[str], at: Point, seed: int, fast: bool, tested: bool) -> Job:
     """Make the job of one run from the settings of its task and method."""
     point = [f"optim.learning_rate={at[0]:g}", f"objective.kl_coef={at[1]:g}", f"trainer.seed={seed}"]
-    chosen = [*COMMON, *TASKS[task], *settings, *(FAST if fast else []), *point]
+    cheaper = TUNING if task in REPORT and not tested else []
+    chosen = [*COMMON, *TASKS[task], *settings, *cheaper, *(FAST if fast else []), *point]
     return Job(task, method, *at, seed, tuple(chosen), tested)
 
 

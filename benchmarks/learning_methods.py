@@ -3,6 +3,7 @@
 EVERY = 16  # steps between evaluations on the dev split
 POOL = 256  # training prompts: three epochs of 16 steps
 TUNING_SEEDS = (100, 101)  # of the runs that choose step sizes and KL weights; no run of a table has them
+TUNING = ["eval.n=4"]  # those runs on the report tasks: half the samples of each evaluation
 
 
 def _embedded(name: str, max_new_tokens: int, *more: str) -> list[str]:

@@ -74,6 +74,12 @@ def test_the_search_climbs_to_a_point_whose_neighbours_were_all_tried():
     assert all(point in scores for point in neighbours(best))
 
 
+def test_the_search_goes_on_from_the_first_better_neighbour():
+    """On a slope to smaller steps it asks for no second neighbour before the end of the slope."""
+    best, scores = best_point(lambda at, run: -at[0])
+    assert best[0] < LR_RANGE[0] * 2 and list(scores)[:5] == [(2e-4 / 2**k, 1e-3) for k in range(5)]
+
+
 def test_the_search_stops_at_the_ends_of_the_ranges():
     best, scores = best_point(lambda at, run: at[0] + at[1])
     assert max(LR_RANGE) / 2 < best[0] <= LR_RANGE[1] and best[1] == KL_RANGE[1]
