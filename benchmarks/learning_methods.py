@@ -51,8 +51,7 @@ ANCHOR, FORK = ["objective.anchor=opponent"], ["objective.after_fork=0.3"]
 CONSTANT, SPACED = ["objective.normalizer=constant"], ["data.spaced=true"]
 BRANCH_WEIGHTS = ["objective.pair_weight=branch"]
 TREE = ["rollout.n=12", "rollout.trunks=4"]  # samples about as many tokens as 8 whole responses
-EIGHT_STEPS, SIXTEEN_STEPS = ["optim.epochs_per_rollout=4"], ["optim.epochs_per_rollout=8"]  # of two mini-batches
-CISPO = ["objective.clip=cispo", "objective.clip_high=4"]  # a token's weight is at most 5, as in arXiv 2510.13786
+EIGHT_STEPS = ["optim.epochs_per_rollout=4"]  # of two mini-batches
 BETA = ["data.choice=beta"]  # with data.spaced=false, which it would not use
 STORED_WINNERS = ["rollout.stored_winners=true"]
 DEFAULTS: list[str] = []  # GSPO as gspo/config.py has it
@@ -70,8 +69,6 @@ VARIANTS = {
     "no ranking": [*ORIGINAL, "objective.use_ranking_loss=false"],
     "gap weights": [*ORIGINAL, "objective.pair_weight=gap"],
     "8 steps": [*ORIGINAL, *EIGHT_STEPS],
-    "8 steps, clipped": [*ORIGINAL, *EIGHT_STEPS, *CISPO],
-    "16 steps, clipped": [*ORIGINAL, *SIXTEEN_STEPS, *CISPO],
     "stored winners": [*ORIGINAL, *STORED_WINNERS],
     "beta": [*ORIGINAL, *BETA],
 }

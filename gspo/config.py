@@ -217,12 +217,7 @@ class Objective:
     ranking_coef: float = opt(0.1, "weight of the ranking term", ge=0.0)
     kl_coef: float = opt(1e-3, "weight of the KL term to the reference", ge=0.0)
     nll_coef: float = opt(0.0, "weight of the winners' negative log-likelihood", ge=0.0)
-    clip: Literal["ppo", "cispo"] = opt(
-        "ppo",
-        "off-policy updates. ppo: a token is no longer learned from once its ratio pi / pi_old is beyond the clip; "
-        "cispo: its gradient counts by that ratio, at most 1 + clip_high",
-    )
-    clip_low: float = opt(0.2, "off-policy updates, ppo: clip the ratio below 1 - this", gt=0.0, lt=1.0)
+    clip_low: float = opt(0.2, "off-policy updates: clip the ratio below 1 - this", gt=0.0, lt=1.0)
     clip_high: float = opt(0.28, "off-policy updates: clip the ratio above 1 + this", gt=0.0)
     max_mismatch_weight: float = opt(2.0, "off-policy updates: upper bound on p_train / p_sampler", ge=1.0)
 

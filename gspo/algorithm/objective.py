@@ -356,21 +356,15 @@ def kl_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, n: int, counts: C
 
 
 def frozen_loss(logprobs: Tensor, old: Tensor, coefs: Tensor, weights: Tensor, cfg: config.Objective) -> Tensor:
-    """Return the loss of a step behind the first, a sum over tokens, with rho_t = pi / pi_old, A = -c and c frozen.
+    """Return PPO's clipped loss, -sum_t w_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A), with A = -c, c frozen.
 
-    ppo     -sum_t w_t min(rho_t A, clip(rho_t, 1 - low, 1 + high) A)   (arXiv 1707.06347, eq. 7)
-    cispo   -sum_t w_t min(rho_t, 1 + high) A l_t, the ratio detached   (arXiv 2506.13585, without its lower bound)
-
-    All of one shape, one element a token; A is 0 in a padding. At rho = 1 and w = 1 the gradient of either is exactly
-    sum_it c_it grad l_it.
+    rho_t = pi / pi_old. All of one shape, one element a token; A is 0 in a padding.
+    At rho = 1 and w = 1 its gradient is exactly sum_it c_it grad l_it. Source: PPO, arXiv 1707.06347, eq. 7.
     """
     advantage = -coefs
     ratio = (logprobs - old).exp()
-    if cfg.clip == "cispo":
-        gain = ratio.detach().clamp_max(1 + cfg.clip_high) * advantage * logprobs
-    else:
-        clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-        gain = torch.minimum(ratio * advantage, clipped * advantage)
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
     return -(gain * weights).sum()
 
 

@@ -1,4 +1,4 @@
-"""Write the full gradient of one step, of several the last, computed on any number of ranks. Started by test_world.py.
+"""Write the full gradient of one step, computed on any number of ranks. Started by test_world.py.
 
 torchrun --nproc_per_node=K tests/programs/one_gradient.py OUT.safetensors [section.key=value ...]
 """
@@ -43,13 +43,11 @@ def main() -> None:
         experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world, tree)
         gradient = {}
 
-        def keep_gradient_and_move() -> None:
+        def keep_gradient() -> None:
             for name, p in models.policy.named_parameters():
                 gradient[name] = full_tensor(p.grad).cpu().clone().contiguous()
-                if cfg.optim.epochs_per_rollout > 1:  # a second pass is to find another policy
-                    p.data.sub_(p.grad, alpha=5.0)  # AdamW's first step would be the gradient's sign, noise and all
 
-        optimizer.step = keep_gradient_and_move
+        optimizer.step = keep_gradient
         Updater(models.policy, models.head, optimizer, cfg, world, models.autocast).run(experience, lr=0.0)
         answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
         tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]

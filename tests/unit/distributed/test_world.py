@@ -45,12 +45,6 @@ def alone(run_program, tmp_path_factory):
         pytest.param(
             (*LIVE, "optim.micro_batch_responses=3", "objective.normalizer=batch"), id="frozen", marks=pytest.mark.slow
         ),
-        # the gradient of the second step, the policy having moved a little
-        pytest.param(
-            ("optim.minibatches=1", "objective.clip=cispo", "objective.clip_high=0.001"),
-            id="cispo",
-            marks=pytest.mark.slow,
-        ),
     ],
 )
 def test_two_ranks_sample_score_and_differentiate_as_one(run_program, tmp_path, alone, overrides):
