@@ -63,7 +63,7 @@ class Data:
         "reward is likeliest to be near one half, by a Beta posterior of each and Thompson sampling",
     )
     spaced: bool = opt(
-        True,
+        False,
         "put a prompt off for 1, then 3, then 7 epochs each time its responses are rewarded alike, all right or all "
         "wrong: nothing is learned from them (spaced repetition)",
     )

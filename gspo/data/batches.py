@@ -36,7 +36,7 @@ class Batches:
     a batch, those that are due soonest come earlier.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], size: int, seed: int, shuffle: bool = True, spaced: bool = True):
+    def __init__(self, prompts: Sequence[Prompt], size: int, seed: int, shuffle: bool = True, spaced: bool = False):
         self.prompts, self.size, self.seed, self.shuffle, self.spaced = prompts, size, seed, shuffle, spaced
         self.epoch, self.position = 0, 0  # the next prompt: which epoch, and where in its order
         self.due = np.zeros(len(prompts), np.int32)  # [P] the first epoch in which a prompt may come again

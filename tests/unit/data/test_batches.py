@@ -24,43 +24,46 @@ def order(batches, steps, alike=lambda i: False):
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (8, 4), (3, 5), (5, 1), (9, 8)])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_are_full_and_hold_no_prompt_twice(count, size, shuffle):
-    parts = order(Batches(some(count), size, seed=0, shuffle=shuffle), 40)
+    parts = order(Batches(some(count), size, seed=0, shuffle=shuffle, spaced=True), 40)
     assert all(len(part) == len(set(part)) == min(size, count) for part in parts)
     times = np.bincount([i for part in parts for i in part])
     assert times.min() >= 0.85 * times.mean(), "where one epoch ends in another's batch, a turn may be missed"
 
 
 def test_an_epoch_that_batches_divide_covers_every_prompt_once():
-    batches = Batches(some(24), 6, seed=3)
+    batches = Batches(some(24), 6, seed=3, spaced=True)
     for _ in range(3):
         assert sorted(i for part in order(batches, batches.per_epoch) for i in part) == list(range(24))
 
 
 def test_the_order_is_the_permutation_that_published_runs_had():
     for count, size, seed in [(48, 8, 0), (2048, 64, 0), (7, 7, 3), (8192, 64, 12)]:
-        batches, expected = Batches(some(count), size, seed), []
+        batches, expected = Batches(some(count), size, seed, spaced=True), []
         for epoch in range(2):
             drawn = np.random.default_rng([seed, epoch]).permutation(np.arange(count)).tolist()
             expected += [drawn[i : i + size] for i in range(0, count, size)]
         assert order(batches, 2 * batches.per_epoch) == expected
-    assert order(Batches(some(10), 10, 0), 2) == [[4, 6, 2, 7, 3, 5, 9, 0, 8, 1], [9, 1, 3, 8, 7, 6, 0, 4, 2, 5]]
+    assert order(Batches(some(10), 10, 0, spaced=True), 2) == [
+        [4, 6, 2, 7, 3, 5, 9, 0, 8, 1],
+        [9, 1, 3, 8, 7, 6, 0, 4, 2, 5],
+    ]
 
 
 def test_the_order_is_drawn_once_per_epoch(monkeypatch):
     draws = []
     rng = np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: draws.append(seed) or rng(seed))
-    order(Batches(some(40), 4, seed=77), 30)
+    order(Batches(some(40), 4, seed=77, spaced=True), 30)
     assert draws == [[77, 0], [77, 1], [77, 2]]
 
 
 def test_every_seed_and_every_epoch_has_its_own_order():
-    orders = [tuple(part) for seed in range(5) for part in order(Batches(some(50), 50, seed), 5)]
+    orders = [tuple(part) for seed in range(5) for part in order(Batches(some(50), 50, seed, spaced=True), 5)]
     assert len(set(orders)) == 25
 
 
 def test_without_shuffling_the_order_is_the_files():
-    assert order(Batches(some(5), 2, seed=3, shuffle=False), 5) == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]
+    assert order(Batches(some(5), 2, seed=3, shuffle=False, spaced=True), 5) == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]
 
 
 def visits(batches, epochs, alike=lambda i, times: False):
@@ -75,14 +78,14 @@ def visits(batches, epochs, alike=lambda i, times: False):
 
 
 def test_a_prompt_without_contrast_is_put_off_for_1_then_3_then_7_epochs():
-    came = visits(Batches(some(8), 1, seed=0), 40, lambda i, n: i == 0 or (i == 1 and n != 3))
+    came = visits(Batches(some(8), 1, seed=0, spaced=True), 40, lambda i, n: i == 0 or (i == 1 and n != 3))
     assert came[0] == [0, 2, 6, 14, 22, 30, 38], "never longer than 7"
     assert came[1][:6] == [0, 2, 6, 7, 9, 13], "one group with contrast and it begins anew"
     assert all(came[i][:40] == list(range(40)) for i in range(2, 8)), "the others come by every epoch"
 
 
 def test_a_prompt_whose_rewards_are_unknown_is_not_put_off():
-    batches = Batches(some(4), 4, seed=0)
+    batches = Batches(some(4), 4, seed=0, spaced=True)
     for _ in range(3):
         assert {p.id for p in batches.take()} == {0, 1, 2, 3}
         batches.record(*[[math.nan] * 4] * 3)
@@ -98,7 +101,7 @@ def test_nothing_starves_epochs_are_counted_one_by_one_and_batches_stay_full(cou
         "two thirds alike": lambda i: i % 3 > 0,
         "by chance": lambda i: draw.random() < 0.8,
     }
-    batches, last, epochs = Batches(some(count), size, seed=0), np.zeros(count), [0]
+    batches, last, epochs = Batches(some(count), size, seed=0, spaced=True), np.zeros(count), [0]
     for _ in range(30 * batches.per_epoch):
         (ids,) = order(batches, 1, alike[kind])
         assert len(ids) == len(set(ids)) == min(size, count)
@@ -112,11 +115,11 @@ def test_nothing_starves_epochs_are_counted_one_by_one_and_batches_stay_full(cou
 
 
 def test_when_all_are_put_off_those_due_soonest_come_earlier():
-    batches = Batches(some(6), 2, seed=0)
+    batches = Batches(some(6), 2, seed=0, spaced=True)
     for epoch in range(3):
         assert {i for part in order(batches, 3, alike=lambda i: True) for i in part} == {*range(6)}
         assert batches.epoch == epoch, "all wait equally long, so the next epoch has them all"
-    batches = Batches(some(6), 2, seed=0)
+    batches = Batches(some(6), 2, seed=0, spaced=True)
     batches.due[:], batches.streak[:], batches.epoch = [9, 9, 5, 4, 7, 6], 2, 3
     batches.position = 6
     assert sorted(p.id for p in batches.take()) == [2, 3], "due in epochs 4 and 5"
@@ -138,7 +141,7 @@ def test_without_spacing_nothing_is_put_off():
 
 def test_the_mean_over_all_prompts_by_hand():
     """Of ten prompts, the four that were all right and the one all wrong in epoch 0 are put off in epoch 1."""
-    batches = Batches(some(10), 5, seed=4)
+    batches = Batches(some(10), 5, seed=4, spaced=True)
     for _ in range(2):
         ids = [p.id for p in batches.take()]
         mean = [1.0 if i < 4 else 0.0 if i == 4 else 0.5 for i in ids]
@@ -154,7 +157,7 @@ def test_the_mean_over_all_prompts_by_hand():
 
 
 def test_what_is_unknown_is_left_out_of_the_mean():
-    batches = Batches(some(4), 2, seed=0)
+    batches = Batches(some(4), 2, seed=0, spaced=True)
     batches.take()
     assert batches.record([math.nan, 1], [math.nan, 0.5], [math.nan, 1.0])["reward_mean"] == 0.5
     batches.take()
@@ -163,7 +166,7 @@ def test_what_is_unknown_is_left_out_of_the_mean():
 
 @pytest.mark.parametrize("wrong", [0.0, 0.15, 0.5])
 def test_rewards_rise_with_the_policy_whatever_the_share_of_wrong_gold_answers(wrong):
-    seen = Learner(512, wrong).train(Batches(some(512), 32, seed=0), 160)
+    seen = Learner(512, wrong).train(Batches(some(512), 32, seed=0, spaced=True), 160)
     quarters = seen["reward_mean"].reshape(8, 20).mean(1)
     assert (np.diff(quarters) > -0.01).all() and quarters[-1] > quarters[0] + 0.15
     assert np.abs(quarters - seen["truth"].reshape(8, 20).mean(1)).max() < 0.035, "the estimate is near the truth"
@@ -185,19 +188,19 @@ def test_spacing_finds_more_groups_with_contrast():
 
 def test_a_resumed_order_goes_on_as_if_nothing_had_happened():
     alike = lambda i: i % 3 == 0  # noqa: E731
-    whole = order(Batches(some(50), 8, seed=1), 40, alike)
-    first = Batches(some(50), 8, seed=1)
+    whole = order(Batches(some(50), 8, seed=1, spaced=True), 40, alike)
+    first = Batches(some(50), 8, seed=1, spaced=True)
     assert order(first, 17, alike) == whole[:17]
-    second = Batches(some(50), 8, seed=1)
+    second = Batches(some(50), 8, seed=1, spaced=True)
     second.load_state(first.state())
     assert order(first, 3, alike) == whole[17:20]
     assert order(second, 23, alike) == whole[17:], "a state is a copy"
 
 
 def test_a_resumed_run_has_the_same_curves():
-    learner, whole = Learner(60, 0.15), Batches(some(60), 8, seed=1)
+    learner, whole = Learner(60, 0.15), Batches(some(60), 8, seed=1, spaced=True)
     learner.train(whole, 30)
-    resumed = Batches(some(60), 8, seed=1)
+    resumed = Batches(some(60), 8, seed=1, spaced=True)
     resumed.load_state(whole.state())
     assert len(whole._skipped())
     for _ in range(30):
@@ -209,7 +212,7 @@ def test_a_resumed_run_has_the_same_curves():
 
 def test_a_checkpoint_of_an_earlier_version_resumes_and_says_what_it_lacks(capsys):
     """Without rewards, and with pauses of up to 63 epochs."""
-    batches = Batches(some(8), 2, seed=0)
+    batches = Batches(some(8), 2, seed=0, spaced=True)
     due, streak = [70, 12, 11, 11, 11, 11, 12, 11], [6, 1, 0, 0, 0, 0, 1, 0]
     batches.load_state({"at": torch.tensor([10, 8]), "due": torch.tensor(due, dtype=torch.int32),
                         "streak": torch.tensor(streak, dtype=torch.int8)})  # fmt: skip
@@ -225,7 +228,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes_and_says_what_it_lacks(capsy
 
 
 def test_the_state_of_other_rows_is_refused():
-    saved = Batches(some(8), 4, seed=0).state()
+    saved = Batches(some(8), 4, seed=0, spaced=True).state()
     for count in (7, 9):
         with pytest.raises(UserError, match=rf"data.train_files: they have {count} rows.*8.*model.path=CHECKPOINT"):
-            Batches(some(count), 4, seed=0).load_state(saved)
+            Batches(some(count), 4, seed=0, spaced=True).load_state(saved)
