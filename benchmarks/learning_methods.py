@@ -71,8 +71,8 @@ VARIANTS = {
     "stored winners": [*ORIGINAL, *STORED_WINNERS],
     "beta": [*ORIGINAL, *BETA],
 }
-# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. Spacing, stored winners and
-# the Beta posterior were not ahead there (docs/experiments.md).
+# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. Spacing, stored winners
+# and the Beta posterior were not ahead there (docs/experiments.md).
 CANDIDATE = [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT]
 METHODS = {
     "GSPO: anchor, fork, constant Z": CANDIDATE,
