@@ -71,7 +71,7 @@ VARIANTS = {
     "stored winners": [*ORIGINAL, *STORED_WINNERS],
     "beta": [*ORIGINAL, *BETA],
 }
-# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. Spacing, stored winners
+# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. Stored winners, spacing
 # and the Beta posterior were not ahead there (docs/experiments.md).
 CANDIDATE = [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT]
 METHODS = {
