@@ -133,11 +133,7 @@ def take_step(run: Run) -> None:
         places, rollout, scores, imbalance = balance(places, rollout, scores, cfg.optim.minibatches, world)
         if find_algorithm(cfg.objective.algorithm).needs_solutions:
             rollout = add_solutions(rollout, run.sampler.tokenizer, run.sampler.end_id, models.policy.config, world)
-        scored = scores
-        if run.winners is not None:
-            rollout, scored, entered = run.winners.stand_in(rollout, scores, places, world)
-            curves |= entered
-        experience = gather_experience(rollout, places, scored, models, len(prompts), cfg, world, tree)
+        experience = gather_experience(rollout, places, scores, models, len(prompts), cfg, world, tree)
     with clock("update"):  # evaluates the objective
         lr = learning_rate(step, run.total_steps, cfg)
         update = run.updater.run(experience, lr)

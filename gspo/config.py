@@ -94,11 +94,6 @@ class Rollout:
         "would have a place for each branch",
         gt=0.0,
     )
-    stored_winners: bool = opt(
-        False,
-        "keep the best response to each prompt; in a later group of the prompt that has none as good it takes the "
-        "place of the last response (not with trunks or spin)",
-    )
     temperature: float = opt(0.9, "sampling temperature; training uses the same", gt=0.0)
     top_p: float = opt(
         1.0, "nucleus sampling; below 1, the trained distribution differs from the sampled one", gt=0.0, le=1.0

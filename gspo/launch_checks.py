@@ -42,7 +42,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     check_trackers(cfg.trainer.trackers)
     find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
-    check_stored_winners(cfg)
+    Tree.of(cfg.rollout)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
@@ -51,20 +51,6 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
             f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
             f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... (or ./train.sh --n_gpus)."
         )
-
-
-def check_stored_winners(cfg: Config) -> None:
-    """Raise UserError where stored winners are asked for in groups that have no place for them."""
-    others = {
-        f"rollout.trunks = {cfg.rollout.trunks}": Tree.of(cfg.rollout) is not None,
-        f"objective.algorithm = {cfg.objective.algorithm}": find_algorithm(cfg.objective.algorithm).needs_solutions,
-    }
-    for other, given in others.items():
-        if cfg.rollout.stored_winners and given:
-            raise UserError(
-                f"rollout.stored_winners = true does not go with {other}: a stored winner takes the place of a "
-                "response that was sampled by itself and is compared by its reward. Leave one of the two out."
-            )
 
 
 def say_notes(cfg: Config) -> None:

@@ -11,12 +11,11 @@ from gspo.algorithm.gold_solutions import add_solutions
 from gspo.algorithm.held_out_pairs import HeldOutPairs
 from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
-from gspo.algorithm.stored_winners import StoredWinners
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State
 from gspo.checkpoint.evaluations import settings_of, write_evaluation
 from gspo.checkpoint.fingerprints import of_model, of_source
-from gspo.checkpoint.restore import load_held_out, load_order, load_state, load_winners, restore
+from gspo.checkpoint.restore import load_held_out, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
 from gspo.data.batches import Batches
@@ -63,7 +62,6 @@ class Run:
     preemption: Preemption
     total_steps: int
     held_out: HeldOutPairs | None = None  # of this round
-    winners: StoredWinners | None = None  # where rollout.stored_winners
 
 
 def fingerprints_of(cfg: Config, splits: Splits, scorer: Scorer) -> dict[str, str]:
@@ -86,7 +84,6 @@ def start_run(
     prints = fingerprints_of(cfg, splits, scorer) if world.is_main else {}
     folder, resume = open_run(cfg, world, prints)
     state, held_out = load_state(resume) if resume else State(), None
-    winners = StoredWinners(cfg.objective.margin) if cfg.rollout.stored_winners else None
     if world.is_main:
         save_reward_function(folder, scorer.pool.source, state.step)
     wanted = state.precision or cfg.model.precision
@@ -103,8 +100,6 @@ def start_run(
         batches.load_state(load_order(resume))
         say_what_changed(state, cfg, total_steps, len(splits.val))
         vocab_size = models.policy.config.get_text_config().vocab_size
-        if winners is not None:
-            winners.load(load_winners(resume, vocab_size, len(splits.train)))
         held_out = HeldOutPairs.read(load_held_out(resume, vocab_size), splits.val)
         if held_out is None:
             state.pair_metrics = {}
@@ -129,7 +124,7 @@ def start_run(
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
         cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,
-        preemption, total_steps, held_out, winners,
+        preemption, total_steps, held_out,
     )  # fmt: skip
 
 
@@ -147,7 +142,6 @@ def save_checkpoint(run: Run, at_once: bool = False) -> None:
     """Begin a checkpoint; a run that resumes from it goes on as if it had not stopped."""
     models, optimizer = run.models, run.updater.optimizer
     small_files = {"order": run.batches.state(), "held_out": run.held_out.tensors() if run.held_out else {}}
-    small_files["winners"] = run.winners.tensors() if run.winners is not None else {}
     run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, small_files, at_once)
 
 

@@ -2,8 +2,6 @@
 
 group        a prompt and its N responses
 response     what the policy samples for a prompt, or a row's gold solution (`Rollout.sampled` tells them apart)
-winner       a response that beats another; stored winner: the best of a prompt's earlier responses, where it enters a
-             later group of the prompt (`Rollout.replaced`)
 fork         the token at which two responses of a group first differ
 trunk        in a group that is a tree, a response sampled as a whole; a branch of it copies the tokens before its
              place and is sampled from there. Both are leaves: the group's N responses
@@ -57,17 +55,15 @@ class Rollout:
     entropy: Tensor  # [G, N, L] float32, nats, of softmax(logits / T) before top_p, top_k, min_p; 0 in the padding
     finished: Tensor  # [G, N] bool, ended by itself (not cut off at max_new_tokens)
     texts: list[list[str]]  # G x N
-    sampled: Tensor | None = None  # [G, N] bool, sampled in this step: no gold solution, no stored winner
+    sampled: Tensor | None = None  # [G, N] bool, sampled by the policy, not a gold solution; by default all are
     copied: Tensor | None = None  # [G, N] int64, tokens that a branch has from its trunk; all, where it found no place
     prefilled: Tensor | None = None  # [G] int64, tokens that the sampler computed as prompts; by default the prompt's
-    replaced: Tensor | None = None  # [G, N] int64, tokens of a response whose place a stored winner took, else 0
 
     def __post_init__(self) -> None:
         if self.sampled is None:
             object.__setattr__(self, "sampled", torch.ones_like(self.lengths, dtype=torch.bool))
-        for name in ("copied", "replaced"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, torch.zeros_like(self.lengths))
+        if self.copied is None:
+            object.__setattr__(self, "copied", torch.zeros_like(self.lengths))
         if self.prefilled is None:
             sizes = torch.tensor([len(p.ids) for p in self.prompts], dtype=torch.long, device=self.lengths.device)
             object.__setattr__(self, "prefilled", sizes)
@@ -84,8 +80,8 @@ class Rollout:
 
     @property
     def samples_per_group(self) -> int:
-        """Responses that were sampled for a group, the same number in every group; N where there is no group."""
-        return int((self.sampled | (self.replaced > 0))[0].sum()) if self.prompts else self.sampled.shape[1]
+        """Sampled responses of a group, the same number in every group; N where there is no group."""
+        return int(self.sampled[0].sum()) if self.prompts else self.sampled.shape[1]
 
     @property
     def finish_reasons(self) -> list[list[str]]:
@@ -103,7 +99,7 @@ class Rollout:
         lengths = self.lengths[groups]
         width = int(lengths.max()) if groups else 0
         tokens, logprobs, entropy = (x[groups, :, :width] for x in (self.tokens, self.logprobs, self.entropy))
-        fixed = (x[groups] for x in (self.sampled, self.copied, self.prefilled, self.replaced))
+        fixed = (x[groups] for x in (self.sampled, self.copied, self.prefilled))
         prompts, texts = [self.prompts[g] for g in groups], [self.texts[g] for g in groups]
         return Rollout(prompts, tokens, lengths, logprobs, entropy, self.finished[groups], texts, *fixed)
 

@@ -51,7 +51,6 @@ def add_solutions(rollout: Rollout, tokenizer: Any, end_id: int, model_config: A
         texts=[[*texts, p.extra_info["solution"]] for texts, p in zip(rollout.texts, rollout.prompts, strict=True)],
         sampled=pad(rollout.sampled, (0, 1), value=False),
         copied=pad(rollout.copied, (0, 1)),
-        replaced=pad(rollout.replaced, (0, 1)),
     )
     longest = (len(p.ids) + len(solution) for p, solution in zip(rollout.prompts, ids, strict=True))
     check_length(model_config, world.max(max(longest, default=0)))

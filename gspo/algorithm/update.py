@@ -58,7 +58,7 @@ class FrozenTargets:
 
     old: Tensor  # the policy's log-probs before the update
     coefficients: Tensor  # c_it at `old`
-    weights: Tensor  # of `off_policy_weights`
+    weights: Tensor  # p_train / p_sampler, bounded, where there are several optimizer steps; else 1
     reference: Tensor
     sampled: Tensor  # bool, tokens that the KL term is about
 
@@ -99,7 +99,7 @@ class Updater:
         cfg, n, samples = self.cfg.objective, exp.rollout.tokens.shape[1], exp.rollout.samples_per_group
         counts, sampled = self._counts(exp, exp.batch_groups), exp.rollout.sampled_mask
         update, terms = Update(torch.zeros_like(exp.rollout.logprobs)), {}
-        coefs, stored = torch.zeros_like(update.logprobs), exp.rollout.replaced > 0
+        coefs = torch.zeros_like(update.logprobs)
 
         def loss_of(rows: list[Row], packed: PackedBatch) -> Tensor:
             members = [g for g, i in rows if i == 0]
@@ -107,10 +107,6 @@ class Updater:
             grouped = logprobs.detach().view(len(members), n, -1)
             width = grouped.shape[-1]
             found = self._evaluate(exp, members, grouped, counts)
-            if bool(stored.any()):
-                sampler = exp.rollout.logprobs[members, :, :width]
-                weights = off_policy_weights(grouped, sampler, stored[members], cfg.max_mismatch_weight)
-                found = found._replace(coefficients=found.coefficients * weights)
             update.logprobs[members, :, :width] = grouped
             coefs[members, :, :width] = found.coefficients
             add_terms(terms, found.terms)
@@ -142,10 +138,10 @@ class Updater:
         kl = cfg.kl_coef * kl_loss(old, exp.reference_logprobs, mask, rollout.samples_per_group, whole_batch)
         update.terms = {name: float(value) for name, value in (terms | {"kl": kl}).items()}
 
-        stale = rollout.replaced > 0
+        weights = torch.ones_like(old)
         if o.epochs_per_rollout * o.minibatches > 1:
-            stale = stale | rollout.sampled
-        weights = off_policy_weights(old, rollout.logprobs, stale, cfg.max_mismatch_weight)
+            drift = (old - rollout.logprobs).exp().clamp_max(cfg.max_mismatch_weight)
+            weights = torch.where(rollout.sampled[..., None], drift, weights)
         targets = FrozenTargets(old, coefs, weights, exp.reference_logprobs, mask)
         for _ in range(o.epochs_per_rollout):
             for members, counts in minibatches:
@@ -252,12 +248,6 @@ class Updater:
                 computed[f"the gradient of {name}, at a finite loss"] = local_shard(p.grad)
         bad = ((place, name) for place, (name, x) in enumerate(computed.items()) if not x.isfinite().all())
         return min(self.world.gather(next(bad, (len(computed), "the gradient's norm alone"))))[1]
-
-
-def off_policy_weights(old: Tensor, sampler: Tensor, stale: Tensor, bound: float) -> Tensor:
-    """Return p_train / p_sampler, at most `bound`, of the tokens of responses that are `stale`, else 1; log-probs
-    [G, N, L], stale [G, N]: stored winners, and with several optimizer steps all samples."""
-    return torch.where(stale[..., None], (old - sampler).exp().clamp_max(bound), 1.0)
 
 
 def add_terms(total: dict[str, Tensor], terms: dict[str, Tensor], share: float = 1.0) -> None:

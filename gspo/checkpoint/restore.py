@@ -120,27 +120,6 @@ def load_held_out(checkpoint: Path, vocab_size: int) -> dict[str, Tensor]:
     return found
 
 
-def load_winners(checkpoint: Path, vocab_size: int, prompts: int) -> dict[str, Tensor]:
-    """Read the stored winners of a run, as `StoredWinners.tensors` returned them; nothing where it has none."""
-    if not (checkpoint / "trainer" / "winners.safetensors").exists():
-        return {}
-    found = _small(checkpoint, "winners")
-    if found.keys() != {"prompts", "lengths", "rewards", "tokens", "logprobs"}:
-        raise _damaged(checkpoint, "winners", "does not hold prompts, lengths, rewards, tokens and logprobs")
-    count, total = found["prompts"].numel(), found["tokens"].numel()
-    for name, dtype in (("prompts", torch.int64), ("lengths", torch.int64), ("rewards", torch.float64)):
-        _check(checkpoint, "winners", name, found[name], (count,), dtype)
-    for name, dtype in (("tokens", torch.int32), ("logprobs", torch.float32)):
-        _check(checkpoint, "winners", name, found[name], (total,), dtype)
-    limits = {"prompts": (0, prompts - 1), "lengths": (1, total), "tokens": (0, vocab_size - 1)}
-    for name, (low, high) in {**limits, "rewards": (0, 1), "logprobs": (-torch.inf, 1e-3)}.items():
-        if found[name].numel() and not bool(((found[name] >= low) & (found[name] <= high)).all()):
-            raise _damaged(checkpoint, "winners", f"has {name} outside of {low} to {high}")
-    if int(found["lengths"].sum()) != total or len(found["prompts"].unique()) != count:
-        raise _damaged(checkpoint, "winners", "has lengths that are not its tokens', or a prompt twice")
-    return found
-
-
 def _small(checkpoint: Path, stem: str) -> dict[str, Tensor]:
     """Read all tensors of a small file of `trainer/`."""
     weights = open_weights(checkpoint / "trainer", stem)

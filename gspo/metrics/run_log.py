@@ -67,7 +67,6 @@ GLOSSARY = {
     "pairs/accuracy_train": "the same on the training batch's pairs: the better the policy, the harder they are",
     "pairs/ranking_train": "ranking_loss of the training batch's pairs: it may rise as they get harder",
     "pairs/gap_std": "standard deviation over pairs of the implicit reward gap: above 1, the sigmoid saturates",
-    "stored_winners": "share of prompts in whose group a winner of an earlier step stands (rollout.stored_winners)",
     "winner_logprob": "log-prob of the responses that beat another, before the update, nats per token",
     "winner_logprob_drop": "its fall since the round began (healthy below 0.2: else likelihood displacement)",
     "response/length_mean": "tokens per response",

@@ -136,7 +136,7 @@ def _observe_responses(meter: Meter, rollout: Rollout) -> None:
     meter.max("response/length_max", float(lengths.max()) if count else 0.0)
     meter.mean("response/cutoff", float((~rollout.finished[sampled]).sum()), count)
     meter.mean("entropy", float(rollout.entropy.sum()), tokens)
-    meter.sum("tokens", tokens - int(rollout.copied.sum()) + int(rollout.replaced.sum()))
+    meter.sum("tokens", tokens - int(rollout.copied.sum()))
     meter.sum("tokens_prefilled", int(rollout.prefilled.sum()))
     branches = rollout.copied > 0
     meter.mean(
