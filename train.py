@@ -26,7 +26,6 @@ from gspo.checkpoint.evaluations import needs_evaluation
 from gspo.checkpoint.run_folder import check_run, latest_checkpoint
 from gspo.config import Config
 from gspo.data.batches import Batches
-from gspo.data.beta_batches import BetaBatches
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
@@ -67,8 +66,6 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         lambda: load_splits(cfg, tokenizer, model_config, needs_solutions=needs_solutions)
     )
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
-    if cfg.data.choice == "beta":
-        batches = BetaBatches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.rollout.n)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
     correct_at = world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
     scorer.of_each.correct_at = correct_at

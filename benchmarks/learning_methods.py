@@ -52,7 +52,6 @@ CONSTANT, SPACED = ["objective.normalizer=constant"], ["data.spaced=true"]
 BRANCH_WEIGHTS = ["objective.pair_weight=branch"]
 TREE = ["rollout.n=12", "rollout.trunks=4"]  # samples about as many tokens as 8 whole responses
 EIGHT_STEPS = ["optim.epochs_per_rollout=4"]  # of two mini-batches
-BETA = ["data.choice=beta"]  # with data.spaced=false, which it would not use
 VARIANTS = {
     "original": ORIGINAL,
     "fork": [*ORIGINAL, *FORK],
@@ -67,10 +66,9 @@ VARIANTS = {
     "no ranking": [*ORIGINAL, "objective.use_ranking_loss=false"],
     "gap weights": [*ORIGINAL, "objective.pair_weight=gap"],
     "8 steps": [*ORIGINAL, *EIGHT_STEPS],
-    "beta": [*ORIGINAL, *BETA],
 }
-# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. What was not ahead there is
-# in docs/experiments.md.
+# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. What was not ahead there:
+# docs/experiments.md.
 CANDIDATE = [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT]
 METHODS = {
     "GSPO: anchor, fork, constant Z": CANDIDATE,

@@ -57,11 +57,6 @@ class Data:
     max_prompt_length: int = opt(1024, "longest prompt in tokens, chat template included", ge=1)
     overlong: Literal["error", "drop"] = opt("error", "what to do with a longer prompt")
     shuffle: bool = opt(True, "draw a new order of the prompts every epoch")
-    choice: Literal["passes", "beta"] = opt(
-        "passes",
-        "which prompts a step takes. passes: all, epoch after epoch, as shuffle and spaced say; beta: those whose mean "
-        "reward is likeliest to be near one half, by a Beta posterior of each and Thompson sampling",
-    )
     spaced: bool = opt(
         False,
         "put a prompt off for 1, then 3, then 7 epochs each time its responses are rewarded alike, all right or all "
@@ -183,8 +178,8 @@ class Objective:
     form: Literal["default", "seed"] = opt(
         "default",
         "seed: the algorithm of the original description (docs/seed.md): algorithm gspo, anchor none, after_fork 1, "
-        "length_norm sum, pair_weight one, normalizer batch, nll_coef 0, data.shuffle true, data.choice passes, "
-        "data.spaced false, and to set one of these otherwise is an error; default: every setting as it stands",
+        "length_norm sum, pair_weight one, normalizer batch, nll_coef 0, data.shuffle true, data.spaced false, and to "
+        "set one of these otherwise is an error; default: every setting as it stands",
     )
     preference_beta: float = opt(0.1, "temperature of the preference loss", gt=0.0)
     margin: float = opt(0.1, "two responses form a pair when their rewards differ by more than this", ge=0.0)

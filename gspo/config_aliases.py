@@ -58,7 +58,6 @@ FORMS = {
         "objective.normalizer": "batch",  # E: the mean over all pairs of the batch
         "objective.nll_coef": 0.0,
         "data.shuffle": True,
-        "data.choice": "passes",
         "data.spaced": False,  # every prompt once an epoch
     },
 }

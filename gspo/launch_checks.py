@@ -60,8 +60,6 @@ def say_notes(cfg: Config) -> None:
             f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "
             "the embedded one hardly learns with it; 3e-4 suits it."
         )
-    if cfg.data.choice == "beta" and cfg.data.spaced:
-        say("note: data.choice=beta chooses the prompts of every step: data.spaced and data.shuffle do nothing.")
     if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
         say(
             "warning: with top_p, top_k or min_p responses are not sampled from the distribution that is trained: "

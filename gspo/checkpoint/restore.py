@@ -85,15 +85,12 @@ def load_order(checkpoint: Path) -> dict[str, Tensor]:
         "mean": ((rows,), torch.float32),
         "best": ((rows,), torch.float32),
     }
-    older, posterior = wanted.keys() - {"mean", "best"}, {"steps", "right", "wrong"}
-    if posterior <= found.keys():  # data.choice=beta
-        wanted |= {"steps": ((1,), torch.int64), "right": ((rows,), torch.float64), "wrong": ((rows,), torch.float64)}
+    older = wanted.keys() - {"mean", "best"}
     if found.keys() not in (wanted.keys(), older):
         raise _damaged(checkpoint, "order", f"holds {', '.join(found) or 'nothing'}, not {', '.join(wanted)}")
     for name, x in found.items():
         _check(checkpoint, "order", name, x, *wanted[name])
-    counts = [found[name] for name in found.keys() - {"mean", "best"}]
-    if not bool((torch.cat(counts).double() >= 0).all()):  # also where one is no number
+    if bool((torch.cat([found["at"], found["due"], found["streak"]]) < 0).any()):
         raise _damaged(checkpoint, "order", "has a negative number")
     epoch, position = found["at"].tolist()
     if epoch > MOST_EPOCHS or position > rows:

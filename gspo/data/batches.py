@@ -90,7 +90,7 @@ class Batches:
         share = len(skipped) / len(self.prompts)
         curves = {"data/epoch": float(self.epoch), "data/put_off": share}
         for name, now, last in (("reward_mean", mean, self.mean), ("reward_max", best, self.best)):
-            value = over_all(np.asarray(now), last[skipped], share)
+            value = _over_all(np.asarray(now), last[skipped], share)
             curves |= {} if value is None else {name: value}
         if self.spaced:
             prompts, epochs = self.current
@@ -142,7 +142,7 @@ class Batches:
             )
 
 
-def over_all(now: np.ndarray, last: np.ndarray, put_off: float) -> float | None:
+def _over_all(now: np.ndarray, last: np.ndarray, put_off: float) -> float | None:
     """Estimate a mean over all prompts by strata; None where no reward is known (NaN).
 
     The batch, with the rewards `now`, is a random part of the prompts that the epoch does not skip, and speaks for all

@@ -107,7 +107,6 @@ def test_the_form_is_one_setting_and_undoes_nothing_else(write):
         ("objective.nll_coef=0.1", "objective.nll_coef = 0.0"),
         ("data.shuffle=false", "data.shuffle = True"),
         ("data.spaced=true", "data.spaced = False"),
-        ("data.choice=beta", "data.choice = 'passes'"),
     ],
 )
 def test_a_setting_that_contradicts_the_form_is_an_error(write, setting, meant):
