@@ -67,8 +67,8 @@ VARIANTS = {
     "gap weights": [*ORIGINAL, "objective.pair_weight=gap"],
     "8 steps": [*ORIGINAL, *EIGHT_STEPS],
 }
-# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. The rest was not ahead,
-# see docs/experiments.md.
+# Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. The rest was not ahead
+# (docs/experiments.md).
 CANDIDATE = [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT]
 METHODS = {
     "GSPO: anchor, fork, constant Z": CANDIDATE,

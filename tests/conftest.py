@@ -10,9 +10,14 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from repository import ROOT
+
+# No example fails for being slow on a busy machine, and every run tries the same ones; the fuzz targets draw new ones.
+hypothesis.settings.register_profile("the same everywhere", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("the same everywhere")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` ignores Ctrl-C, and so would its children
 

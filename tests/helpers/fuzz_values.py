@@ -13,6 +13,7 @@ from gspo.system.output import kept_output
 CASES = int(os.environ.get("GSPO_FUZZ_CASES", 2000))
 fuzz = settings(
     max_examples=CASES,
+    derandomize=False,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
