@@ -93,7 +93,9 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         run.log.close()
     if stop and stop.kind == "alarm":
         raise UserError(f"stopped after step {state.step}, with a checkpoint: {stop.text}")
-    if stop:
+    if stop and stop.kind == "goal":
+        say(f"{stop.text}: ended after step {state.step} of {total}")
+    elif stop:
         return say(f"{stop.text}: left after step {state.step} of {total}; the same command goes on from there")
 
     if evaluates and needs_evaluation(run.folder, "eval_after", state.step, evaluation_settings(run), world):

@@ -286,6 +286,16 @@ class Trainer:
         15, "length of the run: the steps of this many passes over all training prompts", ge=1, le=10**6
     )
     max_steps: int | None = opt(None, "stop after this many steps, whatever total_epochs says", ge=1, le=10**9)
+    stop_when: dict[str, Any] = opt(
+        {},
+        "end the run, as after its last step, when a curve passes a bound: {metric: heldout/accuracy, above: 0.9, "
+        "patience: 2}; patience counts measurements in a row, 1 if left out",
+    )
+    time_limit: str | None = opt(
+        None,
+        "leave with a checkpoint, as on SIGTERM, before a step would end later than this after the start: 90s, 45m, "
+        "1h30m, 2d, 23:30:00; empty: never",
+    )
     save_freq: int = opt(50, "steps between checkpoints; one is always written at the end; 0: only that one", ge=0)
     keep_last: int = opt(3, "checkpoints to keep; 0: all", ge=0)
     keep_best: bool = opt(True, "also save and keep the checkpoint with the best held-out accuracy, as `best`")

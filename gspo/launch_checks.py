@@ -19,13 +19,15 @@ from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.metrics.evaluation import table
-from gspo.metrics.run_log import check_trackers
+from gspo.metrics.run_log import GLOSSARY, check_trackers
+from gspo.metrics.stop_when import StopWhen
 from gspo.models.attention_support import check_length
 from gspo.models.precision import DTYPES
 from gspo.rollout.engines import engine_class
 from gspo.rollout.sampler import shares_weights
 from gspo.rollout.tree import Tree
 from gspo.system.console import say
+from gspo.system.time_limit import TimeLimit
 
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 
@@ -40,6 +42,8 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     check_tensor_parallel(model_config, wanted or world.size, cfg.rollout.tensor_model_parallel_size)
     check_shard_size(cfg.model.shard_size, wanted or world.size)
     check_trackers(cfg.trainer.trackers)
+    TimeLimit(cfg.trainer.time_limit)
+    StopWhen(cfg.trainer.stop_when, GLOSSARY)
     find_algorithm(cfg.objective.algorithm)
     engine_class(cfg.rollout.engine)
     Tree.of(cfg.rollout)

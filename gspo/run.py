@@ -31,6 +31,7 @@ from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import say
 from gspo.system.preemption import Preemption
+from gspo.system.time_limit import TimeLimit
 from gspo.types import Rollout
 
 
@@ -38,8 +39,8 @@ from gspo.types import Rollout
 class StopReason:
     """Why a run ends before its last step."""
 
-    kind: Literal["alarm", "signal"]
-    text: str  # the alarm's message, or the signal's name
+    kind: Literal["alarm", "goal", "time", "signal"]
+    text: str  # the alarm's message, what was reached, or the signal's name
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Run:
     folder: Path
     checkpoints: Checkpoints
     preemption: Preemption
+    time_limit: TimeLimit
     total_steps: int
     held_out: HeldOutPairs | None = None  # of this round
 
@@ -124,18 +126,24 @@ def start_run(
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
         cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,
-        preemption, total_steps, held_out,
+        preemption, TimeLimit(cfg.trainer.time_limit), total_steps, held_out,
     )  # fmt: skip
 
 
 def stop_reason(run: Run) -> StopReason | None:
-    """Return why to end before the next step, the same on every rank: the alarm of a step, also of one before a resumed
-    run's checkpoint, or a signal to any rank."""
-    reasons = (run.log.health.alarmed or "", run.preemption.signal_name)
-    alarms, signals = zip(*run.world.gather(reasons), strict=True)
-    if any(alarms):
-        return StopReason("alarm", max(alarms))
-    return StopReason("signal", max(signals)) if any(signals) else None
+    """Return why to end before the next step, the same on every rank.
+
+    The alarm or the goal of a step, also of one before a resumed run's checkpoint; the time limit; a signal to a rank.
+    """
+    mine = {
+        "alarm": run.log.health.alarmed or "",
+        "goal": run.log.stop_when.reached,
+        "time": run.time_limit.reached(),
+        "signal": run.preemption.signal_name,
+    }
+    everyones = run.world.gather(mine)
+    said = {kind: max(reasons[kind] for reasons in everyones) for kind in mine}
+    return next((StopReason(kind, text) for kind, text in said.items() if text), None)
 
 
 def save_checkpoint(run: Run, at_once: bool = False) -> None:

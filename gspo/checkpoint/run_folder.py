@@ -29,7 +29,7 @@ from gspo.system.torchrun import restart_count
 # function is kept, and compared by `save_reward_function`, whatever its file is called.
 FREE_TO_CHANGE = re.compile(
     r"trainer\.(max_steps|total_epochs|save_freq|keep_last|keep_best|async_save|resume|sample_rows|output_dir|run_name)$"
-    r"|trainer\.(n_gpus|nnodes|trackers|project_name)$|health\.|eval\.|data\.test_files$|reference\.param_offload$"
+    r"|trainer\.(n_gpus|nnodes|trackers|project_name|stop_when|time_limit)$|health\.|eval\.|data\.test_files$|reference\.param_offload$"
     r"|rollout\.(engine|max_slots|kv_memory_gib|tensor_model_parallel_size|weights)$"
     r"|optim\.(micro_batch_|gradient_reduction$|offload$)"
     r"|model\.(gradient_checkpointing|shard_size|reshard_after_forward)$"

@@ -18,6 +18,7 @@ from gspo.algorithm.pairs import chosen_rejected
 from gspo.config import Config
 from gspo.errors import UserError
 from gspo.metrics.health import HealthCheck
+from gspo.metrics.stop_when import StopWhen
 from gspo.metrics.tracker_packages import PACKAGES
 from gspo.metrics.tracker_process import TrackerProcess
 from gspo.metrics.trackers import MetricsFile, Samples, SamplesFile, Tracker, read_rows
@@ -123,12 +124,14 @@ class RunLog:
         self.folder, self.health = folder, HealthCheck(cfg.health)
         self.trackers: list[Tracker] = []
         self.last_line, self.disk_full = 0.0, False
+        self.stop_when = StopWhen(cfg.trainer.stop_when, GLOSSARY)
         if not is_main():
             return
         named = [TRACKERS[name] for name in dict.fromkeys(cfg.trainer.trackers) if name not in ALWAYS]
         self.trackers = [make(folder, cfg, start_step) for make in (MetricsFile, SamplesFile, *named)]
         for row in read_rows(folder / "metrics.jsonl"):  # a resumed run knows what it has seen and warned of
             self.health.check(row)
+            self.stop_when.observe(row)
 
     def log(self, step: int, metrics: dict[str, float], total_steps: int, causes: dict[str, str] | None = None) -> None:
         """Write the metrics of a step, counted from 1, and print its line and its warnings.
@@ -140,6 +143,7 @@ class RunLog:
             return
         news = self.health.check(metrics, causes)
         values = metrics | self.health.derived
+        self.stop_when.observe(values)
         values = {name: x for name, x in values.items() if name in GLOSSARY or name.startswith(("reward/", "loss/"))}
         for tracker in self.trackers:
             self._warn_once(tracker.metrics(step, values))

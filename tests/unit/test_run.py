@@ -9,6 +9,7 @@ from quick_run import rows
 
 from gspo.distributed.world import World
 from gspo.read_config import load_config
+from gspo.system import time_limit
 from train import train
 
 TINY = ("data.train_batch_size=2", "rollout.n=2", "rollout.max_new_tokens=24", "reward.workers=1",
@@ -100,3 +101,24 @@ def test_in_a_good_run_both_curves_of_pairs_are_healthy_and_those_of_the_trainin
     measured = [curves[step - 1]["ranking_loss"] for step in (1, 5, 10, 20, 30)]
     assert measured == sorted(measured, reverse=True) and measured[-1] < 0.85
     assert mean("pairs/accuracy_train", curves[-5:]) < 0.6 and mean("pairs/ranking_train", curves[-5:]) > 0.95
+
+
+def test_a_run_ends_where_a_curve_has_reached_its_bound(tmp_path, capsys):
+    """It is evaluated like one that took all steps; the same command takes no further step, another bound goes on."""
+    goal = ("eval.freq=1", "trainer.max_steps=4", "trainer.stop_when.metric=heldout/reward_mean")
+    ended = run(tmp_path, *goal, "trainer.stop_when.above=-1", "trainer.stop_when.patience=2")
+    said = capsys.readouterr().out
+    assert len(ended) == 2 and "is above -1 2 times in a row: ended after step 2 of 4" in said
+    assert len(run(tmp_path, *goal, "trainer.stop_when.above=-1", "trainer.stop_when.patience=2")) == 2
+    assert len(run(tmp_path, *goal, "trainer.stop_when.above=2")) == 4
+
+
+def test_a_run_leaves_with_a_checkpoint_before_its_time_is_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(time_limit, "STARTED", -1e9)  # the process began long ago
+    with_time = run(tmp_path, "trainer.max_steps=2", "trainer.save_freq=1", "eval.round_prompts=0")
+    assert len(with_time) == 2
+    capsys.readouterr()
+    assert len(run(tmp_path, "trainer.max_steps=4", "trainer.time_limit=1h", "eval.round_prompts=0")) == 2
+    said = capsys.readouterr().out
+    assert "trainer.time_limit = 1h leaves no time for another step: left after step 2 of 4" in said
+    assert (tmp_path / "quick" / "checkpoints" / "step_000002").is_dir()
