@@ -1,10 +1,7 @@
-"""Compute RMSNorm, the gated activation and rotary positions on a CPU, each in one pass over memory.
+"""Compute the functions of `norm_gate_rotary.py` by compiled code (cpu/norm_gate_rotary.cpp), on a CPU.
 
-PyTorch makes five to ten passes for each, and in training keeps the intermediate results. Sums are float32, and results
-are rounded once. All are differentiable, and take tensors for which `native.cpu_kernels_take` is true.
+They take tensors for which `native.cpu_kernels_take` is true, and mean what those of `plain_norm_gate_rotary.py` do.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,79 +9,68 @@ from torch import Tensor
 from gspo.kernels.native import call, is_bf16, size_array
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * (weight + offset) for x [..., D], weight [D], in x's dtype or `dtype`."""
-    return _Norm.apply(x.contiguous(), weight, eps, offset, dtype or x.dtype)
+def norm(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return y [..., D] in `dtype` and 1 / sqrt(mean(x^2) + eps) [...]."""
+    x = x.contiguous()
+    y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    call(
+        "gspo_norm", x_bf16=is_bf16(x), weight_bf16=is_bf16(weight), y_bf16=is_bf16(y), x=x, weight=weight,
+        offset=offset, eps=eps, y=y, scale=scale, rows=scale.numel(), width=x.shape[-1],
+    )  # fmt: skip
+    return y, scale
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Tensor:
-        width = x.shape[-1]
-        y, scale = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        call(
-            "gspo_norm", x_bf16=is_bf16(x), weight_bf16=is_bf16(weight), y_bf16=is_bf16(y), x=x, weight=weight,
-            offset=offset, eps=eps, y=y, scale=scale, rows=scale.numel(), width=width,
-        )  # fmt: skip
-        ctx.save_for_backward(x, weight, scale)
-        ctx.offset = offset
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        dy, width = dy.contiguous(), x.shape[-1]
-        dx, dweight = torch.empty_like(x), scale.new_zeros(torch.get_num_threads(), width)
-        call(
-            "gspo_norm_back", x_bf16=is_bf16(x), weight_bf16=is_bf16(weight), y_bf16=is_bf16(dy), dy=dy, x=x,
-            weight=weight, offset=ctx.offset, scale=scale, dx=dx, dweight=dweight, rows=scale.numel(), width=width,
-        )  # fmt: skip
-        return dx, dweight.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+def norm_back(dy: Tensor, x: Tensor, weight: Tensor, offset: float, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients (dx, dweight [threads, D])."""
+    dy, x, width = dy.contiguous(), x.contiguous(), x.shape[-1]
+    dx, dweight = torch.empty_like(x), scale.new_zeros(torch.get_num_threads(), width)
+    call(
+        "gspo_norm_back", x_bf16=is_bf16(x), weight_bf16=is_bf16(weight), y_bf16=is_bf16(dy), dy=dy, x=x,
+        weight=weight, offset=offset, scale=scale, dx=dx, dweight=dweight, rows=scale.numel(), width=width,
+    )  # fmt: skip
+    return dx, dweight
 
 
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up, all of one shape and dtype."""
-    return _Silu.apply(gate.contiguous(), up.contiguous())
+def add_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x + branch, its norm in `dtype`, and the norm's scale."""
+    total = x + branch
+    return total, *norm(total, weight, eps, offset, dtype)
 
 
-class _Silu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        out = torch.empty_like(gate)
-        call("gspo_silu", bf16=is_bf16(gate), gate=gate, up=up, out=out, count=gate.numel())
-        ctx.save_for_backward(gate, up)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        call(
-            "gspo_silu_back", bf16=is_bf16(gate), dout=dout.contiguous(), gate=gate, up=up, dgate=dgate, dup=dup,
-            count=gate.numel(),
-        )  # fmt: skip
-        return dgate, dup
+def add_norm_back(
+    dtotal: Tensor, dy: Tensor, total: Tensor, weight: Tensor, offset: float, scale: Tensor,
+    x_dtype: torch.dtype, branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients (dx, dbranch, dweight [threads, D])."""
+    dx, dweight = norm_back(dy, total, weight, offset, scale)
+    dx += dtotal
+    return dx.to(x_dtype), dx.to(branch_dtype), dweight
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x * cos + [-x2, x1] * sin for x = [x1, x2] [B, H, T, D], cos, sin [B or 1, T, D] without gradients.
+def silu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    call("gspo_silu", bf16=is_bf16(gate), gate=gate, up=up, out=out, count=gate.numel())
+    return out
 
-    The result [B, H, T, D] has the wider dtype of the two; under autocast it has x's, to which attention would round.
-    """
-    dtype = x.dtype if torch.is_autocast_enabled("cpu") else torch.promote_types(x.dtype, cos.dtype)
-    return _Rotate.apply(x, cos.contiguous(), sin.contiguous(), dtype)
+
+def silu_back(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients (dgate, dup)."""
+    gate, up = gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    call(
+        "gspo_silu_back", bf16=is_bf16(gate), dout=dout.contiguous(), gate=gate, up=up, dgate=dgate, dup=dup,
+        count=gate.numel(),
+    )  # fmt: skip
+    return dgate, dup
 
 
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        return _rotated(x, cos, sin, dtype, back=False)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        return _rotated(dy, *ctx.saved_tensors, ctx.dtype, back=True), None, None, None
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool) -> tuple[Tensor, Tensor]:
+    """Return q and k rotated, in `dtype`; `back`: by the transposed map."""
+    return tuple(_rotated(x, cos, sin, dtype, back) for x in (q, k))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool) -> Tensor:

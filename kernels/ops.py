@@ -3,9 +3,9 @@
 Each operation is a file with its formulas in PyTorch and a table of its implementations (`dispatch.py`); beside it
 stand `_triton.py` (CUDA) and `_cpu.py` (C++). `linear_logprob` puts such kernels between matrix products,
 `pairwise_loss` is one Triton kernel. `segment_attention.py` chooses a FlashAttention that returns its log-sum-exp.
-The sampler uses `decode_attention.py`, attention over pages, and `draw_token.py`, the draw of a token; on CPUs also
-`packed_attention_cpu.py`, `norm_gate_rotary_cpu.py`, `panel_linear_cpu.py` and `decoder_layers_cpu.py`, which exist
-in C++ only and replace PyTorch's operators.
+`norm_gate_rotary.py` computes what stands between a model's matrix products. The sampler uses `decode_attention.py`,
+attention over pages, and `draw_token.py`, the draw of a token; on CPUs also `packed_attention_cpu.py`,
+`panel_linear_cpu.py` and `decoder_layers_cpu.py`, which exist in C++ only and replace PyTorch's operators.
 """
 
 from gspo.kernels.logprob import linear_logprob, linear_logprob_and_grad

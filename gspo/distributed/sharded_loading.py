@@ -12,8 +12,8 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from gspo.distributed.move_weights import ReadSlices, fill_weights, local_shard
-from gspo.models.cpu_layers import install_compiled_layers
 from gspo.models.generation import read_generation_config
+from gspo.models.kernel_layers import install_layer_kernels
 from gspo.models.loading import build_model, cast_parameters, load_model_config
 from gspo.models.model_folder import cannot_open, resolve_path
 from gspo.models.patching import replaced
@@ -33,7 +33,7 @@ def meta_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
     if (generation := read_generation_config(resolve_path(path))) is not None:
         model.generation_config = generation
     model.config.use_cache = False
-    return cast_parameters(install_compiled_layers(model.eval()), dtype)
+    return cast_parameters(install_layer_kernels(model.eval()), dtype)
 
 
 _register_parameter = nn.Module.register_parameter

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from gspo.models.cpu_layers import install_compiled_layers
+from gspo.models.kernel_layers import install_layer_kernels
 from gspo.models.loading import build_model, checkpoint_activations
 from gspo.packing.logprobs import response_logprobs, surrogate
 from gspo.packing.pack import PackedBatch
@@ -77,7 +77,7 @@ class FakeModel:
         with self.mode, no_init_weights():  # fake tensors have no values to draw
             self.model = build_model(config, config.name_or_path, dtype=dtype).eval()
         self.model.tie_weights()  # which is part of what was left out
-        install_compiled_layers(self.model).config.use_cache = False
+        install_layer_kernels(self.model).config.use_cache = False
         if checkpointing:
             checkpoint_activations(self.model)
         layer, cap = (

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from gspo.errors import UserError
-from gspo.models.cpu_layers import compiled_layers_enabled
+from gspo.models.kernel_layers import layer_kernels_enabled
 from gspo.models.patching import replaced
 
 SHORT = 2  # tokens that a sliding window has while a model is tried
@@ -100,6 +100,6 @@ def plain_attention(config: PreTrainedConfig) -> Iterator[None]:
 
 @contextmanager
 def attention_implementation(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Use the attention function registered as `name`, and compiled layers, for the forwards inside."""
-    with replaced([(config, "_attn_implementation", name)]), compiled_layers_enabled():
+    """Use the attention function registered as `name`, and the kernels of layers, for the forwards inside."""
+    with replaced([(config, "_attn_implementation", name)]), layer_kernels_enabled():
         yield

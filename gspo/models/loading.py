@@ -14,8 +14,8 @@ from transformers.utils import logging as hf_logging
 
 from gspo.errors import UserError
 from gspo.models.attention_support import attention_implementation
-from gspo.models.cpu_layers import install_compiled_layers
 from gspo.models.generation import end_ids_of, read_generation_config
+from gspo.models.kernel_layers import install_layer_kernels
 from gspo.models.model_folder import (
     cannot_open,
     check_folder,
@@ -65,7 +65,7 @@ def load_model(path: str | None, dtype: torch.dtype = torch.float32) -> nn.Modul
         _check_loaded(name, model, info)
     refuse_non_finite(name, state_of(model))
     model.config.use_cache = False
-    return install_compiled_layers(model.eval())
+    return install_layer_kernels(model.eval())
 
 
 def _check_loaded(name: str, model: nn.Module, info: dict[str, Any]) -> None:

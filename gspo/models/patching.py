@@ -5,12 +5,13 @@ For the time of a `with` block, by `replaced`:
                                             config._attn_implementation: attention by a function of ours
     rollout/cpu_weight_layout.laid_out_weights
                                             nn.Linear.forward of each layer: weights laid out once for many products
+    rollout/shared_products                 nn.Linear.forward of layers that are given one tensor: one product for all
     rollout/decoder_stack.fused_stack       decoder layers' forward: all layers by one call of a kernel
     distributed/sharded_loading             nn.Module.register_parameter: parameters on the meta device
 
 For good, by `replace`; each calls what it replaced unless it can do better:
-    cpu_layers.install_compiled_layers      forward of norms and gated MLPs, and the modelling file's function
-                                            `apply_rotary_pos_emb`: kernels, in forwards of ours only
+    kernel_layers.install_layer_kernels     forward of norms, gated MLPs and decoder layers, and the modelling file's
+                                            function `apply_rotary_pos_emb`: kernels, in forwards of ours only
     loading.checkpoint_activations          decoder layers' forward: activations are recomputed in the backward pass
 """
 

@@ -114,7 +114,7 @@ def packed_attention(
     window = options.get("sliding_window") or None
     wanted = value.dtype  # by the projection that follows, where there is no autocast
     query, key, value = _cast_alike((query, key, value))
-    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
+    tokens = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # x[0] would copy its gradient
     backend = backend_for(*tokens, softcap)
     if backend is not None:
         q, k, v = (x.contiguous() for x in tokens)

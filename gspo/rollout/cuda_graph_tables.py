@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gspo.kernels.decode_types import Pool, Readers
+from gspo.kernels.write_tokens import write_tokens
 from gspo.rollout.kv_pages import pages_for
 from gspo.rollout.slots import Slots
 
@@ -135,7 +136,7 @@ class FixedStep:
             last = self.lengths - 1
             page = self._tables.response_pages[: self._count].gather(1, (last // pool.page)[:, None])[:, 0]
             self._places[heads] = pool.places(page.long(), last % pool.page, heads)
-        pool.write(layer, self._places[heads], keys.flatten(0, 1), values.flatten(0, 1))
+        write_tokens(pool.keys[layer], pool.values[layer], self._places[heads], keys, values)
 
     def pools(self, layer: int) -> tuple[Pool, Pool]:
         """Return the pages of prompts and of responses in a layer, with who reads which."""

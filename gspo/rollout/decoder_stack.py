@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gspo.errors import UserError
 from gspo.kernels.decoder_layers_cpu import LayerPages, LayerWeights, Sizes, Stack
-from gspo.models.cpu_layers import is_gated_mlp, norm_eps, norm_offset
+from gspo.models.kernel_layers import is_gated_mlp, norm_eps, norm_offset
 from gspo.models.loading import decoder_layers
 from gspo.models.patching import replaced
 from gspo.rollout.attention_inputs import Step

@@ -21,6 +21,7 @@ from gspo.rollout.decoder_stack import fused_decoder_stack
 from gspo.rollout.draw_tokens import draw
 from gspo.rollout.engine_interface import EngineOptions, Requests, Results
 from gspo.rollout.kv_budget import SHARE, free_bytes, plan_slots, response_page_size
+from gspo.rollout.shared_products import join_weights, shared_products
 from gspo.rollout.slot_attention import check_slots, forward
 from gspo.rollout.slots import Slots
 
@@ -35,7 +36,9 @@ class PagedEngine:
 
     def __init__(self, model: nn.Module, device: torch.device, options: EngineOptions):
         self.model, self.device, self.options = model, device, options
-        self.layout = check_slots(model, device, fixed=device.type in STEPS_PER_BLOCK)
+        join_weights(model, device)
+        with shared_products(model):
+            self.layout = check_slots(model, device, fixed=device.type in STEPS_PER_BLOCK)
 
     def start(self, requests: Requests) -> "PagedGeneration":
         """Plan slots and pages for as many responses at a time as the memory holds, and allocate them."""
@@ -99,6 +102,7 @@ class PagedGeneration:
         with (
             laid_out_weights(self.model, self.max_slots) as weights,
             fused_decoder_stack(self.model, weights, self.slots),
+            shared_products(self.model),
         ):
             while self.queue or self.waiting_rows or len(self.slots):
                 yield from self._fill_slots()

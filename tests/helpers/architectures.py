@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gspo.models.cpu_layers import install_compiled_layers
+from gspo.models.kernel_layers import install_layer_kernels
 
 SMALL = {
     "vocab_size": 97,
@@ -85,4 +85,4 @@ def tiny_model(family: str, seed: int = 0, **extra: Any) -> torch.nn.Module:
                 p.mul_(8.0)
         if (bias := model.get_output_embeddings().bias) is not None:  # zero at initialisation
             bias.normal_()
-    return install_compiled_layers(model.float().eval())
+    return install_layer_kernels(model.float().eval())

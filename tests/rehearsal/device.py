@@ -33,6 +33,8 @@ aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 seen: Counter[str] = Counter()  # operation -> how often it ran on the device; "wait ...": how often the host waited
+launches: Counter[str] = Counter()  # operation -> kernels that a GPU would launch for it
+traffic: Counter[str] = Counter()  # operation -> bytes of the tensors that its kernels read and write
 
 
 class Recorder:
@@ -127,6 +129,15 @@ class DeviceTensor(Tensor):
 
     def get_device(self) -> int:
         return 0
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: DeviceTensor) -> None:
+        assert other.shape == self.shape and other.dtype == self.dtype and other.stride() == self.stride()
+        self.numbers = other.numbers
 
     def data_ptr(self) -> int:
         return self.numbers.data_ptr()
@@ -229,6 +240,7 @@ FUSED = {
     if hasattr(aten, name)
 }  # fmt: skip
 NOT_RECORDED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view"}
+NOT_LAUNCHED = {*NOT_RECORDED, "lift_fresh", "is_pinned"}
 EMULATED: dict[Any, Callable] = {}  # operations that the CPU has in another form, or not at all
 
 
@@ -272,6 +284,12 @@ def refuse_index(func: Any, x: Tensor, indices: list[Tensor | None], value: Tens
 # ---- what is computed ----
 
 
+def count_launch(name: str, *values: Any, kernels: int = 1) -> None:
+    """Count the launch of a kernel, or of several, with the bytes of all tensors given and returned."""
+    launches[name] += kernels
+    traffic[name] += sum(x.numel() * x.element_size() for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
 def run(func: Any, args: tuple, kwargs: dict) -> Any:
     """Compute one operation of the device: refuse it, or let the CPU do it, and record it."""
     leaves = tree_leaves((args, kwargs))
@@ -283,7 +301,10 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     Recorder.writes([x for x, argument in _given(func, args, kwargs) if _is_written(argument)])
     inner_args, inner_kwargs = tree_map(numbers_of, (args, kwargs))
     out = compute(*inner_args, **inner_kwargs)
-    if Recorder.operations is not None and not func.is_view and func._schema.name.split("::")[1] not in NOT_RECORDED:
+    name = func._schema.name.split("::")[1]
+    if not func.is_view and name not in NOT_LAUNCHED:
+        count_launch(name, inner_args, inner_kwargs, out if not written_arguments(func) else ())
+    if Recorder.operations is not None and not func.is_view and name not in NOT_RECORDED:
         record(replayed(compute, args, kwargs, out))
     if func is aten.copy_.default:
         return args[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from device import CPU, CUDA, DeviceTensor, convert, on_device, record, seen, to_device, wait
+from device import CPU, CUDA, DeviceTensor, convert, count_launch, on_device, record, seen, to_device, wait
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -64,6 +64,8 @@ class Functions(TorchFunctionMode):
         elsewhere = {**kwargs, "device": CPU}
         out = func(*given, **elsewhere)
         seen[f"factory: {func.__name__}"] += 1
+        if "empty" not in func.__name__:
+            count_launch(func.__name__, out)
         if "empty" not in func.__name__ and func not in FROM_HOST:
             record(lambda: out.detach().copy_(func(*given, **elsewhere)))
         grad = kwargs.get("requires_grad", False)

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from device import EMULATED, Recorder, aten, numbers_of, on_device, record, seen, to_device
+from device import EMULATED, Recorder, aten, count_launch, numbers_of, on_device, record, seen, to_device
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+KERNELS = {"decode_attention": 3}  # launches of a launcher, where it is not one
 
-def one_operation(name: str, plain: Callable) -> Callable:
-    """Return a function that computes `plain` on the device, in the place of a Triton kernel's launcher."""
+
+def one_operation(name: str, plain: Callable, kernels: int = 1) -> Callable:
+    """Return a function that computes `plain` on the device, in the place of the launcher of a Triton kernel, or of
+    several."""
 
     def launched(*args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -26,6 +29,7 @@ def one_operation(name: str, plain: Callable) -> Callable:
         Recorder.writes(tensors)
         args, kwargs = tree_map(numbers_of, (args, kwargs))
         out = plain(*args, **kwargs)
+        count_launch(name, args, kwargs, out, kernels=kernels)
 
         def again() -> None:
             for mine, new in zip(tree_leaves(out), tree_leaves(plain(*args, **kwargs)), strict=True):
@@ -40,7 +44,7 @@ def one_operation(name: str, plain: Callable) -> Callable:
 
 def install_kernels() -> None:
     """Put the plain formulas in the place of the launchers of kernels/*_triton.py, and refuse the CPU's kernels."""
-    from gspo.kernels import decode_attention, logprob_chunk, native, pairwise
+    from gspo.kernels import decode_attention, logprob_chunk, native, pairwise, plain_norm_gate_rotary, write_tokens
     from gspo.rollout import draw_tokens
 
     def sample(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float, *truncation: Any) -> Any:
@@ -53,9 +57,12 @@ def install_kernels() -> None:
         ("logprob_chunk_triton", "add_statistics"): logprob_chunk.add_statistics,
         ("logprob_chunk_triton", "to_gradient"): logprob_chunk.to_gradient,
         ("pairwise_triton", "pairwise_loss"): pairwise.plain_pairwise_loss,
+        ("write_tokens_triton", "write_tokens"): write_tokens.plain_write_tokens,
     }
+    for name in ("norm", "norm_back", "add_norm", "add_norm_back", "silu", "silu_back", "rotate"):
+        plain["norm_gate_rotary_triton", name] = getattr(plain_norm_gate_rotary, name)
     for (module, name), formula in plain.items():
-        launcher = one_operation(name, formula)
+        launcher = one_operation(name, formula, KERNELS.get(name, 1))
         launcher.__module__ = f"gspo.kernels.{module}"
         setattr(importlib.import_module(launcher.__module__), name, launcher)
 

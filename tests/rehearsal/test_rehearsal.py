@@ -113,11 +113,27 @@ def test_a_checkpoint_is_evaluated_and_sampled_on_the_device(run_program, traine
         ("engine", "work_that_waits or sampler_and_trainer or (recorded and float32)", 4),
         ("attention", "whole_models or proven", 9),
         ("pairwise", "takes_its_coefficients or beyond_the_kernel", 2),
+        ("layers", "whole_models", 8),
     ],
-    ids=["tokens", "graphs", "attention", "pairs"],
+    ids=["tokens", "graphs", "attention", "pairs", "layers"],
 )
 def test_tests_for_the_gpu_pass_on_the_device(run_program, file, chosen, count):
     assert passed(run_program, f"tests/gpu/test_{file}_on_cuda.py", chosen) == count
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "products"),
+    [("qwen2", "Qwen2.5-0.5B", 137_500), ("qwen3", "Qwen3-0.6B", 135_200)],
+    ids=["biases", "norms of queries and keys"],
+)
+def test_a_layer_takes_no_more_launches_and_bytes_than_the_page_says(run_program, family, model, products):
+    """Launches in a decoding step; bytes a token in a training step, those of attention left out."""
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    launches, kilobytes = map(int, re.search(rf"\| {model}, now \| (\d+) \| (\d+) \|", page).groups())
+    told = json.loads(checked(run_program("tests/rehearsal/count_work.py", family, env={"PYTHONPATH": PATHS})))[family]
+    assert sum(told["launches"].values()) <= launches, told["launches"]
+    assert sum(told["bytes"]["elementwise"].values()) <= 1000 * kilobytes + 500, told["bytes"]["elementwise"]
+    assert sum(told["bytes"]["products"].values()) <= products, told["bytes"]["products"]
 
 
 def test_turing_samples_the_tokens_of_the_cpu_by_pytorchs_attention(run_program):

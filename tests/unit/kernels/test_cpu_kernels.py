@@ -11,10 +11,10 @@ from pack_cases import LARGE, PACKS, a_pack, draw, outcome
 from gspo.kernels import draw_token_cpu, logprob_chunk, logprob_chunk_cpu, native
 from gspo.kernels.decode_attention_cpu import Pool, Sequences, decode_step
 from gspo.kernels.logprob_chunk import LogitTransform
-from gspo.kernels.norm_gate_rotary_cpu import rms_norm, rotate, silu_product
+from gspo.kernels.norm_gate_rotary import rms_norm, rotate, silu_product
 from gspo.kernels.packed_attention_cpu import rows_attention, rows_kernel_takes
 from gspo.kernels.panel_linear_cpu import can_lay_out, laid_out_linear, lay_out
-from gspo.models.cpu_layers import compiled_layers_enabled, install_compiled_layers, is_gated_mlp, norm_offset
+from gspo.models.kernel_layers import install_layer_kernels, is_gated_mlp, layer_kernels_enabled, norm_offset
 from gspo.packing.packed_attention import _padded_attention
 from gspo.rollout.decoder_stack import stack_serves
 from gspo.rollout.draw_tokens import Sampling
@@ -293,13 +293,13 @@ def test_gates(dtype, shape):
 @pytest.mark.parametrize("batch, heads, tokens, width", [(1, 3, 5, 16), (4, 2, 1, 6), (2, 1, 600, 64)])
 def test_rotary_positions(dtype, angles, batch, heads, tokens, width):
     g = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(batch, tokens, heads, width, generator=g).to(dtype).transpose(1, 2) for _ in range(2))
+    x, dy, k = (torch.randn(batch, tokens, heads, width, generator=g).to(dtype).transpose(1, 2) for _ in range(3))
     cos, sin = torch.randn(2, batch, tokens, width, generator=g).to(angles)
     low, high = x.double().chunk(2, -1)
     exact = x.double() * cos.double()[:, None] + torch.cat([-high, low], -1) * sin.double()[:, None]
     wider = torch.promote_types(dtype, angles)
     x = x.detach().requires_grad_()
-    found = rotate(x, cos, sin)
+    found, _ = rotate(x, k, cos, sin)
     near(found.detach(), exact, wider)
     if wider == FULL:  # the transposed map: <dy, turn(x)> = <turned back(dy), x>
         back = torch.autograd.grad(found, x, dy.float())[0].double()
@@ -337,7 +337,7 @@ def test_norms_and_gates_are_found_by_what_they_compute(family, offset, gated):
 def test_by_itself_a_model_stays_transformers_own():
     model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8]])
     plain = model(input_ids=ids).logits
-    install_compiled_layers(model)
+    install_layer_kernels(model)
     assert model(input_ids=ids).logits.equal(plain)
-    with compiled_layers_enabled():
+    with layer_kernels_enabled():
         torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-4)

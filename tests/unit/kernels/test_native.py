@@ -16,7 +16,7 @@ needed = pytest.mark.skipif(native.library() is None, reason="no C++ compiler he
 PROBE = """
 import torch
 from gspo.kernels.native import library
-from gspo.kernels.norm_gate_rotary_cpu import silu_product
+from gspo.kernels.norm_gate_rotary import silu_product
 from gspo.kernels.panel_linear_cpu import can_lay_out
 if library() is not None:
     x = torch.linspace(-9, 9, 200).bfloat16()
