@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.parameters")
     args = parse_arguments(parser)
     with process_group() as world:  # around all that may fail: of several ranks one says why
-        train(load_config(args.config, args.overrides), world, check_only=args.check)
+        train(load_config(args.config, args.overrides, note=say), world, check_only=args.check)
 
 
 def program() -> None:

@@ -1,5 +1,5 @@
-"""Map the original description's names (those without a dot) and verl's to our parameters, and each `objective.form` to
-the settings that it stands for."""
+"""Map the original description's names, verl's and TRL's to our parameters, and each `objective.form` to the settings
+that it stands for. Foreign names whose values mean something else are in foreign_settings.py."""
 
 # name -> parameter
 ALIASES = {
@@ -45,6 +45,45 @@ ALIASES = {
     "trainer.total_training_steps": "trainer.max_steps",
     "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
     "actor_rollout_ref.actor.optim.lr_warmup_steps": "optim.warmup_steps",
+    "actor_rollout_ref.actor.optim.weight_decay": "optim.weight_decay",
+    "actor_rollout_ref.actor.ppo_epochs": "optim.epochs_per_rollout",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": "optim.micro_batch_tokens",
+    "actor_rollout_ref.actor.clip_ratio_low": "objective.clip_low",
+    "actor_rollout_ref.actor.clip_ratio_high": "objective.clip_high",
+    "actor_rollout_ref.model.enable_gradient_checkpointing": "model.gradient_checkpointing",
+    "actor_rollout_ref.rollout.max_num_seqs": "rollout.max_slots",
+    "actor_rollout_ref.rollout.val_kwargs.n": "eval.n",
+    "trainer.max_actor_ckpt_to_keep": "trainer.keep_last",
+    "trainer.val_before_train": "eval.before_and_after",
+    "trainer.resume_from_path": "trainer.resume",
+    # TRL's, and transformers' for its trainers
+    "model_name_or_path": "model.path",
+    "num_generations": "rollout.n",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_length",
+    "temperature": "rollout.temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "min_p": "rollout.min_p",
+    "num_iterations": "optim.epochs_per_rollout",
+    "epsilon_high": "objective.clip_high",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "lr": "optim.learning_rate",
+    "optim.lr": "optim.learning_rate",
+    "warmup_steps": "optim.warmup_steps",
+    "weight_decay": "optim.weight_decay",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "max_grad_norm": "optim.grad_clip",
+    "num_train_epochs": "trainer.total_epochs",
+    "max_steps": "trainer.max_steps",
+    "save_steps": "trainer.save_freq",
+    "save_total_limit": "trainer.keep_last",
+    "eval_steps": "eval.freq",
+    "num_generations_eval": "eval.n",
+    "report_to": "trainer.trackers",
+    "resume_from_checkpoint": "trainer.resume",
+    "seed": "trainer.seed",
 }
 # objective.form -> the settings that it stands for
 FORMS = {

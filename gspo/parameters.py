@@ -44,7 +44,7 @@ def parameters_page() -> str:
         for key, f in parameters(section.type, f"{section.name}.").items():
             meaning = f.metadata["help"].replace("|", "\\|")
             lines.append(f"| `{key}` | {_default(defaults[key])} | {_allowed(f)} | {meaning} |")
-    lines += ["", "## Other names", "", "These names, those of verl among them, are accepted as well.", ""]
+    lines += ["", "## Other names", "", "These names, those of verl and TRL among them, are accepted as well.", ""]
     lines += ["| name | parameter |", "|---|---|", *(f"| `{name}` | `{key}` |" for name, key in ALIASES.items())]
     return "\n".join(lines) + "\n"
 

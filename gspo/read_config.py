@@ -14,6 +14,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
@@ -23,12 +24,14 @@ import yaml
 from gspo.config import PARAMETERS, Config, known_keys
 from gspo.config_aliases import ALIASES, FORMS, VALUE_ALIASES
 from gspo.errors import UserError
+from gspo.foreign_settings import LATER, Settings, is_foreign, set_later, translate
 from gspo.read_paths import check_path, require_file
 from gspo.read_yaml import TwiceError, Written, parse_json, parse_yaml, plain
 
 ROOM = Path(__file__).resolve().parent
 PRESETS = next(folder for folder in (ROOM / "configs", ROOM.parent / "configs") if folder.is_dir())  # installed, or not
 STANDARD = os.path.relpath(PRESETS / "standard.yaml")
+LIKELY = 0.7  # of a guess at an unknown name; a worse one would lead astray
 MAY_BE_EMPTY = ("data.system_prompt",)  # an empty system message stands in for the chat template's own
 
 
@@ -49,9 +52,26 @@ def find_parameter(typed: str, place: str) -> tuple[str, tuple[str, ...]]:
     if inside:
         raise UserError(f"{place}: {key!r} is a section; name a parameter in it: {', '.join(inside[:3])}, ...")
     near = [known for known in PARAMETERS if known.split(".")[1] == key]  # only its section was left out
-    near = near or difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
-    meant = " or ".join(map(repr, near))
-    raise UserError(f"{place}: unknown key {key!r}; did you mean {meant}? `python -m gspo.parameters` lists every key.")
+    near = near or difflib.get_close_matches(key, known_keys(), n=1, cutoff=LIKELY)
+    near = near or [known for known in PARAMETERS if parts[-1] in known.split(".")[1].split("_")]
+    guess = f"; did you mean {' or '.join(map(repr, near[:3]))}?" if near else "."
+    raise UserError(f"{place}: unknown key {key!r}{guess} `python -m gspo.parameters` lists every key.")
+
+
+def require_known(names: list[str], place: str) -> None:
+    """Raise UserError where names are unknown: one error for all of them."""
+    errors = []
+    for typed in names:
+        try:
+            if not is_foreign(typed):
+                find_parameter(typed, place)
+        except UserError as e:
+            errors.append(str(e))
+    if len(errors) > 1:
+        lists = " `python -m gspo.parameters` lists every key."
+        raise UserError(" ".join(e.removesuffix(lists) for e in errors) + lists)
+    if errors:
+        raise UserError(errors[0])
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -230,11 +250,30 @@ def read_file(path: Path) -> dict:
     return tree or {}
 
 
-def _set_from_file(config: Config, path: Path) -> dict[str, str]:
+@dataclasses.dataclass
+class Foreign:
+    """What foreign settings leave behind: what can only be set at the end, and what is to be said about them."""
+
+    later: Settings = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def ours(typed: str, value: Any, place: str, foreign: Foreign) -> list[tuple[str, Any]]:
+    """Return a setting under our names: none, one or several where it is a foreign one."""
+    if not is_foreign(typed):
+        return [(typed, value)]
+    found = translate(typed, value, place, foreign.notes)
+    foreign.later |= {name: x for name, x in found.items() if name in LATER}
+    return [(name, x) for name, x in found.items() if name not in LATER]
+
+
+def _set_from_file(config: Config, path: Path, foreign: Foreign) -> dict[str, str]:
     """Set what the file says; return {parameter: the file}. Raise UserError where it says one thing twice, by different
     names."""
     seen: dict[tuple[str, ...], str] = {}
-    for typed, value in _leaves(read_file(path)):
+    leaves = _leaves(read_file(path))
+    require_known([typed for typed, _ in leaves], str(path))
+    for typed, value in [setting for leaf in leaves for setting in ours(*leaf, str(path), foreign)]:
         key, inside = find_parameter(typed, str(path))
         names = [(key, *inside)]
         if isinstance(value, dict):
@@ -254,23 +293,20 @@ def _typed(item: str) -> tuple[str, Any]:
     key, equals, text = item.partition("=")
     if not equals:
         raise UserError(f"command line: {item!r} is not of the form section.key=value.")
-    name, inside = find_parameter(key, "command line")
+    name, inside = (key, ()) if is_foreign(key) else find_parameter(key, "command line")
+    kind = PARAMETERS[name].type if name in PARAMETERS else None
     if not text.strip() or text.strip() in ("''", '""') or (name == "data.train_files" and text.strip() == "[]"):
         raise UserError(
             f"command line: {item!r} gives {name} no value (a variable of the shell that is not set?). Give one, leave "
             f"the argument out, or write {key}=null for what is not set."
         )
-    if (
-        typing.get_origin(PARAMETERS[name].type) is list
-        and re.search(r"[\[,]\s*(,|\]$)", text.strip())
-        and text != "[]"
-    ):
+    if typing.get_origin(kind) is list and re.search(r"[\[,]\s*(,|\]$)", text.strip()) and text != "[]":
         raise UserError(
             f"command line: {item!r}: an entry of the list is empty (a variable of the shell that is not set?)."
         )
     if text == "null":
         return key, None
-    if PARAMETERS[name].type in (str, str | None) and not inside:
+    if kind in (str, str | None) and not inside:
         return key, text
     try:
         return key, parse_yaml(text)
@@ -280,16 +316,27 @@ def _typed(item: str) -> tuple[str, Any]:
         return key, text
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Return the defaults, overwritten by the YAML file, overwritten by `section.name=value` texts. Raise UserError."""
-    config, places = Config(), {}
+def load_config(
+    path: str | Path | None = None,
+    overrides: list[str] | tuple[str, ...] = (),
+    note: Callable[[str], None] = lambda text: None,
+) -> Config:
+    """Return the defaults, overwritten by the YAML file, overwritten by `section.name=value` texts. Raise UserError.
+
+    `note` is called with a line about each setting of verl or TRL that changes nothing here.
+    """
+    config, places, foreign = Config(), {}, Foreign()
     if path is not None:
         path = find_config(path)
-        places = _set_from_file(config, path)
+        places = _set_from_file(config, path, foreign)
         config.trainer.run_name = config.trainer.run_name or path.stem
+    require_known([item.partition("=")[0] for item in overrides if "=" in item], "command line")
     for item in overrides:
-        key, value = _typed(item)
-        places[set_value(config, key, value, "command line")] = "command line"
+        for key, value in ours(*_typed(item), "command line", foreign):
+            places[set_value(config, key, value, "command line")] = "command line"
+    set_later(config, foreign.later)
+    for text in foreign.notes:
+        note(text)
     apply_form(config, places)
     name = config.trainer.run_name = config.trainer.run_name or "run"
     check_path(name, "trainer.run_name", written=True)

@@ -39,6 +39,7 @@ VOCABULARY = {
     "gspo.config_aliases",
     "gspo.config_health",
     "gspo.config_option",
+    "gspo.foreign_settings",
     "gspo.parameters",
     "gspo.read_config",
     "gspo.read_paths",
