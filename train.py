@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gspo.algorithm.cutoffs import learned_pairs, learned_rewards
 from gspo.algorithm.gold_solutions import SOLUTION_REWARD, add_solution_rewards, add_solutions, prefer_solutions
 from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.pairs import branch_weights, forks, has_contrast, preferences
@@ -127,7 +128,8 @@ def take_step(run: Run) -> None:
         )
     with clock("reward"):
         scores = scorer(rollout)
-        curves = run.batches.record(*world.gather_rows(places, group_outcomes(scores, cfg)).T.tolist())
+        outcomes = group_outcomes(scores, rollout.finished, cfg)
+        curves = run.batches.record(*world.gather_rows(places, outcomes).T.tolist())
     with clock("reference"):  # pairs, and log-probs under the frozen models
         places, rollout, scores, imbalance = balance(places, rollout, scores, cfg.optim.minibatches, world)
         if find_algorithm(cfg.objective.algorithm).needs_solutions:
@@ -139,15 +141,16 @@ def take_step(run: Run) -> None:
     finish_step(run, experience, scores, update, clock, curves | {"learning_rate": lr, "balance": imbalance})
 
 
-def group_outcomes(scores: Scores, cfg: Config) -> Tensor:
+def group_outcomes(scores: Scores, finished: Tensor, cfg: Config) -> Tensor:
     """Return [G, 3] float64: whether a group has contrast, without which nothing is learned from it; its mean and its
     best reward. NaN where the reward function failed and the group is left out.
 
     A gold solution belongs to its group: it leaves no contrast where all responses score like it.
     """
-    algorithm, rewards = find_algorithm(cfg.objective.algorithm), scores.rewards.double()
-    compared = pad(rewards, (0, int(algorithm.needs_solutions)), value=SOLUTION_REWARD)
-    contrast = has_contrast(compared, cfg.objective.margin if algorithm.uses_margin else 0.0)
+    algorithm, rewards, margin = find_algorithm(cfg.objective.algorithm), scores.rewards.double(), cfg.objective.margin
+    compared = learned_rewards(rewards, finished.to(rewards.device), cfg.rollout.on_cutoff, margin)
+    compared = pad(compared, (0, int(algorithm.needs_solutions)), value=SOLUTION_REWARD)
+    contrast = has_contrast(compared, margin if algorithm.uses_margin else 0.0)
     outcomes = torch.stack([contrast, rewards.mean(1), rewards.amax(1)], 1)
     outcomes[scores.skipped] = math.nan
     return outcomes
@@ -164,8 +167,10 @@ def gather_experience(
     tree: Tree | None = None,
 ) -> Experience:
     """Rewards -> pairs, and the log-probs of the reference and the anchor, which the objective compares with."""
-    rewards = add_solution_rewards(scores.rewards, rollout).to(world.device)
-    beats = prefer_solutions(preferences(rewards, cfg.objective.margin), rollout.sampled)
+    how, margin, ended = cfg.rollout.on_cutoff, cfg.objective.margin, rollout.finished
+    rewards = learned_rewards(scores.rewards.to(world.device), ended[:, : scores.rewards.shape[1]], how, margin)
+    rewards = add_solution_rewards(rewards, rollout)
+    beats = prefer_solutions(learned_pairs(preferences(rewards, margin), ended, how), rollout.sampled)
     reference, anchors = models.reference_and_anchor_logprobs(rollout)
     branching = tree.leaf_places(rollout) if tree else None
     weights = None if branching is None else branch_weights(branching, tree.trunks, rollout.tokens.shape[2])
@@ -188,7 +193,7 @@ def finish_step(
     metrics = training_pairs(metrics) | metrics
     metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
     run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
-    run.log.samples(state.step, world.gather(sample_rows(experience, cfg.trainer.sample_rows)))
+    run.log.samples(state.step, world.gather(sample_rows(experience, scores.rewards, cfg.trainer.sample_rows)))
     run.checkpoints.commit()
     best = not state.bad_steps and state.is_best(metrics) and cfg.trainer.keep_best
     if best or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):

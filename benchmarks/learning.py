@@ -32,7 +32,7 @@ from benchmarks.learning_methods import (
     TUNING_SEEDS,
     VARIANTS,
 )  # fmt: skip
-from benchmarks.learning_report import draw, task_table
+from benchmarks.learning_report import draw, task_table, whole_table
 from benchmarks.learning_runs import ROOT, Job, Result, Results, before_training, in_parallel, result_of
 from benchmarks.learning_search import START, Point, best_point, dev_score
 
@@ -134,6 +134,8 @@ def write_tables(
     """Write the tables of a stage as markdown, and its curves as a picture."""
     stem = "learning" if stage == "report" else "learning_variants"
     text = [heading(title, f"python benchmarks/learning.py {stage}")]
+    if len(by_task) > 1:
+        text += ["### All tasks\n", whole_table(by_task, ours)]
     for task, runs in by_task.items():
         text += [f"### {task}\n", task_table(runs, before[task], ours)]
     (out / f"{stem}.md").write_text("\n".join(text), encoding="utf-8")

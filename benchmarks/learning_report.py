@@ -13,13 +13,19 @@ SAMPLES = 8  # responses to each test prompt
 Runs = list[dict[str, Any]]  # one a seed, in the order of seeds
 
 
-def bootstrap_differences(mine: Runs, theirs: Runs) -> np.ndarray:
-    """Return sorted means of the difference in test pass@1 over resampled seeds and prompts, both paired: [DRAWS]."""
-    a, b = (np.array([r["correct_counts"] for r in runs], float) / SAMPLES for runs in (mine, theirs))
-    gap, rng = a - b, np.random.default_rng(0)  # [seeds, prompts]
-    seeds = rng.integers(0, gap.shape[0], (DRAWS, gap.shape[0]))
-    prompts = rng.integers(0, gap.shape[1], (DRAWS, gap.shape[1]))
-    return np.sort([gap[s][:, p].mean() for s, p in zip(seeds, prompts, strict=True)])
+def bootstrap_differences(mine: list[Runs], theirs: list[Runs]) -> np.ndarray:
+    """Return sorted means of the difference in test pass@1 over resampled seeds and prompts, both paired: [DRAWS].
+
+    mine, theirs: the runs on each task; the tasks weigh alike, and are not resampled.
+    """
+    total, rng = np.zeros(DRAWS), np.random.default_rng(0)
+    for ours, others in zip(mine, theirs, strict=True):
+        a, b = (np.array([r["correct_counts"] for r in runs], float) / SAMPLES for runs in (ours, others))
+        gap = a - b  # [seeds, prompts]
+        seeds = rng.integers(0, gap.shape[0], (DRAWS, gap.shape[0]))
+        prompts = rng.integers(0, gap.shape[1], (DRAWS, gap.shape[1]))
+        total += [gap[s][:, p].mean() for s, p in zip(seeds, prompts, strict=True)]
+    return np.sort(total / len(mine))
 
 
 def interval(means: np.ndarray, level: float) -> tuple[float, float]:
@@ -54,17 +60,37 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def comparisons(runs: dict[str, Runs], ours: str) -> dict[str, tuple[float, float, float, str]]:
-    """Return {method: (difference, low, high, verdict)}: `ours` against each of the others, judged together."""
-    samples = {name: bootstrap_differences(runs[ours], other) for name, other in runs.items() if name != ours}
-    means = {name: float(np.mean([m["pass@1"] for m in runs[ours]]) - np.mean([r["pass@1"] for r in runs[name]]))
-             for name in samples}  # fmt: skip
-    return {name: (means[name], *judged) for name, judged in holm(samples).items()}
+def mean_pass_at_1(tasks: list[Runs]) -> float:
+    """Return test pass@1, mean over seeds and then over tasks."""
+    return float(np.mean([np.mean([run["pass@1"] for run in runs]) for runs in tasks]))
+
+
+def comparisons(by_task: list[dict[str, Runs]], ours: str) -> dict[str, tuple[float, float, float, str]]:
+    """Return {method: (difference, low, high, verdict)}: `ours` against each of the others, judged together.
+
+    by_task: the methods' runs on one task, or on several, over which they are compared as a whole.
+    """
+    runs = {name: [task[name] for task in by_task] for name in by_task[0]}
+    samples = {name: bootstrap_differences(runs[ours], others) for name, others in runs.items() if name != ours}
+    ahead = {name: mean_pass_at_1(runs[ours]) - mean_pass_at_1(runs[name]) for name in samples}
+    return {name: (ahead[name], *judged) for name, judged in holm(samples).items()}
+
+
+def whole_table(by_task: dict[str, dict[str, Runs]], ours: str) -> str:
+    """Return a markdown table of pass@1 on each task and on all, and how far `ours` is from each method on all."""
+    tasks = list(by_task.values())
+    against = comparisons(tasks, ours)
+    lines = []
+    for method in tasks[0]:
+        each = [mean_pass_at_1([task[method]]) for task in tasks]
+        said = "{:+.3f} [{:+.3f}, {:+.3f}] {}".format(*against[method]) if method in against else ""
+        lines.append([method, *(f"{x:.3f}" for x in [*each, np.mean(each)]), said])
+    return table(["pass@1", *by_task, "mean", f"{ours}, ahead by"], lines)
 
 
 def task_table(runs: dict[str, Runs], before: dict[str, float], ours: str) -> str:
     """Return a markdown table, one line a method: means and deviations over seeds, and how far `ours` is from it."""
-    against = comparisons(runs, ours)
+    against = comparisons([runs], ours)
     lines = [["before training", "", "", f"{before['pass@1']:.3f}", f"{before['pass@8']:.3f}", *[""] * 5]]
     for method, results in runs.items():
         said = "{:+.3f} [{:+.3f}, {:+.3f}] {}".format(*against[method]) if method in against else ""

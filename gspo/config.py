@@ -98,6 +98,11 @@ class Rollout:
         0.0, "drop tokens less likely than this share of the likeliest one's probability; 0: off", ge=0.0, lt=1.0
     )
     max_new_tokens: int = opt(512, "longest response in tokens", ge=1, le=10**7)
+    on_cutoff: Literal["keep", "lose", "skip"] = opt(
+        "keep",
+        "responses cut off at max_new_tokens. keep: as they are scored; lose: behind all that ended; skip: nothing is "
+        "learned from them. Curves and samples show the scores as they are",
+    )
     stop: list[str] = opt([], "stop strings: a response also ends after one of these, and keeps it")
     skip_special_tokens: bool = opt(
         False,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gspo.algorithm.cutoffs import check_cutoffs
 from gspo.algorithm.objective import find_algorithm
 from gspo.algorithm.self_play_models import round_of
 from gspo.algorithm.update import learning_rate
@@ -45,6 +46,7 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     TimeLimit(cfg.trainer.time_limit)
     StopWhen(cfg.trainer.stop_when, GLOSSARY)
     find_algorithm(cfg.objective.algorithm)
+    check_cutoffs(cfg)
     engine_class(cfg.rollout.engine)
     Tree.of(cfg.rollout)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later

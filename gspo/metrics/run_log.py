@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from gspo.algorithm.pairs import chosen_rejected
 from gspo.config import Config
 from gspo.errors import UserError
@@ -191,21 +193,24 @@ class RunLog:
         self.disk_full = waiting
 
 
-def sample_rows(exp: Experience, count: int) -> Samples:
-    """Return {place: prompt, responses, rewards, the widest pair} of this rank's groups among the first `count`."""
+def sample_rows(exp: Experience, scored: Tensor, count: int) -> Samples:
+    """Return {place: prompt, responses, rewards, the widest pair} of this rank's groups among the first `count`.
+
+    scored [G, N]: the rewards as the function gave them.
+    """
     rows = {}
     for g, place in enumerate(exp.places):
         if place >= count:
             continue
         prompt, sampled = exp.rollout.prompts[g], exp.rollout.sampled[g]
         texts = [text for text, kept in zip(exp.rollout.texts[g], sampled.tolist(), strict=True) if kept]
-        beats, rewards = exp.groups.beats[g][sampled][:, sampled], exp.groups.rewards[g][sampled]
-        pairs = chosen_rejected(beats, rewards)
+        beats = exp.groups.beats[g][sampled][:, sampled]
+        pairs = chosen_rejected(beats, exp.groups.rewards[g][sampled])
         rows[place] = {
             "prompt": prompt.text,
             "ground_truth": prompt.ground_truth,
             "responses": texts,
-            "rewards": [round(r, 6) for r in rewards.tolist()],
+            "rewards": [round(r, 6) for r in scored[g].tolist()],
             "chosen": texts[pairs[0][0]] if pairs else None,
             "rejected": texts[pairs[0][1]] if pairs else None,
         }

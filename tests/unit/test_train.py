@@ -123,6 +123,7 @@ def test_evaluation_of_a_checkpoint_repeats_the_runs_table(uninterrupted, run_pr
 
 
 REWARDS = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.4], [0.9, 1, 1], [0.9, 1.0, 0.7], [0, 0, 1]])
+ENDED = torch.ones_like(REWARDS, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ REWARDS = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.4], [0.9, 1, 1], [0
 )
 def test_a_group_has_contrast_where_the_algorithm_learns_from_it(algorithm, contrast):
     cfg = Config(objective=Objective(algorithm=algorithm, margin=0.1))
-    found, mean, best = group_outcomes(Scores(REWARDS), cfg).T
+    found, mean, best = group_outcomes(Scores(REWARDS), ENDED, cfg).T
     assert found.tolist() == contrast
     if algorithm == "gspo":
         assert found.bool().equal(preferences(REWARDS, 0.1).any((1, 2))), "exactly where there is a pair"
@@ -146,10 +147,23 @@ def test_a_group_has_contrast_where_the_algorithm_learns_from_it(algorithm, cont
     )
 
 
+@pytest.mark.parametrize(("how", "contrast"), [("keep", [1, 0, 0]), ("lose", [1, 1, 0]), ("skip", [0, 0, 0])])
+def test_contrast_is_what_is_left_after_cutoffs_are_dealt_with(how, contrast):
+    """Two that ended and one that did not, worse than these; all right; none ended."""
+    rewards, ended = (
+        torch.tensor([[1.0, 1, 0], [1, 1, 1], [0, 0, 0]]),
+        torch.tensor([[True, True, False]] * 2 + [[False] * 3]),
+    )
+    cfg = Config()
+    cfg.rollout.on_cutoff = how
+    found, mean, _ = group_outcomes(Scores(rewards), ended, cfg).T
+    assert found.tolist() == contrast and mean.tolist() == pytest.approx([2 / 3, 1, 0]), "means are as scored"
+
+
 def test_a_group_that_the_reward_function_failed_on_has_no_outcome():
-    outcomes = group_outcomes(Scores(REWARDS, skipped=[1, 5]), Config())
+    outcomes = group_outcomes(Scores(REWARDS, skipped=[1, 5]), ENDED, Config())
     assert outcomes.isnan().all(1).nonzero().flatten().tolist() == [1, 5]
-    assert group_outcomes(Scores(REWARDS[:0]), Config()).shape == (0, 3), "a rank without prompts"
+    assert group_outcomes(Scores(REWARDS[:0]), ENDED[:0], Config()).shape == (0, 3), "a rank without prompts"
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_metrics_and_samples_show_the_sampled_responses_only(setting):
         Meter.merge([observe(e, scores, u, cfg.objective).state()]) for e, u in ((exp, update), (alone, short))
     )
     assert shown == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-    assert sample_rows(exp, 2) == sample_rows(alone, 2)
+    assert sample_rows(exp, scores.rewards, 2) == sample_rows(alone, scores.rewards, 2)
 
 
 @pytest.mark.parametrize(

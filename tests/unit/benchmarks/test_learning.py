@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import learning, learning_runs
 from benchmarks.learning_methods import DEVELOPMENT, REPORT, TUNING_SEEDS
-from benchmarks.learning_report import bootstrap_differences, holm, interval, p_value, task_table
+from benchmarks.learning_report import bootstrap_differences, holm, interval, p_value, task_table, whole_table
 from benchmarks.learning_runs import Job, Results, result_of
 from benchmarks.learning_search import KL_RANGE, LR_RANGE, best_point, dev_score, neighbours
 
@@ -19,7 +19,7 @@ def runs(*counts):
 
 
 def difference(mine, theirs):
-    means = bootstrap_differences(mine, theirs)
+    means = bootstrap_differences([mine], [theirs])
     return (float(means.mean()), *interval(means, 0.95))
 
 
@@ -133,6 +133,17 @@ def test_a_line_of_the_table_by_hand():
     assert "0.250" in before and "0.900" in before
     assert ours.startswith("| ours | 0.0001 | 0.01 | 0.750 ± 0.000 |") and ours.endswith("| 24 | 7 |  |")
     assert theirs.endswith("+0.250 [+0.250, +0.250] ahead |")
+
+
+def test_tasks_weigh_alike_in_the_table_of_all():
+    """One task of a hundred prompts where ours is ahead by 1/4, one of ten where it is behind by 1/8."""
+    by_task = {
+        "large": {"ours": runs([6] * 100), "theirs": runs([4] * 100)},
+        "small": {"ours": runs([4] * 10), "theirs": runs([5] * 10)},
+    }
+    _, _, ours, theirs = whole_table(by_task, "ours").strip().splitlines()
+    assert ours == "| ours | 0.750 | 0.500 | 0.625 |  |"
+    assert theirs == "| theirs | 0.500 | 0.625 | 0.562 | +0.062 [+0.062, +0.062] ahead |"
 
 
 def a_job(**changed):

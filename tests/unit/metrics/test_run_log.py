@@ -35,11 +35,16 @@ def an_experience(rewards=REWARDS, texts=TEXTS, margin=0.1):
     return Experience(rollout, groups, zeros, [*range(len(rewards))], len(rewards), int(beats.sum()))
 
 
+def rows_of(experience, count):
+    """Scored as what is learned from."""
+    return sample_rows(experience, experience.groups.rewards, count)
+
+
 def track(folder, steps, start=0, **changed):
     log = RunLog(folder, Config(), start)
     for step in steps:
         log.log(step, metrics(step, **changed), total_steps=9)
-        log.samples(step, [sample_rows(an_experience(), 1)])
+        log.samples(step, [rows_of(an_experience(), 1)])
     log.close()
 
 
@@ -126,7 +131,7 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room_again(tmp_
     with no_file_above(size + 100):  # step 3 would end in the middle of a line
         for step in (3, 4):
             log.log(step, metrics(step), total_steps=9)
-            log.samples(step, [sample_rows(an_experience(), 1)])
+            log.samples(step, [rows_of(an_experience(), 1)])
         assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
     said = [line for line in capsys.readouterr().out.splitlines() if "written" in line]
     assert len(said) == 1 and "cannot be written (File too large); they wait in memory" in said[0]
@@ -169,7 +174,7 @@ def test_a_half_written_last_line_is_dropped_wherever_it_ends(tmp_path, cut):
 def test_cutting_keeps_lines_whose_text_holds_odd_line_ends(tmp_path, odd):
     log = RunLog(tmp_path, Config(), 0)
     texts = [[f"a{odd}b", "c", "d", "e"]]
-    log.samples(1, [sample_rows(an_experience(REWARDS[:1], texts), 1)])
+    log.samples(1, [rows_of(an_experience(REWARDS[:1], texts), 1)])
     log.close()
     before = (tmp_path / "samples.jsonl").read_bytes()
     drop_steps_after(tmp_path / "samples.jsonl", 1)
@@ -187,7 +192,7 @@ def test_cutting_nothing_and_a_file_that_is_not_there(tmp_path):
 
 def test_samples_name_the_widest_pair_and_agree_with_the_rewards(tmp_path):
     log = RunLog(tmp_path, Config(), 0)
-    log.samples(3, [sample_rows(an_experience(), 5)])
+    log.samples(3, [rows_of(an_experience(), 5)])
     log.close()
     first, second = lines(tmp_path / "samples.jsonl")
     assert first == {
@@ -206,7 +211,7 @@ def test_samples_name_the_widest_pair_and_agree_with_the_rewards(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_no_more_groups_are_written_than_asked(tmp_path, count):
     log = RunLog(tmp_path, Config(), 0)
-    log.samples(1, [sample_rows(an_experience(), count)])
+    log.samples(1, [rows_of(an_experience(), count)])
     log.close()
     assert [row["prompt"] for row in lines(tmp_path / "samples.jsonl")] == ["问题 0?", "问题 1?"][:count]
 
@@ -214,7 +219,7 @@ def test_no_more_groups_are_written_than_asked(tmp_path, count):
 def test_the_first_samples_are_a_table_on_the_board(tmp_path):
     log = RunLog(tmp_path, Config(), 0)
     texts = [["5 | 6", "line\nbreak", "", "x"]]
-    log.samples(1, [sample_rows(an_experience(REWARDS[:1], texts), 1)])
+    log.samples(1, [rows_of(an_experience(REWARDS[:1], texts), 1)])
     log.close()
     (event,) = board(tmp_path).Tensors("samples/0/text_summary")
     text = event.tensor_proto.string_val[0].decode()
