@@ -3,12 +3,14 @@
     python train.py --config configs/quick.yaml [section.key=value ...]
     torchrun --nproc_per_node=8 train.py --config configs/standard.yaml [...]
 
-A step is data -> rollout -> reward -> pairs -> log-probs -> objective -> update -> log (`take_step`). When a self-play
-round ends, the opponent becomes a copy of the policy. This file is where the stages meet.
+A step is data -> rollout -> reward -> pairs -> log-probs -> objective -> update -> log (`take_step`). Where the rows
+hold the responses (DPO), they are read instead of sampled and scored. When a self-play round ends, the opponent becomes
+a copy of the policy. This file is where the stages meet.
 """
 
 import argparse
 import math
+from dataclasses import replace
 
 import gspo  # noqa: F401 -- before torch
 
@@ -19,7 +21,7 @@ from torch.nn.functional import pad
 
 from gspo.algorithm.cutoffs import learned_pairs, learned_rewards
 from gspo.algorithm.gold_solutions import SOLUTION_REWARD, add_solution_rewards, add_solutions, prefer_solutions
-from gspo.algorithm.objective import find_algorithm
+from gspo.algorithm.objective import find_algorithm, learns_from_rows
 from gspo.algorithm.pairs import branch_weights, forks, has_contrast, preferences
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import learning_rate
@@ -27,12 +29,13 @@ from gspo.checkpoint.evaluations import needs_evaluation
 from gspo.checkpoint.run_folder import check_run, latest_checkpoint
 from gspo.config import Config
 from gspo.data.batches import Batches
-from gspo.data.prompts import load_splits
+from gspo.data.prompts import group_size, load_splits, truths_known
+from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch_checks import check_launch, check_steps, final_words, say_fine, say_inputs, say_notes, say_progress
 from gspo.metrics.run_log import sample_rows
-from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs
+from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs, without_sampling
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.packing.balance import balance
 from gspo.read_config import STANDARD, load_config, parse_arguments
@@ -53,7 +56,7 @@ from gspo.run import (
 )
 from gspo.system.console import say
 from gspo.system.program import guarded
-from gspo.types import Experience, Groups, Rollout, Scores, Update
+from gspo.types import Collected, Experience, Groups, Prompt, Rollout, Scores, Update
 
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
@@ -62,23 +65,26 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     check_launch(cfg, model_config, world, started=not check_only)
     world.broadcast_from_main(lambda: check_weights(cfg.model.path, values=True))
     scorer = Scorer(cfg.reward, world.device)
-    needs_solutions = find_algorithm(cfg.objective.algorithm).needs_solutions
-    splits = world.main_process_first(
-        lambda: load_splits(cfg, tokenizer, model_config, needs_solutions=needs_solutions)
-    )
+    needs = {
+        "needs_solutions": find_algorithm(cfg.objective.algorithm).needs_solutions,
+        "stored": learns_from_rows(cfg),
+    }
+    splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model_config, **needs))
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
-    correct_at = world.broadcast_from_main(lambda: require_gold(scorer, splits.train, cfg.reward.check_rows))
-    scorer.of_each.correct_at = correct_at
+    checked = next((rows for rows in (splits.train, splits.val, splits.test) if truths_known(rows)), [])
+    if checked:  # else there is nothing to score: rewards are read from the rows
+        correct_at = world.broadcast_from_main(lambda: require_gold(scorer, checked, cfg.reward.check_rows))
+        scorer.of_each.correct_at = correct_at
     say_inputs(cfg.model.path, splits, scorer.title)  # after all checks: what a wrong start says is its error alone
     say_notes(cfg)
     check_steps(cfg, total)
     if check_only:
         check_run(cfg, fingerprints_of(cfg, splits, scorer))
-        return say_fine(cfg, len(splits.train), total)
+        return say_fine(cfg, len(splits.train), total, group_size(cfg, splits.train))
 
     run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)
-    state, evaluates = run.state, splits.test and cfg.eval.before_and_after
+    state, evaluates = run.state, truths_known(splits.test) and cfg.eval.before_and_after
     if state.step:
         say_progress(run.folder, state.step, cfg, total)
     else:
@@ -116,29 +122,47 @@ def take_steps(run: Run) -> StopReason | None:
 
 
 def take_step(run: Run) -> None:
-    """Take one step: data -> rollout -> reward -> pairs -> log-probs -> objective -> update -> log."""
-    cfg, world, models, scorer = run.cfg, run.world, run.models, run.scorer
-    step, clock = run.state.step, Clock(world.device)
+    """Take one step: collect (data, rollout, reward) -> experience (pairs, log-probs) -> update (objective) -> log."""
+    cfg, world, step, clock = run.cfg, run.world, run.state.step, Clock(run.world.device)
     prompts = run.batches.take()
-    tree = Tree.of(cfg.rollout, run.state.response_length, run.state.response_entropy)
-    with clock("rollout"):
-        models.refresh_sampler()
-        places, rollout = run.sampler.generate_share(
-            prompts, cfg.rollout.n, run.sampling, world, step=step, on_group=scorer.begin, tree=tree
-        )
-    with clock("reward"):
-        scores = scorer(rollout)
-        outcomes = group_outcomes(scores, rollout.finished, cfg)
-        curves = run.batches.record(*world.gather_rows(places, outcomes).T.tolist())
+    stored = learns_from_rows(cfg)
+    tree = None if stored else Tree.of(cfg.rollout, run.state.response_length, run.state.response_entropy)
+    collected = read_rows(run, prompts) if stored else sample_and_score(run, prompts, tree, clock)
+    places, rollout, scores = collected
+    outcomes = group_outcomes(scores, rollout.finished, cfg)
+    curves = run.batches.record(*world.gather_rows(places, outcomes).T.tolist())
     with clock("reference"):  # pairs, and log-probs under the frozen models
         places, rollout, scores, imbalance = balance(places, rollout, scores, cfg.optim.minibatches, world)
         if find_algorithm(cfg.objective.algorithm).needs_solutions:
-            rollout = add_solutions(rollout, run.sampler.tokenizer, run.sampler.end_id, models.policy.config, world)
-        experience = gather_experience(rollout, places, scores, models, len(prompts), cfg, world, tree)
+            rollout = add_solutions(rollout, run.sampler.tokenizer, run.sampler.end_id, run.models.policy.config, world)
+        experience = gather_experience(rollout, places, scores, run.models, len(prompts), cfg, world, tree)
     with clock("update"):  # evaluates the objective
         lr = learning_rate(step, run.total_steps, cfg)
         update = run.updater.run(experience, lr)
     finish_step(run, experience, scores, update, clock, curves | {"learning_rate": lr, "balance": imbalance})
+
+
+def sample_and_score(run: Run, prompts: list[Prompt], tree: Tree | None, clock: Clock) -> Collected:
+    """Collect this rank's groups of a step from the policy: N responses to each of its prompts, and their rewards."""
+    with clock("rollout"):
+        run.models.refresh_sampler()
+        places, rollout = run.sampler.generate_share(
+            prompts,
+            run.cfg.rollout.n,
+            run.sampling,
+            run.world,
+            step=run.state.step,
+            on_group=run.scorer.begin,
+            tree=tree,
+        )
+    with clock("reward"):
+        return places, rollout, run.scorer(rollout)
+
+
+def read_rows(run: Run, prompts: list[Prompt]) -> Collected:
+    """Collect this rank's groups of a step from the training rows, which hold responses and rewards."""
+    sampler, places = run.sampler, run.world.places(len(prompts))
+    return stored_groups(prompts, places, sampler.tokenizer, sampler.end_id, run.world.device)
 
 
 def group_outcomes(scores: Scores, finished: Tensor, cfg: Config) -> Tensor:
@@ -172,6 +196,8 @@ def gather_experience(
     rewards = add_solution_rewards(rewards, rollout)
     beats = prefer_solutions(learned_pairs(preferences(rewards, margin), ended, how), rollout.sampled)
     reference, anchors = models.reference_and_anchor_logprobs(rollout)
+    if learns_from_rows(cfg):
+        rollout = replace(rollout, logprobs=reference)  # what sampled the rows is unknown
     branching = tree.leaf_places(rollout) if tree else None
     weights = None if branching is None else branch_weights(branching, tree.trunks, rollout.tokens.shape[2])
     groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths, weights)
@@ -186,12 +212,14 @@ def finish_step(
     state.step += 1
     state.count_non_finite(update.skipped, cfg.health.max_bad_steps, update.not_finite, run.checkpoints.steps)
     metrics = Meter.merge(world.gather(observe(experience, scores, update, cfg.objective).state())) | shown
-    state.tokens_sampled += int(metrics["tokens"])
+    if learns_from_rows(cfg):
+        metrics = without_sampling(metrics)
+    state.tokens_sampled += int(metrics.get("tokens", 0))
     state.observe_responses(metrics)
     metrics |= {"round": float(state.round), "tokens_sampled": float(state.tokens_sampled)}
     metrics |= end_round_if_over(run)
     metrics = training_pairs(metrics) | metrics
-    metrics |= clock.metrics(metrics["tokens"]) | {"memory/peak_gib": peak_memory_gib(world.device)}
+    metrics |= clock.metrics(metrics.get("tokens")) | {"memory/peak_gib": peak_memory_gib(world.device)}
     run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
     run.log.samples(state.step, world.gather(sample_rows(experience, scores.rewards, cfg.trainer.sample_rows)))
     run.checkpoints.commit()

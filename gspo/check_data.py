@@ -15,19 +15,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gspo.algorithm.objective import find_algorithm
+from gspo.algorithm.objective import find_algorithm, learns_from_rows
 from gspo.config import Config
 from gspo.data.encoding import check_template_kwargs
 from gspo.data.prompts import (
     Survey,
-    TooLong,
     check_positions,
     configured_splits,
     in_common,
     make_checker,
-    say_unread,
     survey,
 )
+from gspo.data.row_checker import TooLong, say_unread
 from gspo.errors import UserError
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.read_config import STANDARD, load_config, parse_arguments
@@ -70,11 +69,11 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
     model_config, tokenizer, scorer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path), None
     check_weights(cfg.model.path, values=True)
     train: Survey | None = None
-    needs_solutions = find_algorithm(cfg.objective.algorithm).needs_solutions
+    needs_solutions, stored = find_algorithm(cfg.objective.algorithm).needs_solutions, learns_from_rows(cfg)
     check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)
     for configured in configured_splits(cfg):
         found, blocked = Found(), []
-        checker = make_checker(cfg, tokenizer, model_config, needs_solutions and configured.name == "train")
+        checker = make_checker(cfg, tokenizer, model_config, configured.name, needs_solutions, stored)
 
         def on_bad_row(error: UserError, found: Found = found) -> None:
             found.add(LONG if isinstance(error, TooLong) else BAD, str(error))

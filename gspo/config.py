@@ -71,6 +71,11 @@ class Rollout:
     """Sampling: how responses to the prompts are generated."""
 
     n: int = opt(8, "responses per prompt (the group size)", ge=2, le=65536)
+    source: Literal["auto", "policy", "rows"] = opt(
+        "auto",
+        "where the responses to learn from come from. policy: it samples them; rows: the training rows hold them "
+        "(chosen and rejected, or responses and rewards); auto: rows for dpo, else policy",
+    )
     trunks: int | None = opt(
         None,
         "make each group a tree: so many whole responses, and n / trunks - 1 branches sampled from inside each; empty: "
@@ -177,7 +182,8 @@ class Objective:
 
     algorithm: str = opt(
         "gspo",
-        "objective: gspo, a baseline (rloo, grpo, dr_grpo, maxrl, tempo, online_dpo, spin), or your own line of "
+        "objective: gspo, a baseline (rloo, grpo, dr_grpo, maxrl, tempo, online_dpo, spin), dpo (offline), or your own "
+        "line of "
         "ALGORITHMS in gspo/algorithm/objective.py",
     )
     form: Literal["default", "seed"] = opt(
@@ -208,6 +214,15 @@ class Objective:
     normalizer: Literal["constant", "batch", "group", "sqrt"] = opt(
         "constant", "what the pair losses of a group are divided by"
     )
+    dpo_loss: Literal["sigmoid", "ipo", "simpo"] = opt(
+        "sigmoid",
+        "dpo: its loss. sigmoid: of the paper; ipo: the square loss of IPO; simpo: SimPO's, of mean log-probs, which "
+        "needs no anchor",
+    )
+    label_smoothing: float = opt(
+        0.0, "dpo, sigmoid and simpo: share of the pairs that is taken to be labelled the wrong way", ge=0.0, lt=0.5
+    )
+    simpo_gamma: float = opt(0.5, "dpo, simpo: the implicit reward by which chosen should lead", ge=0.0)
     use_ranking_loss: bool = opt(True, "add the ranking (Plackett-Luce) term")
     ranking_coef: float = opt(0.1, "weight of the ranking term", ge=0.0)
     kl_coef: float = opt(1e-3, "weight of the KL term to the reference", ge=0.0)

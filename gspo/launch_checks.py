@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gspo.algorithm.cutoffs import check_cutoffs
-from gspo.algorithm.objective import find_algorithm
+from gspo.algorithm.objective import find_algorithm, learns_from_rows
 from gspo.algorithm.self_play_models import round_of
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.checkpoints import State
@@ -45,8 +45,14 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     check_trackers(cfg.trainer.trackers)
     TimeLimit(cfg.trainer.time_limit)
     StopWhen(cfg.trainer.stop_when, GLOSSARY)
-    find_algorithm(cfg.objective.algorithm)
     check_cutoffs(cfg)
+    several = cfg.optim.epochs_per_rollout * cfg.optim.minibatches
+    if find_algorithm(cfg.objective.algorithm).from_rows and several > 1:
+        raise UserError(
+            f"objective.algorithm = {cfg.objective.algorithm} takes one optimizer step a batch, not {several} "
+            "(optim.epochs_per_rollout x optim.minibatches): what clips the later ones is made for responses that the "
+            "policy sampled. Lower data.train_batch_size for more steps, raise trainer.total_epochs for more passes."
+        )
     engine_class(cfg.rollout.engine)
     Tree.of(cfg.rollout)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
@@ -66,7 +72,17 @@ def say_notes(cfg: Config) -> None:
             f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "
             "the embedded one hardly learns with it; 3e-4 suits it."
         )
-    if cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
+    if learns_from_rows(cfg):
+        say(
+            "responses are read from the training rows: log-probs are at temperature 1, there is no KL term (it needs "
+            "samples of the policy), and the reference's log-probs stand for those of whatever sampled them."
+        )
+        if cfg.objective.anchor == "opponent" and cfg.selfplay.rounds > 1:
+            say(
+                f"note: objective.anchor = opponent, so what is subtracted becomes the policy itself when each of the "
+                f"{cfg.selfplay.rounds} rounds begins; objective.anchor=initial stays with the initial model."
+            )
+    elif cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:
         say(
             "warning: with top_p, top_k or min_p responses are not sampled from the distribution that is trained: "
             "kl_divergence and the KL term do not see tokens that are cut off (kl_divergence is at most KL / z where a "
@@ -132,9 +148,9 @@ def say_what_changed(state: State, cfg: Config, total: int, held_out: int) -> No
         say(f"eval.round_prompts was {kept} when this round began, and is {held_out} now: {effect}.")
 
 
-def say_fine(cfg: Config, prompts: int, total: int) -> None:
-    """Say that a run could start, and what its steps are."""
-    size, n = cfg.data.train_batch_size, cfg.rollout.n
+def say_fine(cfg: Config, prompts: int, total: int, n: int) -> None:
+    """Say that a run could start, and what its steps are: n responses to each prompt."""
+    size = cfg.data.train_batch_size
     all_of_them = f"; data.train_batch_size = {size}, so a batch holds all {prompts} prompts" if prompts < size else ""
     say(f"fine: {prompts} prompts, {total} steps of {min(size, prompts)} x {n} responses{all_of_them}")
 

@@ -1,6 +1,6 @@
 """Do what surrounds a run's steps: start, resume and save it, evaluate it, say why it stops (train.py has the loop)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gspo.algorithm.gold_solutions import add_solutions
 from gspo.algorithm.held_out_pairs import HeldOutPairs
-from gspo.algorithm.objective import find_algorithm
+from gspo.algorithm.objective import as_trained, find_algorithm
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State
@@ -19,7 +19,8 @@ from gspo.checkpoint.restore import load_held_out, load_order, load_state, resto
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
 from gspo.data.batches import Batches
-from gspo.data.prompts import Splits
+from gspo.data.prompts import Splits, group_size, truths_known
+from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World
 from gspo.launch_checks import say_what_changed
 from gspo.memory.footprint import plan_memory
@@ -93,14 +94,17 @@ def start_run(
     if measured:
         say(f"model.precision=auto: {state.precision} ({measured})")
     longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
-    cfg, memory = plan_memory(cfg, world, state.precision, longest)
+    n = group_size(cfg, splits.train)
+    planned, memory = plan_memory(replace(cfg, rollout=replace(cfg.rollout, n=n)), world, state.precision, longest)
     say(memory)
-    models = SelfPlayModels(cfg, world, DTYPES[state.precision], weights_from=resume)
+    cfg = replace(cfg, optim=planned.optim)
+    trained = as_trained(cfg)
+    models = SelfPlayModels(trained, world, DTYPES[state.precision], weights_from=resume)
     optimizer = make_optimizer(models.policy, cfg)
     if resume:
         restore(resume, models.policy, optimizer, models.frozen, state)
         batches.load_state(load_order(resume))
-        say_what_changed(state, cfg, total_steps, len(splits.val))
+        say_what_changed(state, cfg, total_steps, len(splits.val) if truths_known(splits.val) else 0)
         vocab_size = models.policy.config.get_text_config().vocab_size
         held_out = HeldOutPairs.read(load_held_out(resume, vocab_size), splits.val)
         if held_out is None:
@@ -108,7 +112,7 @@ def start_run(
             if state.round_rewards is not None and splits.val:
                 say(f"{resume} has no held-out responses: until a round begins, pairs are those of training batches.")
     state.planned_steps, state.total_steps = state.planned_steps or total_steps, total_steps
-    updater = Updater(models.policy, models.head, optimizer, cfg, world, models.autocast)
+    updater = Updater(models.policy, models.head, optimizer, trained, world, models.autocast)
     sampler = Sampler(
         models.sampler,
         tokenizer,
@@ -191,12 +195,21 @@ def end_round_if_over(run: Run) -> dict[str, float]:
 def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[str, float]:
     """Sample and score responses to the held-out prompts; return the metrics.
 
-    When a round ended, they are compared with those of its beginning; when one begins, they are kept for that.
+    When a round ended, they are compared with those of its beginning; when one begins, they are kept for that. Held-out
+    rows that hold responses give pairs by themselves, and are sampled for where their ground truth is known.
     """
     cfg, world, state, scorer = run.cfg, run.world, run.state, run.scorer.of_each
     if not run.splits.val:
         if round_begins:
             state.round_rewards, state.pair_metrics, run.held_out = None, {}, None  # they are of an earlier round
+        return {}
+    stored = run.splits.val[0].stored is not None
+    if round_begins and stored:
+        val, device = run.splits.val[:], world.device
+        mine = world.places(len(val))
+        places, rollout, scores = stored_groups(val, mine, run.sampler.tokenizer, run.sampler.end_id, device)
+        keep_held_out_pairs(run, places, rollout, world.gather_rows(places, scores.rewards))
+    if not truths_known(run.splits.val):
         return {}
     run.models.refresh_sampler()
     places, rollout = run.sampler.generate_share(
@@ -216,6 +229,7 @@ def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[s
         metrics["win_rate"], metrics["win_rate/ties"] = win_rate(rewards[:both], before[:both], cfg.objective.margin)
     if round_begins:
         state.round_rewards = rewards.tolist()
+    if round_begins and not stored:
         keep_held_out_pairs(run, places, rollout, rewards)
     return metrics
 

@@ -3,8 +3,12 @@
     python -m gspo.sample MODEL PROMPTS ANSWERS.jsonl [--n 8 --temperature 0.9 --max_new_tokens 512 --stop TEXT ...]
 
 PROMPTS is a JSON, JSONL or parquet file of rows, or a data set, with a `prompt`: a text, or a list of {role, content}
-messages. Every row is written with its `answers`, in the same order. The file is called ANSWERS.jsonl.part until
-the last row is written. In Python: `sample`.
+messages; `embedded`, `embedded@val` and `embedded@test` are the embedded equations. Every row is written with its
+`answers`, in the same order. The file is called ANSWERS.jsonl.part until the last row is written. In Python: `sample`.
+
+--score writes rows to learn from instead: `responses`, their `rewards` by the reward function, and `finish_reasons`
+(rollout.source=rows). --pairs writes `chosen` and `rejected`, the best and the worst response of each prompt whose
+rewards differ by more than --margin (objective.algorithm=dpo).
 """
 
 import argparse
@@ -19,15 +23,20 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import nn
 
+from gspo import config
+from gspo.algorithm.pairs import TOLERANCE
 from gspo.checkpoint.run_folder import checkpoint_of
 from gspo.data.encoding import Encoder
-from gspo.data.messages import Messages, read_messages, read_tools
-from gspo.data.prompts import EMBEDDED
+from gspo.data.messages import Messages, question_of, read_messages, read_tools
+from gspo.data.prompts import EMBEDDED, EMBEDDED_FILE
+from gspo.data.schemas import parse_row
 from gspo.data.sources import Source, open_source
+from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_paths import check_path
+from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import say
@@ -36,6 +45,7 @@ from gspo.system.files import replacing
 from gspo.system.program import guarded
 from gspo.types import Prompt, Rollout
 
+Rows = Iterator[dict[str, Any]]
 ROWS_AT_ONCE = 1024  # rows that are sampled, and then written, together
 
 
@@ -140,6 +150,18 @@ def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str, t
     return Prompt(number, encoder.ids(messages, place, read_tools(tools, place)), "", "", "")
 
 
+def _prompt_of_row(encoder: Encoder, number: int, row: dict[str, Any], place: str) -> Prompt:
+    """Encode the prompt of a row. Raise UserError, which names the place."""
+    return _prompt(encoder, number, row.get("prompt"), place, row.get("tools"))
+
+
+def _scored_prompt(encoder: Encoder, number: int, row: dict[str, Any], place: str) -> Prompt:
+    """Encode the prompt of a row with all that a reward function needs. Raise UserError, which names the place."""
+    messages, truth, data_source, extra = parse_row(row, place)
+    ids = encoder.ids(messages, place, read_tools(row.get("tools"), place))
+    return Prompt(number, ids, question_of(messages), truth, data_source, extra)
+
+
 def _answers(rollout: Rollout) -> list[list[Answer]]:
     """Return the responses of a rollout, G x N."""
     lengths, tokens, sums = rollout.lengths.tolist(), rollout.tokens.tolist(), rollout.logprobs.sum(-1).tolist()
@@ -149,7 +171,49 @@ def _answers(rollout: Rollout) -> list[list[Answer]]:
     ]
 
 
-def main() -> None:
+def open_prompts(name: str) -> Source:
+    """Open PROMPTS: a file, a data set, or `embedded[@split]`. Raise UserError where it cannot be read."""
+    word, _, split = name.partition("@")
+    if word != EMBEDDED or Path(name).exists():
+        return open_source(name)
+    if (split or "train") not in EMBEDDED_FILE:
+        raise UserError(f"PROMPTS = {name!r}: the embedded equations have the splits {', '.join(EMBEDDED_FILE)}.")
+    path = DATA_DIR / EMBEDDED_FILE[split or "train"]
+    if not path.exists():
+        equations.write_splits()
+    return open_source(path)
+
+
+def with_responses(row: dict[str, Any], texts: list[str], rewards: list[float], reasons: list[str]) -> dict[str, Any]:
+    """Return the row with its scored responses, as rollout.source=rows reads them."""
+    return {**row, "responses": texts, "rewards": rewards, "finish_reasons": reasons}
+
+
+def with_pair(row: dict[str, Any], texts: list[str], rewards: list[float], margin: float) -> dict[str, Any] | None:
+    """Return the row with its best response as `chosen` and its worst as `rejected`, the first among equals; None where
+    their rewards do not differ by more than the margin."""
+    best, worst = max(rewards), min(rewards)
+    if not best - worst > margin + TOLERANCE:
+        return None
+    return {**row, "chosen": texts[rewards.index(best)], "rejected": texts[rewards.index(worst)]}
+
+
+def _written_rows(rows: list[dict[str, Any]], rollout: Rollout, scorer: Scorer | None, a: argparse.Namespace) -> Rows:
+    """Yield what is written for each row: its answers, its scored responses, or its pair if it has one."""
+    if scorer is None:
+        for row, group in zip(rows, _answers(rollout), strict=True):
+            yield {**row, "answers": [asdict(answer) for answer in group]}
+        return
+    rewards = scorer(rollout).rewards.double().tolist()
+    for row, texts, scores, reasons in zip(rows, rollout.texts, rewards, rollout.finish_reasons, strict=True):
+        scores = [round(reward, 6) for reward in scores]
+        found = with_pair(row, texts, scores, a.margin) if a.pairs else with_responses(row, texts, scores, reasons)
+        if found is not None:
+            yield found
+
+
+def _arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m gspo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,7 +233,15 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv_memory_gib", type=float, help="memory of the KV cache (default: half of the free)")
-    a = parser.parse_args()
+    parser.add_argument("--score", action="store_true", help="write responses with their rewards, to learn from")
+    parser.add_argument("--pairs", action="store_true", help="write the best and the worst response of each prompt")
+    parser.add_argument("--margin", type=float, default=0.1, help="rewards that differ by less are no pair")
+    parser.add_argument("--reward_func", metavar="PATH", help="Python file with compute_score (default: ours)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = _arguments()
     _check_number(a.n)
     if not a.model.strip():
         raise UserError(
@@ -178,22 +250,22 @@ def main() -> None:
         )
     check_path(a.model, "MODEL")
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
-    source = open_source(a.prompts)
+    source, scores = open_prompts(a.prompts), a.score or a.pairs
+    scorer, written = Scorer(config.Reward(path=a.reward_func)) if scores else None, 0
     with _open_answers(a.answers, a.prompts) as out:
         model = None if a.model == EMBEDDED and not Path(EMBEDDED).exists() else checkpoint_of(a.model)
         memory, skips = a.kv_memory_gib or "auto", a.skip_special_tokens
         sampler, encoder = _open(model, None, None, a.precision, "auto", memory, a.seed, skips)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [_row(source, i) for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
-            prompts = [
-                _prompt(encoder, at + k, row.get("prompt"), source.place(at + k), row.get("tools"))
-                for k, row in enumerate(rows)
-            ]
+            read = _scored_prompt if scores else _prompt_of_row
+            prompts = [read(encoder, at + k, row, source.place(at + k)) for k, row in enumerate(rows)]
             rollout = sampler.generate(prompts, a.n, sampling, purpose=EVAL)
-            for row, group in zip(rows, _answers(rollout), strict=True):
-                answers = [asdict(answer) for answer in group]
-                out.write(json.dumps({**row, "answers": answers}, ensure_ascii=False, default=str) + "\n")
-    say(f"{a.answers}: {len(source):,} prompts, {a.n} responses each")
+            for row in _written_rows(rows, rollout, scorer, a):
+                out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                written += 1
+    without = f"; {len(source) - written:,} have no pair and are left out" if a.pairs else ""
+    say(f"{a.answers}: {len(source):,} prompts, {a.n} responses each{without}")
 
 
 if __name__ == "__main__":

@@ -28,15 +28,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class StoredResponses:
+    """The N responses that a row of data holds for its prompt."""
+
+    texts: tuple[str, ...]
+    rewards: tuple[float, ...]
+    finished: tuple[bool, ...]  # ended by itself (not cut off)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A row of data, ready for the model."""
 
     id: int  # row number in its data set; keys the randomness of its samples
     ids: tuple[int, ...]  # token ids, chat template applied
     text: str  # what the user asked, for tables
-    ground_truth: Any  # a text, numbers included; for a reward function of the user's, whatever the row holds
+    ground_truth: Any  # a text, numbers included; for a reward function of the user's, whatever the row holds; None:
+    # unknown, as a row that holds responses needs none
     data_source: str
     extra_info: dict[str, Any] = field(default_factory=dict)
+    stored: StoredResponses | None = None  # where responses are read from the rows
 
 
 def finish_reasons(finished: Tensor) -> list[str]:
@@ -122,6 +133,9 @@ class Scores:
     def faults(self) -> int:
         """Calls that failed."""
         return self.errors + self.timeouts
+
+
+Collected = tuple[list[int], Rollout, Scores]  # places in the global batch, ascending, and the groups there
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,12 @@ class HeldOutPairs:
         pairs = algorithm.pairs(groups)
         gap = algorithm.gaps(models.logprobs_under(models.policy, rollout).double(), groups, cfg)
         terms = relative_ranking_terms(gap, pairs)
-        mine = (pair_accuracy(gap, pairs), int(pairs.sum()), float(terms.sum()), len(terms))
-        right, count, ranking, winners = (sum(parts) for parts in zip(*world.gather(mine), strict=True))
+        mine = (pair_accuracy(gap, pairs), float(gap[pairs].sum()), int(pairs.sum()), float(terms.sum()), len(terms))
+        right, margin, count, ranking, winners = (sum(parts) for parts in zip(*world.gather(mine), strict=True))
         if not count:
             return {}
-        return {"preference_accuracy": right / count, "ranking_loss": ranking / winners, "heldout/pairs": float(count)}
+        found = {"preference_accuracy": right / count, "ranking_loss": ranking / winners}
+        return found | {"heldout/gap_mean": margin / count, "heldout/pairs": float(count)}
 
     def _of_rank(self, places: list[int], device: torch.device) -> tuple[Rollout, Tensor, Tensor]:
         """Return the rollout of some of the prompts, its rewards [G, K] and its anchors [G, K, L]."""

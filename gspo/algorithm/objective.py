@@ -24,55 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gspo import config
+from gspo.algorithm.gaps import Counts, gaps, prefix_values, whole_gaps
 from gspo.errors import UserError
 from gspo.kernels.ops import PairSettings, PairwiseLoss, pairwise_loss
 from gspo.kernels.pair_settings import PARTS
 from gspo.types import Groups
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a micro-batch must know about the whole mini-batch."""
-
-    groups: int  # B, groups in the mini-batch this gradient step is for, over all ranks
-    pairs_per_group: float  # mean over the batch
-
-
-def from_fork(values: Tensor, forks: Tensor, after: float) -> Tensor:
-    """Sum the values of i from the fork with j: values [G, N, L], forks [G, N, N] -> [G, N, N], the value at the fork
-    plus `after` times those that follow."""
-    nothing = values.new_zeros(*values.shape[:2], 1)
-    total = torch.cat([nothing, values.cumsum(-1)], -1)  # before each position
-    at = torch.cat([values, nothing], -1).gather(-1, forks)
-    behind = total[..., -1:] - total.gather(-1, (forks + 1).clamp_max(values.shape[-1]))
-    return at + after * behind
-
-
-def gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
-    """Return s_ij - s_ji [G, N, N], the log-odds that i is preferred to j. n_i is 1 (`sum`) or the length (`mean`).
-
-    DPO, arXiv 2305.18290, eq. 5, counted from the fork.
-    """
-    s = cfg.preference_beta * from_fork(logprobs - groups.anchors.to(logprobs), groups.forks, cfg.after_fork)
-    if cfg.length_norm == "mean":
-        s = s / groups.lengths.clamp_min(1).to(s)[:, :, None]
-    return s - s.transpose(1, 2)
-
-
-def prefix_values(groups: Groups) -> Tensor:
-    """Return V_i(t) [G, N, L + 1], the mean reward of the group's responses that begin with the first t tokens of i.
-
-    It estimates the reward to be expected there: the group's mean at t = 0, r_i where no other response is left and
-    from the end of i on. It changes only at forks.
-    """
-    rewards, ends = groups.rewards.double(), groups.lengths.clamp_max(groups.anchors.shape[-1])
-    nothing = rewards.new_zeros(*rewards.shape, groups.anchors.shape[-1] + 1)
-    # At t, those that part from i there; then those that part there or later: they share its first t tokens.
-    total = nothing.scatter_add(-1, groups.forks, rewards[:, None, :].expand(groups.forks.shape))
-    count = nothing.scatter_add(-1, groups.forks, torch.ones_like(rewards)[:, None, :].expand(groups.forks.shape))
-    total, count = (x.flip(-1).cumsum(-1).flip(-1) for x in (total, count))
-    ended = torch.arange(nothing.shape[-1], device=ends.device) >= ends[..., None]
-    return torch.where(ended, rewards[..., None], total / count.clamp_min(1))
 
 
 def pair_weights(groups: Groups, kind: str) -> Tensor | None:
@@ -224,11 +180,6 @@ def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: 
     return {"preference": losses.sum() / counts.groups}
 
 
-def whole_gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
-    """Return the gaps of whole responses, s_ij - s_ji at `after_fork` 1, [G, N, N]."""
-    return gaps(logprobs, groups, replace(cfg, after_fork=1.0))
-
-
 def all_pairs(groups: Groups) -> Tensor:
     """Return every pair, [G, N, N] bool."""
     return groups.beats
@@ -255,6 +206,30 @@ def spin(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts
     eq. 4.7). Unlike in the paper, the samples are the current policy's, not the opponent's."""
     gap = whole_gaps(logprobs, groups, cfg)
     return {"preference": F.softplus(-gap[:, -1, :-1]).mean(1).sum() / counts.groups}
+
+
+def dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """DPO, IPO or SimPO (`dpo_loss`), the mean over a group's pairs, of which a row of chosen and rejected has one.
+
+    sigmoid: -(1 - e) log sigma(g) - e log sigma(-g), g the `dpo_gaps`, e the label smoothing (DPO, arXiv 2305.18290,
+    eq. 7); simpo: the same of g less `simpo_gamma` (arXiv 2405.14734, eq. 6); ipo: (g / beta - 1 / (2 beta))^2 (arXiv
+    2310.12036, eq. 17).
+    """
+    gap, beta, smooth = dpo_gaps(logprobs, groups, cfg), cfg.preference_beta, cfg.label_smoothing
+    if cfg.dpo_loss == "ipo":
+        losses = (gap / beta - 1 / (2 * beta)).square()
+    else:
+        lead = gap - cfg.simpo_gamma if cfg.dpo_loss == "simpo" else gap
+        losses = (1 - smooth) * F.softplus(-lead) + smooth * F.softplus(lead)
+    pairs = groups.beats.sum((1, 2)).clamp_min(1)
+    return {"preference": ((groups.beats * losses).sum((1, 2)) / pairs).sum() / counts.groups}
+
+
+def dpo_gaps(logprobs: Tensor, groups: Groups, cfg: config.Objective) -> Tensor:
+    """Return the gaps of whole responses [G, N, N]; for SimPO of mean log-probs, with nothing subtracted."""
+    if cfg.dpo_loss == "simpo":
+        groups, cfg = replace(groups, anchors=torch.zeros_like(groups.anchors)), replace(cfg, length_norm="mean")
+    return whole_gaps(logprobs, groups, cfg)
 
 
 def gspo_on_cuda(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> "Evaluation":
@@ -297,6 +272,7 @@ class Algorithm:
 
     loss: Loss
     needs_solutions: bool = False  # each group ends in its row's gold solution, preferred to all others
+    from_rows: bool = False  # learns from stored responses, unless rollout.source says otherwise
     uses_margin: bool = True  # learns from rewards further apart than objective.margin; false: from any difference
     on_cuda: Callable[[Tensor, Groups, config.Objective, Counts], Evaluation] | None = None  # the same, by a kernel
     # What the curves of pairs are about: [G, N, N] gaps of implicit rewards, and bool which of them are pairs.
@@ -312,6 +288,7 @@ ALGORITHMS = {
     "maxrl": Algorithm(maxrl, uses_margin=False),
     "tempo": Algorithm(tempo, uses_margin=False),
     "online_dpo": Algorithm(online_dpo, gaps=whole_gaps, pairs=best_and_worst),
+    "dpo": Algorithm(dpo, from_rows=True, gaps=dpo_gaps),
     "spin": Algorithm(spin, needs_solutions=True, gaps=whole_gaps, pairs=gold_pairs),
 }
 
@@ -324,6 +301,21 @@ def find_algorithm(name: str) -> Algorithm:
             "its line of ALGORITHMS in gspo/algorithm/objective.py."
         )
     return ALGORITHMS[name]
+
+
+def learns_from_rows(cfg: config.Config) -> bool:
+    """Return whether the responses to learn from are stored in the training rows, and not sampled by the policy."""
+    source = cfg.rollout.source
+    return find_algorithm(cfg.objective.algorithm).from_rows if source == "auto" else source == "rows"
+
+
+def as_trained(cfg: config.Config) -> config.Config:
+    """Return the configuration as the models and the update take it: for stored responses at temperature 1, as they
+    were not sampled at any, and without a KL term, which is an expectation over samples of the policy."""
+    if not learns_from_rows(cfg):
+        return cfg
+    rollout, objective = replace(cfg.rollout, temperature=1.0), replace(cfg.objective, kl_coef=0.0)
+    return replace(cfg, rollout=rollout, objective=objective)
 
 
 def evaluate(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> Evaluation:

@@ -200,6 +200,14 @@ class Encoder:
             return None  # there may be no ids at all
         return overhead + factor * size
 
+    def response_length(self, text: str, enough: int) -> int:
+        """Return how many tokens a response has, its end included; a bound where that is at most `enough`."""
+        if self._growth is not None and text.isascii():
+            bound = self._growth[0] * len(text) + 1 + SLACK
+            if bound <= enough:
+                return bound
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+
     def _overhead(self, roles: tuple[str, ...]) -> int | None:
         """Return the number of ids beside the contents; None where the template changes or repeats a content."""
         with contextlib.suppress(Exception):

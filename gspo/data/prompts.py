@@ -3,8 +3,6 @@
 Before training, every row is read and checked once (`survey`) and then dropped: memory only holds where rows begin.
 """
 
-import difflib
-import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +14,11 @@ import numpy as np
 
 from gspo.config import Config
 from gspo.data.encoding import Encoder, check_template_kwargs
-from gspo.data.messages import Messages, Tools, question_of, read_tools
-from gspo.data.schemas import FIELDS, bytes_of, parse_row
+from gspo.data.messages import question_of, read_tools
+from gspo.data.row_checker import NO_LIMIT, RowChecker, TooLong, say_unread
+from gspo.data.schemas import parse_row
 from gspo.data.sources import Source, open_source
+from gspo.data.stored_rows import split_row
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
 from gspo.system.console import say, track
@@ -27,25 +27,21 @@ from gspo.types import Prompt
 EMBEDDED = "embedded"  # in place of a file's name: the embedded equations
 EMBEDDED_FILE = {"train": "train.json", "val": "dev.json", "test": "test.json"}
 HUB_SPLIT = {"train": "train", "val": "validation", "test": "test"}  # split of a data set whose name gives none
-NO_LIMIT = 1 << 62
-SPACES = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)
-
-
-class TooLong(UserError):
-    """A prompt that has more tokens than data.max_prompt_length."""
-
-    def __init__(self, place: str, length: int, most: int):
-        super().__init__(
-            f"{place}: the prompt has {length} tokens, data.max_prompt_length is {most}. "
-            "Raise it, or set data.overlong=drop."
-        )
 
 
 class Prompts(Sequence[Prompt]):
-    """The prompts of some sources, read and encoded on access. `kept`: the row numbers, counted over all sources."""
+    """The prompts of some sources, read and encoded on access. `kept`: the row numbers, counted over all sources;
+    `stored`: rows may hold responses."""
 
-    def __init__(self, sources: list[Source], encoder: Encoder, max_length: int, kept: Sequence[int] | None = None):
-        self._sources, self._encoder, self._max_length = sources, encoder, max_length
+    def __init__(
+        self,
+        sources: list[Source],
+        encoder: Encoder,
+        max_length: int,
+        kept: Sequence[int] | None = None,
+        stored: bool = False,
+    ):
+        self._sources, self._encoder, self._max_length, self._stored = sources, encoder, max_length, stored
         self._firsts = [sum(len(s) for s in sources[:k]) for k in range(len(sources))]
         self._kept = range(sum(map(len, sources))) if kept is None else kept
 
@@ -73,96 +69,25 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, i: slice) -> "Prompts": ...
     def __getitem__(self, i: int | slice) -> "Prompt | Prompts":
         if isinstance(i, slice):
-            return Prompts(self._sources, self._encoder, self._max_length, self._kept[i])
+            return Prompts(self._sources, self._encoder, self._max_length, self._kept[i], self._stored)
         number, source, row = self._find(i)
         place = source.place(row)
-        fields = source[row]
-        messages, truth, data_source, extra = parse_row(fields, place)
+        fields, stored = split_row(source[row], place, required=False) if self._stored else (source[row], None)
+        messages, truth, data_source, extra = parse_row(fields, place, needs_truth=stored is None)
         ids = self._encoder.ids(messages, place, read_tools(fields.get("tools"), place))
         if len(ids) > self._max_length:  # longer than the survey's bound, or the file has changed since
             raise TooLong(place, len(ids), self._max_length)
-        return Prompt(number, ids, question_of(messages), truth, data_source, extra)
+        return Prompt(number, ids, question_of(messages), truth, data_source, extra, stored)
 
 
-class RowChecker:
-    """Check rows before training; tokenize a prompt only where the bound on its length is not enough.
-
-    `positions`: most tokens of a prompt that leave the model room for a response. `only_texts`: the reward function is
-    the default one, which compares texts. `needs_solutions`: the objective learns from each row's `solution`.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        max_length: int,
-        positions: int = NO_LIMIT,
-        only_texts: bool = False,
-        needs_solutions: bool = False,
-    ):
-        self.encoder, self.max_length, self.positions = encoder, max_length, positions
-        self.only_texts, self.needs_solutions = only_texts, needs_solutions
-        self.longest = 0  # of the prompts tokenized, which include all that are longer than `positions`
-        self._surely_short = min(max_length, positions)  # a prompt with a bound up to this is not tokenized
-        self.good, self._digest = 0, hashlib.blake2b(digest_size=16)
-        self.unread: dict[str, str] = {}  # fields that nothing reads -> the place of the first
-
-    def __call__(self, row: Any, place: str) -> int:
-        """Return the key of a good row's prompt. Raise UserError: TooLong where its length is what is wrong."""
-        if isinstance(row, UserError):
-            raise row
-        messages, truth, source, extra = parse_row(row, place)
-        if not row.keys() <= FIELDS:
-            self.unread |= {name: place for name in row.keys() - FIELDS - self.unread.keys() if row[name] is not None}
-        tools = read_tools(row.get("tools"), place)
-        if self.only_texts and not isinstance(truth, str):
-            raise UserError(
-                f"{place}: field 'ground_truth' is a {type(truth).__name__} ({truth!r:.60}), but the default reward "
-                "function compares texts and numbers. Write it as text, or give a function that takes it: reward.path."
-            )
-        if self.needs_solutions and not (isinstance(s := extra.get("solution"), str) and s.strip()):
-            raise UserError(
-                f"{place}: objective.algorithm learns from gold texts, but the row has no text in its field 'solution'."
-            )
-        bound = self.encoder.bound(messages, place, tools)
-        if bound is None or bound > self._surely_short:
-            length = len(self.encoder.ids(messages, place, tools))
-            if length > self.max_length:
-                raise TooLong(place, length, self.max_length)
-            if length > self.longest:
-                self.longest = length
-                self._surely_short = min(self.max_length, max(self.positions, length))
-        self.good += 1
-        self._digest.update(bytes_of((messages, truth, source, extra, tools)))
-        return prompt_key(messages, tools)
-
-    def fingerprint(self) -> str:
-        """Return `<rows> rows <digest>` of the good rows so far: the same wherever they were read from."""
-        return f"{self.good} rows {self._digest.hexdigest()}"
+def truths_known(prompts: Sequence[Prompt]) -> bool:
+    """Return whether there are prompts, and what answers them is known: then responses to them can be scored."""
+    return bool(prompts) and prompts[0].ground_truth is not None  # all rows of a split are alike: RowChecker
 
 
-def say_unread(unread: dict[str, str]) -> None:
-    """Say in one line which fields of the rows nothing reads, and what a misspelt one may be meant for."""
-    if not unread:
-        return
-    near = {name: difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8) for name in sorted(unread)}
-    words = [f"{name!r:.60}{f' (is {found[0]!r} meant?)' if found else ''}" for name, found in near.items()]
-    more = f" and {len(words) - 10} more" if len(words) > 10 else ""
-    kind, place = "warning" if any(near.values()) else "note", next(iter(unread.values()))
-    say(
-        f"{kind}: of the rows nothing reads {', '.join(words[:10])}{more} (first: {place}). A reward function gets "
-        "extra_info."
-    )
-
-
-def prompt_key(messages: Messages, tools: Tools | None = None) -> int:
-    """Return 64 bits, in this process the same for prompts of the same text, whatever their ASCII whitespace."""
-    text = messages[0].get("content", "") if len(messages) == 1 else "\n".join([m.get("content", "") for m in messages])
-    if tools or any(len(m) > 2 for m in messages):
-        text += repr((tools, [sorted(m.items()) for m in messages]))
-    data = text.encode("utf-8", "surrogatepass").translate(SPACES).strip()
-    while b"  " in data:
-        data = data.replace(b"  ", b" ")
-    return hash(data)
+def group_size(cfg: Config, train: Sequence[Prompt]) -> int:
+    """Return the number of responses that are learned from per prompt: those that rows hold, else rollout.n."""
+    return cfg.rollout.n if train[0].stored is None else len(train[0].stored.texts)
 
 
 @dataclass(frozen=True)
@@ -200,7 +125,7 @@ def survey(
                 break
     kept = np.delete(np.arange(number), np.frombuffer(bad, np.int64)) if bad else range(number)
     found = np.frombuffer(keys, np.int64) if keys else np.zeros(0, np.int64)
-    return Survey(Prompts(sources, checker.encoder, checker.max_length, kept), found)
+    return Survey(Prompts(sources, checker.encoder, checker.max_length, kept, checker.stored), found)
 
 
 def load_survey(
@@ -280,8 +205,15 @@ def configured_splits(cfg: Config, only_test: bool = False) -> Iterator[SplitFil
             yield SplitFiles(name, given, hub_split[name], limits[name])
 
 
-def make_checker(cfg: Config, tokenizer: Any, model_config: Any, needs_solutions: bool = False) -> RowChecker:
-    """Return the checker for this configuration and model."""
+def make_checker(
+    cfg: Config,
+    tokenizer: Any,
+    model_config: Any,
+    split: str,
+    needs_solutions: bool = False,
+    stored: bool = False,
+) -> RowChecker:
+    """Return the checker for a split, by this configuration and model. What the objective needs, training rows have."""
     text = model_config.get_text_config()
     room = getattr(text, "max_position_embeddings", None)
     return RowChecker(
@@ -289,7 +221,10 @@ def make_checker(cfg: Config, tokenizer: Any, model_config: Any, needs_solutions
         cfg.data.max_prompt_length,
         NO_LIMIT if room is None else room - cfg.rollout.max_new_tokens,
         only_texts=cfg.reward.path is None,
-        needs_solutions=needs_solutions,
+        needs_solutions=needs_solutions and split == "train",
+        stored=stored,
+        needs_responses=stored and split == "train",
+        max_response=cfg.rollout.max_new_tokens,
     )
 
 
@@ -304,23 +239,35 @@ def check_positions(checker: RowChecker, cfg: Config) -> None:
 
 
 def load_splits(
-    cfg: Config, tokenizer: Any, model_config: Any, *, only_test: bool = False, needs_solutions: bool = False
+    cfg: Config,
+    tokenizer: Any,
+    model_config: Any,
+    *,
+    only_test: bool = False,
+    needs_solutions: bool = False,
+    stored: bool = False,
 ) -> Splits:
     """Read the prompts of the configured files; without training files, of the embedded equations.
 
-    `needs_solutions`: refuse training rows without a `solution`.
+    `needs_solutions`: refuse training rows without a `solution`. `stored`: ... without responses; held-out rows may
+    hold some.
     """
     found: dict[str, Survey] = {}
     prints: dict[str, str] = {}
     unread: dict[str, str] = {}
     check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)
     for configured in configured_splits(cfg, only_test):
-        checker = make_checker(cfg, tokenizer, model_config, needs_solutions and configured.name == "train")
+        checker = make_checker(cfg, tokenizer, model_config, configured.name, needs_solutions, stored)
         found[configured.name] = load_survey(
             configured.files, checker, cfg.data.overlong, configured.split, configured.limit
         )
         check_positions(checker, cfg)
         unread = checker.unread | unread
+        if checker.equal_pairs:
+            say(
+                f"note: data.{configured.name}_files: nothing is learned from {checker.equal_pairs} rows, as all their "
+                "responses are the same text"
+            )
         prints[f"data.{configured.name}_files"] = checker.fingerprint()
     say_unread(unread)
     held_out = [found[name].keys for name in ("val", "test") if name in found]

@@ -29,7 +29,7 @@ FINAL = re.compile(r"^####\s*(-?[\d,.]*\d)\s*\Z", re.MULTILINE)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])")
 
 
-def parse_row(row: Any, place: str) -> tuple[Messages, Any, str, dict]:
+def parse_row(row: Any, place: str, needs_truth: bool = True) -> tuple[Messages, Any, str, dict]:
     """Return (messages, ground_truth, data_source, extra_info) of a row of any schema; a null field counts as missing.
 
     The ground truth is a text, numbers included, or the list, object, truth value or date that the row holds. Raise
@@ -49,7 +49,7 @@ def parse_row(row: Any, place: str) -> tuple[Messages, Any, str, dict]:
             raise _field_error(row, place, "reward_model", 'an object like {"style": "rule", "ground_truth": ...}')
     else:
         truth = ground_truth_of(row.get("ground_truth"))
-        if truth is None:
+        if truth is None and needs_truth:
             raise _field_error(row, place, "ground_truth", "a text, a finite number, or a list, object or truth value")
     source = row.get("data_source")
     if source is None:

@@ -69,6 +69,7 @@ GLOSSARY = {
     "pairs/groups_without": "share of prompts whose responses give no pair: nothing to learn from them",
     "pairs/accuracy_train": "the same on the training batch's pairs: the better the policy, the harder they are",
     "pairs/ranking_train": "ranking_loss of the training batch's pairs: it may rise as they get harder",
+    "pairs/gap_mean": "margin: mean over pairs of the implicit reward gap, chosen less rejected (should rise)",
     "pairs/gap_std": "standard deviation over pairs of the implicit reward gap: above 1, the sigmoid saturates",
     "winner_logprob": "log-prob of the responses that beat another, before the update, nats per token",
     "winner_logprob_drop": "its fall since the round began (healthy below 0.2: else likelihood displacement)",
@@ -88,6 +89,7 @@ GLOSSARY = {
     "kl_to_initial": "once a round: KL to the initial model on held-out prompts, nats per token",
     "heldout/reward_mean": "once a round: mean reward on held-out prompts",
     "heldout/accuracy": "with it: share of right responses: by the function's `acc`, or with reward.correct_at or more",
+    "heldout/gap_mean": "margin of the held-out pairs of preference_accuracy (should rise)",
     "heldout/pairs": "pairs in preference_accuracy and ranking_loss; left out where those are the training batch's",
     "heldout/diverging": "once a round: rounds in a row in which training reward rose and held-out accuracy fell",
     "mismatch": "mean |sampler - trainer| log-prob of the same token",
@@ -172,12 +174,14 @@ class RunLog:
             return
         self.last_line = now
         seen = defaultdict(lambda: math.nan, row)  # a step may have no pairs, or no rewards
+        rewards, rate = f"loss {row['loss/total']:.4f}  margin {seen['pairs/gap_mean']:.3f}  ", ""
+        if "tokens_per_second" in row:
+            rewards = f"reward {seen['reward_mean']:.3f}  best {seen['reward_max']:.3f}  "
+            rate = f"{row['tokens_per_second']:.0f} tok/s  "
         say(
-            f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  reward {seen['reward_mean']:.3f}  "
-            f"best {seen['reward_max']:.3f}  pairs {row['pairs/per_group']:.1f}  "
+            f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  {rewards}pairs {row['pairs/per_group']:.1f}  "
             f"accuracy {seen['preference_accuracy']:.2f}  kl {row['kl_divergence']:.4f}  "
-            f"length {row['response/length_mean']:.1f}  {row['tokens_per_second']:.0f} tok/s  "
-            f"{row['time/step']:.2f} s"
+            f"length {row['response/length_mean']:.1f}  {rate}{row['time/step']:.2f} s"
         )
 
     def _warn_once(self, error: OSError | None) -> None:

@@ -16,6 +16,8 @@ from gspo.types import Experience, Rollout, Scores, Update
 
 RETURNED = "/returned"  # `reward/<part>/returned`: the share of responses for which the function returned the part
 
+SAMPLING = {"reward_mean", "reward_max", "entropy", "mismatch", "response/cutoff", "tokens", "tokens_prefilled"}
+
 
 class Meter:
     """Collect means, sums and maxima of one step on a rank, to be merged over ranks."""
@@ -61,7 +63,7 @@ class Meter:
             if 0 < share < 1:
                 values[name] = share
         if "gap_squares" in values:
-            variance = values.pop("gap_squares") - values.pop("gap_sum") ** 2
+            variance = values.pop("gap_squares") - values["pairs/gap_mean"] ** 2
             values["pairs/gap_std"] = math.sqrt(max(0.0, variance))
         return {**values, **whole.sums, **whole.maxima}
 
@@ -81,9 +83,11 @@ class Clock:
             torch.cuda.synchronize(self.device)
         self.seconds[f"time/{stage}"] = time.perf_counter() - began
 
-    def metrics(self, tokens: float) -> dict[str, float]:
-        """Return the seconds of each stage and of the step so far, and sampled tokens a second."""
+    def metrics(self, tokens: float | None) -> dict[str, float]:
+        """Return the seconds of each stage and of the step so far, and sampled tokens a second; None: none were."""
         step = time.perf_counter() - self.start
+        if tokens is None:
+            return {**self.seconds, "time/step": step}
         rates = {"tokens_per_second": tokens / step, "tokens_per_second/rollout": tokens / self.seconds["time/rollout"]}
         return {**self.seconds, "time/step": step, **rates}
 
@@ -111,6 +115,11 @@ def training_pairs(metrics: dict[str, float]) -> dict[str, float]:
     """Return what stands for the metrics of held-out pairs where there are none: those of the training batch."""
     names = {"preference_accuracy": "pairs/accuracy_train", "ranking_loss": "pairs/ranking_train"}
     return {} if "heldout/pairs" in metrics else {name: metrics[own] for name, own in names.items() if own in metrics}
+
+
+def without_sampling(metrics: dict[str, float]) -> dict[str, float]:
+    """Leave out what says nothing of a policy that did not sample the responses: they are read from the rows."""
+    return {name: x for name, x in metrics.items() if name not in SAMPLING and not name.startswith("reward/")}
 
 
 def _observe_rewards(meter: Meter, scores: Scores) -> None:
@@ -163,7 +172,7 @@ def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Ob
     if cfg.anchor != "old":  # there every implicit reward is zero
         meter.mean("pairs/accuracy_train", pair_accuracy(gap, learned), of_pairs.numel())
     meter.mean("gap_squares", float(of_pairs.square().sum()), of_pairs.numel())
-    meter.mean("gap_sum", float(of_pairs.sum()), of_pairs.numel())
+    meter.mean("pairs/gap_mean", float(of_pairs.sum()), of_pairs.numel())
     terms = relative_ranking_terms(gap, learned)
     meter.mean("pairs/ranking_train", float(terms.sum()), len(terms))
 

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from gspo.distributed.world import World
 from gspo.packing.micro_batches import assign, group_tokens, imbalance
-from gspo.types import Rollout, Scores
-
-Parcel = tuple[list[int], Rollout, Scores]  # places in the global batch, ascending, and the groups there
+from gspo.types import Collected, Rollout, Scores
 
 
 def balance(
@@ -31,7 +29,7 @@ def balance(
     owners = assign(tokens, minibatches, world.size)
     device, rollout = rollout.tokens.device, _on_cpu(rollout)
 
-    def parcel(rank: int) -> Parcel | None:
+    def parcel(rank: int) -> Collected | None:
         groups = [g for g, place in enumerate(places) if owners[place] == rank]
         if not groups and rank != world.rank:
             return None

@@ -21,7 +21,8 @@ from gspo.checkpoint.restore import load_state
 from gspo.config import PARAMETERS, Config, dump, flatten, to_dict
 from gspo.config_aliases import ALIASES
 from gspo.data.encoding import Encoder
-from gspo.data.prompts import RowChecker, survey
+from gspo.data.prompts import survey
+from gspo.data.row_checker import RowChecker
 from gspo.errors import UserError
 from gspo.launch_checks import check_launch, check_steps, say_notes, say_progress, say_what_changed
 from gspo.models.loading import load_model_config

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from gspo.algorithm.objective import as_trained, learns_from_rows
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
+from gspo.data.stored_rows import stored_groups
 from gspo.distributed.move_weights import full_tensor
 from gspo.distributed.world import process_group
 from gspo.models.loading import load_model_config, load_tokenizer
@@ -30,15 +32,21 @@ def main() -> None:
     out, cfg = Path(sys.argv[1]), load_config("configs/quick.yaml", sys.argv[2:])
     with process_group() as world:
         tokenizer = load_tokenizer(None)
-        splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, load_model_config(None)))
+        stored = learns_from_rows(cfg)
+        splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, load_model_config(None), stored=stored))
         batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed).take()
-        models = SelfPlayModels(cfg, world)
+        trained = as_trained(cfg)
+        models = SelfPlayModels(trained, world)
         optimizer = make_optimizer(models.policy, cfg)
         tp = cfg.rollout.tensor_model_parallel_size
         sampler = Sampler(models.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=models.agree)
         tree = Tree.of(cfg.rollout)
-        places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world, tree=tree)
-        scores = Scorer(cfg.reward)(rollout)
+        if stored:
+            places = world.places(len(batch))
+            places, rollout, scores = stored_groups(batch, places, tokenizer, sampler.end_id, world.device)
+        else:
+            places, rollout = sampler.generate_share(batch, cfg.rollout.n, Sampling.of(cfg.rollout), world, tree=tree)
+            scores = Scorer(cfg.reward)(rollout)
         places, rollout, scores, _ = balance(places, rollout, scores, cfg.optim.minibatches, world)
         experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world, tree)
         gradient = {}
@@ -48,7 +56,7 @@ def main() -> None:
                 gradient[name] = full_tensor(p.grad).cpu().clone().contiguous()
 
         optimizer.step = keep_gradient
-        Updater(models.policy, models.head, optimizer, cfg, world, models.autocast).run(experience, lr=0.0)
+        Updater(models.policy, models.head, optimizer, trained, world, models.autocast).run(experience, lr=0.0)
         answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
         tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]
         texts = world.gather(list(zip(places, rollout.texts, experience.groups.rewards.tolist(), tokens, strict=True)))

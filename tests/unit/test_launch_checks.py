@@ -115,9 +115,9 @@ def test_one_line_names_model_data_and_reward(run_program, tmp_path):
 
 def test_a_batch_that_holds_all_prompts_is_said(capsys):
     cfg = load_config(None, ["rollout.n=8", "data.train_batch_size=256"])
-    say_fine(cfg, 256, 15)
+    say_fine(cfg, 256, 15, 8)
     assert capsys.readouterr().out == "fine: 256 prompts, 15 steps of 256 x 8 responses\n"
-    say_fine(cfg, 64, 15)
+    say_fine(cfg, 64, 15, 8)
     assert capsys.readouterr().out == (
         "fine: 64 prompts, 15 steps of 64 x 8 responses; data.train_batch_size = 256, so a batch holds all 64 prompts\n"
     )

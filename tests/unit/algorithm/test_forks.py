@@ -5,7 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from gspo.algorithm.objective import Counts, Groups, evaluate, from_fork, gaps
+from gspo.algorithm.gaps import from_fork, gaps
+from gspo.algorithm.objective import Counts, Groups, evaluate
 from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
 

@@ -71,6 +71,7 @@ def test_a_half_when_the_round_begins_and_then_the_share_in_the_right_order(samp
     assert kept.measure(models) == {
         "preference_accuracy": 0.5,
         "ranking_loss": pytest.approx(1.0),
+        "heldout/gap_mean": pytest.approx(0.0, abs=1e-9),
         "heldout/pairs": len(pairs),
     }
     before = models.logprobs_under(models.policy, rollout)
@@ -79,7 +80,10 @@ def test_a_half_when_the_round_begins_and_then_the_share_in_the_right_order(samp
     after = 0.3 if algorithm == "gspo" else 1.0
     gaps = [gap(lead, rollout.tokens, rollout.lengths, *pair, after) for pair in pairs]
     assert algorithm == "online_dpo" or min(gaps) < 0 < max(gaps), "some are right, some wrong"
-    assert kept.measure(models)["preference_accuracy"] == pytest.approx(in_order(gaps))
+    found = kept.measure(models)
+    assert found["preference_accuracy"] == pytest.approx(in_order(gaps))
+    beta = models.cfg.objective.preference_beta
+    assert found["heldout/gap_mean"] == pytest.approx(beta * sum(gaps) / len(gaps), rel=1e-4)
 
 
 @pytest.mark.parametrize(("anchor", "at_first"), [("old", 0.5), ("initial", 0.5), ("none", None)])

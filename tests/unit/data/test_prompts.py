@@ -11,7 +11,8 @@ import pytest
 from row_files import GOOD, lines_of
 
 from gspo.data.encoding import Encoder, encode
-from gspo.data.prompts import Prompts, RowChecker, load_survey
+from gspo.data.prompts import Prompts, load_survey
+from gspo.data.row_checker import RowChecker
 from gspo.data.schemas import parse_row
 from gspo.data.sources import open_source
 from gspo.errors import UserError

@@ -10,7 +10,8 @@ from row_files import GOOD
 
 from gspo.data.encoding import Encoder, check_template_kwargs, encode
 from gspo.data.messages import read_messages, read_tools
-from gspo.data.prompts import load_splits, prompt_key
+from gspo.data.prompts import load_splits
+from gspo.data.row_checker import prompt_key
 from gspo.data.schemas import parse_row
 from gspo.data.sources import open_source
 from gspo.errors import UserError

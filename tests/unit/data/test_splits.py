@@ -7,7 +7,8 @@ import pytest
 from row_files import GOOD, lines_of
 
 from gspo.data import prompts as data
-from gspo.data.prompts import in_common, load_splits, prompt_key
+from gspo.data.prompts import in_common, load_splits
+from gspo.data.row_checker import prompt_key
 from gspo.embedded.equations import SEED_ROW
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config
