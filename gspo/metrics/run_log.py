@@ -8,6 +8,7 @@ Nothing here stops a run: what a full disk does not take is written when there i
 
 import difflib
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from gspo.metrics.stop_when import StopWhen
 from gspo.metrics.tracker_packages import PACKAGES
 from gspo.metrics.tracker_process import TrackerProcess
 from gspo.metrics.trackers import MetricsFile, Samples, SamplesFile, Tracker, read_rows
-from gspo.system.console import say
+from gspo.system.console import LiveTable, say, time_left
 from gspo.system.torchrun import is_main
 from gspo.types import Experience
 
@@ -128,6 +129,9 @@ class RunLog:
         self.folder, self.health = folder, HealthCheck(cfg.health)
         self.trackers: list[Tracker] = []
         self.last_line, self.disk_full = 0.0, False
+        self.table: LiveTable | None = None
+        self.accuracy = math.nan  # of held-out responses, when they were scored last
+        self.round, self.began = 0.0, (start_step, time.monotonic())  # of the table's last row; step and time
         self.stop_when = StopWhen(cfg.trainer.stop_when, GLOSSARY)
         if not is_main():
             return
@@ -165,11 +169,16 @@ class RunLog:
         """Write what still waits, or say that it is lost."""
         for tracker in self.trackers:
             self._warn_once(tracker.close())
+        if self.table:
+            self.table.close()
         if self.disk_full:
             say(f"warning: {self.folder}: the last curves and samples found no room, and are lost.")
 
     def _line(self, step: int, row: dict[str, float], total_steps: int) -> None:
         now = time.monotonic()
+        if sys.stdout.isatty():
+            first, began = self.began
+            return self._row(step, row, total_steps, (now - began) / (step - first) * (total_steps - step))
         if now - self.last_line < 2.0 and step not in (1, total_steps):
             return
         self.last_line = now
@@ -183,6 +192,21 @@ class RunLog:
             f"accuracy {seen['preference_accuracy']:.2f}  kl {row['kl_divergence']:.4f}  "
             f"length {row['response/length_mean']:.1f}  {rate}{row['time/step']:.2f} s"
         )
+
+    def _row(self, step: int, row: dict[str, float], total_steps: int, left: float) -> None:
+        """Show the step in the live table, which has a row a round."""
+        self.table = self.table or LiveTable(
+            {"round": 5, "step": 9, "reward": 6, "best": 5, "pairs": 5, "ordered": 7, "kl": 6, "length": 6, "tok/s": 7}
+            | {"held-out": 8, "left": 10}
+        )
+        seen = defaultdict(lambda: math.nan, row)
+        cells = [f"{row['round'] + 1:.0f}", f"{step}/{total_steps}", f"{seen['reward_mean']:.3f}"]
+        cells += [f"{seen['reward_max']:.3f}", f"{row['pairs/per_group']:.1f}", f"{seen['preference_accuracy']:.2f}"]
+        cells += [f"{row['kl_divergence']:.4f}", f"{row['response/length_mean']:.1f}"]
+        self.accuracy = row.get("heldout/accuracy", self.accuracy)
+        cells += [f"{row['tokens_per_second']:.0f}", f"{self.accuracy:.3f}", time_left(left)]
+        self.table.show(cells, new_row=row["round"] != self.round)
+        self.round = row["round"]
 
     def _warn_once(self, error: OSError | None) -> None:
         """Say once that the disk takes nothing, and once that it does again."""

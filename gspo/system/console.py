@@ -24,6 +24,40 @@ def say(text: str) -> None:
             sys.stdout.flush()
 
 
+class LiveTable:
+    """A table on a terminal whose last row is rewritten in place; what `say` prints comes above that row."""
+
+    def __init__(self, titles: dict[str, int]):
+        """Print the titles. titles: {title: width of its column}."""
+        self.widths, self.row = list(titles.values()), None
+        say(self._aligned(list(titles)))
+
+    def show(self, cells: list[str], new_row: bool = False) -> None:
+        """Show a row: in place of the last one, or below it, which then stays as it is."""
+        if new_row:
+            self.close()
+        if self.row is None:
+            self.row = tqdm(bar_format="{desc}", leave=True, file=sys.stdout, dynamic_ncols=True)
+        self.row.set_description_str(self._aligned(cells))
+
+    def close(self) -> None:
+        """Leave the last row as it is."""
+        if self.row is not None:
+            self.row.close()
+        self.row = None
+
+    def _aligned(self, cells: list[str]) -> str:
+        return "  ".join(cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True))
+
+
+def time_left(seconds: float) -> str:
+    """Return a time as `45 s`, `12 min` or `3 h 05 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Iterate over `items` and show how many are done."""
     if not is_main():

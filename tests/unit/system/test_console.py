@@ -81,3 +81,11 @@ def test_a_terminal_shows_one_line_that_is_removed_at_the_end(monkeypatch, embed
     done = [int(re.search(r"(\d+)/8 responses, [\d,]+ tok/s", frame)[1]) for frame in frames]
     assert len(frames) >= int((rollout.lengths - 1).sum()) // 2 and done == sorted(done) and done[-1] == 8
     assert "\n" not in terminal.getvalue() and terminal.getvalue().split("\r")[-2].strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (5900, "98 min"), (6000, "1 h 40 min"), (11100, "3 h 05 min")],
+)
+def test_time_left(seconds, text):
+    assert progress.time_left(seconds) == text
