@@ -40,6 +40,7 @@ mv "$out/smoke.log" "$out/smoke-first.log"
 train smoke 30 trainer.max_steps=4 "${small[@]}"  # the same run goes on
 measure model 30 model "$out/model"
 if [ -z "$tiny" ]; then
+  tests tests-layers 40 tests/gpu/test_layers_on_cuda.py
   tests tests-engine 60 tests/gpu/test_engine_on_cuda.py -k "tokens_of_the_cpu or graphs or host_does or work_that"
   tests tests-attention 45 tests/gpu/test_attention_on_cuda.py -k "trial or proven or whole_models"
   tests tests-logprob 40 tests/gpu/test_logprob_on_cuda.py

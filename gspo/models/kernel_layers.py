@@ -23,6 +23,7 @@ from gspo.models.patching import replace
 ROTARY = "apply_rotary_pos_emb"
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder layer
 PASSED_ON = ("attention_mask", "position_ids", "past_key_values", "position_embeddings", "pack", "slots")
+SUMS_ON = {"cuda"}  # devices on which a layer's first sum and second norm are computed together
 _forwards_of_ours = 0  # under way now
 
 
@@ -74,9 +75,9 @@ def _norm_dtype(given: torch.dtype, weight: Tensor, widens: bool, autocast: bool
 def _residual_layer(
     m: nn.Module, eps: float, offset: float, widens: bool, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Compute a decoder layer on CUDA: its first sum and its second norm together."""
+    """Compute a decoder layer, its first sum and its second norm together."""
     x, weight = hidden_states, m.post_attention_layernorm.weight
-    if not _forwards_of_ours or args or not x.is_cuda or not kernels_take(x, weight):
+    if not _forwards_of_ours or args or x.device.type not in SUMS_ON or not kernels_take(x, weight):
         return type(m).forward(m, x, *args, **kwargs)
     branch, _ = m.self_attn(hidden_states=m.input_layernorm(x), **kwargs)
     if kernels_take(branch):

@@ -19,14 +19,16 @@ from gspo.models.patching import replaced
 from gspo.rollout.attention_inputs import pack_prompts
 from gspo.rollout.slot_attention import forward
 
+JOINED_ON = {"cuda"}  # devices
 _JOINED: "WeakKeyDictionary[nn.Module, list[_Product]]" = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def join_weights(model: nn.Module, device: torch.device) -> None:
-    """Lay the weights of layers that are given the same tensor side by side. On CUDA only; once is enough."""
+    """Lay the weights of layers that are given the same tensor side by side, on devices that gain by it. Once is
+    enough: what is laid so stays so."""
     joined = _JOINED.get(model)
-    if device.type == "cuda" and (joined is None or not all(product.holds() for product in joined)):
+    if device.type in JOINED_ON and (joined is None or not all(product.holds() for product in joined)):
         _JOINED[model] = [_Product(layers) for layers in layers_given_alike(model, device)]
 
 

@@ -45,13 +45,14 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any]]]:
 
 
 def compile_kernel(kernel: Any, capability: int, types: dict[str, str], values: dict[str, Any]) -> Any:
-    """The compiled kernel, with the divisibility of a run: strides and widths are multiples of 16."""
+    """The compiled kernel, as a run has it: strides and widths are multiples of 16, what is 1 or None is constant."""
     values, names = dict(values), kernel.arg_names
     warps = values.pop("num_warps")
     counts = ("rows", "tiles", "blocks", "tokens", "inner")
-    unused = {"total_ptr", "branch_ptr", "dtotal_ptr"} if not values.get("ADD", True) else set()
-    if kernel is norm_gate_rotary_triton.norm_kernel or kernel is norm_gate_rotary_triton.norm_back_kernel:
-        values |= dict.fromkeys(unused & set(names))
+    if not values.get("ADD", True):
+        values |= dict.fromkeys({"total_ptr", "branch_ptr", "dtotal_ptr"} & set(names))
+    if "inner" in names and values["BLOCK"] > 128:  # not a norm over heads
+        values["inner"] = 1
     kinds = {name: f"*{types.get(name, FULL)}" if name.endswith("_ptr") else "i32" for name in names}
     kinds |= dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(values, "constexpr")
     divisible = {

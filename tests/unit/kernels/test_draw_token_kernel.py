@@ -39,3 +39,4 @@ def test_the_engine_with_interpreted_kernels_samples_what_pytorch_does(tmp_path)
     assert set(found) == {"gemma2", "qwen3"}
     for family, said in found.items():
         assert said["same"] and said["off"] < 1e-4 and said["lengths"] > 3, (family, said)
+        assert said["joined"] == 4, "products of two layers that are given the same tensor"
