@@ -16,7 +16,7 @@ NAMED  := $(if $(MODEL),model.path=$(MODEL),optim.learning_rate=3e-4 rollout.max
 .DEFAULT_GOAL := help
 .PHONY: help setup dev data base-model train-quick train-standard train-high-quality eval tensorboard \
         smollm2 train-smollm2 train-smollm2-number-words bench bench-gpu bench-learning bench-learning-variants bench-reward \
-        bench-data bench-number-words bench-grpo test test-slow test-all test-hour test-gpu lint format clean
+        bench-data bench-number-words bench-grpo compiled-kernels test test-slow test-all test-hour test-gpu lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 28
@@ -92,6 +92,9 @@ bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
 
 bench: $(RIVALS)/.ready smollm2 ## speed and memory beside TRL and other kernels -> kernels/BENCH.md (most of an hour on two cores)
 	$(RIVALS)/bin/python benchmarks/speed.py $(ARGS)
+
+compiled-kernels: dev ## compile every Triton kernel for six GPUs that need not be there -> docs/gpu.md (half an hour)
+	TRITON_INTERPRET=0 $(PY) benchmarks/compiled_kernels.py --write $(ARGS)
 
 bench-gpu: ## 8.5 minutes on a GPU, with a python3 that has torch for CUDA (PYTHON=...) -> benchmarks/gpu.md
 	PYTHON=$(PYTHON) benchmarks/gpu_day.sh outputs/gpu_day

@@ -3,11 +3,12 @@
 Bound by memory bandwidth. A program holds up to BLOCK_M queries, those of a KV head's query heads and of the slots
 that read the same sequence, and goes over a share of the keys, which are read once and multiplied on tensor cores
 (float32 as three products of TF32 parts, which keep all but its last bit or two; wide float32 heads without tensor
-cores). Grids depend on the tables' shapes, never on their contents: a program with an empty share writes -inf and
-ends.
+cores; as one product of TF32 where PyTorch may round so). Grids depend on the tables' shapes, never on their contents:
+a program with an empty share writes -inf and ends.
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from gspo.kernels.logprob_chunk_triton import shaped
 
 QUERIES = 64  # at most, of a program
 SHARE = 256  # keys of a program, at least
-SPLITS = 8  # programs of a sequence, at most: longer sequences have larger shares
+SPLITS = 8, 32  # programs of a sequence, at most: of many sequences, and of so few that they leave processors idle
 LN2 = math.log(2)
 
 
@@ -114,9 +115,28 @@ def merge_kernel(
     tl.store(merged_ptr + row * DV + dv, merged.to(merged_ptr.dtype.element_ty), mask=dv < DV)
 
 
-def split_count(pool: Pool) -> int:
-    """Return the number of programs among which the longest sequence that fits in the tables is split."""
-    return min(SPLITS, triton.cdiv(pool.readers.pages.shape[1] * pool.keys.shape[2], SHARE))
+@cache
+def processors(device: torch.device) -> int:
+    """Return the number of streaming multiprocessors of a GPU; 0 of a CPU, where the kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def split_count(pool: Pool, processors: int) -> int:
+    """Return the number of programs among which the longest sequence that fits in the tables is split.
+
+    Few sequences are split further, until each processor has two programs.
+    """
+    pages, members = pool.readers.pages, pool.readers.members
+    kv_heads, page = pool.keys.shape[1:3]
+    programs = triton.cdiv(len(pages), members.shape[1]) * kv_heads  # without splits, if all tables are full
+    least, most = SPLITS
+    wanted = min(most, max(least, 2 * processors // programs))
+    return min(wanted, triton.cdiv(pages.shape[1] * page, SHARE))
+
+
+def merge_warps(splits: int, width: int) -> int:
+    """Return the warps that merge `splits` parts of this width, both powers of two: at most 128 numbers a thread."""
+    return max(1, splits * width // 4096)
 
 
 def blocks(queries: int, page: int, width: int, value_width: int, itemsize: int) -> dict[str, int | str]:
@@ -126,6 +146,8 @@ def blocks(queries: int, page: int, width: int, value_width: int, itemsize: int)
     m = min(most, max(16, triton.next_power_of_2(queries)))
     n = min(n, max(16, page & -page))  # within one page, if page sizes are powers of two
     precision = "tf32x3" if max(d, dv) <= 128 else "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
+        precision = "tf32"
     warps = 8 if m * max(d, dv) >= 64 * 128 or itemsize * max(d, dv) > 512 else 4
     return {
         "BLOCK_M": m,
@@ -151,27 +173,29 @@ def decode_attention(
     q = q if q.stride(2) == 1 else q.contiguous()
     slots, heads, width = q.shape
     value_width = answers.values.shape[3]
-    every = split_count(prompts) + split_count(answers)
+    first_answer, own = (split_count(pool, processors(q.device)) for pool in (prompts, answers))
+    every = first_answer + own
     transform = LogitTransform.of(scale, softcap, LN2)  # scores in base 2
     out = torch.empty(slots, heads, every, value_width, device=q.device)
     lse = torch.empty(slots, heads, every, device=q.device)
     merged = torch.empty(slots, heads, value_width, dtype=q.dtype, device=q.device)
     with torch.cuda.device_of(q):
-        for pool, first in ((prompts, 0), (answers, split_count(prompts))):
+        for pool, first, splits in ((prompts, 0, first_answer), (answers, first_answer, own)):
             keys, values, (pages, members, sizes, starts) = pool
             kv_heads, page = keys.shape[1:3]
             queries = members.shape[1] * heads // kv_heads
             sized = blocks(queries, page, width, value_width, keys.element_size())
-            grid = (len(pages) * triton.cdiv(queries, sized["BLOCK_M"]), kv_heads, split_count(pool))
+            grid = (len(pages) * triton.cdiv(queries, sized["BLOCK_M"]), kv_heads, splits)
             part_kernel[grid](
                 q, keys, values, pages, members, sizes, starts, positions, out, lse,
                 q.stride(0), q.stride(1), transform.inner, transform.outer, window or 0,
-                pages.shape[1], split_count(pool), first, every,
+                pages.shape[1], splits, first, every,
                 MEMBERS=members.shape[1], KV_HEADS=kv_heads, GROUP=heads // kv_heads, PAGE=page,
                 D=width, DV=value_width, SHARE=SHARE, CAPPED=transform.capped, WINDOW=window is not None, **sized,
             )  # fmt: skip
+        block, wide = triton.next_power_of_2(every), triton.next_power_of_2(value_width)
         merge_kernel[(slots * heads,)](
-            out, lse, merged, every, DV=value_width, BLOCK_SPLITS=triton.next_power_of_2(every),
-            BLOCK_DV=triton.next_power_of_2(value_width), num_warps=1,
+            out, lse, merged, every, DV=value_width, BLOCK_SPLITS=block, BLOCK_DV=wide,
+            num_warps=merge_warps(block, wide),
         )  # fmt: skip
     return merged

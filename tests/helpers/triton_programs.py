@@ -1,4 +1,4 @@
-"""Run a program of tests/programs/ whose kernels Triton interprets or compiles."""
+"""Run a program of tests/programs/ whose kernels Triton interprets."""
 
 import json
 import os
@@ -12,10 +12,9 @@ from repository import PROGRAM_ENV, PROGRAMS
 def results(program: str, folder: Path, *arguments: str) -> dict:
     """What a program prints last. It gets a compiler cache of its own.
 
-    Where its name says so, kernels run in Triton's interpreter, which has to be known before anything imports Triton.
+    Kernels run in Triton's interpreter, which has to be known before anything imports Triton.
     """
-    env = os.environ | {"TRITON_INTERPRET": "1" if program.startswith("interpreted") else "0"}
-    env |= {**PROGRAM_ENV, "TRITON_CACHE_DIR": str(folder)}
+    env = os.environ | {**PROGRAM_ENV, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(folder)}
     done = subprocess.run(
         [sys.executable, PROGRAMS / program, *arguments], env=env, capture_output=True, text=True, timeout=600
     )

@@ -39,12 +39,31 @@ def test_interpreted_kernels_are_as_near_to_float64_as_plain_pytorch(tmp_path, s
     assert len(found) == len(range(0, 10, step)) and not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow
-def test_kernels_compile_for_sm_80_and_sm_90a_with_nothing_spilled_and_on_tensor_cores(tmp_path):
+def test_float32_is_one_tf32_product_where_pytorch_may_round_so(monkeypatch):
     pytest.importorskip("triton")
-    found = results("compiled_decode.py", tmp_path)
-    assert len(found) == 40
-    for name, said in found.items():
-        assert said["spilled"] == 0 and said["shared"] <= 99 * 1024, (name, said)  # what every GPU since sm_80 has
-        plain = "merge" in name or "fp32" in name and ("x256" in name or "x192" in name)
-        assert plain == (said["tensor cores"] == 0), (name, said)
+    from gspo.kernels.decode_attention_triton import blocks
+
+    assert [blocks(8, 64, width, width, 4)["PRECISION"] for width in (128, 256)] == ["tf32x3", "ieee"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert [blocks(8, 64, width, width, 4)["PRECISION"] for width in (128, 256)] == ["tf32", "tf32"]
+
+
+@pytest.mark.parametrize(
+    ("slots", "kv_heads", "tokens", "processors", "splits"),
+    [
+        (256, 2, 16384, 132, 8),
+        (8, 2, 16384, 132, 16),  # 8 x 2 x 16 programs: two for each of 132 processors, nearly
+        (1, 2, 16384, 132, 32),
+        (1, 2, 1024, 132, 4),  # no share is shorter than 256 tokens
+        (8, 2, 16384, 0, 8),
+    ],
+)
+def test_few_long_answers_are_split_among_all_processors(slots, kv_heads, tokens, processors, splits):
+    pytest.importorskip("triton")
+    from gspo.kernels.decode_attention_triton import split_count
+
+    tables = Readers(
+        *(torch.zeros(*x, dtype=torch.int32) for x in ((slots, tokens // 64), (slots, 1), (slots,), (slots,)))
+    )
+    pages = torch.zeros(1, kv_heads, 64, 16)
+    assert split_count(Pool(pages, pages, tables), processors) == splits

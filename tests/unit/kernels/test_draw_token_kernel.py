@@ -25,14 +25,6 @@ def test_interpreted_kernels_draw_what_pytorch_draws(tmp_path):
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_sm_80_and_sm_90a_with_nothing_spilled(tmp_path):
-    found = results("compiled_sampling.py", tmp_path)
-    assert len(found) == 20
-    for name, said in found.items():
-        assert said["spilled"] == 0 and said["registers"] <= 128, (name, said)
-
-
-@pytest.mark.slow
 def test_the_engine_with_interpreted_kernels_samples_what_pytorch_does(tmp_path):
     """Whole models, as on CUDA but for the graphs: blocks of steps, refills, windows, soft caps, a truncated draw."""
     found = results("interpreted_engine.py", tmp_path)

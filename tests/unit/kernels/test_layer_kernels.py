@@ -56,14 +56,3 @@ def test_interpreted_kernels_are_as_near_to_float64_as_plain_pytorch(tmp_path, s
     found = results("interpreted_layers.py", tmp_path, str(step))  # every step-th case
     wrong = [f"{name}: {line}" for name, lines in found.items() for line in lines]
     assert len(found) == len(range(0, 80, step)) and not wrong, "\n".join(wrong)
-
-
-@pytest.mark.slow
-def test_kernels_compile_for_sm_80_and_sm_90a_with_nothing_spilled_and_wide_accesses(tmp_path):
-    pytest.importorskip("triton", reason="Triton is made for Linux only")
-    found = results("compiled_layers.py", tmp_path, "1")
-    assert len(found) == 122
-    for name, said in found.items():
-        assert said["spilled"] == 0 and said["registers"] <= 128 and said["shared"] <= 16384, (name, said)
-        narrow = said["accesses"] - said["wide"]  # a scale, or part of a weight's gradient, a row
-        assert narrow <= (8 if name.startswith(("rotate", "write")) else 4), (name, said)

@@ -62,12 +62,3 @@ def test_interpreted_kernel_is_as_near_to_the_objective_as_float32_allows(tmp_pa
     found = results("interpreted_pairwise.py", tmp_path)
     wrong = [line for lines in found.values() for line in lines]
     assert len(found) == 81 and not wrong, "\n".join(wrong)
-
-
-@pytest.mark.slow
-def test_kernel_compiles_for_sm_80_and_sm_90a_with_nothing_spilled(tmp_path):
-    pytest.importorskip("triton")
-    found = results("compiled_pairwise.py", tmp_path)
-    assert len(found) == 12
-    for name, said in found.items():
-        assert said["spilled"] == 0 and said["registers"] <= 128, (name, said)
