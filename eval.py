@@ -26,7 +26,7 @@ from gspo.errors import UserError
 from gspo.launch_checks import say_inputs
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import check_weights, load_model, load_model_config, load_tokenizer
-from gspo.models.precision import DTYPES, choose_precision
+from gspo.models.precision import DTYPES, allow_tf32, choose_precision
 from gspo.read_config import load_config, set_value
 from gspo.read_paths import check_path
 from gspo.reward import reward_func
@@ -151,6 +151,7 @@ def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
         seed=cfg.trainer.seed,
         skip_special_tokens=cfg.rollout.skip_special_tokens,
     )
+    allow_tf32(cfg.model.tf32, world.device)
     return answer(sampler, scorer, splits.test, cfg.eval.n, Sampling.of(cfg.rollout), world)
 
 

@@ -25,6 +25,11 @@ class Model:
         "number format of matrix products; weights and optimizer stay fp32. auto: bf16 on CUDA; on a CPU, the faster "
         "one, measured once",
     )
+    tf32: bool = opt(
+        False,
+        "GPUs from Ampere on: round what fp32 products multiply to TF32, 10 bits after the point instead of 23; of use "
+        "with precision=fp32",
+    )
     gradient_checkpointing: bool | Literal["auto"] = opt(
         "auto",
         "recompute activations in the backward pass: less memory, a third more time. auto: on a GPU, where they would "
@@ -116,7 +121,10 @@ class Rollout:
     )
     engine: str = opt("paged", "rollout engine: a name in gspo/rollout/engines.py")
     max_slots: int | Literal["auto"] = opt(
-        256, "most responses a rank generates at the same time; auto: as many as kv_memory_gib holds", ge=1
+        "auto",
+        "most responses a rank generates at the same time, if kv_memory_gib holds them. auto: 1024 on a GPU, 256 "
+        "on a CPU",
+        ge=1,
     )
     kv_memory_gib: float | Literal["auto"] = opt(
         "auto", "memory of a rank's KV cache in GiB; auto: half of the free memory", gt=0.0
@@ -248,7 +256,11 @@ class SelfPlay:
 class Reference:
     """The frozen models: the opponent, and the reference of the KL term."""
 
-    param_offload: bool = opt(True, "keep the opponent and the reference in CPU memory between uses")
+    param_offload: bool | Literal["auto"] = opt(
+        "auto",
+        "keep the opponent and the reference in CPU memory between uses. auto: on a GPU, unless the memory forecast "
+        "has room for them",
+    )
     refresh: Literal["round", "never"] = opt(
         "round", "reference of the KL term. round: the opponent of the round; never: the initial model"
     )

@@ -23,10 +23,10 @@ from gspo.data.prompts import Splits, group_size, truths_known
 from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World
 from gspo.launch_checks import say_what_changed
-from gspo.memory.footprint import plan_memory
+from gspo.memory.plan import plan_memory
 from gspo.metrics.evaluation import answer, correct_of, report
 from gspo.metrics.run_log import RunLog
-from gspo.models.precision import DTYPES, choose_precision
+from gspo.models.precision import DTYPES, allow_tf32, choose_precision
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
@@ -125,6 +125,7 @@ def start_run(
         agree=models.agree,
         skip_special_tokens=cfg.rollout.skip_special_tokens,
     )
+    allow_tf32(cfg.model.tf32, world.device)
     sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step)
     log.health.full_reward = max(scorer.of_each.correct_at, 1e-6)
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()

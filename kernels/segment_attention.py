@@ -209,13 +209,44 @@ class FlashAttention:
         }
 
 
+class FlashAttention3:
+    """FlashAttention-3, for Hopper (package flash_attn_3), by the functions under its flash_attn_varlen_func."""
+
+    softcaps = True
+
+    def __init__(self) -> None:
+        interface = importlib.import_module("flash_attn_interface")
+        self._forward, self._backward = interface._flash_attn_forward, interface._flash_attn_backward
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = self._forward(q, k, v, causal=rule.segments.causal, **self._options(rule))
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+    ) -> Gradients:
+        written = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        options = {**self._options(rule), **dict(zip(("dq", "dk", "dv"), written, strict=True))}
+        options |= {
+            "is_causal": rule.segments.causal,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        self._backward(grad, q, k, v, out, lse, **options)
+        return written
+
+    @staticmethod
+    def _options(rule: Rule) -> dict[str, object]:
+        both = FlashAttention._options(rule)
+        return {name: value for name, value in both.items() if name not in ("dropout_p", "causal")}
+
+
 def backend_for(q: Tensor, k: Tensor, v: Tensor, softcap: float | None = None) -> Backend | None:
     """Return the fastest backend for tensors [T, H, D], [S, Hk, D] that passed its trial; None where there is none."""
     return choose(BACKENDS, q, k, v, softcap)
 
 
 def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return whether FlashAttention-2 takes these tensors.
+    """Return whether FlashAttention takes these tensors.
 
     It takes float16 and bfloat16 on CUDA, heads of up to 256 numbers, a multiple of 8, and values as wide as keys;
     between 192 and 256 not every GPU has its backward.
@@ -235,7 +266,7 @@ def _backend(kind: type[Backend]) -> Implementation:
     )
 
 
-BACKENDS = (_backend(FlashAttention), _backend(TorchFlash))
+BACKENDS = (_backend(FlashAttention3), _backend(FlashAttention), _backend(TorchFlash))
 
 
 @functools.cache
@@ -259,8 +290,10 @@ def installed(device: torch.device) -> list[Backend]:
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return []
     found: list[Backend] = []
-    with contextlib.suppress(ImportError, AttributeError):  # missing, built for another torch, or too old
-        found.append(FlashAttention())
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    for kind in [FlashAttention3] * hopper + [FlashAttention]:
+        with contextlib.suppress(ImportError, AttributeError):  # missing, built for another torch, or too old
+            found.append(kind())
     if torch.backends.cuda.is_flash_attention_available():
         found.append(TorchFlash())
     return found

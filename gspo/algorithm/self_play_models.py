@@ -11,7 +11,17 @@ from gspo.algorithm.pairs import preferences
 from gspo.config import Config
 from gspo.distributed.move_weights import copy_weights
 from gspo.distributed.sharded_loading import allocate_and_load, meta_model
-from gspo.distributed.sharding import local_bytes, materialize, needs_sharding, shard, shard_sampler, with_hybrid_mesh
+from gspo.distributed.sharding import (
+    gathered_once,
+    gathers_once,
+    is_sharded,
+    local_bytes,
+    materialize,
+    needs_sharding,
+    shard,
+    shard_sampler,
+    with_hybrid_mesh,
+)
 from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model, recomputes_activations
 from gspo.models.precision import cast_linear_layers
@@ -64,7 +74,7 @@ class SelfPlayModels:
         A frozen model is kept in the precision it is computed in, and no float32 pages of its files stay in memory.
         """
         cfg, world = self.cfg, self.world
-        offload = cfg.reference.param_offload if frozen else cfg.optim.offload
+        offload = cfg.reference.param_offload is not False if frozen else cfg.optim.offload
         apart = needs_sharding(world, offload)
         bare = apart or (frozen and self.dtype != torch.float32)
         kept = self.dtype if frozen and world.size > 1 else torch.float32
@@ -113,7 +123,9 @@ class SelfPlayModels:
             whole_groups=False,
         )
         temperature, count = self.cfg.rollout.temperature, self.world.max(len(parts))
-        return rollout_logprobs(model, self.head, rollout, parts, count, temperature, self.autocast)
+        once = model is not self.policy and is_sharded(model) and gathers_once(self.world.size, o.offload)
+        with gathered_once(model) if once else nullcontext():
+            return rollout_logprobs(model, self.head, rollout, parts, count, temperature, self.autocast)
 
     def reference_and_anchor_logprobs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Return log-probs [G, N, L] under the KL reference and the anchor; zeros for the anchors `none` and `old`."""

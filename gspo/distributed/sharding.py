@@ -5,7 +5,8 @@ would gather the weights for every token): each rank has a whole copy, or, with 
 ranks share one. On one process everything works the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -129,6 +130,27 @@ def after_backward(model: nn.Module) -> None:
     """Free gathered weights after every forward again: the forwards that follow only score and have no backward."""
     if is_sharded(model):
         model.set_reshard_after_forward(True)
+
+
+def gathers_once(ranks: int, policy_offloaded: bool) -> bool:
+    """Tell whether a frozen model that is offloaded comes over as a whole, once for all micro-batches that it scores.
+
+    On one GPU it does: it takes less there than the policy's gradients do later, unless they are offloaded as well.
+    """
+    return ranks == 1 and not policy_offloaded
+
+
+@contextmanager
+def gathered_once(model: nn.Module) -> Iterator[None]:
+    """Keep the weights that a forward gathers until the block ends, for the forwards after it."""
+    model.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(True)
+        for unit in model.modules():
+            if is_sharded(unit):
+                unit.reshard()
 
 
 def _call(model: nn.Module, function: Callable, *args: Any) -> Any:

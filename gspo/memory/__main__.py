@@ -13,7 +13,8 @@ import math
 import torch
 
 from gspo.errors import UserError
-from gspo.memory.footprint import GIB, Footprint, available_bytes, fit_micro_batches
+from gspo.memory.footprint import GIB, Footprint, available_bytes
+from gspo.memory.plan import fit_settings
 from gspo.models.loading import check_weights, load_model_config
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import choose_precision
@@ -84,7 +85,7 @@ def main() -> None:
     else:
         precision = "bf16" if cfg.model.precision == "auto" else cfg.model.precision
     try:
-        tokens, report = fit_micro_batches(cfg, ranks, device, precision, 2**62 if free is None else free)
+        chosen, report = fit_settings(cfg, ranks, device, precision, 2**62 if free is None else free)
     except UserError:
         raise
     except Exception as e:  # a model class that does more than fake tensors allow
@@ -95,7 +96,9 @@ def main() -> None:
         ) from e
     say(report_text(report, free))
     if cfg.optim.micro_batch_tokens == "auto":
-        say(f"optim.micro_batch_tokens=auto: {tokens:,}")
+        say(f"optim.micro_batch_tokens=auto: {chosen.optim.micro_batch_tokens:,}")
+    if device == "cuda" and cfg.reference.param_offload == "auto":
+        say(f"reference.param_offload=auto: {str(chosen.reference.param_offload).lower()}")
 
 
 if __name__ == "__main__":

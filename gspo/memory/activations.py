@@ -93,6 +93,13 @@ class FakeModel:
             forward(self.model, probe := pack_prompts([(0,)], torch.device("cpu")))
         return probe.layout
 
+    def prefill_bytes(self, sizes: list[int]) -> int:
+        """Return the peak bytes of a forward over prompts of these sizes before sampling; nothing is kept of them."""
+        prompts = [(0,) * size for size in sizes]
+        with torch.no_grad(), self.mode, LiveBytes(self.model.parameters()) as live:
+            forward(self.model, pack_prompts(prompts, torch.device("cpu")))
+        return live.peak
+
     def training_bytes(self, pack: PackedBatch, autocast: Autocast, exact: bool, accumulating: bool) -> int:
         """Return the peak bytes of a forward and backward over `pack`, weights and gradients not counted.
 

@@ -5,15 +5,14 @@ that one copy of the weights is sharded over. docs/scaling.md has the same terms
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
 from gspo.config import Config
-from gspo.distributed.sharding import check_shard_size, check_tensor_parallel, sharding_units
-from gspo.distributed.world import World
+from gspo.distributed.sharding import check_shard_size, check_tensor_parallel, gathers_once, sharding_units
 from gspo.errors import UserError
 from gspo.memory.activations import FakeModel
 from gspo.models.loading import load_model_config, recomputes_activations
@@ -22,7 +21,8 @@ from gspo.models.precision import DTYPES
 from gspo.packing.micro_batches import Row, micro_batches, token_budget
 from gspo.packing.pack import PackedBatch, pack_rows
 from gspo.rollout.cpu_weight_layout import laid_out_bytes
-from gspo.rollout.kv_budget import MOST, SHARE, free_bytes, plan_slots, response_page_size
+from gspo.rollout.kv_budget import SHARE, free_bytes, most_slots, plan_slots, response_page_size
+from gspo.rollout.paged_engine import PACES
 from gspo.rollout.sampler import shares_weights
 from gspo.types import Prompt, Rollout
 
@@ -33,8 +33,6 @@ CONTEXT = GIB // 2  # CUDA's own, with the kernels that are loaded
 WORKSPACES = 2 * 32 * 2**20  # cuBLAS: one for each stream that computes, here the usual one and that of captures
 NCCL = GIB  # buffers of one group of ranks
 FRAGMENTS = 0.05  # of what tensors take at the peak: gaps between them, with expandable segments
-FILLED = 0.85  # of a device, up to which `optim.micro_batch_tokens: auto` fills it
-LEAST_TOKENS = 1024  # of a micro-batch that `auto` chooses: with fewer, products hardly fill a GPU
 CHANGE = {  # part -> the setting that makes it smaller
     "activations": "optim.micro_batch_tokens (smaller) or model.gradient_checkpointing=true",
     "KV cache": "rollout.kv_memory_gib or rollout.max_slots (smaller)",
@@ -47,6 +45,7 @@ CHANGE = {  # part -> the setting that makes it smaller
     "laid-out weights": "model.precision=bf16, or use a machine with more memory",
     "checkpoint": "trainer.async_save=false",
     "logits": "rollout.max_slots (smaller)",
+    "prefill": "data.max_prompt_length (smaller)",
 }
 
 
@@ -116,7 +115,7 @@ class _Setup:
 
     @property
     def offloads_reference(self) -> bool:
-        return self.device == "cuda" and self.cfg.reference.param_offload
+        return self.device == "cuda" and self.cfg.reference.param_offload is not False  # auto: where it does not fit
 
     @property
     def policy_is_sharded(self) -> bool:
@@ -142,13 +141,12 @@ def footprint(
 
     resident, offloaded = _resident(setup)
     updating, scoring = {}, {}
-    unsharded_gradients = cfg.optim.gradient_reduction == "step" and ranks > 1
+    unsharded_gradients = cfg.optim.gradient_reduction == "step" and setup.policy_is_sharded
     gradients = FLOAT32 * setup.parameters // (1 if unsharded_gradients else setup.shard_size)  # 4 P or 4 P / s
     (offloaded if setup.offloads_policy and not unsharded_gradients else updating)["gradients"] = gradients
     updating["gathered layers"] = _gathered_while_updating(setup) if setup.policy_is_sharded else 0
     updating["activations"] = work.training_bytes(trained)
-    reference_is_sharded = ranks > 1 or setup.offloads_reference
-    scoring["gathered layers"] = _two_largest_units(setup) if reference_is_sharded else 0
+    scoring["gathered layers"] = _gathered_while_scoring(setup)
     scoring["activations"] = work.scoring_bytes(trained)
     sampling = _sampling(setup, FakeModel(config, dtype), longest, work.groups, free - sum(resident.values()))
     phases = {"updating": updating, "scoring": scoring, "sampling": sampling}
@@ -163,50 +161,6 @@ def footprint(
 def available_bytes(device: torch.device) -> int:
     """Return what a process may take of the device in all; what CUDA has taken for this one is counted in."""
     return free_bytes(device) + (CONTEXT if device.type == "cuda" else 0)
-
-
-def fit_micro_batches(
-    cfg: Config, ranks: int, device: str, precision: str, free: int, prompt_tokens: int | None = None
-) -> tuple[int, Footprint]:
-    """Choose `optim.micro_batch_tokens` where it is auto -> the tokens, and the report with them.
-
-    On a GPU they are halved until the peak leaves some memory free, or is not made by activations.
-    """
-    wanted, tokens = cfg.optim.micro_batch_tokens, token_budget(cfg.optim.micro_batch_tokens)
-    while True:
-        optim = replace(cfg.optim, micro_batch_tokens=tokens)
-        report = footprint(replace(cfg, optim=optim), ranks, device, precision, free, prompt_tokens)
-        fits = report.peak <= FILLED * free or report.peak_phase == "sampling"
-        if wanted != "auto" or device != "cuda" or fits or tokens <= LEAST_TOKENS:
-            return tokens, report
-        tokens //= 2
-
-
-def plan_memory(cfg: Config, world: World, precision: str, prompt_tokens: int) -> tuple[Config, str]:
-    """Return the configuration with the tokens of a micro-batch chosen, and the report in a line or two, for the start
-    of a run on these devices. Every rank must call this.
-
-    A model that cannot be run on fake tensors is no reason not to train it: the line then says so.
-    """
-    free = min(world.gather(available_bytes(world.device)))
-    default = token_budget(cfg.optim.micro_batch_tokens)
-
-    def report() -> tuple[int, str]:
-        try:
-            tokens, found = fit_micro_batches(cfg, world.size, world.device.type, precision, free, prompt_tokens)
-        except Exception as e:  # a model class that does more than fake tensors allow
-            why = f"{type(e).__name__}: {str(e)[:200]}"
-            return default, f"note: the memory of this model cannot be computed in advance ({why})"
-        chosen = f"optim.micro_batch_tokens=auto: {tokens:,}, by this forecast:\n" if tokens < default else ""
-        if found.peak <= free:
-            return tokens, chosen + found.summary()
-        return tokens, (
-            f"{chosen}warning: {found.summary()},\nbut only {free / GIB:.3g} GiB are free. If the run ends for lack of "
-            f"memory, change {found.cure()}"
-        )
-
-    tokens, line = world.broadcast_from_main(report)
-    return replace(cfg, optim=replace(cfg.optim, micro_batch_tokens=tokens)), line
 
 
 def _beside_tensors(setup: _Setup) -> int:
@@ -253,20 +207,30 @@ def _reference_bytes(setup: _Setup) -> int:
     return FLOAT32 * setup.parameters - (FLOAT32 - itemsize) * in_linear
 
 
-def _two_largest_units(setup: _Setup) -> int:
+def _two_largest_units(setup: _Setup, itemsize: int) -> int:
     """Return the bytes of weights that FSDP has gathered at the same time.
 
     They are the two largest units (one computes, the next is on its way) and what belongs to no unit.
     """
     sizes = _unit_sizes(setup)
     outside = setup.parameters - sum(sizes)
-    return (outside + sum(sorted(sizes)[-2:])) * setup.dtype.itemsize
+    return (outside + sum(sorted(sizes)[-2:])) * itemsize
+
+
+def _gathered_while_scoring(setup: _Setup) -> int:
+    """Return the bytes of a frozen model's weights that are gathered while it scores."""
+    if setup.ranks == 1 and not setup.offloads_reference:
+        return 0
+    if gathers_once(setup.ranks, setup.offloads_policy):
+        return _reference_bytes(setup)
+    return _two_largest_units(setup, setup.dtype.itemsize)
 
 
 def _gathered_while_updating(setup: _Setup) -> int:
     """Return the bytes of gathered weights, and of one unit's gradient in float32 on its way to be summed."""
+    itemsize = setup.dtype.itemsize if setup.ranks > 1 else FLOAT32  # one process computes under autocast
     reshards = setup.cfg.model.reshard_after_forward
-    weights = _two_largest_units(setup) if reshards else setup.parameters * setup.dtype.itemsize
+    weights = _two_largest_units(setup, itemsize) if reshards else setup.parameters * itemsize
     return weights + FLOAT32 * max(_unit_sizes(setup))
 
 
@@ -325,10 +289,15 @@ def _longest_rollout(groups: int, n: int, prompt_tokens: int, response_tokens: i
     return Rollout(prompts, tokens, lengths, unused, unused, lengths > 0, [])
 
 
+def _largest_prefill(longest_prompt: int, groups: int) -> list[int]:
+    """Return the tokens of the prompts that a GPU computes at once, at most."""
+    return [longest_prompt] * max(1, min(groups, PACES["cuda"].prefill_most // longest_prompt))
+
+
 def _sampling(setup: _Setup, sampler: FakeModel, longest_prompt: int, groups: int, free: int) -> dict[str, int]:
-    """Return the bytes of the KV cache, of one decoding step's logits, and of weights laid out for CPU kernels."""
+    """Return the bytes of the KV cache, a prefill on a GPU, a decoding step's logits, and weights laid out for CPUs."""
     r, layout = setup.cfg.rollout, sampler.kv_layout()
-    max_slots = min(groups * r.n, MOST if r.max_slots == "auto" else r.max_slots)
+    max_slots = min(groups * r.n, most_slots(r.max_slots, setup.device))
     budget = max(0, int(SHARE * free)) if r.kv_memory_gib == "auto" else int(r.kv_memory_gib * GIB)
     page, prompts = response_page_size(r.max_new_tokens), [longest_prompt] * groups
     try:
@@ -343,6 +312,7 @@ def _sampling(setup: _Setup, sampler: FakeModel, longest_prompt: int, groups: in
     float32_copy = FLOAT32 if setup.device == "cuda" else 0
     return {
         "KV cache": tokens * token_bytes // r.tensor_model_parallel_size,
+        "prefill": sampler.prefill_bytes(_largest_prefill(longest_prompt, groups)) if setup.device == "cuda" else 0,
         "logits": plan.slots * head.shape[0] * (head.dtype.itemsize + float32_copy),
         "laid-out weights": laid_out_bytes(sampler.model) if setup.device == "cpu" else 0,
     }

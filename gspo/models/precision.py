@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspo.errors import UserError
+from gspo.system.console import say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIN_HIDDEN_SIZE = 512  # narrower models stay in fp32: products are little of their step, and rounding shows most
@@ -37,6 +38,18 @@ def choose_precision(precision: str, device: torch.device, model_config: Any) ->
         return "fp32", ""
     times = bf16_speedup(min(width, 1024))
     return "bf16" if times >= MIN_SPEEDUP else "fp32", f"bf16 products are {times:.1f} times as fast on this CPU"
+
+
+def allow_tf32(wanted: bool, device: torch.device) -> None:
+    """Let float32 products of this process round to TF32 on a GPU from Ampere on; a line says where there is none.
+
+    To be called once a model has passed its checks, which compare float32 numbers.
+    """
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if wanted and not ampere:
+        say("model.tf32=true changes nothing: only GPUs from Ampere on have TF32.")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if wanted and ampere else "highest")
 
 
 def bf16_speedup(width: int) -> float:

@@ -18,6 +18,22 @@ from gspo.rollout.slots import Slots
 
 READ_TOGETHER = 16  # slots that read a prompt's pages in one program, at most; further ones read them again
 SMALLEST_STEP = 8  # slots
+FINE = 256  # slots above which steps have further sizes: products of so many rows take longer with each
+
+
+def step_sizes(most: int) -> list[int]:
+    """Return the slots that steps may have, from `most` down: halves, and above FINE three quarters as well.
+
+    Few sizes, as a graph is captured for each.
+    """
+    sizes = [most]
+    while sizes[-1] // 2 >= SMALLEST_STEP:
+        if sizes[-1] > FINE:
+            sizes.append(sizes[-1] * 3 // 4)
+            sizes.append(sizes[-2] // 2)
+        else:
+            sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 class Tables:
@@ -37,14 +53,8 @@ class Tables:
         self.alone = torch.arange(most, dtype=torch.int32, device=slots.device)[:, None].contiguous()
 
     def count(self) -> int:
-        """Return the slots of a step: `most`, or a half, a quarter, ... of it that still holds all responses.
-
-        Few sizes, as a graph is captured for each.
-        """
-        count = self.most
-        while count // 2 >= max(len(self.slots), SMALLEST_STEP):
-            count //= 2
-        return count
+        """Return the slots of a step: the least size that holds all responses."""
+        return min(size for size in step_sizes(self.most) if size >= len(self.slots))
 
     def load(self, count: int, upto: np.ndarray, spare_row: int) -> None:
         """Write the tables of `count` slots, with pages for the first `upto` [S] tokens of each of the S responses.

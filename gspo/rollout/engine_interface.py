@@ -89,7 +89,7 @@ class Results:
 class EngineOptions:
     """What an engine may use. None of it changes a response."""
 
-    max_slots: int | Literal["auto"] = 256  # responses generated at the same time, at most
+    max_slots: int | Literal["auto"] = "auto"  # responses generated at the same time, at most
     kv_memory_gib: float | Literal["auto"] = "auto"  # of keys and values; auto: half of the free memory
     page: int | None = None  # tokens of a page of the KV cache; None: chosen by the longest response
     agree: Callable[[Tensor], Tensor] | None = None  # ranks of a tensor-parallel model agree on every token drawn

@@ -1,6 +1,7 @@
 """Plan slots and pages: how many responses can be generated at the same time in the memory there is."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -9,7 +10,9 @@ from gspo.rollout.kv_pages import PAGE, Layer, Plan, pages_for
 from gspo.system.torchrun import local_world_size
 
 SHARE = 0.5  # of what is free, where `rollout.kv_memory_gib` is auto
-MOST = 1024  # slots, where `rollout.max_slots` is auto: beyond it steps only grow longer
+# Slots where `rollout.max_slots` is auto. A GPU's step of a small model takes hardly longer for 1,024 than for 256: it
+# is bound by its launches. On a CPU steps only grow longer.
+AUTO_SLOTS = {"cuda": 1024, "cpu": 256}
 WASTE = 1.125  # tokens of the prompts' pages may grow so many times for larger pages
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -50,12 +53,17 @@ def prompt_page_size(sizes: list[int], page: int) -> int:
     return max(width for width in widths if tokens(width) <= WASTE * tokens(page))
 
 
+def most_slots(max_slots: int | Literal["auto"], device: str) -> int:
+    """Return the most slots that a rank may use on a kind of device, cpu or cuda, if its memory holds so many."""
+    return AUTO_SLOTS.get(device, AUTO_SLOTS["cpu"]) if max_slots == "auto" else max_slots
+
+
 def plan_slots(
     layout: dict[int, Layer],
     sizes: list[int],
     n: int,
     longest: int,
-    max_slots: int | None,
+    max_slots: int,
     budget: int,
     page: int = PAGE,
     rows: int | None = None,
@@ -77,7 +85,7 @@ def plan_slots(
     def need(slots: int) -> int:
         return (prompt_pages(slots) * wide + slots * each * page) * token_bytes
 
-    low, high = 0, min(MOST if max_slots is None else max_slots, len(sizes) * n if rows is None else rows)
+    low, high = 0, min(max_slots, len(sizes) * n if rows is None else rows)
     while low < high:  # the most that fits
         middle = (low + high + 1) // 2
         low, high = (middle, high) if need(middle) <= budget else (low, middle - 1)

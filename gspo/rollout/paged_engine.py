@@ -8,6 +8,7 @@ graph (cuda_graphs.py).
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,15 +21,33 @@ from gspo.rollout.cuda_graphs import Replay
 from gspo.rollout.decoder_stack import fused_decoder_stack
 from gspo.rollout.draw_tokens import draw
 from gspo.rollout.engine_interface import EngineOptions, Requests, Results
-from gspo.rollout.kv_budget import SHARE, free_bytes, plan_slots, response_page_size
+from gspo.rollout.kv_budget import SHARE, free_bytes, most_slots, plan_slots, response_page_size
 from gspo.rollout.shared_products import join_weights, shared_products
 from gspo.rollout.slot_attention import check_slots, forward
 from gspo.rollout.slots import Slots
 
-PREFILL_AHEAD = 256  # prompt tokens computed at once, if there is room: fewer make poor matrix products
-PREFILL_MOST = 2048  # ... and at most, unless one prompt is longer: more fall out of a CPU's caches
 DRAWN_AT_ONCE = 256  # first tokens
-STEPS_PER_BLOCK = {"cuda": 8}  # steps between two reads of the host, by device; elsewhere it reads every token
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the work is cut on one kind of device. It changes no response."""
+
+    steps: int  # decoding steps between two reads of the host; 0: it reads every token
+    prefill_ahead: int  # prompt tokens computed at once, if there is room: fewer make poor matrix products
+    prefill_most: int  # ... and at most, unless one prompt is longer
+    refill_share: float  # of the slots that are free before prompts are computed while others decode, which then wait
+
+
+PACES = {
+    "cpu": Pace(steps=0, prefill_ahead=256, prefill_most=2048, refill_share=0.0),  # more fall out of its caches
+    "cuda": Pace(steps=8, prefill_ahead=4096, prefill_most=16384, refill_share=1 / 8),  # fewer leave it waiting
+}
+
+
+def pace_of(device: torch.device) -> Pace:
+    """Return the pace for a device."""
+    return PACES.get(device.type, PACES["cpu"])
 
 
 class PagedEngine:
@@ -38,7 +57,7 @@ class PagedEngine:
         self.model, self.device, self.options = model, device, options
         join_weights(model, device)
         with shared_products(model):
-            self.layout = check_slots(model, device, fixed=device.type in STEPS_PER_BLOCK)
+            self.layout = check_slots(model, device, fixed=pace_of(device).steps > 0)
 
     def start(self, requests: Requests) -> "PagedGeneration":
         """Plan slots and pages for as many responses at a time as the memory holds, and allocate them."""
@@ -48,7 +67,7 @@ class PagedEngine:
             [len(ids) for ids in requests.prompts],
             min(requests.counts),
             longest,
-            None if options.max_slots == "auto" else options.max_slots,
+            most_slots(options.max_slots, self.device.type),
             self._kv_bytes(),
             options.page or response_page_size(longest),
             rows=len(requests.keys),
@@ -86,13 +105,13 @@ class PagedGeneration:
         self.logprobs, self.entropy = start.logprobs, start.entropy
         self.begun = start.lengths.clone()  # tokens of each response that its prompt's pages hold
         self.keys, self.limits = (F.pad(x, (0, 1)) for x in (requests.keys, requests.limits))
-        if steps := STEPS_PER_BLOCK.get(device.type, 0):
+        self.pace = pace_of(device)
+        if self.pace.steps:
             self.host_begun = self.begun.cpu().numpy()
             self.host_limits = (self.limits - self.begun).cpu().numpy()
             longest = requests.sampling.max_new_tokens
             self.tables = Tables(slots, max_slots, int(counts.max()), max(map(len, self.prompts)), longest)
             self.replay = Replay(device if device.type == "cuda" and agree is None else None)
-        self.steps_per_block = steps
         self.queue = deque(sorted(range(len(self.prompts)), key=lambda g: len(self.prompts[g])))  # similar lengths
         self.waiting_rows: deque[int] = deque()  # first token drawn, no slot yet
         self.unfinished = counts.copy()  # responses to each prompt that have not ended
@@ -123,7 +142,8 @@ class PagedGeneration:
     def _fill_slots(self) -> Iterator[int]:
         """Seat waiting rows in free slots; prefill further prompts where too few rows wait."""
         while (room := self.max_slots - len(self.slots)) and (self.waiting_rows or self.queue):
-            if len(self.waiting_rows) < room and (numbers := self._take_prompts(room - len(self.waiting_rows))):
+            short = room - len(self.waiting_rows)
+            if self._prefill_is_due(short) and (numbers := self._take_prompts(short)):
                 yield from self._prefill(numbers)
             elif self.waiting_rows:
                 rows = [self.waiting_rows.popleft() for _ in range(min(room, len(self.waiting_rows)))]
@@ -131,14 +151,25 @@ class PagedGeneration:
             else:
                 return  # until a prompt frees its pages
 
+    def _prefill_is_due(self, short: int) -> bool:
+        """Tell whether to prefill prompts for slots that have no response, `short` of them beside those that wait.
+
+        Every slot stands still meanwhile. So while some decode, it is put off until a share of them is free, or as many
+        as the last prompts of the queue need.
+        """
+        if not len(self.slots):
+            return short > 0
+        last = int(self.unfinished[list(self.queue)].sum()) <= short
+        return short > 0 and (last or short >= self.pace.refill_share * self.max_slots)
+
     def _take_prompts(self, rows: int) -> list[int]:
         """Take from the queue the prompts to prefill together: enough for `rows` further responses."""
         numbers: list[int] = []
         sizes: list[int] = []
         while self.queue:
             size = len(self.prompts[self.queue[0]])
-            enough = self.unfinished[numbers].sum() >= rows and sum(sizes) >= PREFILL_AHEAD
-            if enough or not self.slots.fits([*sizes, size]) or (sizes and sum(sizes) + size > PREFILL_MOST):
+            enough = self.unfinished[numbers].sum() >= rows and sum(sizes) >= self.pace.prefill_ahead
+            if enough or not self.slots.fits([*sizes, size]) or (sizes and sum(sizes) + size > self.pace.prefill_most):
                 break
             numbers.append(self.queue.popleft())
             sizes.append(size)
@@ -164,7 +195,7 @@ class PagedGeneration:
 
     def _decode(self) -> Iterator[int]:
         """Draw further tokens for every slot, until the host reads them."""
-        yield from self._decode_block() if self.steps_per_block else self._decode_token()
+        yield from self._decode_block() if self.pace.steps else self._decode_token()
 
     def _decode_token(self) -> Iterator[int]:
         """Draw one more token for every slot, and read it."""
@@ -176,10 +207,10 @@ class PagedGeneration:
         yield from self._free_slots(self._read_finished(rows, position, last))
 
     def _decode_block(self) -> Iterator[int]:
-        """Draw up to `steps_per_block` more tokens for every slot, then read them once."""
+        """Draw up to `pace.steps` more tokens for every slot, then read them once."""
         slots, limits = self.slots, self.host_limits[self.slots.rows]
         first = slots.length + 1
-        steps, count = min(self.steps_per_block, int((limits - first).max())), self.tables.count()
+        steps, count = min(self.pace.steps, int((limits - first).max())), self.tables.count()
         self.tables.load(count, np.minimum(slots.length + steps, limits - 1), spare_row=self.spare_row)
         for _ in range(steps):
             self.replay(self._fixed_step, count)

@@ -1,8 +1,12 @@
 """Decode responses to text, with tags such as <think> that the tokenizer marks as special."""
 
 import re
-from collections.abc import Set
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+import numpy as np
 
 SHOWN = 6  # tags in a note
 WORDS = re.compile(
@@ -19,6 +23,44 @@ def decode(tokenizer: Any, ids: list[int], dropped: Set[int], skip_special_token
     Other special tokens, such as <think>, are part of the text; `skip_special_tokens` leaves them out.
     """
     return tokenizer.decode([t for t in ids if t not in dropped], skip_special_tokens=skip_special_tokens)
+
+
+class GroupTexts:
+    """Decode groups of responses, and hand each group's texts over in this thread, in the order in which groups ended.
+
+    With `beside` another thread decodes, so that a GPU does not wait for it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], hand_over: Callable[[int, list[str]], None], beside: bool):
+        self._decode, self._hand_over = decode, hand_over
+        self._thread = ThreadPoolExecutor(1, "texts") if beside else None
+        self._under_way: deque[tuple[int, Future[list[str]]]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *rest: Any) -> None:
+        if failed is None:
+            self._hand_over_decoded(all_of_them=True)
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def add(self, group: int, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Decode the responses of a group, tokens [n, L] of lengths [n], and hand over what is ready."""
+        if self._thread is None:
+            self._hand_over(group, self._texts(tokens, lengths))
+            return
+        self._under_way.append((group, self._thread.submit(self._texts, tokens, lengths)))
+        self._hand_over_decoded()
+
+    def _texts(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+        responses = zip(tokens.tolist(), lengths.tolist(), strict=True)
+        return [self._decode(ids[:length]) for ids, length in responses]
+
+    def _hand_over_decoded(self, all_of_them: bool = False) -> None:
+        while self._under_way and (all_of_them or self._under_way[0][1].done()):
+            group, texts = self._under_way.popleft()
+            self._hand_over(group, texts.result())
 
 
 def special_tags(tokenizer: Any, dropped: Set[int]) -> list[str]:

@@ -19,7 +19,7 @@ from gspo.models.loading import end_and_pad_ids
 from gspo.rollout.draw_tokens import Sampling, sample_keys
 from gspo.rollout.engine_interface import EngineOptions, Requests, Results
 from gspo.rollout.engines import engine_class
-from gspo.rollout.response_text import decode, special_tags, tags_note
+from gspo.rollout.response_text import GroupTexts, decode, special_tags, tags_note
 from gspo.rollout.stop_strings import StopStrings
 from gspo.rollout.tree import Tree, grow_branches
 from gspo.system.console import say, track_sampling
@@ -45,7 +45,7 @@ class Sampler:
         device: torch.device,
         *,
         engine: str = "paged",
-        max_slots: int | Literal["auto"] = 256,
+        max_slots: int | Literal["auto"] = "auto",
         kv_memory_gib: float | Literal["auto"] = "auto",
         seed: int = 0,
         tp: int = 1,
@@ -90,18 +90,25 @@ class Sampler:
             return self._empty(n)
         requests = self.requests(prompts, n, sampling, purpose=purpose, step=step, limits=limits)
         texts: dict[int, list[str]] = {}
+        reasons: dict[int, list[str]] = {}
 
         def group_ended(g: int, results: Results) -> None:
             rows = slice(g * n, (g + 1) * n)
-            texts[g] = self._texts(results.tokens[rows], results.lengths[rows])
-            if on_group:
-                on_group(g, prompts[g], texts[g], finish_reasons(results.finished[rows]))
+            reasons[g] = finish_reasons(results.finished[rows])
+            decoded.add(g, results.tokens[rows].cpu().numpy(), results.lengths[rows].cpu().numpy())
 
-        if tree is not None:
-            assert tree.leaves == n and limits is None
-            return self._rollout(prompts, n, *self._sample_tree(tree, requests, group_ended), texts)
-        results = self._sample("sampling", requests, group_ended)
-        return self._rollout(prompts, n, results, None, None, texts)
+        def group_decoded(g: int, decoded: list[str]) -> None:
+            texts[g] = decoded
+            if on_group:
+                on_group(g, prompts[g], decoded, reasons[g])
+
+        with GroupTexts(self._text, group_decoded, beside=self.device.type == "cuda") as decoded:
+            if tree is not None:
+                assert tree.leaves == n and limits is None
+                found = self._sample_tree(tree, requests, group_ended)
+            else:
+                found = self._sample("sampling", requests, group_ended), None, None
+        return self._rollout(prompts, n, *found, texts)
 
     def _sample(self, what: str, requests: Requests, ended: Callable[[int, Results], None]) -> Results:
         """Run the engine; call `ended(g, results)` when the last response to prompt g of the requests has ended."""
@@ -222,11 +229,9 @@ class Sampler:
             self._stops[stops] = StopStrings(self.tokenizer, stops, size, self.device)
         return self._stops.get(stops)
 
-    def _texts(self, tokens: Tensor, lengths: Tensor) -> list[str]:
-        """Decode responses [n, L] of lengths [n], without their end and padding tokens."""
-        responses = zip(tokens.tolist(), lengths.tolist(), strict=True)
-        dropped, skip = self.end_ids | {self.pad_id}, self.skip_special_tokens
-        return [decode(self.tokenizer, ids[:length], dropped, skip) for ids, length in responses]
+    def _text(self, ids: list[int]) -> str:
+        """Decode one response, without its end and padding tokens."""
+        return decode(self.tokenizer, ids, self.end_ids | {self.pad_id}, self.skip_special_tokens)
 
     def _empty(self, n: int) -> Rollout:
         """Return the rollout of no prompts."""

@@ -1,6 +1,7 @@
 """Samples on the CPU as CUDA does, in blocks of steps, every kernel in Triton's interpreter; prints what differs."""
 
 import json
+from dataclasses import replace
 
 import torch
 from architectures import tiny_model
@@ -29,7 +30,7 @@ def main() -> None:
         use_triton(operation)
     kernel_layers.SUMS_ON.add("cpu")
     shared_products.JOINED_ON.add("cpu")
-    paged_engine.STEPS_PER_BLOCK["cpu"] = 4
+    paged_engine.PACES["cpu"] = replace(paged_engine.PACES["cuda"], steps=4)
     results = {}
     for (family, *_), (theirs, _), (mine, joined) in zip(runs, plain, [sampled(*run) for run in runs], strict=True):
         same = all(getattr(mine, k).equal(getattr(theirs, k)) for k in ("tokens", "lengths", "finished"))

@@ -1,14 +1,23 @@
 """Checks on the device that is not there, of itself and of what uses it; test_rehearsal.py runs them in a process."""
 
+import threading
+
 import pytest
 import torch
 from architectures import tiny_model
 from cuda_module import graphs
 from device import Recorder, seen
+from tiny_sampler import Tokens, prompts_of
 from torch import nn
+from transformers import GenerationConfig
 
+from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.distributed.world import process_group
+from gspo.read_config import load_config
 from gspo.rollout.cuda_graphs import Replay, no_waiting
+from gspo.rollout.draw_tokens import Sampling
+from gspo.rollout.sampler import Sampler
+from gspo.types import Prompt, Rollout
 
 X = torch.arange(6.0).view(2, 3)
 
@@ -114,6 +123,52 @@ def test_a_rank_beside_a_gpu_has_its_share_of_the_cores(monkeypatch):
     with process_group() as world:
         assert world.device == torch.device("cuda", 0) and torch.get_num_threads() == 3
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("offload", "gathers"), [("true", 1), ("false", 0)], ids=["offloaded", "resident"])
+def test_an_offloaded_reference_comes_over_once_for_all_micro_batches(offload, gathers, monkeypatch):
+    """Its weights are gathered, which is a copy from the CPU, in the first forward, and freed after the last."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    cfg = load_config(None, ["optim.micro_batch_tokens=10", f"reference.param_offload={offload}"])
+    gather, gathered, forwards = FSDPParam.to_unsharded, [], []
+    monkeypatch.setattr(FSDPParam, "to_unsharded", lambda p: gathered.append(p) or gather(p))
+    with process_group() as world:
+        models = SelfPlayModels(cfg, world)
+        model = models.frozen["opponent"]
+        model.model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
+        gathered.clear()
+        found = models.logprobs_under(model, (rollout := a_rollout(world.device)))
+        weights = len(list(model.parameters()))
+        assert len(forwards) == 4 and len(gathered) == gathers * weights
+        assert found.isfinite().all() and all(p.is_cuda == (offload == "false") for p in model.parameters())
+        models.logprobs_under(model, rollout)
+        assert len(gathered) == 2 * gathers * weights, "it left the device in between"
+
+
+def a_rollout(device):
+    tokens = torch.randint(4, 60, (2, 2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+    zeros, lengths = torch.zeros(2, 2, 16, device=device), torch.full((2, 2), 16, device=device)
+    prompts = [Prompt(k, (5, 6, 7), "", "", "") for k in range(2)]
+    return Rollout(prompts, tokens, lengths, zeros, zeros, lengths > 0, [["", ""]] * 2)
+
+
+def test_a_thread_decodes_what_the_device_has_sampled_and_this_one_hands_it_over(monkeypatch):
+    decoders, told = set(), []
+    decode = lambda tokens, ids, **_: decoders.add(threading.current_thread()) or str(ids)  # noqa: E731
+    monkeypatch.setattr(Tokens, "decode", decode)
+    model = tiny_model("llama").to("cuda")
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    sampler = Sampler(model, Tokens(), torch.device("cuda", 0), max_slots=8)
+
+    def on_group(place, prompt, texts, reasons):
+        told.append((place, threading.current_thread()))
+        assert len(texts) == len(reasons) == 3
+
+    rollout = sampler.generate(prompts_of((3, 5, 2)), 3, Sampling(1.0, max_new_tokens=9), on_group=on_group)
+    assert sorted(place for place, _ in told) == [0, 1, 2] and {t for _, t in told} == {threading.main_thread()}
+    assert len(rollout.texts) == 3
+    assert len(decoders) == 1 and threading.main_thread() not in decoders
 
 
 def test_weights_that_fsdp_has_freed_are_nan_and_a_cpu_kernel_takes_nothing_of_the_device():

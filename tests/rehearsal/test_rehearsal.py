@@ -19,7 +19,8 @@ RUN = "tests/rehearsal/run.py"
 TINY = ("--config", "configs/quick.yaml", "model.precision=fp32", "data.train_batch_size=3", "rollout.n=3",
         "rollout.max_new_tokens=6", "eval.prompts=2", "eval.n=2", "eval.round_prompts=2", "reward.check_rows=0",
         "reward.workers=1", "reward.path=tests/rehearsal/reward.py", "trainer.save_freq=1", "optim.warmup_steps=0",
-        "optim.epochs_per_rollout=1", "optim.minibatches=1", "optim.schedule=constant")  # fmt: skip
+        "optim.epochs_per_rollout=1", "optim.minibatches=1", "optim.schedule=constant",
+        "reference.param_offload=true")  # fmt: skip
 TURING = {"REHEARSED_CAPABILITY": "7.5"}
 PATHS = os.pathsep.join([PROGRAM_ENV["PYTHONPATH"], str(REHEARSAL)])
 

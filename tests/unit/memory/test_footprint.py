@@ -19,17 +19,15 @@ from gspo.memory.activations import LiveBytes
 from gspo.memory.footprint import (
     CHANGE,
     CONTEXT,
-    FILLED,
     FRAGMENTS,
-    LEAST_TOKENS,
     NCCL,
     WORKSPACES,
-    fit_micro_batches,
     footprint,
-    plan_memory,
 )
+from gspo.memory.plan import FILLED, LEAST_TOKENS, choices, fit_settings, plan_memory
 from gspo.models.loading import load_tokenizer
 from gspo.read_config import load_config
+from gspo.rollout.kv_budget import most_slots
 
 GIB, PLENTY = 2**30, 2**62
 SMALL = ["data.train_batch_size=8", "rollout.max_slots=1"]  # most of it are activations
@@ -96,26 +94,67 @@ def test_activations_are_recomputed_on_a_gpu_unless_told_otherwise():
     assert recomputed < 0.7 * kept == 0.7 * activations("cuda", "model.gradient_checkpointing=false")
 
 
+def fitted(cfg, device, free):
+    chosen, found = fit_settings(cfg, 1, device, "fp32", free)
+    return chosen.optim.micro_batch_tokens, found
+
+
 def test_micro_batches_are_halved_on_a_gpu_until_they_fit():
     auto, given = load_config(None, SMALL), load_config(None, ["optim.micro_batch_tokens=8192", *SMALL])
     half = footprint(given, 1, "cuda", "fp32", PLENTY).peak
-    tokens, chosen = fit_micro_batches(auto, 1, "cuda", "fp32", int(half / FILLED) + 1)
+    tokens, chosen = fitted(auto, "cuda", int(half / FILLED) + 1)
     assert tokens == 8192 and chosen.peak == half
-    assert fit_micro_batches(given, 1, "cuda", "fp32", half // 2)[0] == 8192, "nobody asked for fewer"
-    assert fit_micro_batches(auto, 1, "cpu", "fp32", half // 2)[0] == 16384, "on a CPU results stay the same"
+    assert fitted(given, "cuda", half // 2)[0] == 8192, "nobody asked for fewer"
+    assert fitted(auto, "cpu", half // 2)[0] == 16384, "on a CPU results stay the same"
 
 
 @pytest.mark.slow
 def test_micro_batches_are_never_smaller_than_what_fills_a_gpu():
-    assert fit_micro_batches(load_config(None, SMALL), 1, "cuda", "fp32", 2**20)[0] == LEAST_TOKENS
+    assert fitted(load_config(None, SMALL), "cuda", 2**20)[0] == LEAST_TOKENS
 
 
-def test_a_run_trains_with_the_micro_batches_that_its_forecast_chose(monkeypatch):
+def test_the_reference_stays_on_a_gpu_that_has_room_for_it():
+    cfg = load_config(None, ["optim.micro_batch_tokens=1024", *SMALL])
+    there, away = (report("optim.micro_batch_tokens=1024", *SMALL, f"reference.param_offload={x}", on="cuda").peak
+                   for x in ("false", "true"))  # fmt: skip
+    assert there > away
+    for free, offloads in ((int(there / FILLED) + 1, False), (int(there / FILLED) - 1, True), (2**20, True)):
+        chosen, found = fit_settings(cfg, 1, "cuda", "fp32", free)
+        assert chosen.reference.param_offload is offloads and found.peak == (away if offloads else there)
+    assert fit_settings(cfg, 1, "cpu", "fp32", PLENTY)[0].reference.param_offload is True, "nothing changes on a CPU"
+
+
+def test_on_one_gpu_the_whole_reference_comes_over_and_takes_less_than_gradients():
+    """One copy for all micro-batches; layer by layer with several ranks, and where the policy is away as well."""
+    p = 648_064
+    alone = report("reference.param_offload=true", on="cuda")
+    assert alone.phases["scoring"]["gathered layers"] == 4 * p == alone.phases["updating"]["gradients"]
+    for more in ({"ranks": 2}, {"settings": ["optim.offload=true"]}):
+        apart = report("reference.param_offload=true", *more.pop("settings", []), on="cuda", **more)
+        assert 0 < apart.phases["scoring"]["gathered layers"] < 4 * p
+
+
+def test_an_offloaded_policy_stays_on_the_gpu_for_all_micro_batches_of_a_step_where_it_fits():
+    offloaded = ["optim.offload=true", "optim.micro_batch_tokens=1024", "reference.param_offload=true", *SMALL]
+    cfg, once = load_config(None, offloaded), ["model.reshard_after_forward=false", "optim.gradient_reduction=step"]
+    peaks = [report(*offloaded, *more, on="cuda", prompt_tokens=20).peak for more in (once, [])]
+    assert peaks[0] > peaks[1]
+    for free, peak in ((int(peaks[0] / FILLED) + 1, peaks[0]), (int(peaks[0] / FILLED) - 1, peaks[1])):
+        chosen, found = fit_settings(cfg, 1, "cuda", "fp32", free, prompt_tokens=20)
+        assert found.peak == peak
+        assert chosen.model.reshard_after_forward is (peak == peaks[1])
+        assert chosen.optim.gradient_reduction == ("step" if peak == peaks[0] else "micro_batch")
+
+
+def test_a_run_trains_with_what_its_forecast_chose(monkeypatch):
     cfg, world = load_config(None, SMALL), World(0, 1, torch.device("cpu"), None)
-    monkeypatch.setattr("gspo.memory.footprint.fit_micro_batches", lambda *_: (2048, report()))
+    chosen = load_config(None, [*SMALL, "optim.micro_batch_tokens=2048", "reference.param_offload=false"])
+    monkeypatch.setattr("gspo.memory.plan.fit_settings", lambda *_: (chosen, report()))
     planned, line = plan_memory(cfg, world, "fp32", 20)
-    assert planned.optim.micro_batch_tokens == 2048 and "micro_batch_tokens=auto: 2,048" in line
-    assert cfg.optim.micro_batch_tokens == "auto", "the run's config.yaml keeps what was asked for"
+    assert planned is chosen and cfg.optim.micro_batch_tokens == "auto", "config.yaml keeps what was asked for"
+    assert "param_offload" not in line, "a CPU has nothing to choose"
+    said = "\n".join(choices(cfg, chosen))
+    assert "micro_batch_tokens=auto: 2,048" in said and "param_offload=auto: false" in said
 
 
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768}
@@ -133,7 +172,7 @@ def test_the_gpus_that_the_readme_names_hold_their_models_by_the_forecast(gib, g
     """With the settings of configs/standard.yaml, which train.sh takes."""
     (tmp_path / "config.json").write_text(json.dumps(model))
     cfg = load_config("configs/standard.yaml", [f"model.path={tmp_path}"])
-    _, found = fit_micro_batches(cfg, gpus, "cuda", "bf16", gib * GIB)
+    _, found = fit_settings(cfg, gpus, "cuda", "bf16", gib * GIB)
     assert found.peak < gib * GIB, found.summary()
     readme = (ROOT / "README.md").read_text()
     assert f"{gpus} x {gib} GB" in readme and "Ampere" in readme
@@ -168,6 +207,13 @@ def test_kv_cache_by_hand():
     token = layers["num_hidden_layers"] * 2 * layers["num_key_value_heads"] * 32 * 4
     full = report(*short, prompt_tokens=50).phases["sampling"]["KV cache"]
     assert full % token == 0 and full // token >= 32 * 32 + 8 * 50
+    assert most_slots("auto", "cuda") == 1024 and most_slots("auto", "cpu") == 256 and most_slots(64, "cuda") == 64
+    many = report(*short, "data.train_batch_size=512", prompt_tokens=50).phases["sampling"]["KV cache"]
+    gpu = report(*short, "data.train_batch_size=512", prompt_tokens=50, on="cuda").phases["sampling"]["KV cache"]
+    assert many // token < 256 * 32 + 150 * 64 and gpu // token >= 1024 * 32 + 256 * 50
+    some, more = (report(*short, on="cuda", prompt_tokens=n).phases["sampling"]["prefill"] for n in (20, 80))
+    assert 0 < some < more < 6 * some, "the hidden states of 8 prompts"
+    assert report(*short, prompt_tokens=80).phases["sampling"]["prefill"] == 0, "small on a CPU: 2,048 tokens"
     few = report(*short, "rollout.max_slots=8", prompt_tokens=50).phases["sampling"]["KV cache"]
     tight = report(*short, "rollout.kv_memory_gib=0.001", prompt_tokens=50).phases["sampling"]["KV cache"]
     assert tight <= 0.001 * GIB and few < full

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gspo.models import precision
-from gspo.models.precision import bf16_speedup, choose_precision
+from gspo.models.precision import allow_tf32, bf16_speedup, choose_precision
 
 CPU = torch.device("cpu")
 
@@ -33,6 +33,19 @@ def test_auto_on_a_cpu(monkeypatch, width, times, expected):
 def test_both_precisions_are_timed():
     """bf16 by itself: the same products, so neither can be a thousand times the other's."""
     assert 1e-3 < bf16_speedup(64) < 1e3
+
+
+@pytest.mark.parametrize(("capability", "wanted", "allowed"), [((9, 0), True, True), ((9, 0), False, False),
+                                                               ((7, 5), True, False)])  # fmt: skip
+def test_tf32_is_allowed_on_ampere_and_later_alone(capability, wanted, allowed, monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", found.append)
+    allow_tf32(wanted, torch.device("cuda", 0))
+    assert found == ["high" if allowed else "highest"]
+    assert ("changes nothing" in capsys.readouterr().out) == (wanted and not allowed)
+    allow_tf32(True, CPU)
+    assert len(found) == 1 and "changes nothing" in capsys.readouterr().out, "a CPU's products stay as they are"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pack_cases import KINDS, LARGE, PACKS, SCALE, a_pack, by_rows, draw, outcom
 from plain_logprobs import RAGGED, SOME_ROWS, assert_plain
 
 from gspo.kernels import segment_attention
-from gspo.kernels.segment_attention import FlashAttention, Plain, Rule, Segments, TorchFlash
+from gspo.kernels.segment_attention import FlashAttention, FlashAttention3, Plain, Rule, Segments, TorchFlash
 from gspo.packing import packed_attention as attention
 from gspo.packing.shared_prefix_attention import shared_prefix_attention
 
@@ -85,12 +85,13 @@ def test_the_trial_passes_the_formulas_and_names_what_is_wrong():
     assert "causal True" in segment_attention.trial(AlignedAtTheStart(), *at)
 
 
+def flash_rule(cu_q, cu_k, longest, scale, causal, left, right, softcap):
+    assert right == (-1 if left == -1 else 0) and min(longest) > 1
+    return Rule(Segments(cu_q, cu_k, *longest, causal, None if left == -1 else left + 1), scale, softcap or None)
+
+
 def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
     """The signatures of flash_attn 2.8.3, around the formulas: every argument arrives, and the trial sees no fault."""
-
-    def rule(cu_q, cu_k, longest, scale, causal, left, right, softcap):
-        assert right == (-1 if left == -1 else 0) and min(longest) > 1
-        return Rule(Segments(cu_q, cu_k, *longest, causal, None if left == -1 else left + 1), scale, softcap or None)
 
     def _flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -98,7 +99,7 @@ def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
         block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
     ):  # fmt: skip
         longest, window = (max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
-        how = rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, causal, *window, softcap)
+        how = flash_rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, causal, *window, softcap)
         return *Plain().forward(q, k, v, how), None, None
 
     def _flash_attn_varlen_backward(
@@ -107,7 +108,7 @@ def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
         rng_state=None, zero_tensors=False,
     ):  # fmt: skip
         longest, window = (max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
-        how = rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, causal, *window, softcap)
+        how = flash_rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, causal, *window, softcap)
         for x, y in zip((dq, dk, dv), Plain().backward(dout, q, k, v, out, softmax_lse, how), strict=True):
             x.copy_(y)
 
@@ -117,6 +118,39 @@ def test_the_flash_attn_package_is_called_by_its_own_names(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", package)
     assert segment_attention.trial(FlashAttention(), torch.device("cpu"), torch.float32, 16) is None
+
+
+def test_flash_attention_3_is_called_by_its_own_names_on_hopper_alone(monkeypatch):
+    """The signatures of flash_attn_3, around the formulas; older versions take another window, and fail their trial."""
+
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, attention_chunk=0, softcap=0.0,
+        num_splits=1, pack_gqa=None, sm_margin=0,
+    ):  # fmt: skip
+        longest, window = (max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
+        how = flash_rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, causal, *window, softcap)
+        return *Plain().forward(q, k, v, how), torch.empty(0), torch.empty(0)
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        longest, window = (max_seqlen_q, max_seqlen_k), (window_size_left, window_size_right)
+        how = flash_rule(cu_seqlens_q, cu_seqlens_k, longest, softmax_scale, is_causal, *window, softcap)
+        for x, y in zip((dq, dk, dv), Plain().backward(dout, q, k, v, out, softmax_lse, how), strict=True):
+            x.copy_(y)
+
+    package = types.ModuleType("flash_attn_interface")
+    package._flash_attn_forward, package._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    assert segment_attention.trial(FlashAttention3(), torch.device("cpu"), torch.float32, 16) is None
+    for capability, first in (((9, 0), FlashAttention3), ((8, 0), TorchFlash), ((10, 0), TorchFlash)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        assert type(segment_attention.installed(torch.device("cuda", 0))[0]) is first
 
 
 def test_which_tensors_go_to_which_backend(monkeypatch):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from tiny_sampler import LIMITS, prompts_of, sampler_for, watched_seats
 
 from gspo.kernels import segment_attention
 from gspo.rollout import cuda_graph_tables as tables
-from gspo.rollout import paged_engine
 from gspo.rollout import slot_attention as decode_attention
 from gspo.rollout.cuda_graph_tables import Tables, _shared_reads
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.kv_pages import Layer, Plan
+from gspo.rollout.paged_engine import PACES, PagedGeneration
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.slots import Slots
 from gspo.types import Prompt
@@ -25,7 +26,7 @@ def sampled(model, steps, monkeypatch, sampling=None, limits=LIMITS, **options):
     """Twelve answers, as blocks of `steps` have them, or (0) as the CPU does."""
     with monkeypatch.context() as patch:
         if steps:
-            patch.setitem(paged_engine.STEPS_PER_BLOCK, "cpu", steps)
+            patch.setitem(PACES, "cpu", replace(PACES["cuda"], steps=steps))
         sampler = sampler_for(model, **{"max_slots": 5, "page": 4, **options})
         sampler.end_ids = set(range(1, 8))
         return sampler.generate(
@@ -101,7 +102,7 @@ def test_stop_strings_trim_what_a_block_has_drawn_after_them(embedded_model, tok
     for steps in (0, 8):
         with monkeypatch.context() as patch:
             if steps:
-                patch.setitem(paged_engine.STEPS_PER_BLOCK, "cpu", steps)
+                patch.setitem(PACES, "cpu", replace(PACES["cuda"], steps=steps))
             sampler = Sampler(embedded_model, tokenizer, torch.device("cpu"), max_slots=7, seed=3)
             rollouts.append(sampler.generate(prompts, 6, Sampling(0.9, max_new_tokens=32, stop=("= 7", "案", "so"))))
     plain, mine = rollouts
@@ -127,6 +128,34 @@ def test_pages_stay_within_the_budget_and_are_freed_with_their_owner(page, monke
     assert max(held) == min(held) <= 100 * token
 
 
+def test_prompts_are_computed_in_batches_while_others_decode(monkeypatch):
+    """Every response stands still meanwhile: so not before an eighth of sixteen slots is free, but for the last."""
+    model, short = tiny_model("llama"), []
+    prompts, limits = prompts_of((3, 5, 4, 9, 2, 6) * 5), torch.arange(60).view(30, 2) * 7 % 13 + 1
+    prefill = PagedGeneration._prefill
+
+    def watched(generation, numbers):
+        under_way = len(generation.slots)
+        room = generation.max_slots - under_way - len(generation.waiting_rows)
+        rest = len(generation.queue) + len(numbers)
+        short.append((under_way, room, rest))
+        return prefill(generation, numbers)
+
+    monkeypatch.setattr(PagedGeneration, "_prefill", watched)
+    rollouts = []
+    for share in (0.0, 1 / 8, 1.0):
+        with monkeypatch.context() as patch:
+            patch.setitem(PACES, "cpu", replace(PACES["cuda"], steps=2, prefill_ahead=1, refill_share=share))
+            short.clear()
+            sampler = sampler_for(model, max_slots=16, page=4)
+            rollouts.append(sampler.generate(prompts, 2, Sampling(1.2, max_new_tokens=13), limits=limits))
+        beside = [(room, rest) for under_way, room, rest in short if under_way]
+        assert all(room >= share * 16 or 2 * rest <= room for room, rest in beside), beside
+        assert (share == 0.0) == any(room == 1 for room, _ in beside), "else this test shows nothing"
+    for mine in rollouts[1:]:
+        assert_same(mine, rollouts[0])
+
+
 # ---- the tables ----
 
 
@@ -135,6 +164,11 @@ def test_slots_that_read_together_by_hand():
     prompt, members = _shared_reads(np.array([0, 1, 0, 0, 2]), 2, 5)
     assert prompt.tolist() == [0, 0, 1, 2, 2]
     assert members.tolist() == [[0, 2], [3, -1], [1, -1], [4, -1], [-1, -1]]
+
+
+def test_steps_have_few_sizes():
+    assert tables.step_sizes(1024) == [1024, 768, 512, 384, 256, 128, 64, 32, 16, 8]
+    assert tables.step_sizes(40) == [40, 20, 10] and tables.step_sizes(5) == [5]
 
 
 def test_tables_by_hand():

@@ -1,7 +1,9 @@
 """Tags that a tokenizer marks as special are part of a response's text; end and padding tokens are not."""
 
 import functools
+import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from gspo.embedded import MODEL_DIR
 from gspo.models.loading import load_model, load_tokenizer
 from gspo.read_config import load_config
 from gspo.rollout.draw_tokens import Sampling
-from gspo.rollout.response_text import decode, special_tags, tags_note
+from gspo.rollout.response_text import GroupTexts, decode, special_tags, tags_note
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.stop_strings import StopStrings
 from gspo.sample import sample
@@ -122,3 +124,35 @@ def test_padding_that_a_model_draws_is_left_out(embedded_model, tokenizer):
 
 def test_the_embedded_models_files_are_as_they_were():
     assert special_tags(load_tokenizer(str(MODEL_DIR)), {0, 1}) == []
+
+
+# ---- beside sampling ----
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_texts_are_handed_over_in_order_whichever_thread_decodes(beside):
+    decoders, handed = set(), []
+
+    def spelled(ids):
+        decoders.add(threading.current_thread())
+        return " ".join(map(str, ids))
+
+    def hand_over(group, texts):
+        assert threading.current_thread() is threading.main_thread()
+        handed.append((group, texts))
+
+    with GroupTexts(spelled, hand_over, beside) as texts:
+        for group in (2, 0, 1):
+            texts.add(group, np.array([[group, 7, 0], [5, 6, 7]]), np.array([2, 3]))
+    assert handed == [(g, [f"{g} 7", "5 6 7"]) for g in (2, 0, 1)]
+    assert len(decoders) == 1 and (threading.main_thread() in decoders) != beside
+
+
+def test_what_fails_in_the_other_thread_is_raised_and_nothing_waits_after_an_error():
+    ids, one = np.array([[1]]), np.array([1])
+    with pytest.raises(KeyError), GroupTexts(lambda ids: {}[7], lambda *_: None, beside=True) as texts:
+        texts.add(0, ids, one)
+    handed = []
+    with pytest.raises(ZeroDivisionError), GroupTexts(str, lambda *x: handed.append(x), beside=True):
+        raise ZeroDivisionError
+    assert not handed

@@ -196,7 +196,7 @@ def test_keys_and_values_stay_within_their_budget_and_are_freed_with_their_owner
 def test_the_most_slots_that_fit_are_planned_and_none_is_the_users_mistake():
     """64 bytes a token, pages of 4: prompts of 10 and 6 tokens take 3 and 2 pages, an answer of 9 tokens 2."""
     layout = {0: Layer(heads=2, key_dim=4, value_dim=4, dtype=torch.float32)}
-    plan = lambda pages, most=None: plan_slots(layout, [6, 10], 2, 9, most, pages * 4 * 64, 4)  # noqa: E731
+    plan = lambda pages, most=99: plan_slots(layout, [6, 10], 2, 9, most, pages * 4 * 64, 4)  # noqa: E731
     assert plan(5) == plan(6) == Plan(1, 3, 2, 4, 4)
     assert plan(7) == plan(10) == Plan(2, 3, 4, 4, 4)
     assert plan(11) == Plan(3, 5, 6, 4, 4), "a third slot answers the second prompt"

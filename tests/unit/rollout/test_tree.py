@@ -1,5 +1,7 @@
 """Groups that are trees: where trunks branch, and that a branch is the response it would be by itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import tiny_model
@@ -10,8 +12,8 @@ from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.packing.micro_batches import group_tokens, micro_batches
 from gspo.packing.pack import pack_rows
-from gspo.rollout import paged_engine
 from gspo.rollout.draw_tokens import Sampling
+from gspo.rollout.paged_engine import PACES
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.tree import Tree
 from gspo.types import Prompt
@@ -130,7 +132,7 @@ def test_a_branch_depends_on_nothing_but_its_key_and_its_trunk(monkeypatch):
     alone = sampler.generate([prompts[2], prompts[1]], 8, SAMPLING, tree=TREE)
     assert leaves(alone) == [leaves(whole)[2], leaves(whole)[1]]
     with monkeypatch.context() as patch:
-        patch.setitem(paged_engine.STEPS_PER_BLOCK, "cpu", 4)
+        patch.setitem(PACES, "cpu", replace(PACES["cuda"], steps=4))
         assert_same(grown(model, max_slots=5), whole)
     other = sampler.generate(prompts, 8, SAMPLING, tree=TREE, step=1)
     assert leaves(other) != leaves(whole)
@@ -176,7 +178,7 @@ def test_truncation_holds_in_branches(truncation):
 def test_a_stop_string_may_begin_in_the_trunk_and_end_in_the_branch(steps, embedded_model, tokenizer, monkeypatch):
     """Every leaf ends at the first token that completes one, and a branch is what it is without stop strings, cut."""
     if steps:
-        monkeypatch.setitem(paged_engine.STEPS_PER_BLOCK, "cpu", steps)
+        monkeypatch.setitem(PACES, "cpu", replace(PACES["cuda"], steps=steps))
     texts = ["Solve: x + 5 = 12", "解方程：3x - 4 = 20", "Solve for x: 40 - x = 7"]
     prompts = [
         Prompt(i, tuple(tokenizer(f"<|user|>{t}<|assistant|>")["input_ids"]), t, "", "") for i, t in enumerate(texts)
