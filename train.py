@@ -136,9 +136,11 @@ def take_step(run: Run) -> None:
         if find_algorithm(cfg.objective.algorithm).needs_solutions:
             rollout = add_solutions(rollout, run.sampler.tokenizer, run.sampler.end_id, run.models.policy.config, world)
         experience = gather_experience(rollout, places, scores, run.models, len(prompts), cfg, world, tree)
+        experience = run.critic.judge(experience) if run.critic else experience
     with clock("update"):  # evaluates the objective
         lr = learning_rate(step, run.total_steps, cfg)
         update = run.updater.run(experience, lr)
+        curves |= run.critic.run(experience, step) if run.critic else {}
     finish_step(run, experience, scores, update, clock, curves | {"learning_rate": lr, "balance": imbalance})
 
 

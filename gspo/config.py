@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from gspo.config_aliases import ALIASES
+from gspo.config_critic import Critic
 from gspo.config_health import Health
 from gspo.config_option import opt
 
@@ -190,9 +191,8 @@ class Objective:
 
     algorithm: str = opt(
         "gspo",
-        "objective: gspo, a baseline (rloo, grpo, dr_grpo, maxrl, tempo, online_dpo, spin), dpo (offline), or your own "
-        "line of "
-        "ALGORITHMS in gspo/algorithm/objective.py",
+        "objective: gspo, a baseline (rloo, grpo, dr_grpo, maxrl, tempo, online_dpo, spin), ppo, dpo (offline), or "
+        "your own line of ALGORITHMS in gspo/algorithm/objective.py",
     )
     form: Literal["default", "seed"] = opt(
         "default",
@@ -223,17 +223,14 @@ class Objective:
         "constant", "what the pair losses of a group are divided by"
     )
     dpo_loss: Literal["sigmoid", "ipo", "simpo"] = opt(
-        "sigmoid",
-        "dpo: its loss. sigmoid: of the paper; ipo: the square loss of IPO; simpo: SimPO's, of mean log-probs, which "
-        "needs no anchor",
+        "sigmoid", "dpo: its loss: the paper's, IPO's square, or SimPO's of mean log-probs, without an anchor"
     )
-    label_smoothing: float = opt(
-        0.0, "dpo, sigmoid and simpo: share of the pairs that is taken to be labelled the wrong way", ge=0.0, lt=0.5
-    )
+    label_smoothing: float = opt(0.0, "dpo, not ipo: share of pairs taken to be labelled wrongly", ge=0.0, lt=0.5)
     simpo_gamma: float = opt(0.5, "dpo, simpo: the implicit reward by which chosen should lead", ge=0.0)
     use_ranking_loss: bool = opt(True, "add the ranking (Plackett-Luce) term")
     ranking_coef: float = opt(0.1, "weight of the ranking term", ge=0.0)
     kl_coef: float = opt(1e-3, "weight of the KL term to the reference", ge=0.0)
+    kl_in: Literal["loss", "reward"] = opt("loss", "where the KL counts; reward: in each token's reward (ppo)")
     nll_coef: float = opt(0.0, "weight of the winners' negative log-likelihood", ge=0.0)
     clip_low: float = opt(0.2, "off-policy updates: clip the ratio below 1 - this", gt=0.0, lt=1.0)
     clip_high: float = opt(0.28, "off-policy updates: clip the ratio above 1 + this", gt=0.0)
@@ -359,6 +356,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     reward: Reward = field(default_factory=Reward)
     objective: Objective = field(default_factory=Objective)
+    critic: Critic = field(default_factory=Critic)
     selfplay: SelfPlay = field(default_factory=SelfPlay)
     reference: Reference = field(default_factory=Reference)
     optim: Optim = field(default_factory=Optim)

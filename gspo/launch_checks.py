@@ -46,22 +46,40 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     TimeLimit(cfg.trainer.time_limit)
     StopWhen(cfg.trainer.stop_when, GLOSSARY)
     check_cutoffs(cfg)
-    several = cfg.optim.epochs_per_rollout * cfg.optim.minibatches
-    if find_algorithm(cfg.objective.algorithm).from_rows and several > 1:
-        raise UserError(
-            f"objective.algorithm = {cfg.objective.algorithm} takes one optimizer step a batch, not {several} "
-            "(optim.epochs_per_rollout x optim.minibatches): what clips the later ones is made for responses that the "
-            "policy sampled. Lower data.train_batch_size for more steps, raise trainer.total_epochs for more passes."
-        )
+    _check_algorithm(cfg)
     engine_class(cfg.rollout.engine)
     Tree.of(cfg.rollout)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
     shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
-    check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens)
+    # The critic values a response that is cut off before a token more.
+    behind = int(find_algorithm(cfg.objective.algorithm).needs_critic)
+    check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens + behind)
     if started and wanted not in (0, world.size):
         raise UserError(
             f"trainer.n_gpus x trainer.nnodes asks for {wanted} processes, this run has {world.size}. "
             f"Start it with torchrun --nproc_per_node={cfg.trainer.n_gpus} train.py ... (or ./train.sh --n_gpus)."
+        )
+
+
+def _check_algorithm(cfg: Config) -> None:
+    """Raise UserError where the objective is unknown, or other settings do not go with it."""
+    algorithm = find_algorithm(cfg.objective.algorithm)
+    if cfg.objective.kl_in == "reward" and not algorithm.needs_critic:
+        raise UserError(
+            f"objective.kl_in = reward gives tokens rewards, and {cfg.objective.algorithm} has one reward a response; "
+            "use objective.algorithm=ppo or objective.kl_in=loss."
+        )
+    if algorithm.needs_critic and learns_from_rows(cfg):
+        raise UserError(
+            f"objective.algorithm = {cfg.objective.algorithm} learns from what the policy samples; rollout.source=rows "
+            "goes with the objectives that compare responses."
+        )
+    several = cfg.optim.epochs_per_rollout * cfg.optim.minibatches
+    if algorithm.from_rows and several > 1:
+        raise UserError(
+            f"objective.algorithm = {cfg.objective.algorithm} takes one optimizer step a batch, not {several} "
+            "(optim.epochs_per_rollout x optim.minibatches): what clips the later ones is made for responses that the "
+            "policy sampled. Lower data.train_batch_size for more steps, raise trainer.total_epochs for more passes."
         )
 
 

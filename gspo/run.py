@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gspo.algorithm.critic import CriticUpdater
 from gspo.algorithm.gold_solutions import add_solutions
 from gspo.algorithm.held_out_pairs import HeldOutPairs
 from gspo.algorithm.objective import as_trained, find_algorithm
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
-from gspo.checkpoint.checkpoints import Checkpoints, State
+from gspo.checkpoint.checkpoints import Checkpoints, State, Trained
 from gspo.checkpoint.evaluations import settings_of, write_evaluation
 from gspo.checkpoint.fingerprints import of_model, of_source
 from gspo.checkpoint.restore import load_held_out, load_order, load_state, restore
@@ -64,6 +65,7 @@ class Run:
     preemption: Preemption
     time_limit: TimeLimit
     total_steps: int
+    critic: CriticUpdater | None = None  # of PPO
     held_out: HeldOutPairs | None = None  # of this round
 
 
@@ -97,12 +99,13 @@ def start_run(
     n = group_size(cfg, splits.train)
     planned, memory = plan_memory(replace(cfg, rollout=replace(cfg.rollout, n=n)), world, state.precision, longest)
     say(memory)
-    cfg = replace(cfg, optim=planned.optim)
+    cfg = replace(planned, rollout=replace(planned.rollout, n=cfg.rollout.n))
     trained = as_trained(cfg)
     models = SelfPlayModels(trained, world, DTYPES[state.precision], weights_from=resume)
     optimizer = make_optimizer(models.policy, cfg)
+    critic = _open_critic(cfg, models, world)
     if resume:
-        restore(resume, models.policy, optimizer, models.frozen, state)
+        restore(resume, models.policy, optimizer, models.frozen, state, _critic_of(critic))
         batches.load_state(load_order(resume))
         say_what_changed(state, cfg, total_steps, len(splits.val) if truths_known(splits.val) else 0)
         vocab_size = models.policy.config.get_text_config().vocab_size
@@ -113,7 +116,20 @@ def start_run(
                 say(f"{resume} has no held-out responses: until a round begins, pairs are those of training batches.")
     state.planned_steps, state.total_steps = state.planned_steps or total_steps, total_steps
     updater = Updater(models.policy, models.head, optimizer, trained, world, models.autocast)
-    sampler = Sampler(
+    sampler = _open_sampler(cfg, models, tokenizer, world)
+    allow_tf32(cfg.model.tf32, world.device)
+    sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step)
+    log.health.full_reward = max(scorer.of_each.correct_at, 1e-6)
+    checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
+    return Run(
+        cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,
+        preemption, TimeLimit(cfg.trainer.time_limit), total_steps, critic, held_out,
+    )  # fmt: skip
+
+
+def _open_sampler(cfg: Config, models: SelfPlayModels, tokenizer: Any, world: World) -> Sampler:
+    """Open the sampler on the models' copy, or share, of the policy's weights."""
+    return Sampler(
         models.sampler,
         tokenizer,
         world.device,
@@ -125,14 +141,13 @@ def start_run(
         agree=models.agree,
         skip_special_tokens=cfg.rollout.skip_special_tokens,
     )
-    allow_tf32(cfg.model.tf32, world.device)
-    sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step)
-    log.health.full_reward = max(scorer.of_each.correct_at, 1e-6)
-    checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
-    return Run(
-        cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,
-        preemption, TimeLimit(cfg.trainer.time_limit), total_steps, held_out,
-    )  # fmt: skip
+
+
+def _open_critic(cfg: Config, models: SelfPlayModels, world: World) -> CriticUpdater | None:
+    """Open PPO's critic, where the algorithm needs one."""
+    if not find_algorithm(cfg.objective.algorithm).needs_critic:
+        return None
+    return CriticUpdater(models.new_critic(), models.policy, cfg, world, models.autocast)
 
 
 def stop_reason(run: Run) -> StopReason | None:
@@ -155,7 +170,13 @@ def save_checkpoint(run: Run, at_once: bool = False) -> None:
     """Begin a checkpoint; a run that resumes from it goes on as if it had not stopped."""
     models, optimizer = run.models, run.updater.optimizer
     small_files = {"order": run.batches.state(), "held_out": run.held_out.tensors() if run.held_out else {}}
-    run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, small_files, at_once)
+    critic = _critic_of(run.critic)
+    run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, small_files, at_once, critic)
+
+
+def _critic_of(updater: CriticUpdater | None) -> dict[str, Trained]:
+    """Return the critic and its optimizer by the name of their files."""
+    return {"critic": (updater.critic, updater.optimizer)} if updater else {}
 
 
 def evaluation_settings(run: Run) -> dict[str, Any]:

@@ -148,6 +148,7 @@ class Groups:
     forks: Tensor  # [G, N, N] int64: the token at which two responses part
     lengths: Tensor  # [G, N]
     weights: Tensor | None = None  # [G, N, L]: how much each token's gradient counts; by default 1
+    advantages: Tensor | None = None  # [G, N, L], of tokens, by a critic (PPO)
 
     def __post_init__(self) -> None:
         if self.weights is None:
@@ -157,7 +158,17 @@ class Groups:
         """Return some of the groups, `width` tokens wide."""
         fixed = (self.rewards, self.beats, self.forks, self.lengths)
         anchors, weights = (x[groups][..., :width] for x in (self.anchors, self.weights))
-        return Groups(anchors, *(x[groups] for x in fixed), weights)
+        advantages = None if self.advantages is None else self.advantages[groups][..., :width]
+        return Groups(anchors, *(x[groups] for x in fixed), weights, advantages)
+
+
+@dataclass(frozen=True)
+class ValueTargets:
+    """What a critic learns of a rollout."""
+
+    old: Tensor  # [G, N, L], its values before the update
+    returns: Tensor  # [G, N, L], what they should be
+    batch_tokens: int  # tokens of the global batch
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,7 @@ class Experience:
     places: list[int]  # G, places in the global batch: they decide a group's mini-batch, however many ranks there are
     batch_groups: int  # groups in the global batch
     batch_pairs: int  # pairs in the global batch
+    values: ValueTargets | None = None  # where there is a critic
 
 
 @dataclass
@@ -181,4 +193,6 @@ class Update:
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0  # optimizer steps not taken because the gradient was not finite
     not_finite: str = ""  # what was not finite first in the first of these, on any rank
+    clipped: float = 0.0  # tokens of later optimizer steps, summed over them, whose gain the clip holds
+    ratios: int = 0  # ... of which there were so many
     empty: int = 0  # optimizer steps not taken for want of a pair: AdamW would make full steps of the KL term alone

@@ -173,6 +173,11 @@ def tempo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Count
     return policy_gradient(logprobs, advantages / scale[..., None], counts)
 
 
+def ppo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
+    """PPO (arXiv 1707.06347): the advantages of tokens are a critic's, by GAE (critic.py)."""
+    return policy_gradient(logprobs, groups.advantages, counts)
+
+
 def online_dpo(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Counts) -> dict[str, Tensor]:
     """Online DPO: -log sigma(s_best - s_worst) of whole responses, one pair a group, none within the margin
     (arXiv 2402.04792)."""
@@ -272,6 +277,7 @@ class Algorithm:
 
     loss: Loss
     needs_solutions: bool = False  # each group ends in its row's gold solution, preferred to all others
+    needs_critic: bool = False  # advantages of tokens are a critic's
     from_rows: bool = False  # learns from stored responses, unless rollout.source says otherwise
     uses_margin: bool = True  # learns from rewards further apart than objective.margin; false: from any difference
     on_cuda: Callable[[Tensor, Groups, config.Objective, Counts], Evaluation] | None = None  # the same, by a kernel
@@ -287,6 +293,7 @@ ALGORITHMS = {
     "dr_grpo": Algorithm(dr_grpo, uses_margin=False),
     "maxrl": Algorithm(maxrl, uses_margin=False),
     "tempo": Algorithm(tempo, uses_margin=False),
+    "ppo": Algorithm(ppo, needs_critic=True, uses_margin=False),
     "online_dpo": Algorithm(online_dpo, gaps=whole_gaps, pairs=best_and_worst),
     "dpo": Algorithm(dpo, from_rows=True, gaps=dpo_gaps),
     "spin": Algorithm(spin, needs_solutions=True, gaps=whole_gaps, pairs=gold_pairs),
@@ -311,7 +318,10 @@ def learns_from_rows(cfg: config.Config) -> bool:
 
 def as_trained(cfg: config.Config) -> config.Config:
     """Return the configuration as the models and the update take it: for stored responses at temperature 1, as they
-    were not sampled at any, and without a KL term, which is an expectation over samples of the policy."""
+    were not sampled at any, and without a KL term, which is an expectation over samples of the policy; nor with one
+    where the KL is part of the reward (`kl_in`)."""
+    if cfg.objective.kl_in == "reward":
+        return replace(cfg, objective=replace(cfg.objective, kl_coef=0.0))
     if not learns_from_rows(cfg):
         return cfg
     rollout, objective = replace(cfg.rollout, temperature=1.0), replace(cfg.objective, kl_coef=0.0)
@@ -358,6 +368,12 @@ def frozen_loss(logprobs: Tensor, old: Tensor, coefs: Tensor, weights: Tensor, c
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     return -(gain * weights).sum()
+
+
+def is_clipped(logprobs: Tensor, old: Tensor, coefs: Tensor, cfg: config.Objective) -> Tensor:
+    """Return at which tokens `frozen_loss` is flat: the ratio has left the clip's range the way it should go; bool."""
+    drift = (logprobs - old).exp() - 1
+    return ((coefs < 0) & (drift > cfg.clip_high)) | ((coefs > 0) & (drift < -cfg.clip_low))
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gspo.algorithm.critic import Critic
 from gspo.algorithm.objective import kl_k3
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config
@@ -132,6 +133,11 @@ class SelfPlayModels:
         under = {name: self.logprobs_under(model, rollout) for name, model in sorted(self.frozen.items())}
         nothing = torch.zeros_like(rollout.logprobs)
         return under[self.kl_reference], under.get(self.anchor, nothing)
+
+    def new_critic(self) -> Critic:
+        """Build PPO's critic: a value head, on the policy's body or on one that is opened as the policy was."""
+        body = None if self.cfg.critic.shared else self._open(self.cfg.model.path, frozen=False)
+        return Critic(body, self.policy.config.get_text_config().hidden_size, self.world.device)
 
     def initial(self) -> nn.Module:
         """Return the model that training started from; opened again where it is not held."""

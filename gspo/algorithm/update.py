@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gspo.algorithm.objective import Counts, Evaluation, anything_to_learn, evaluate, frozen_loss, kl_loss
+from gspo.algorithm.objective import Counts, Evaluation, anything_to_learn, evaluate, frozen_loss, is_clipped, kl_loss
 from gspo.config import Config
 from gspo.distributed.move_weights import full_tensor, local_shard
 from gspo.distributed.sharding import after_backward, before_backward
@@ -159,6 +159,8 @@ class Updater:
 
             def slope(logprob: Tensor, tokens: slice | Tensor) -> Tensor:
                 old, coef, weight, reference, sampled = (x[tokens] for x in fixed)
+                update.clipped += is_clipped(logprob, old, coef, cfg).sum()
+                update.ratios += len(logprob)
                 with torch.enable_grad():
                     leaf = logprob.detach().requires_grad_()
                     loss = frozen_loss(leaf, old, coef, weight, cfg)

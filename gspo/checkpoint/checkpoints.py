@@ -34,6 +34,7 @@ from gspo.system.files import PART, point_link, remove, sync_folder
 
 LESS = "Lower optim.learning_rate, or use model.precision=fp32"
 Shards = dict[str, dict[str, Tensor]]  # file -> its tensors
+Trained = tuple[nn.Module, torch.optim.Optimizer]
 StoredTensors = Callable[[str, Tensor], dict[str, Tensor]]  # a parameter and its name -> tensors as files have them
 
 
@@ -136,13 +137,15 @@ class Checkpoints:
         frozen: dict[str, nn.Module],
         small_files: dict[str, dict[str, Tensor]],
         at_once: bool = False,
+        beside: dict[str, Trained] | None = None,
     ) -> None:
         """Start writing `step_<state.step>`, after the checkpoint before it is complete. One that exists is kept.
 
         Steps without a finite update are saved only `at_once`, at a run's end, and then no older checkpoint is removed:
         the last update before them may have spoiled the weights.
 
-        `small_files` are further tensors that every rank has, a file of `trainer/` each.
+        `small_files` are further tensors that every rank has, a file of `trainer/` each; `beside` are further models
+        that are trained, PPO's critic.
 
         With `at_once`, or without `trainer.async_save`, it is complete when this returns, and CPU tensors are not
         copied.
@@ -156,7 +159,7 @@ class Checkpoints:
         state.torch_rng = torch.get_rng_state().tolist()
         self.copied = self.cfg.async_save and not at_once
         part = target.with_name(target.name + PART)
-        shards, small = self._snapshot(policy, optimizer, frozen)
+        shards, small = self._snapshot(policy, optimizer, frozen, beside or {})
         error = ""
         if self.world.is_main:
             small["trainer/state.json"] = json.dumps(asdict(state)).encode()
@@ -203,20 +206,20 @@ class Checkpoints:
             self.finish()
 
     def _snapshot(
-        self, policy: nn.Module, optimizer: torch.optim.Optimizer, frozen: dict[str, nn.Module]
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        frozen: dict[str, nn.Module],
+        beside: dict[str, Trained],
     ) -> tuple[Shards, dict[str, bytes]]:
         """Copy this rank's part of the state. Return (tensors by file, index files that say which file has which)."""
-        names = {id(p): name for name, p in policy.named_parameters()}
-        moments = {
-            f"{names[id(p)]}:{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for p, values in optimizer.state.items()
-            for key, value in values.items()
-        }
         shards: Shards = {}
         small: dict[str, bytes] = {}
         self._split("model", _tensors(policy), self.model_folder.stored_tensors, shards, small)
-        self._split("trainer/optimizer", moments, _unchanged, shards, small)
-        for name, model in frozen.items():
+        self._split("trainer/optimizer", _moments(policy, optimizer), _unchanged, shards, small)
+        for name, trained in beside.items():
+            self._split(f"trainer/{name}_optimizer", _moments(*trained), _unchanged, shards, small)
+        for name, model in (frozen | {name: model for name, (model, _) in beside.items()}).items():
             self._split(f"trainer/{name}", dict(model.named_parameters()), _unchanged, shards, small)
         return shards, small
 
@@ -304,6 +307,16 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, x in model.state_dict(keep_vars=True).items():
         unique.setdefault(id(x), (name, x))
     return dict(unique.values())
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's moments as `parameter:moment`."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}:{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for p, values in optimizer.state.items()
+        for key, value in values.items()
+    }
 
 
 def _unchanged(name: str, tensor: Tensor) -> dict[str, Tensor]:

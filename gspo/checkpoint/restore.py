@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gspo.checkpoint.checkpoints import State
+from gspo.checkpoint.checkpoints import State, Trained
 from gspo.distributed.move_weights import load_like, load_weights
 from gspo.errors import UserError
 from gspo.models.safetensors_files import DTYPES, Weights, open_weights
@@ -148,41 +148,60 @@ def _check_stored(
 
 
 def restore(
-    checkpoint: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, frozen: dict[str, nn.Module], state: State
+    checkpoint: Path,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    frozen: dict[str, nn.Module],
+    state: State,
+    beside: dict[str, Trained] | None = None,
 ) -> None:
-    """Read the optimizer's moments, the frozen models and torch's generator; the policy was opened from the checkpoint.
+    """Read the optimizer's moments, the frozen models, those that are trained beside the policy (`beside`, with their
+    optimizers), and torch's generator; the policy was opened from the checkpoint.
 
     Each rank reads only its own part, a tensor at a time, whatever number of ranks wrote the checkpoint. UserError
     where a tensor is not what the model needs.
     """
-    moments = open_weights(checkpoint / "trainer", "optimizer")
+    _restore_moments(checkpoint, "optimizer", policy, optimizer)
+    for name, model in frozen.items():
+        _restore_model(checkpoint, name, model, "objective.anchor or reference.refresh")
+    for name, (model, own) in (beside or {}).items():
+        _restore_model(checkpoint, name, model, "objective.algorithm or critic.shared")
+        _restore_moments(checkpoint, f"{name}_optimizer", model, own)
+    if state.torch_rng:
+        torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))
+
+
+def _restore_moments(checkpoint: Path, stem: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read an optimizer's moments of the model's parameters from a file of `trainer/`."""
+    moments = open_weights(checkpoint / "trainer", stem)
     keys: dict[str, list[str]] = {}
     for name in moments.names:
         keys.setdefault(name.rpartition(":")[0], []).append(name.rpartition(":")[2])
-    parameters = dict(policy.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, found in keys.items():
         if name not in parameters or set(found) != MOMENTS:
-            raise _damaged(checkpoint, "optimizer", f"holds {name}: {', '.join(found)}, which no parameter needs")
+            raise _damaged(checkpoint, stem, f"holds {name}: {', '.join(found)}, which no parameter needs")
         for key in found:
             shape = () if key == "step" else tuple(parameters[name].shape)
             dtype = torch.float32 if key == "step" else parameters[name].dtype
-            _check_stored(checkpoint, "optimizer", moments, f"{name}:{key}", shape, dtype)
+            _check_stored(checkpoint, stem, moments, f"{name}:{key}", shape, dtype)
     for name, p in parameters.items():
         for key in keys.get(name, []):
             moment = f"{name}:{key}"
             value = moments.read(moment).clone() if key == "step" else load_like(moment, moments.read, p)
             if key == "step" and not (math.isfinite(value) and value >= 0):
-                raise _damaged(checkpoint, "optimizer", f"has {moment} = {float(value)}")
+                raise _damaged(checkpoint, stem, f"has {moment} = {float(value)}")
             optimizer.state[p][key] = value.to(p.device)  # the fused AdamW of CUDA reads its step there, too
-    for name, model in frozen.items():
-        if not [*(checkpoint / "trainer").glob(f"{name}[.-]*safetensors*")]:
-            raise UserError(
-                f"{checkpoint} has no frozen model {name!r}: objective.anchor or reference.refresh was different "
-                "in its run. Set them as they were, or start a new run from its weights with model.path=CHECKPOINT."
-            )
-        stored = open_weights(checkpoint / "trainer", name)
-        for parameter, p in model.named_parameters():
-            _check_stored(checkpoint, name, stored, parameter, tuple(p.shape), None)
-        load_weights(model, stored.read)
-    if state.torch_rng:
-        torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))
+
+
+def _restore_model(checkpoint: Path, name: str, model: nn.Module, settings: str) -> None:
+    """Read a model's parameters from its files of `trainer/`."""
+    if not [*(checkpoint / "trainer").glob(f"{name}[.-]*safetensors*")]:
+        raise UserError(
+            f"{checkpoint} has no model {name!r}: {settings} was different in its run. Set them as they were, or start "
+            "a new run from its weights with model.path=CHECKPOINT."
+        )
+    stored = open_weights(checkpoint / "trainer", name)
+    for parameter, p in model.named_parameters():
+        _check_stored(checkpoint, name, stored, parameter, tuple(p.shape), None)
+    load_weights(model, stored.read)

@@ -5,7 +5,7 @@ would gather the weights for every token): each rank has a whole copy, or, with 
 ranks share one. On one process everything works the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -124,6 +124,14 @@ def before_backward(model: nn.Module, last: bool, keep_weights: bool, reduce_onc
     model.set_reshard_after_backward(last or not keep_weights)
     model.set_requires_gradient_sync(last or not reduce_once)
     model.set_requires_all_reduce(last)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Average the gradients of parameters that every rank holds whole, as FSDP does those of its shards."""
+    if world.size > 1:
+        for p in parameters:
+            dist.all_reduce(p.grad)
+            p.grad /= world.size
 
 
 def after_backward(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from gspo.algorithm.objective import find_algorithm
 from gspo.config import Config
 from gspo.distributed.sharding import check_shard_size, check_tensor_parallel, gathers_once, sharding_units
 from gspo.errors import UserError
@@ -38,6 +39,7 @@ CHANGE = {  # part -> the setting that makes it smaller
     "KV cache": "rollout.kv_memory_gib or rollout.max_slots (smaller)",
     "sampler's copy": "rollout.tensor_model_parallel_size (larger)",
     "reference": "reference.param_offload=true",
+    "critic": "critic.shared=true",
     "optimizer": "optim.offload=true, or more ranks (a larger model.shard_size)",
     "gradients": "optim.gradient_reduction=micro_batch, or more ranks",
     "weights": "optim.offload=true, or more ranks (a larger model.shard_size)",
@@ -178,8 +180,11 @@ def _resident(setup: _Setup) -> tuple[dict[str, int], dict[str, int]]:
     on_device, offloaded = {}, {}
     (offloaded if setup.offloads_policy else on_device).update(weights=weights, optimizer=moments)
     (offloaded if setup.offloads_reference else on_device)["reference"] = references
+    critic = 3 * FLOAT32 * parameters if _critic_has_a_body(cfg) else 0  # weights and Adam's moments: 12 P / s
+    if critic:
+        (offloaded if setup.offloads_policy else on_device)["critic"] = critic // shard_size
     if cfg.trainer.async_save:  # each rank's share of a copy of all that, while a thread writes it
-        share = 3 * FLOAT32 * parameters // setup.ranks + references * shard_size // setup.ranks
+        share = (3 * FLOAT32 * parameters + critic) // setup.ranks + references * shard_size // setup.ranks
         (offloaded if setup.device == "cuda" else on_device)["checkpoint"] = share
     if not shares_weights(cfg.rollout.weights, setup.policy_is_sharded, setup.dtype)[0]:
         tensor_parallel = cfg.rollout.tensor_model_parallel_size
@@ -191,6 +196,11 @@ def _frozen_models(cfg: Config) -> int:
     """Return how many frozen models the run keeps: the KL reference, and the anchor if it is another one."""
     reference = "opponent" if cfg.reference.refresh == "round" else "initial"
     return len({reference} | ({cfg.objective.anchor} & {"opponent", "initial"}))
+
+
+def _critic_has_a_body(cfg: Config) -> bool:
+    """Return whether a critic with a body of its own is trained beside the policy."""
+    return find_algorithm(cfg.objective.algorithm).needs_critic and not cfg.critic.shared
 
 
 def _reference_bytes(setup: _Setup) -> int:

@@ -186,5 +186,6 @@ def _observe_update(meter: Meter, exp: Experience, update: Update) -> None:
         meter.sum(f"loss/{name}", value)
     meter.sum("loss/total", sum(update.terms.values()))
     meter.mean("grad_norm", sum(x for x in update.grad_norms if math.isfinite(x)), len(update.grad_norms))
+    meter.mean("clip_share", float(update.clipped), update.ratios)
     meter.max("skipped_updates", update.skipped)
     meter.max("empty_updates", update.empty)

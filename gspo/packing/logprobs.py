@@ -48,6 +48,17 @@ def response_logprobs(model: nn.Module, head: Head | None, packed: PackedBatch, 
     return logprobs.new_zeros(packed.mask.shape).masked_scatter(packed.mask, logprobs)
 
 
+def response_hidden(model: nn.Module, packed: PackedBatch) -> Tensor:
+    """Compute the last hidden state before each of the D response tokens of a pack, [D, H]."""
+    return run_as_forward(model, _hidden_before, packed)
+
+
+def _hidden_before(model: nn.Module, packed: PackedBatch) -> Tensor:
+    with attention_implementation(model.config.get_text_config(), PACKED):
+        hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
+    return hidden.index_select(0, packed.scored_by)
+
+
 def surrogate(model: nn.Module, head: Head | None, packed: PackedBatch, temperature: float, slope: Slope) -> Tensor:
     """Compute sum slope * log-prob over the response tokens, a scalar with the gradient of the loss.
 
@@ -81,9 +92,7 @@ def _from_hidden(
     model: nn.Module, head: Head, packed: PackedBatch, temperature: float, slope: Slope | None = None
 ) -> Tensor:
     """Compute log-probs [D], or with a slope the surrogate; of the [D, V] logits no more than a chunk is held."""
-    with attention_implementation(model.config.get_text_config(), PACKED):
-        hidden = model.base_model(**_inputs(packed)).last_hidden_state[0]
-    scored = hidden.index_select(0, packed.scored_by)
+    scored = _hidden_before(model, packed)
     return run_as_forward(model.get_output_embeddings(), _by_head, scored, packed.targets, head, temperature, slope)
 
 
@@ -137,8 +146,13 @@ def rollout_logprobs(
 
 def idle_forward(model: nn.Module, head: Head | None, device: torch.device) -> Tensor:
     """Run a forward over two tokens, for a rank without work while others have some -> its log-prob [1, 1]."""
+    return response_logprobs(model, head, idle_pack(device), 1.0)
+
+
+def idle_pack(device: torch.device) -> PackedBatch:
+    """Pack a prompt and a response of one token each."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    return response_logprobs(model, head, pack([IDLE_PROMPT], [0], token, token[0] + 1), 1.0)
+    return pack([IDLE_PROMPT], [0], token, token[0] + 1)
 
 
 @torch.no_grad()

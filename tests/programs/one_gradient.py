@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from gspo.algorithm.objective import as_trained, learns_from_rows
+from gspo.algorithm.critic import CriticUpdater
+from gspo.algorithm.objective import as_trained, find_algorithm, learns_from_rows
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.data.batches import Batches
@@ -51,11 +53,18 @@ def main() -> None:
         experience = gather_experience(rollout, places, scores, models, len(batch), cfg, world, tree)
         gradient = {}
 
-        def keep_gradient() -> None:
-            for name, p in models.policy.named_parameters():
-                gradient[name] = full_tensor(p.grad).cpu().clone().contiguous()
+        def keep_gradient(model: torch.nn.Module, prefix: str = "") -> None:
+            for name, p in model.named_parameters():
+                gradient[prefix + name] = full_tensor(p.grad).cpu().clone().contiguous()
 
-        optimizer.step = keep_gradient
+        optimizer.step = lambda: keep_gradient(models.policy)
+        if find_algorithm(cfg.objective.algorithm).needs_critic:
+            critic = CriticUpdater(models.new_critic(), models.policy, cfg, world, models.autocast)
+            torch.nn.init.constant_(critic.critic.value.weight, 0.05)  # at 0 its body has no gradient
+            experience = critic.judge(experience)
+            torch.nn.init.constant_(critic.critic.value.bias, 0.1)
+            critic.optimizer.step = lambda: keep_gradient(critic.critic, "critic.")
+            critic.run(experience, 0)
         Updater(models.policy, models.head, optimizer, trained, world, models.autocast).run(experience, lr=0.0)
         answers = zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)
         tokens = [[ids[:n] for ids, n in zip(*group, strict=True)] for group in answers]

@@ -121,5 +121,5 @@ def test_updates_that_are_never_finite_stop_the_run():
 
 def test_a_frozen_model_that_the_checkpoint_lacks_is_refused(run):
     path, policy = run.save(4), load_model(None)
-    with pytest.raises(UserError, match=r"has no frozen model 'initial': objective.anchor .*model.path=CHECKPOINT"):
+    with pytest.raises(UserError, match=r"has no model 'initial': objective.anchor .*model.path=CHECKPOINT"):
         restore(path, policy, make_optimizer(policy, run.cfg), {"initial": load_model(None)}, load_state(path))

@@ -74,6 +74,13 @@ def test_resident_bytes_are_4_a_parameter_for_weights_8_for_moments_and_the_froz
     assert away.offloaded["weights"] == 4 * p and "weights" not in away.resident
 
 
+def test_a_critic_holds_12_bytes_a_parameter_more_unless_it_shares_the_policys_body():
+    gspo, ppo = report("trainer.async_save=false"), report("trainer.async_save=false", "objective.algorithm=ppo")
+    assert ppo.resident == gspo.resident | {"critic": 12 * gspo.parameters}
+    shared = report("trainer.async_save=false", "objective.algorithm=ppo", "critic.shared=true")
+    assert shared.resident == gspo.resident
+
+
 def test_a_gpu_holds_more_than_tensors():
     """CUDA's context, cuBLAS's workspaces, NCCL's buffers for each group of ranks, and gaps: assumed, not measured."""
     alone, eight = (report(f"model.shard_size={s}", ranks=r, on="cuda", precision="bf16") for s, r in ((1, 1), (4, 8)))
