@@ -210,7 +210,7 @@ class RunLog:
         cells += [f"{seen['reward_max']:.3f}", f"{row['pairs/per_group']:.1f}", f"{seen['preference_accuracy']:.2f}"]
         cells += [f"{row['kl_divergence']:.4f}", f"{row['response/length_mean']:.1f}"]
         self.accuracy = row.get("heldout/accuracy", self.accuracy)
-        cells += [f"{row['tokens_per_second']:.0f}", f"{self.accuracy:.3f}", time_left(left)]
+        cells += [f"{seen['tokens_per_second']:.0f}", f"{self.accuracy:.3f}", time_left(left)]
         self.table.show(cells, new_row=row["round"] != self.round)
         self.round = row["round"]
 
