@@ -37,6 +37,7 @@ VOCABULARY = {
     "gspo",
     "gspo.config",
     "gspo.config_aliases",
+    "gspo.config_critic",
     "gspo.config_health",
     "gspo.config_option",
     "gspo.foreign_settings",
