@@ -39,7 +39,7 @@ from benchmarks.learning_search import START, Point, best_point, dev_score
 HERE = Path(__file__).resolve().parent
 STAGES = {  # stage -> tasks, methods, the method that the others are compared with, seeds, title
     "develop": (DEVELOPMENT, VARIANTS, "original", 3, "Learning: variants of GSPO on the development tasks"),
-    "report": (REPORT, METHODS, "GSPO: anchor, fork, constant Z", 5, "Learning"),
+    "report": (REPORT, METHODS, "GSPO", 5, "Learning"),
 }
 
 

@@ -71,9 +71,9 @@ VARIANTS = {
 # (docs/experiments.md).
 CANDIDATE = [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT]
 METHODS = {
-    "GSPO: anchor, fork, constant Z": CANDIDATE,
-    "GSPO: the same, trees": [*CANDIDATE, *TREE],
-    "GSPO: the original formula": ORIGINAL,
+    "GSPO": ORIGINAL,  # the default
+    "GSPO with anchor, fork, constant Z": CANDIDATE,
+    "GSPO with these and trees": [*CANDIDATE, *TREE],
     "RLOO": ["objective.algorithm=rloo"],  # Dr. GRPO is the same but for the constant (N - 1) / N
     "GRPO": ["objective.algorithm=grpo"],
     "MaxRL": ["objective.algorithm=maxrl"],

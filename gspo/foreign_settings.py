@@ -16,7 +16,12 @@ Settings = dict[str, Any]
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "actor_rollout_ref.ref."
 OFF = (None, False, 0, -1, "none", "None", "")
 
-OBJECTIVES = {"grpo": "grpo", "rloo": "rloo", "rloo_vectorized": "rloo"}  # verl's advantage estimator -> ours
+OBJECTIVES = {
+    "grpo": "grpo",
+    "rloo": "rloo",
+    "rloo_vectorized": "rloo",
+    "gae": "ppo",
+}  # verl's advantage estimator -> ours
 SCHEDULES = {"constant_with_warmup": "constant"}  # optim.warmup_steps warms up any schedule
 
 

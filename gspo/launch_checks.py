@@ -95,9 +95,9 @@ def say_notes(cfg: Config) -> None:
             "responses are read from the training rows: log-probs are at temperature 1, there is no KL term (it needs "
             "samples of the policy), and the reference's log-probs stand for those of whatever sampled them."
         )
-        if cfg.objective.anchor == "opponent" and cfg.selfplay.rounds > 1:
+        if cfg.objective.anchor_model == "opponent" and cfg.selfplay.rounds > 1:
             say(
-                f"note: objective.anchor = opponent, so what is subtracted becomes the policy itself when each of the "
+                f"note: the anchor is the opponent, so what is subtracted becomes the policy itself when each of the "
                 f"{cfg.selfplay.rounds} rounds begins; objective.anchor=initial stays with the initial model."
             )
     elif cfg.rollout.top_p < 1.0 or cfg.rollout.top_k or cfg.rollout.min_p:

@@ -37,7 +37,7 @@ class HeldOutPairs:
 
         Every rank must call this, when the opponent is about to become a copy of the policy.
         """
-        world, anchor = models.world, models.cfg.objective.anchor
+        world, anchor = models.world, models.cfg.objective.anchor_model
         if anchor == "none":
             anchors = torch.zeros_like(rollout.logprobs)
         else:  # `old` would be the policy itself, at any time: the opponent takes its place

@@ -48,7 +48,8 @@ class SelfPlayModels:
         self.cfg, self.dtype = cfg, dtype
         self.world = world = with_hybrid_mesh(world, cfg.model.shard_size)
         self.kl_reference = "opponent" if cfg.reference.refresh == "round" else "initial"
-        self.anchor = cfg.objective.anchor if cfg.objective.anchor in ("opponent", "initial") else None
+        anchor = cfg.objective.anchor_model
+        self.anchor = anchor if anchor in ("opponent", "initial") else None
 
         shared, why = shares_weights(cfg.rollout.weights, needs_sharding(world, cfg.optim.offload), self.dtype)
         path = cfg.model.path if weights_from is None else str(weights_from)

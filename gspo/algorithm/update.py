@@ -191,7 +191,7 @@ class Updater:
     def _evaluate(self, exp: Experience, members: list[int], logprobs: Tensor, counts: Counts) -> Evaluation:
         """Evaluate the objective for some groups at log-probs [G, N, L]; the anchor `old` is these."""
         groups = exp.groups.select(members, width=logprobs.shape[-1])
-        if self.cfg.objective.anchor == "old":
+        if self.cfg.objective.anchor_model == "old":
             groups = replace(groups, anchors=logprobs)
         return evaluate(logprobs, groups, self.cfg.objective, counts)
 

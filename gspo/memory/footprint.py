@@ -195,7 +195,7 @@ def _resident(setup: _Setup) -> tuple[dict[str, int], dict[str, int]]:
 def _frozen_models(cfg: Config) -> int:
     """Return how many frozen models the run keeps: the KL reference, and the anchor if it is another one."""
     reference = "opponent" if cfg.reference.refresh == "round" else "initial"
-    return len({reference} | ({cfg.objective.anchor} & {"opponent", "initial"}))
+    return len({reference} | ({cfg.objective.anchor_model} & {"opponent", "initial"}))
 
 
 def _critic_has_a_body(cfg: Config) -> bool:

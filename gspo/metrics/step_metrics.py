@@ -169,7 +169,7 @@ def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Ob
     algorithm = find_algorithm(cfg.algorithm)
     gap, learned = algorithm.gaps(update.logprobs.double(), exp.groups, cfg), algorithm.pairs(exp.groups)
     of_pairs = gap[learned]
-    if cfg.anchor != "old":  # there every implicit reward is zero
+    if cfg.anchor_model != "old":  # there every implicit reward is zero
         meter.mean("pairs/accuracy_train", pair_accuracy(gap, learned), of_pairs.numel())
     meter.mean("gap_squares", float(of_pairs.square().sum()), of_pairs.numel())
     meter.mean("pairs/gap_mean", float(of_pairs.sum()), of_pairs.numel())

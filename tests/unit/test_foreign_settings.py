@@ -54,6 +54,7 @@ def test_verls_first_example_is_understood_whole():
         "optim.micro_batch_responses": 32,
         "objective.kl_coef": 0.002,
         "model.gradient_checkpointing": True,
+        "reference.param_offload": True,
         "trainer.trackers": ["console", "wandb"],
         "trainer.project_name": "verl_grpo",
         "trainer.n_gpus": 8,

@@ -39,6 +39,7 @@ VOCABULARY = {
     "gspo.config_aliases",
     "gspo.config_critic",
     "gspo.config_health",
+    "gspo.config_objective",
     "gspo.config_option",
     "gspo.foreign_settings",
     "gspo.parameters",

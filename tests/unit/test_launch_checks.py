@@ -57,8 +57,8 @@ def test_answers_longer_than_a_models_frequencies_allow_are_refused_before_train
 
 
 def test_an_unknown_algorithm_is_refused_with_the_names_there_are():
-    with pytest.raises(UserError, match=r"objective.algorithm = 'ppo' is not one of gspo, rloo, grpo.*ALGORITHMS"):
-        check_launch(load_config(None, ["objective.algorithm=ppo"]), load_model_config(None), a_world())
+    with pytest.raises(UserError, match=r"objective.algorithm = 'remax' is not one of gspo, rloo, grpo.*ALGORITHMS"):
+        check_launch(load_config(None, ["objective.algorithm=remax"]), load_model_config(None), a_world())
 
 
 def test_a_tree_without_equally_many_branches_a_trunk_is_refused():

@@ -66,7 +66,9 @@ PAIRS = {
 @pytest.mark.parametrize("algorithm", PAIRS)
 def test_a_half_when_the_round_begins_and_then_the_share_in_the_right_order(sampled, algorithm):
     _, keep = sampled
-    models, rollout, kept = keep(f"objective.algorithm={algorithm}", "objective.after_fork=0.3")
+    models, rollout, kept = keep(
+        f"objective.algorithm={algorithm}", "objective.anchor=opponent", "objective.after_fork=0.3"
+    )
     pairs = PAIRS[algorithm]
     assert kept.measure(models) == {
         "preference_accuracy": 0.5,
@@ -90,7 +92,7 @@ def test_a_half_when_the_round_begins_and_then_the_share_in_the_right_order(samp
 def test_what_is_subtracted(sampled, anchor, at_first):
     """The opponent for `old`, whose own anchor is the policy at any time; nothing for the literal formula."""
     _, keep = sampled
-    models, rollout, kept = keep(f"objective.anchor={anchor}")
+    models, rollout, kept = keep(f"objective.anchor={anchor}", "objective.after_fork=0.3")
     if anchor == "none":
         l = models.logprobs_under(models.policy, rollout)  # noqa: E741
         gaps = [gap(l, rollout.tokens, rollout.lengths, *pair, 0.3) for pair in PAIRS["gspo"]]

@@ -109,7 +109,7 @@ def test_on_policy_gap_weights_give_rloo():
     """anchor `old`, gap weights, margin 0, constant Z: c is proportional to minus the leave-one-out advantage."""
     logprobs, groups = a_batch(margin=0.0)
     groups = replace(groups, anchors=logprobs)
-    cfg = Objective(pair_weight="gap", margin=0.0, use_ranking_loss=False)
+    cfg = Objective(pair_weight="gap", margin=0.0, use_ranking_loss=False, normalizer="constant")
     c = evaluate(logprobs, groups, cfg, COUNTS).coefficients
     others = (groups.rewards.sum(1, keepdim=True) - groups.rewards) / (N - 1)
     advantage = groups.rewards - others

@@ -98,7 +98,7 @@ def tree_of(at, branches=2):
 
 LOOKS_BACK = ["entropy", pytest.param("even", marks=pytest.mark.slow)]
 RLOO = Objective(algorithm="rloo")
-WHOLE = Objective(anchor="old", use_ranking_loss=False, after_fork=1.0, margin=0.0)
+WHOLE = Objective(anchor="old", normalizer="constant", use_ranking_loss=False, after_fork=1.0, margin=0.0)
 
 
 def test_the_policy_and_its_trees_are_worth_the_enumeration():
@@ -155,7 +155,7 @@ def test_places_that_look_ahead_bias_leaves_and_gradient(at):
 def test_with_credit_at_the_fork_each_state_moves_along_the_policy_gradient(at):
     """Binary rewards, `after_fork` 0.3: a positive factor for each state; behind a place, larger than flat."""
     tree = tree_of(at)
-    cfg = Objective(anchor="old", use_ranking_loss=False, after_fork=0.3, margin=0.0)
+    cfg = Objective(anchor="old", normalizer="constant", use_ranking_loss=False, after_fork=0.3, margin=0.0)
     found, exact = expected_gradient(every_group(tree), tree, cfg, BINARY), policy_gradient(BINARY)
     factor = (found * exact).sum(1) / (exact * exact).sum(1)
     torch.testing.assert_close(found, factor[:, None] * exact, rtol=1e-6, atol=1e-9)
