@@ -25,7 +25,9 @@ SETTINGS = [
         ("sum", "mean"), ("one", "branch"), ("constant", "batch", "group", "sqrt"), (True, False), (0.0, 0.5)
     )
 ]
-EVERYTHING = Objective(pair_weight="gap", length_norm="mean", normalizer="sqrt", nll_coef=0.5, preference_beta=2.0)
+EVERYTHING = Objective(
+    pair_weight="gap", length_norm="mean", normalizer="sqrt", nll_coef=0.5, preference_beta=2.0, after_fork=0.3
+)
 
 
 class Case(NamedTuple):
@@ -72,7 +74,9 @@ def draw(case: Case, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Groups
     if case.sure:
         logprobs = anchors + 40 * rewards[..., None].float()
     picked = slice(3, 4) if case.sure else slice(None)
-    return logprobs[picked].to(device), Groups(**{k: v[picked].to(device) for k, v in vars(groups).items()})
+    return logprobs[picked].to(device), Groups(
+        **{k: v[picked].to(device) for k, v in vars(groups).items() if v is not None}
+    )
 
 
 def by_objective(logprobs: Tensor, groups: Groups, cfg: Objective, counts: Counts = COUNTS) -> dict[str, Tensor]:
@@ -81,7 +85,7 @@ def by_objective(logprobs: Tensor, groups: Groups, cfg: Objective, counts: Count
     coefs = torch.autograd.grad(sum(gspo(leaf, groups, cfg, counts).values()), leaf)[0]
     rows = []
     for g in range(len(logprobs)):
-        own = Groups(**{k: v[g : g + 1] for k, v in vars(groups).items()})
+        own = Groups(**{k: v[g : g + 1] for k, v in vars(groups).items() if v is not None})
         terms = gspo(logprobs[g : g + 1], own, cfg, counts)
         rows.append([float(terms.get(name, 0.0)) for name in PARTS])
     return {"coefficients": coefs} | dict(zip(PARTS, torch.tensor(rows, dtype=torch.float64).T, strict=True))

@@ -46,7 +46,7 @@ def a_rollout():
 
 
 def part_of(groups, rows):
-    return Groups(**{name: value[rows] for name, value in vars(groups).items()})
+    return Groups(**{name: value[rows] for name, value in vars(groups).items() if value is not None})
 
 
 @pytest.mark.parametrize("cut", [[[0, 1, 2, 3]], [[0], [1], [2], [3]], [[1], [3, 0], [2]]], ids=str)

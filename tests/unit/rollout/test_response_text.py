@@ -112,14 +112,14 @@ def test_a_tag_as_stop_string_ends_a_response_in_both_ways(skips, embedded_model
     ids = torch.tensor([tokenizer("<answer>7</answer>7", add_special_tokens=False)["input_ids"]])
     ends = functools.partial(stops.ends, ids, torch.tensor([0]))
     assert int(ends(torch.tensor([0]), torch.tensor([ids.shape[1]]))) == 3
-    text = sampler._texts(ids[:, :3], torch.tensor([3]))[0]
+    text = sampler._text(ids[0, :3].tolist())
     assert text == ("7" if skips else "<answer>7</answer>")
 
 
 def test_padding_that_a_model_draws_is_left_out(embedded_model, tokenizer):
     sampler = Sampler(embedded_model, tokenizer, WORLD.device)
     ids = tokenizer("x = 7", add_special_tokens=False)["input_ids"]
-    assert sampler._texts(torch.tensor([[0, *ids, 0, 1]]), torch.tensor([len(ids) + 3])) == ["x = 7"]
+    assert sampler._text([0, *ids, 0, 1]) == "x = 7"
 
 
 def test_the_embedded_models_files_are_as_they_were():
