@@ -51,7 +51,7 @@ def cases() -> list[Case]:
     sizes = [(2, 1), (2, 65), (3, 130), (8, 67), (12, 21), (33, 9), (64, 5)]
     large = [Case(n, width, cfg, 1 + 12 // n) for n, width in sizes for cfg in (Objective(), EVERYTHING)]
     steep = [Case(8, 30, replace(cfg, preference_beta=60.0)) for cfg in (Objective(), EVERYTHING)]
-    return small + large + steep + [Case(8, 30, Objective(), 6, sure=True)]
+    return small + large + steep + [Case(8, 30, Objective(after_fork=0.3), 6, sure=True)]
 
 
 def draw(case: Case, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Groups]:
