@@ -25,9 +25,11 @@ FUNCTION = """def compute_score(solution_str, ground_truth, **rest):
     said = solution_str.replace("\\uff1a", ":").split(":")[-1].strip()
     return {}
 """
+# Updates that go on at full size where few pairs are left would get there another way.
+ANCHORED = ("objective.anchor=opponent", "objective.after_fork=0.3", "objective.normalizer=constant")
 # Updates that are far too large, on a reward that can be had by anything but thought.
 GREEDY = ("optim.learning_rate=2e-3", "objective.kl_coef=0", "objective.margin=0", "rollout.n=8",
-          "optim.epochs_per_rollout=3")  # fmt: skip
+          "optim.epochs_per_rollout=3", *ANCHORED)  # fmt: skip
 PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, words told)])
     "the literal form": (
         3, ("objective.anchor=none", "objective.preference_beta=5"), None, None,
@@ -62,7 +64,7 @@ SLOW = {
     "a reward for something else": (
         6,
         ("selfplay.rounds=3", "eval.round_prompts=16", "optim.learning_rate=4e-4", "optim.epochs_per_rollout=4",
-         "rollout.n=8"),
+         "rollout.n=8", *ANCHORED),
         "minus signs",
         TWO_STEP,
         [(6, "warning", "training reward rises and held-out accuracy falls")],
