@@ -74,7 +74,8 @@ def test_a_run_goes_on_with_another_number_of_held_out_prompts(tmp_path, capsys,
 @pytest.mark.slow
 def test_held_out_pairs_are_measured_now_and_then_and_a_resumed_run_goes_on_with_them(tmp_path):
     longer = ("rollout.n=4", "rollout.max_new_tokens=32", "eval.round_prompts=4", "data.train_batch_size=4",
-              "selfplay.rounds=1", "trainer.max_steps=7", "trainer.save_freq=6")  # fmt: skip
+              "selfplay.rounds=1", "trainer.max_steps=7", "trainer.save_freq=6",
+              "objective.anchor=opponent")  # fmt: skip
     whole = run(tmp_path, *longer)
     curve = [row["preference_accuracy"] for row in whole]
     assert curve[:4] == [0.5] * 4 and curve[4] == curve[5], "each value is carried to the next, of step 5 and 7"
@@ -87,11 +88,14 @@ def test_held_out_pairs_are_measured_now_and_then_and_a_resumed_run_goes_on_with
 
 
 @pytest.mark.slow
-def test_in_a_good_run_both_curves_of_pairs_are_healthy_and_those_of_the_training_batch_are_not(tmp_path):
+def test_in_a_good_run_with_an_anchor_both_curves_of_pairs_are_healthy_and_those_of_the_training_batch_are_not(
+    tmp_path,
+):
     cfg = load_config(
         "configs/quick.yaml",
         ["trainer.max_steps=30", "selfplay.rounds=1", "data.train_batch_size=32", "optim.schedule=constant",
-         "eval.before_and_after=false", "trainer.save_freq=0", f"trainer.output_dir={tmp_path}"],
+         "eval.before_and_after=false", "trainer.save_freq=0", f"trainer.output_dir={tmp_path}",
+         "objective.anchor=opponent"],
     )  # fmt: skip
     train(cfg, World(0, 1, torch.device("cpu"), None))
     curves = rows(tmp_path / "quick" / "metrics.jsonl")
