@@ -176,7 +176,8 @@ def test_rewards_rise_although_some_gold_answers_are_wrong(run_program, tmp_path
     (tmp_path / "train.json").write_text(json.dumps(data))
     finished(run_program, "--config", "configs/quick.yaml", f"data.train_files={tmp_path}/train.json",
              f"data.val_files={tmp_path}/dev.json", "data.train_batch_size=16", "trainer.max_steps=80", "eval.freq=40",
-             "trainer.save_freq=0", "eval.before_and_after=false", f"trainer.output_dir={tmp_path}")  # fmt: skip
+             "trainer.save_freq=0", "eval.before_and_after=false", "data.spaced=true",
+             f"trainer.output_dir={tmp_path}")  # fmt: skip
     seen = rows(tmp_path / "quick" / "metrics.jsonl")
     eighths = [sum(row["reward_mean"] for row in seen[i : i + 10]) / 10 for i in range(0, 80, 10)]
     assert eighths[0] + 0.25 < eighths[-1] < 0.87, eighths
