@@ -112,7 +112,8 @@ def test_one_prompt_on_two_ranks_neither_hangs_nor_differs(run_program, tmp_path
 @pytest.mark.slow
 def test_two_ranks_train_as_one_and_their_checkpoint_resumes_on_one(run_program, tmp_path):
     """Weights, moments and opponent after two rounds; then one process takes over."""
-    args = ("--config", "configs/quick.yaml", *FEW, "eval.before_and_after=false", "eval.round_prompts=4")
+    args = ("--config", "configs/quick.yaml", *FEW, "eval.before_and_after=false", "eval.round_prompts=4",
+            "data.spaced=true")  # fmt: skip
     launch(run_program, 2, "train.py", *args, "trainer.max_steps=4", f"trainer.output_dir={tmp_path}/two")
     done = run_program("train.py", *args, "trainer.max_steps=4", f"trainer.output_dir={tmp_path}/one")
     assert done.returncode == 0, done.stderr[-3000:]
