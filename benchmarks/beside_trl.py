@@ -4,11 +4,11 @@
     python benchmarks/beside_trl.py equations      # the embedded model, our own GRPO beside TRL's: an outside check
 
 Both sample the same number of responses to as many prompts a step, take as many optimizer steps with the same schedule
-and score with the same reward function. On `number_words` each learns with its own best step size, chosen with one
-seed on the dev split; further seeds are judged on the test split. Every `every` steps the model is kept, and all
-are evaluated afterwards by the same evaluator. Seconds are those of training steps, without loading, keeping and
-evaluating models. A run is kept as soon as it ends, as a line of benchmarks/beside_trl.jsonl: the same command goes
-on where it stopped.
+and score with the same reward function. On `number_words` each learns with its own best step size: from `first`, twice
+and half of it are tried with one seed on the dev split until both neighbours of the best are worse. Further seeds are
+judged on the test split. Every `every` steps the model is kept, and all are evaluated afterwards by the same evaluator.
+Seconds are those of training steps, without loading, keeping and evaluating models. A run is kept as soon as it ends, a
+line of benchmarks/beside_trl.jsonl: the same command goes on where it stopped.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,19 @@ class Workload:
     settings: tuple[str, ...]
     ours: tuple[str, ...]
     trl: tuple[str, ...]  # flags of benchmarks/peers/trl_learn.py
-    rates: tuple[float, ...]  # step sizes to choose from; a single one is not chosen
+    first: float  # step size that the search begins with
+    search: bool = True  # False: both learn with `first`
 
 
 WORKLOADS = {
     "number_words": Workload(
         config="configs/smollm2_number_words.yaml",
-        steps=24,
-        every=3,
+        steps=32,
+        every=4,
         settings=(),
         ours=(),
         trl=(),
-        rates=(5e-6, 1e-5, 2e-5),
+        first=6e-6,
     ),
     # The KL term is left out: we sum it over a response's tokens, TRL takes their mean.
     "equations": Workload(
@@ -77,7 +78,8 @@ WORKLOADS = {
         ),
         ours=("objective.algorithm=grpo",),
         trl=("--loss=grpo",),
-        rates=(2e-4,),
+        first=2e-4,
+        search=False,
     ),
 }
 FAST = ("data.train_batch_size=4", "rollout.n=4", "optim.warmup_steps=0", "eval.prompts=16")  # to see that it works
@@ -219,19 +221,37 @@ def make_job(name: str, method: str, lr: float, seed: int, split: str, args: arg
 
 
 def chosen_rate(name: str, method: str, results: Results, args: argparse.Namespace) -> float:
-    """Return a contestant's step size: that of the highest dev accuracy, mean over the evaluations of one run."""
-    rates = args.rates or WORKLOADS[name].rates
-    rates = rates[:1] if args.fast else rates
-    if len(rates) == 1:
-        return rates[0]
-    jobs = {lr: make_job(name, method, lr, TUNING_SEED, "dev", args) for lr in rates}
-    return max(rates, key=lambda lr: statistics.mean(results.of(jobs[lr])["pass@1"]))
+    """Return a contestant's step size: that of the highest dev accuracy, mean over halfway and the end of one run."""
+    first = args.first or WORKLOADS[name].first
+    if args.fast or not WORKLOADS[name].search:
+        return first
+    tuning = argparse.Namespace(**vars(args) | {"every": max(args.steps // 2, 1)})
+
+    def accuracy(lr: float) -> float:
+        return statistics.mean(results.of(make_job(name, method, lr, TUNING_SEED, "dev", tuning))["pass@1"])
+
+    return climb(first, accuracy)
+
+
+def climb(first: float, accuracy: Callable[[float], float]) -> float:
+    """Return the step size among first x 2^k whose neighbours, twice and half of it, are both not better."""
+    seen = {0: accuracy(first)}
+    best = 0
+    while True:
+        for k in (best + 1, best - 1):
+            if k not in seen:
+                seen[k] = accuracy(float(f"{first * 2.0**k:.4g}"))
+            if seen[k] > seen[best]:
+                best = k
+                break
+        else:
+            return float(f"{first * 2.0**best:.4g}")
 
 
 def compare(name: str, methods: Iterable[str], args: argparse.Namespace) -> None:
     """Choose the step sizes, train all seeds, and write the table and the picture."""
     results = Results(args.out / "beside_trl.jsonl", ROOT / "outputs" / "beside_trl")
-    start = results.of(make_job(name, "start", WORKLOADS[name].rates[0], 0, "test", args))["start"]
+    start = results.of(make_job(name, "start", WORKLOADS[name].first, 0, "test", args))["start"]
     runs: dict[str, list[Result]] = {}
     for method in methods:
         lr = chosen_rate(name, method, results, args)
@@ -319,7 +339,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="runs of each (default: 3)")
     parser.add_argument("--steps", type=int, help="steps a run (default: the workload's)")
     parser.add_argument("--every", type=int, help="steps between evaluations (default: the workload's)")
-    parser.add_argument("--rates", type=float, nargs="+", help="step sizes to choose from, of both contestants")
+    parser.add_argument("--first", type=float, help="step size that the search begins with, of both contestants")
     parser.add_argument("--only", choices=("ours", "trl"), help="only this contestant")
     parser.add_argument("--out", type=Path, help="folder of results and tables (default: benchmarks/)")
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """The benchmark beside TRL: both contestants get the same settings, and seconds are read off the curves by hand."""
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from benchmarks.beside_trl import (
     WORKLOADS,
     Results,
     chosen_rate,
+    climb,
     evaluation_config,
     lines_of,
     make_job,
@@ -21,7 +23,7 @@ from benchmarks.beside_trl import (
 )
 from gspo.read_config import load_config
 
-ARGS = argparse.Namespace(steps=4, every=2, seeds=1, rates=None, fast=False)
+ARGS = argparse.Namespace(steps=4, every=2, seeds=1, first=None, fast=False)
 RUN = {"seconds": [10.0, 10.0, 20.0, 20.0], "steps": [2, 4], "pass@1": [0.4, 0.8]}
 
 
@@ -54,12 +56,29 @@ def test_step_sizes_are_chosen_on_the_dev_split_and_judged_on_the_other():
 
 
 def test_the_step_size_is_that_of_the_highest_accuracy_during_the_run():
+    asked = []
+
     class Found:
         def of(self, job):
-            assert (job.split, job.seed) == ("dev", 100)
-            return {"pass@1": {5e-6: [0.3, 0.9], 1e-5: [0.7, 0.8], 2e-5: [0.7, 0.6]}[job.lr]}
+            assert (job.split, job.seed, job.every) == ("dev", 100, 2)
+            asked.append(job.lr)
+            return {"pass@1": {3e-6: [0.2, 0.7], 6e-6: [0.3, 0.8], 1.2e-5: [0.7, 0.8], 2.4e-5: [0.7, 0.6]}[job.lr]}
 
-    assert chosen_rate("number_words", OURS, Found(), ARGS) == 1e-5
+    assert chosen_rate("number_words", OURS, Found(), ARGS) == 1.2e-5
+    assert asked == [6e-6, 1.2e-5, 2.4e-5]  # half of 6e-6 was no neighbour of the best any more
+    assert chosen_rate("equations", OURS, None, ARGS) == 2e-4  # not chosen: no run
+
+
+def test_a_search_goes_on_until_both_neighbours_are_worse():
+    value = {-3: 0.1, -2: 0.5, -1: 0.4, 0: 0.3, 1: 0.2}
+    tried = []
+
+    def accuracy(lr):
+        tried.append(round(math.log2(lr)))
+        return value[tried[-1]]
+
+    assert climb(1.0, accuracy) == 0.25
+    assert tried == [0, 1, -1, -2, -3]
 
 
 def test_seconds_to_an_accuracy_lie_on_the_line_between_two_evaluations():
