@@ -18,7 +18,7 @@ import torch
 
 from gspo.algorithm.self_play_models import win_rate
 from gspo.checkpoint import fingerprints
-from gspo.checkpoint.run_folder import checkpoint_of
+from gspo.checkpoint.find_runs import checkpoint_of
 from gspo.config import Config, known_keys
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group

@@ -26,7 +26,8 @@ from gspo.algorithm.pairs import branch_weights, forks, has_contrast, preference
 from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import learning_rate
 from gspo.checkpoint.evaluations import needs_evaluation
-from gspo.checkpoint.run_folder import check_run, latest_checkpoint
+from gspo.checkpoint.find_runs import latest_checkpoint
+from gspo.checkpoint.run_folder import check_run
 from gspo.config import Config
 from gspo.data.batches import Batches
 from gspo.data.prompts import group_size, load_splits, truths_known

@@ -119,7 +119,7 @@ def train_once(job: Job, folder: Path) -> Result:
 def test_answers(cfg: Any, model: Path | None, world: Any) -> Result:
     """Sample and score responses to the test prompts by a checkpoint, or by the model that training starts from."""
     import eval as evaluation
-    from gspo.checkpoint.run_folder import latest_checkpoint
+    from gspo.checkpoint.find_runs import latest_checkpoint
     from gspo.metrics.evaluation import report
 
     name = str(latest_checkpoint(model)) if model else cfg.model.path

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gspo.checkpoint import manifest
+from gspo.checkpoint.find_runs import checkpoint_of
 from gspo.checkpoint.hf_folder import index_json, json_bytes, shard_files
-from gspo.checkpoint.run_folder import checkpoint_of
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.models.loading import check_weights

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from gspo.checkpoint.run_folder import run_folder_of
+from gspo.checkpoint.find_runs import run_folder_of
 from gspo.config import Health
 from gspo.errors import UserError
 from gspo.metrics.health import healthy_range

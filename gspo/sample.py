@@ -25,7 +25,7 @@ from torch import nn
 
 from gspo import config
 from gspo.algorithm.pairs import TOLERANCE
-from gspo.checkpoint.run_folder import checkpoint_of
+from gspo.checkpoint.find_runs import checkpoint_of
 from gspo.data.encoding import Encoder
 from gspo.data.messages import Messages, question_of, read_messages, read_tools
 from gspo.data.prompts import EMBEDDED, EMBEDDED_FILE

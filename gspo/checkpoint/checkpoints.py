@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from gspo.checkpoint import manifest
+from gspo.checkpoint.find_runs import latest_checkpoint, list_checkpoints
 from gspo.checkpoint.hf_folder import ModelFolder, index_json, shard_files
-from gspo.checkpoint.run_folder import latest_checkpoint, list_checkpoints
 from gspo.config import Config
 from gspo.distributed.move_weights import full_tensor
 from gspo.distributed.world import World, split_by_size

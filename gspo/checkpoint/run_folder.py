@@ -15,6 +15,7 @@ import yaml
 from gspo import config as configuration
 from gspo.checkpoint import fingerprints, manifest
 from gspo.checkpoint.evaluations import NAMES, remove_evaluations
+from gspo.checkpoint.find_runs import latest_checkpoint, list_checkpoints
 from gspo.checkpoint.fingerprints import Fingerprints
 from gspo.config import Config
 from gspo.distributed.world import World
@@ -43,46 +44,6 @@ FILES = (
 DAMAGED = ".damaged"
 LOCK_TIMEOUT_S = 20.0  # how long a process that was killed may take to release the folder
 _locks: dict[Path, int] = {}  # run folder -> open file descriptor that holds its lock
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in a `checkpoints` folder, oldest first."""
-    found = (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name))
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a run's folder or its `checkpoints` folder; None where there is none.
-
-    It is not verified: resuming and exporting do that.
-    """
-    found = [*reversed(list_checkpoints(folder)), *reversed(list_checkpoints(folder / "checkpoints"))]
-    return next((p for p in found if (p / "trainer" / "state.json").exists()), None)
-
-
-def checkpoint_of(name: str | Path) -> str:
-    """Return the newest checkpoint of a run or of a folder of checkpoints; any other folder, or a hub name, as it is.
-
-    `~` is expanded.
-    """
-    expanded = os.path.expanduser(name)
-    return str(latest_checkpoint(Path(expanded)) or expanded)
-
-
-def run_folder_of(name: str | Path) -> Path:
-    """Return the folder of a run that is named by itself, by its `checkpoints` or by one of them.
-
-    Any other folder is returned as it is. `~` is expanded. Of `outputs/checkpoints`, a link, it is the latest run.
-    UserError where there is no such folder.
-    """
-    folder = Path(os.path.expanduser(name))
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. Name a run, such as outputs/quick.")
-    if (folder / "metrics.jsonl").exists():
-        return folder
-    above = [*folder.resolve().parents][:2]
-    run = next((parent for parent in above if (parent / "config.yaml").is_file()), folder)
-    return run if folder.is_absolute() else Path(os.path.relpath(run))
 
 
 def open_run(cfg: Config, world: World, prints: Fingerprints | None = None) -> tuple[Path, Path | None]:

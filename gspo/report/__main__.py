@@ -13,7 +13,7 @@ from pathlib import Path
 import gspo  # noqa: F401 -- before torch
 
 # isort: split
-from gspo.checkpoint.run_folder import run_folder_of
+from gspo.checkpoint.find_runs import run_folder_of
 from gspo.errors import UserError
 from gspo.read_paths import check_path
 from gspo.report.page import page_of

@@ -9,7 +9,7 @@ from processes import Program, wait_until
 from saved_run import ALONE, a_run, no_file_above
 
 from gspo.checkpoint import manifest
-from gspo.checkpoint.run_folder import latest_checkpoint
+from gspo.checkpoint.find_runs import latest_checkpoint
 from gspo.errors import UserError
 
 

@@ -10,8 +10,8 @@ from gspo.algorithm.update import make_optimizer
 from gspo.checkpoint import checkpoints as ckpt
 from gspo.checkpoint import manifest
 from gspo.checkpoint.checkpoints import State
+from gspo.checkpoint.find_runs import latest_checkpoint
 from gspo.checkpoint.restore import load_order, load_state, restore
-from gspo.checkpoint.run_folder import latest_checkpoint
 from gspo.errors import UserError
 from gspo.models.loading import load_model
 

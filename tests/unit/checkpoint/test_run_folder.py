@@ -11,7 +11,8 @@ import pytest
 from saved_run import ALONE, a_run
 
 from gspo.checkpoint import manifest, run_folder
-from gspo.checkpoint.run_folder import latest_checkpoint, open_run, save_reward_function
+from gspo.checkpoint.find_runs import latest_checkpoint
+from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.errors import UserError
 from gspo.read_config import load_config
 

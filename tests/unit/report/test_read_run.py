@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 import re
 
 import pytest
 from run_on_disk import group, write_run
 
-from gspo.checkpoint.run_folder import run_folder_of
 from gspo.errors import UserError
 from gspo.report import read_run as module
 from gspo.report.__main__ import main
@@ -122,19 +120,6 @@ def test_a_folder_of_runs_names_them(tmp_path):
         write_run(tmp_path / name)
     with pytest.raises(UserError, match="Name one of the runs in it: one, two"):
         read_run(tmp_path)
-
-
-def test_a_run_is_named_by_its_folder_its_checkpoints_or_one_of_them(tmp_path, monkeypatch):
-    folder = write_run(tmp_path / "outputs" / "a")
-    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
-    (tmp_path / "outputs" / "checkpoints").symlink_to("a/checkpoints")
-    monkeypatch.chdir(tmp_path)
-    for name in ("outputs/a", "outputs/checkpoints", "outputs/a/checkpoints/step_000002"):
-        assert str(run_folder_of(name)) == os.path.join("outputs", "a")
-        assert run_folder_of(tmp_path / name) == folder
-    assert str(run_folder_of("outputs")) == "outputs", "not a run: as it is"
-    with pytest.raises(UserError, match="outputs/b is no folder. Name a run"):
-        run_folder_of("outputs/b")
 
 
 def test_limits_of_a_page_are_what_a_browser_takes():
