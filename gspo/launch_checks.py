@@ -16,7 +16,8 @@ from gspo.checkpoint.checkpoints import State
 from gspo.checkpoint.evaluations import comparable_evaluations
 from gspo.config import Config
 from gspo.data.prompts import Splits
-from gspo.distributed.sharding import check_shard_size, check_tensor_parallel
+from gspo.distributed.sharding import check_shard_size
+from gspo.distributed.tensor_parallel import check_tensor_parallel
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.metrics.evaluation import table

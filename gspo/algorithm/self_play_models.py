@@ -20,9 +20,9 @@ from gspo.distributed.sharding import (
     materialize,
     needs_sharding,
     shard,
-    shard_sampler,
     with_hybrid_mesh,
 )
+from gspo.distributed.tensor_parallel import shard_sampler
 from gspo.distributed.world import World
 from gspo.models.loading import checkpoint_activations, load_model, recomputes_activations
 from gspo.models.precision import cast_linear_layers

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -23,12 +23,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gspo.distributed.move_weights import local_shard
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.models.loading import decoder_layers, text_decoder
+from gspo.models.loading import decoder_layers
 
 
 def check_shard_size(shard_size: int | None, world_size: int) -> None:
@@ -171,48 +170,6 @@ def run_as_forward(model: nn.Module, function: Callable, *args: Any) -> Any:
     Return function(model, *args). `model` may be a whole model or its head; one that is not sharded is simply passed.
     """
     return model.run_as_forward(function, *args) if is_sharded(model) else function(model, *args)
-
-
-def shard_sampler(model: nn.Module, world: World, tp: int) -> tuple[nn.Module, Callable[[Tensor], Tensor] | None]:
-    """Move a sampler to the device, or, with tp > 1, shard it over `tp` ranks by transformers' tensor-parallel plan.
-
-    Return the model and, with tp > 1, a function that gives all `tp` ranks the tokens that the first of them sampled.
-    """
-    model.requires_grad_(False)
-    if tp == 1:
-        return model.to(world.device), None
-    mesh = init_device_mesh(world.device.type, (world.size // tp, tp), mesh_dim_names=("dp", "tp"))["tp"]
-    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-    wanted = model.config.get_text_config().base_model_tp_plan
-    plan = {name: styles[style]() for name, style in wanted.items() if style in styles}
-    model.to(world.device)
-    parallelize_module(text_decoder(model), mesh, plan)
-    group, source = mesh.get_group(), dist.get_global_rank(mesh.get_group(), 0)
-
-    def agree(tokens: Tensor) -> Tensor:
-        dist.broadcast(tokens, src=source, group=group)
-        return tokens
-
-    return model, agree
-
-
-def check_tensor_parallel(model_config: Any, world_size: int, tp: int) -> None:
-    """Raise UserError unless `tp` divides the number of ranks and the model's heads and layers."""
-    if tp == 1:
-        return
-    c, key = model_config.get_text_config(), f"rollout.tensor_model_parallel_size = {tp}"
-    if world_size % tp:
-        raise UserError(
-            f"{key} does not divide the {world_size} processes of this run; start torchrun with a multiple."
-        )
-    if not getattr(c, "base_model_tp_plan", None):
-        raise UserError(f"{key}: transformers publishes no tensor-parallel plan for {c.model_type}; use 1.")
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    if c.num_attention_heads % tp or heads % tp or c.intermediate_size % tp:
-        raise UserError(
-            f"{key} does not divide this model's {c.num_attention_heads} attention heads, {heads} key-value heads and "
-            f"MLP width of {c.intermediate_size}; use a number that divides all three."
-        )
 
 
 def local_bytes(model: nn.Module) -> int:

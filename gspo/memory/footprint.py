@@ -13,7 +13,8 @@ from torch import nn
 
 from gspo.algorithm.objective import find_algorithm
 from gspo.config import Config
-from gspo.distributed.sharding import check_shard_size, check_tensor_parallel, gathers_once, sharding_units
+from gspo.distributed.sharding import check_shard_size, gathers_once, sharding_units
+from gspo.distributed.tensor_parallel import check_tensor_parallel
 from gspo.errors import UserError
 from gspo.memory.activations import FakeModel
 from gspo.models.loading import load_model_config, recomputes_activations

@@ -111,7 +111,7 @@ class PagedGeneration:
             self.host_limits = (self.limits - self.begun).cpu().numpy()
             longest = requests.sampling.max_new_tokens
             self.tables = Tables(slots, max_slots, int(counts.max()), max(map(len, self.prompts)), longest)
-            self.replay = Replay(device if device.type == "cuda" and agree is None else None)
+            self.replay = Replay(device if device.type == "cuda" else None)
         self.queue = deque(sorted(range(len(self.prompts)), key=lambda g: len(self.prompts[g])))  # similar lengths
         self.waiting_rows: deque[int] = deque()  # first token drawn, no slot yet
         self.unfinished = counts.copy()  # responses to each prompt that have not ended

@@ -133,6 +133,18 @@ def test_graphs_are_recorded_and_give_the_bits_of_plain_steps(dtype, monkeypatch
     assert results[0].tokens.equal(results[1].tokens) and results[0].logprobs.equal(results[1].logprobs)
 
 
+def test_ranks_that_agree_on_tokens_record_graphs_too(monkeypatch):
+    """As ranks of a tensor-parallel model do: the agreement is part of the step."""
+    made, begin, agreed = [], Replay.__init__, []
+    monkeypatch.setattr(Replay, "__init__", lambda r, *a, **k: begin(r, *a, **k) or made.append(r))
+    agree = lambda x: agreed.append(x.shape) or x  # noqa: E731
+    sampling = Sampling(1.0, max_new_tokens=40)
+    together = sampler_on("cuda", tiny_model("qwen2"), agree=agree).generate(prompts_of((3, 9)), 4, sampling)
+    alone = sampler_on("cuda", tiny_model("qwen2")).generate(prompts_of((3, 9)), 4, sampling)
+    assert any(made[0]._graphs.values()) and len(agreed) < 20  # steps that were replayed did not come by here
+    assert together.tokens.equal(alone.tokens)
+
+
 def test_the_host_does_not_wait_for_single_tokens():
     """Twice as many tokens in as many answers: a few more looks for every eight further tokens."""
     sampler, waits = sampler_on("cuda", tiny_model("llama", max_position_embeddings=512)), []

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.distributed import move_weights as transfer
 from gspo.distributed.move_weights import copy_weights, local_slices
-from gspo.distributed.sharding import shard, shard_sampler
+from gspo.distributed.sharding import shard
+from gspo.distributed.tensor_parallel import shard_sampler
 from gspo.distributed.world import process_group
 from gspo.models.loading import cast_parameters
 from gspo.system.program import end_process

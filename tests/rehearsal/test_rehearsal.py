@@ -111,7 +111,7 @@ def test_a_checkpoint_is_evaluated_and_sampled_on_the_device(run_program, traine
     ("file", "chosen", "count"),
     [
         ("engine", "tokens_of_the_cpu and (llama or gemma2 or deepseek_v3 or mixtral)", 4),
-        ("engine", "work_that_waits or sampler_and_trainer or (recorded and float32)", 4),
+        ("engine", "work_that_waits or sampler_and_trainer or agree_on_tokens or (recorded and float32)", 5),
         ("attention", "whole_models or proven", 9),
         ("pairwise", "takes_its_coefficients or beyond_the_kernel", 2),
         ("layers", "whole_models", 8),

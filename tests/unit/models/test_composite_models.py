@@ -10,7 +10,8 @@ from architectures import COMPOSITE, SMALL, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo.distributed.sharded_loading import allocate_and_load, meta_model
-from gspo.distributed.sharding import check_tensor_parallel, materialize, sharding_units
+from gspo.distributed.sharding import materialize, sharding_units
+from gspo.distributed.tensor_parallel import check_tensor_parallel
 from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.memory.footprint import footprint
