@@ -12,6 +12,7 @@ import argparse
 import importlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,10 +24,13 @@ from benchmarks.common import heading
 from benchmarks.learning_methods import (
     COMMON,
     DEVELOPMENT,
+    EPOCHS,
     FAST,
+    KL_WEIGHT,
     METHODS,
     POOL,
     REPORT,
+    SECOND,
     TASKS,
     TUNING,
     TUNING_SEEDS,
@@ -34,7 +38,7 @@ from benchmarks.learning_methods import (
 )  # fmt: skip
 from benchmarks.learning_report import draw, task_table, whole_table
 from benchmarks.learning_runs import ROOT, Job, Result, Results, before_training, in_parallel, result_of
-from benchmarks.learning_search import START, Point, best_point, dev_score
+from benchmarks.learning_search import Point, best_point, dev_score
 
 HERE = Path(__file__).resolve().parent
 STAGES = {  # stage -> tasks, methods, the method that the others are compared with, seeds, title
@@ -45,9 +49,11 @@ STAGES = {  # stage -> tasks, methods, the method that the others are compared w
 
 def make_job(task: str, method: str, settings: list[str], at: Point, seed: int, fast: bool, tested: bool) -> Job:
     """Make the job of one run from the settings of its task and method."""
-    point = [f"optim.learning_rate={at[0]:g}", f"objective.kl_coef={at[1]:g}", f"trainer.seed={seed}"]
+    second, _ = SECOND.get(method, KL_WEIGHT)
+    point = [f"optim.learning_rate={at[0]:g}", f"{second}={at[1]:g}", f"trainer.seed={seed}"]
     cheaper = TUNING if task in REPORT and not tested else []
-    chosen = [*COMMON, *TASKS[task], *settings, *cheaper, *(FAST if fast else []), *point]
+    own = [setting.replace("{task}", task) for setting in settings]
+    chosen = [*COMMON, *TASKS[task], *own, *cheaper, *(FAST if fast else []), *point]
     return Job(task, method, *at, seed, tuple(chosen), tested)
 
 
@@ -58,7 +64,7 @@ def search(task: str, method: str, settings: tuple[str, ...], file: str, scratch
         job = make_job(task, method, list(settings), at, TUNING_SEEDS[run], fast, tested=False)
         return dev_score(result_of(job, Results(Path(file)), Path(scratch)))
 
-    return best_point(score)[0]
+    return best_point(score, SECOND.get(method, KL_WEIGHT)[1])[0]
 
 
 def final(job: Job, file: str, scratch: str) -> Result:
@@ -79,6 +85,19 @@ def write_splits(tasks: Iterable[str]) -> None:
         rows = json.loads((folder / "train.json").read_text(encoding="utf-8"))
         text = json.dumps(rows[:POOL], ensure_ascii=False, indent=0)
         (folder / f"train_{POOL}.json").write_text(text, encoding="utf-8")
+
+
+def write_pairs(task: str) -> None:
+    """Write the best and the worst of eight responses to each of POOL prompts, EPOCHS times, by the task's model."""
+    folder, settings = ROOT / "data" / task, dict(setting.split("=", 1) for setting in TASKS[task])
+    rows = json.loads((folder / f"train_{POOL}.json").read_text(encoding="utf-8")) * EPOCHS
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    where = [settings.get("model.path", "embedded"), str(folder / "prompts.jsonl"), str(folder / "pairs.jsonl")]
+    how = ["--pairs", "--n", "8", "--max_new_tokens", settings["rollout.max_new_tokens"], "--precision", "fp32"]
+    reward = ["--reward_func", settings["reward.path"]] if "reward.path" in settings else []
+    subprocess.run([sys.executable, "-m", "gspo.sample", *where, *how, *reward], cwd=ROOT, check=True)
 
 
 def options() -> argparse.Namespace:
@@ -111,9 +130,12 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
     seeds = args.seeds or (1 if args.fast else seeds)
     file, scratch = args.out / ("learning_fast.jsonl" if args.fast else "learning.jsonl"), ROOT / "outputs" / "bench"
     rows = [(task, method) for method in methods for task in tasks]
+    if "offline DPO" in methods:
+        for task in tasks:
+            write_pairs(task)
     kept = (str(file), str(scratch), args.fast)
     if args.fast:
-        points: dict[tuple[str, str], Point] = dict.fromkeys(rows, START)
+        points: dict[tuple[str, str], Point] = {row: SECOND.get(row[1], KL_WEIGHT)[1] for row in rows}
     else:
         found = in_parallel(search, [(t, m, tuple(methods[m]), *kept) for t, m in rows], f"{stage}: searches")
         points = {call[:2]: point for call, point in found.items()}

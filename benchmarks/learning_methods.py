@@ -1,7 +1,7 @@
 """List the tasks, methods and variants that learning.py trains, each as settings of train.py."""
 
 EVERY = 16  # steps between evaluations on the dev split
-POOL = 256  # training prompts: three epochs of 16 steps
+POOL, EPOCHS = 256, 3  # training prompts, of 16 steps an epoch
 TUNING_SEEDS = (100, 101)  # of the runs that choose step sizes and KL weights; no run of a table has them
 TUNING = ["eval.n=4"]  # those runs on the report tasks: half the samples of each evaluation
 
@@ -70,6 +70,14 @@ VARIANTS = {
 # Chosen by the development tasks: anchor, fork and constant Z together, and the same with trees. The rest was not ahead
 # (docs/experiments.md).
 CANDIDATE = [*ORIGINAL, *ANCHOR, *FORK, *CONSTANT]
+PPO = ["objective.algorithm=ppo", "objective.anchor=none", "critic.learning_rate=1e-3"]  # as configs/ppo.yaml
+# From pairs that the model made before training (write_pairs in learning.py): of as many responses as the others
+# sample, and in as many optimizer steps.
+OFFLINE_DPO = [
+    *("objective.algorithm=dpo", "reference.refresh=never", "data.train_files=[data/{task}/pairs.jsonl]"),
+    *("data.train_batch_size=8", "optim.epochs_per_rollout=1", "optim.minibatches=1", "optim.warmup_steps=20"),
+    *(f"trainer.max_steps={4 * 48}", f"eval.freq={4 * EVERY}"),
+]
 METHODS = {
     "GSPO": ORIGINAL,  # the default
     "GSPO with anchor, fork, constant Z": CANDIDATE,
@@ -80,4 +88,11 @@ METHODS = {
     "TEMPO": ["objective.algorithm=tempo"],
     "online DPO": ["objective.algorithm=online_dpo"],
     "SPIN": ["objective.algorithm=spin"],
+    "PPO": PPO,
+    "offline DPO": OFFLINE_DPO,
 }
+# What a search varies beside the step size, and the values of both that it begins with.
+KL_WEIGHT = ("objective.kl_coef", (2e-4, 1e-3))
+SECOND = {
+    "offline DPO": ("objective.preference_beta", (1e-4, 0.1))
+}  # it has no KL term: beta holds it to the reference

@@ -94,16 +94,17 @@ def task_table(runs: dict[str, Runs], before: dict[str, float], ours: str) -> st
     lines = [["before training", "", "", f"{before['pass@1']:.3f}", f"{before['pass@8']:.3f}", *[""] * 5]]
     for method, results in runs.items():
         said = "{:+.3f} [{:+.3f}, {:+.3f}] {}".format(*against[method]) if method in against else ""
+        sampled = np.mean([r["tokens"][-1] for r in results])
         column = {key: [r[key] for r in results] for key in ("pass@1", "pass@8", "kl", "length", "cpu_seconds")}
         lines.append(
             [
                 *(method, f"{results[0]['lr']:g}", f"{results[0]['kl_coef']:g}"),
                 *(spread(column["pass@1"]), spread(column["pass@8"]), spread([dev_score(r) for r in results])),
-                *(spread(column["kl"]), f"{np.mean([r['tokens'][-1] for r in results]) / 1000:.0f}"),
+                *(spread(column["kl"]), f"{sampled / 1000:.0f}" if sampled else "none"),
                 *(f"{np.mean(column['cpu_seconds']):.0f}", said),
             ]
         )
-    titles = ["", "lr", "KL weight", "pass@1", "pass@8", "dev, at the end", "KL", "tokens, thousands", "CPU s"]
+    titles = ["", "lr", "KL weight, or beta", "pass@1", "pass@8", "dev, at the end", "KL", "tokens, thousands", "CPU s"]
     return table([*titles, f"{ours}, ahead by"], lines)
 
 
@@ -120,6 +121,8 @@ def draw(path: Path, by_task: dict[str, dict[str, Runs]], ours: str) -> None:
     for axis, (task, results) in zip(axes[0], by_task.items(), strict=True):
         for method, runs in results.items():
             tokens = np.mean([r["tokens"] for r in runs], 0) / 1000
+            if not tokens.any():
+                continue  # it samples nothing while it learns
             dev = np.array([r["dev"] for r in runs])
             (line,) = axis.plot(tokens, dev.mean(0), label=method, linewidth=2.2 if method == ours else 1.2)
             bounds = (dev.mean(0) + k * dev.std(0) for k in (-1, 1))

@@ -108,7 +108,7 @@ def train_once(job: Job, folder: Path) -> Result:
     return {
         **{name: round(value, 1) for name, value in spent.items()},
         **tested,
-        "length": rows[-1]["response/length_mean"],
+        "length": rows[-1].get("response/length_mean"),  # None: nothing is sampled
         "kl": evaluated[-1]["kl_to_initial"],
         "tokens": [int(r["tokens_sampled"]) for r in evaluated],
         "dev": [r["heldout/accuracy"] for r in evaluated],

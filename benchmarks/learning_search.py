@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 LR_FACTOR, KL_FACTOR = 2.0, 10.0  # between neighbours
-START = (2e-4, 1e-3)
 FINALISTS = 3
 LR_RANGE, KL_RANGE = (1e-5, 3e-3), (1e-5, 1.0)
 Point = tuple[float, float]  # (learning rate, KL weight)
@@ -29,7 +28,7 @@ def neighbours(point: Point) -> list[Point]:
     return [(a, b) for a, b in rounded if LR_RANGE[0] <= a <= LR_RANGE[1] and KL_RANGE[0] <= b <= KL_RANGE[1]]
 
 
-def best_point(score: Callable[[Point, int], float], start: Point = START) -> tuple[Point, dict[Point, float]]:
+def best_point(score: Callable[[Point, int], float], start: Point) -> tuple[Point, dict[Point, float]]:
     """Climb to a point none of whose neighbours scores higher, then choose among the best; return it and all scores.
 
     score(point, k) is the score of the k-th tuning run at a point. The climb asks for k = 0 alone, goes on from the

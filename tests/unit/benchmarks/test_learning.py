@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from benchmarks import learning, learning_runs
-from benchmarks.learning_methods import DEVELOPMENT, REPORT, TUNING_SEEDS
+from benchmarks.learning_methods import DEVELOPMENT, KL_WEIGHT, METHODS, REPORT, TUNING_SEEDS
 from benchmarks.learning_report import bootstrap_differences, holm, interval, p_value, task_table, whole_table
 from benchmarks.learning_runs import Job, Results, result_of
 from benchmarks.learning_search import KL_RANGE, LR_RANGE, best_point, dev_score, neighbours
+
+START = KL_WEIGHT[1]
 
 
 def runs(*counts):
@@ -69,19 +71,19 @@ def test_the_search_climbs_to_a_point_whose_neighbours_were_all_tried():
     def score(at, run):
         return -abs(np.log2(at[0] / 2e-4) - 3) - abs(np.log10(at[1] / 1e-3) - 1)
 
-    best, scores = best_point(score)
+    best, scores = best_point(score, START)
     assert best == (1.6e-3, 1e-2)
     assert all(point in scores for point in neighbours(best))
 
 
 def test_the_search_goes_on_from_the_first_better_neighbour():
     """On a slope to smaller steps it asks for no second neighbour before the end of the slope."""
-    best, scores = best_point(lambda at, run: -at[0])
+    best, scores = best_point(lambda at, run: -at[0], START)
     assert best[0] < LR_RANGE[0] * 2 and list(scores)[:5] == [(2e-4 / 2**k, 1e-3) for k in range(5)]
 
 
 def test_the_search_stops_at_the_ends_of_the_ranges():
-    best, scores = best_point(lambda at, run: at[0] + at[1])
+    best, scores = best_point(lambda at, run: at[0] + at[1], START)
     assert max(LR_RANGE) / 2 < best[0] <= LR_RANGE[1] and best[1] == KL_RANGE[1]
     assert all(LR_RANGE[0] <= lr <= LR_RANGE[1] and KL_RANGE[0] <= kl <= KL_RANGE[1] for lr, kl in scores)
 
@@ -95,7 +97,7 @@ def test_a_lucky_run_does_not_choose_alone():
         asked.append((at, run))
         return luck.get(at, (0.0, 0.0))[run]
 
-    assert best_point(score)[0] == (1e-4, 1e-3)
+    assert best_point(score, START)[0] == (1e-4, 1e-3)
     assert sum(run for _, run in asked) == 3 and len(asked) == 8
 
 
@@ -133,6 +135,17 @@ def test_a_line_of_the_table_by_hand():
     assert "0.250" in before and "0.900" in before
     assert ours.startswith("| ours | 0.0001 | 0.01 | 0.750 ± 0.000 |") and ours.endswith("| 24 | 7 |  |")
     assert theirs.endswith("+0.250 [+0.250, +0.250] ahead |")
+
+
+def test_offline_dpo_is_searched_over_its_beta_and_reads_the_pairs_of_its_task():
+    job = learning.make_job("sorting", "offline DPO", METHODS["offline DPO"], (1e-4, 0.1), 0, fast=False, tested=True)
+    assert (
+        "objective.preference_beta=0.1" in job.settings
+        and "data.train_files=[data/sorting/pairs.jsonl]" in job.settings
+    )
+    assert not any(setting.startswith("objective.kl_coef") for setting in job.settings)
+    online = learning.make_job("sorting", "PPO", METHODS["PPO"], (1e-4, 0.01), 0, fast=False, tested=True)
+    assert "objective.kl_coef=0.01" in online.settings
 
 
 def test_tasks_weigh_alike_in_the_table_of_all():
