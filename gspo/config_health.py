@@ -19,15 +19,23 @@ class Health:
     )
     length_ratio_max: float = opt(1.5, "warn above: mean response length / that of the first steps", gt=0.0)
     cutoff_max: float = opt(0.1, "warn above: share of responses cut off at max_new_tokens", gt=0.0)
+    cutoff_at_once: float = opt(
+        0.5, "warn above, at the first step and in the evaluation before it: share of responses cut off", gt=0.0
+    )
     kl_divergence_min: float = opt(0.001, "warn below: kl_divergence", ge=0.0)
     kl_divergence_max: float = opt(0.1, "warn above: kl_divergence", gt=0.0)
     kl_divergence_alarm: float = opt(0.5, "alarm above: kl_divergence", gt=0.0)
     paired_groups_min: float = opt(0.2, "warn below: share of groups with a pair", ge=0.0, le=1.0)
+    within_margin_max: float = opt(
+        0.5, "warn above, at the first step: share of two differing rewards that objective.margin makes no pair", gt=0.0
+    )
     preference_accuracy_min: float = opt(0.6, "warn below: preference_accuracy", ge=0.0, le=1.0)
     diverging_rounds_max: int = opt(
         1, "warn above: rounds in a row in which training reward rose and held-out accuracy fell", ge=0
     )
-    mismatch_max: float = opt(0.02, "warn above: mean |sampler - trainer| log-prob of a token", gt=0.0)
+    mismatch_max: float | Literal["auto"] = opt(
+        "auto", "warn above: mean |sampler - trainer| log-prob of a token. auto: 0.02 in fp32, 0.05 in bf16", gt=0.0
+    )
     mismatch_alarm: float = opt(0.1, "alarm above: the same", gt=0.0)
     entropy_ratio_min: float = opt(0.3, "warn below: entropy / that of the first steps", ge=0.0)
     risen_reward: float = opt(

@@ -118,8 +118,8 @@ def start_run(
     updater = Updater(models.policy, models.head, optimizer, trained, world, models.autocast)
     sampler = _open_sampler(cfg, models, tokenizer, world)
     allow_tf32(cfg.model.tf32, world.device)
-    sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step)
-    log.health.full_reward = max(scorer.of_each.correct_at, 1e-6)
+    full_reward = max(scorer.of_each.correct_at, 1e-6)
+    sampling, log = Sampling.of(cfg.rollout), RunLog(folder, cfg, state.step, state.precision, full_reward)
     checkpoints, preemption = Checkpoints(folder, cfg, tokenizer, world), Preemption()
     return Run(
         cfg, world, splits, batches, scorer, models, sampler, sampling, updater, log, state, folder, checkpoints,

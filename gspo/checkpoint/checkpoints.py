@@ -55,6 +55,7 @@ class State:
     response_entropy: float = 0.0  # summed over the tokens of one, nats, on average
     precision: str = ""  # fp32 or bf16, chosen when the run began
     best_accuracy: float = -1.0  # the best so far on the held-out prompts
+    best_reward: float | None = None  # ... and its mean held-out reward, which decides between equal accuracies
     best_step: int = 0
     torch_rng: list[int] = field(default_factory=list)  # bytes of torch's CPU generator
 
@@ -88,11 +89,14 @@ class State:
         self.response_length, self.response_entropy = float(f"{length:.3g}"), float(f"{length * entropy:.3g}")
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Return whether this step has the best held-out accuracy so far; if so, keep it as the best."""
-        accuracy = metrics.get("heldout/accuracy", -1.0)
-        if accuracy <= self.best_accuracy:
+        """Return whether this step has the best held-out accuracy so far, of equal ones the highest held-out reward;
+        if so, keep it as the best."""
+        accuracy, reward = metrics.get("heldout/accuracy", -1.0), metrics.get("heldout/reward_mean")
+        known = reward is not None and self.best_reward is not None
+        higher = accuracy > self.best_accuracy or (accuracy == self.best_accuracy and known and reward > self.best_reward)
+        if not higher:
             return False
-        self.best_accuracy, self.best_step = accuracy, self.step
+        self.best_accuracy, self.best_reward, self.best_step = accuracy, reward, self.step
         return True
 
 

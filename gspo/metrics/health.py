@@ -6,6 +6,7 @@ for some steps in a row. It also derives the curves that compare a step with the
 `response/length_ratio`.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -18,11 +19,13 @@ ROUND_ENDS = "win_rate"  # logged when a round ends; held-out accuracy may come 
 FEW_PAIRS = 20  # held-out pairs, below which their share in the right order says little
 ROUND_GRACE = 20  # steps of a round in which the policy may still be close to its opponent
 LOWER_LR = "lower optim.learning_rate"
+MISMATCH_MAX = {"fp32": 0.02, "bf16": 0.05}  # of health.mismatch_max=auto: what rounding costs differs
 
 
 @dataclass(frozen=True)
 class Guard:
-    """One kind of failure. `warn` and `alarm` name limits of `config.Health`; `says` shows the one that was passed."""
+    """One kind of failure. `warn` and `alarm` name limits of `config.Health`; `says` shows the one that was passed, or
+    the value."""
 
     kind: str
     metric: str  # of the step, or derived
@@ -58,6 +61,13 @@ GUARDS = (
         "cut-off responses", "response/cutoff", "above", "cutoff_max", None,
         "more than {limit:.0%} of the responses are cut off",
         "raise rollout.max_new_tokens, or set objective.length_norm=mean if responses grow",
+        unless=("mostly cut off",),
+    ),
+    Guard(
+        "mostly cut-off responses", "response/cutoff", "above", "cutoff_at_once", None,
+        "{value:.0%} of the responses are cut off",
+        "raise rollout.max_new_tokens, or let prompt and reward ask for shorter answers",
+        at_once=True,
     ),
     Guard(
         "KL blow-up", "kl_divergence", "above", "kl_divergence_max", "kl_divergence_alarm",
@@ -78,6 +88,13 @@ GUARDS = (
         unless=("learned",),
     ),
     Guard(
+        "wide margin", "pairs/within_margin", "above", "within_margin_max", None,
+        "{value:.0%} of the differing responses differ by no more than objective.margin, and make no pair",
+        "lower objective.margin",
+        at_once=True,
+        unless=("solved", "risen"),
+    ),
+    Guard(
         "misordered pairs", "preference_accuracy", "below", "preference_accuracy_min", None,
         "preference_accuracy is below {limit:g}",
         f"check the reward function, raise objective.margin to filter noisy pairs, or {LOWER_LR}",
@@ -94,7 +111,7 @@ GUARDS = (
     Guard(
         "sampler / trainer mismatch", "mismatch", "above", "mismatch_max", "mismatch_alarm",
         "sampler and trainer disagree by more than {limit:g} nats a token",
-        "use model.precision=fp32",
+        "use model.precision=fp32; where it is fp32, sampler and trainer do not compute the same model",
     ),
     Guard(
         "entropy collapse", "entropy_ratio", "below", "entropy_ratio_min", None,
@@ -117,10 +134,17 @@ GUARDS = (
 )  # fmt: skip
 
 
+def limit_of(name: str, cfg: Health, precision: str = "fp32") -> float:
+    """Return a limit of the configuration; one that is `auto` by the precision, fp32 or bf16."""
+    limit = getattr(cfg, name)
+    return MISMATCH_MAX[precision] if limit == "auto" else limit
+
+
 def healthy_range(metric: str, cfg: Health) -> tuple[float | None, float | None]:
     """Return the lowest and the highest value of a metric that no guard warns of; None where there is no such limit."""
-    limits = {guard.bad: getattr(cfg, guard.warn) for guard in GUARDS if guard.metric == metric}
-    return limits.get("below"), limits.get("above")
+    limits = [(guard.bad, limit_of(guard.warn, cfg)) for guard in GUARDS if guard.metric == metric]
+    lows, highs = ([limit for bad, limit in limits if bad == side] for side in ("below", "above"))
+    return max(lows, default=None), min(highs, default=None)
 
 
 class News(NamedTuple):
@@ -137,8 +161,9 @@ class HealthCheck:
     run had not been interrupted, `alarmed` included.
     """
 
-    def __init__(self, cfg: Health):
-        self.cfg = cfg
+    def __init__(self, cfg: Health, precision: str = "fp32", full_reward: float = 1.0):
+        """full_reward: of a right response."""
+        self.cfg, self.precision, self.full_reward = cfg, precision, full_reward
         self.derived: dict[str, float] = {}  # of the last step
         self.alarmed: str | None = None
         self.streak: dict[tuple[str, str], int] = defaultdict(int)
@@ -150,7 +175,6 @@ class HealthCheck:
         self.ended: tuple[float, float] | None = None  # the round before: mean of these, held-out accuracy
         self.diverging = 0
         self.accuracy = 0.0  # held-out, measured last
-        self.full_reward = 1.0  # of a right response
 
     def check(self, metrics: dict[str, float], causes: dict[str, str] | None = None) -> list[News]:
         """Return the warnings and alarms that are new at this step; each comes once a run. `causes` says in a few words
@@ -171,9 +195,9 @@ class HealthCheck:
             ):
                 if not name:
                     continue
-                limit = getattr(self.cfg, name)
+                limit = limit_of(name, self.cfg, self.precision)
                 if self._passed(guard, level, value, limit, patience):
-                    said = guard.says.format(limit=limit)
+                    said = guard.says.format(limit=limit, value=value)
                     if cause := (causes or {}).get(guard.metric):
                         said += f" (not finite first: {cause})"
                     if level == "alarm":
@@ -202,9 +226,12 @@ class HealthCheck:
         # stay lower where some gold answers are wrong.
         if max(values.get("reward_mean", 0.0) / self.full_reward, self.accuracy) >= self.cfg.solved_reward:
             found.add("solved")
-        first = self.initial["reward_mean"]
-        risen = bool(first) and values.get("reward_mean", 0.0) - sum(first) / len(first) > self.cfg.risen_reward
-        if risen and "solved" in found:
+        if values.get("response/cutoff", 0.0) > self.cfg.cutoff_at_once:
+            found.add("mostly cut off")  # a guard of its own says so
+        rewards = self.initial["reward_mean"]
+        first = sum(rewards) / len(rewards) if rewards else math.nan
+        risen = values.get("reward_mean", 0.0) - first > self.cfg.risen_reward
+        if "solved" in found and first / self.full_reward < self.cfg.solved_reward:
             found.add("learned")  # few pairs are what success looks like; prompts that were never hard are another case
         if "heldout/pairs" in values:  # the same pairs for a whole round: nothing explains their accuracy away
             return found | ({"scarce"} if values["heldout/pairs"] < FEW_PAIRS else set())

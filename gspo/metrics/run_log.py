@@ -68,6 +68,7 @@ GLOSSARY = {
     "loss/nll": "its winners' likelihood term, weighted (off by default)",
     "pairs/per_group": "preference pairs per prompt",
     "pairs/groups_without": "share of prompts whose responses give no pair: nothing to learn from them",
+    "pairs/within_margin": "of two differently rewarded responses to a prompt: how often the margin makes them no pair",
     "pairs/accuracy_train": "the same on the training batch's pairs: the better the policy, the harder they are",
     "pairs/ranking_train": "ranking_loss of the training batch's pairs: it may rise as they get harder",
     "pairs/gap_mean": "margin: mean over pairs of the implicit reward gap, chosen less rejected (should rise)",
@@ -131,8 +132,9 @@ def check_trackers(names: list[str]) -> None:
 class RunLog:
     """Write and print what a run shows. On ranks other than 0 it does nothing."""
 
-    def __init__(self, folder: Path, cfg: Config, start_step: int):
-        self.folder, self.health = folder, HealthCheck(cfg.health)
+    def __init__(self, folder: Path, cfg: Config, start_step: int, precision: str = "fp32", full_reward: float = 1.0):
+        """precision: fp32 or bf16; full_reward: of a right response."""
+        self.folder, self.health = folder, HealthCheck(cfg.health, precision, full_reward)
         self.trackers: list[Tracker] = []
         self.last_line, self.disk_full = 0.0, False
         self.table: LiveTable | None = None

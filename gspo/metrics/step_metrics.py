@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from gspo import config
 from gspo.algorithm.objective import find_algorithm, kl_k3, pair_accuracy, relative_ranking_terms
+from gspo.algorithm.pairs import preferences
 from gspo.types import Experience, Rollout, Scores, Update
 
 RETURNED = "/returned"  # `reward/<part>/returned`: the share of responses for which the function returned the part
@@ -158,15 +160,18 @@ def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Ob
     """Pairs of sampled responses; and of the pairs that the algorithm learns from, how far apart the implicit rewards
     are before the update."""
     sampled = exp.rollout.sampled
-    beats = exp.groups.beats & sampled[:, :, None] & sampled[:, None, :]
+    beats = exp.groups.beats & _both(sampled)
     pairs = beats.sum((1, 2))
     meter.mean("pairs/per_group", float(pairs.sum()), len(beats))
     meter.mean("pairs/groups_without", float((pairs == 0).sum()), len(beats))
+    algorithm = find_algorithm(cfg.algorithm)
+    if algorithm.uses_margin:
+        differing, apart = (preferences(exp.groups.rewards, least)[_both(sampled)] for least in (0.0, cfg.margin))
+        meter.mean("pairs/within_margin", float((differing & ~apart).sum()), int(differing.sum()))
     winners = beats.any(-1)
     per_token = update.logprobs.double().sum(-1) / exp.rollout.lengths.clamp_min(1)
     meter.mean("winner_logprob", float(per_token[winners].sum()), int(winners.sum()))
 
-    algorithm = find_algorithm(cfg.algorithm)
     gap, learned = algorithm.gaps(update.logprobs.double(), exp.groups, cfg), algorithm.pairs(exp.groups)
     of_pairs = gap[learned]
     if cfg.anchor_model != "old":  # there every implicit reward is zero
@@ -175,6 +180,11 @@ def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Ob
     meter.mean("pairs/gap_mean", float(of_pairs.sum()), of_pairs.numel())
     terms = relative_ranking_terms(gap, learned)
     meter.mean("pairs/ranking_train", float(terms.sum()), len(terms))
+
+
+def _both(sampled: Tensor) -> Tensor:
+    """Return of which two responses both were sampled: [G, N] -> [G, N, N] bool."""
+    return sampled[:, :, None] & sampled[:, None, :]
 
 
 def _observe_update(meter: Meter, exp: Experience, update: Update) -> None:

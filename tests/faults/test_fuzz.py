@@ -166,6 +166,7 @@ STATE = {
     "step": 3, "round": 1, "planned_steps": 9, "total_steps": 9, "bad_steps": 0, "round_rewards": [[0.0, 1.0]],
     "pair_metrics": {"preference_accuracy": 0.5}, "tokens_sampled": 100, "response_length": 4.5,
     "response_entropy": 1.25, "precision": "fp32", "best_accuracy": 0.5, "best_step": 2,
+    "best_reward": 0.5,
 }  # fmt: skip
 assert {*STATE, "torch_rng"} == {f.name for f in fields(State)}
 states = st.builds(
@@ -192,7 +193,7 @@ def test_states(tmp_path_factory, capsys, data):
         say_what_changed(state, cfg, total, data.draw(st.integers(0, 3)))
     say_progress(checkpoint, state.step, cfg, total)
     read_or_refused(lambda: state.count_non_finite(1, 1, "loss", lambda: [1, 2]))
-    state.is_best({"heldout/accuracy": 0.9})
+    state.is_best({"heldout/accuracy": 0.5, "heldout/reward_mean": 0.6})
     if state.torch_rng:
         torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))
 

@@ -111,6 +111,14 @@ def test_a_step_is_the_best_when_its_held_out_accuracy_is_above_all_before():
     assert (state.best_step, state.best_accuracy) == (5, 0.75)
 
 
+def test_of_equal_accuracies_the_higher_held_out_reward_is_the_best():
+    state = State()
+    for state.step, reward in enumerate((0.444, 0.571, 0.5), 1):
+        state.is_best({"heldout/accuracy": 0.0, "heldout/reward_mean": reward})
+    assert (state.best_step, state.best_reward) == (2, 0.571)
+    assert not State(best_accuracy=0.5).is_best({"heldout/accuracy": 0.5, "heldout/reward_mean": 0.9}), "of an old run"
+
+
 def test_updates_that_are_never_finite_stop_the_run():
     state = State()
     for skipped in (1, 1, 0, 1, 1):

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from gspo.config import Health, parameters
-from gspo.metrics.health import GUARDS, ROUND_GRACE, HealthCheck
+from gspo.metrics.health import GUARDS, ROUND_GRACE, HealthCheck, limit_of
 from gspo.metrics.run_log import GLOSSARY
 
 WELL = {
@@ -38,14 +38,15 @@ ILL = {  # metric: (value out of range, words of the warning; the seed's FAQ is 
 AT_ONCE = {
     "winner_logprob": (-0.71, ["0.2 nats", "objective.nll_coef=0.05", "lower optim.learning_rate"]),
     "skipped_updates": (1.0, ["not finite", "skipped", "lower optim.learning_rate", "model.precision=fp32"]),
+    "response/cutoff": (0.79, ["79% of the responses are cut off", "raise rollout.max_new_tokens"]),
+    "pairs/within_margin": (0.6, ["60% of the differing responses", "objective.margin", "lower objective.margin"]),
 }
 ALARMS = {"kl_divergence": 0.51, "pairs/gap_std": 1.51, "mismatch": 0.11}
 
 
 def told(cfg, rows, healthy_first=ROUND_GRACE, full_reward=1.0):
     """-> for each row, what is told; "initial" is healthy."""
-    check = HealthCheck(cfg)
-    check.full_reward = full_reward
+    check = HealthCheck(cfg, full_reward=full_reward)
     for _ in range(healthy_first):
         assert check.check(WELL) == []
     return [check.check({**WELL, **row}) for row in rows]
@@ -81,7 +82,8 @@ def test_warnings_and_alarms_have_limits_in_their_order():
     default = Health()
     for g in GUARDS:
         if g.alarm:
-            assert g.bad == "above" and getattr(default, g.alarm) > getattr(default, g.warn)
+            assert g.bad == "above"
+            assert all(limit_of(g.alarm, default, p) > limit_of(g.warn, default, p) for p in ("fp32", "bf16"))
 
 
 # ---- warnings ----
@@ -123,6 +125,19 @@ def test_the_accuracy_of_the_last_few_pairs_is_no_illness():
     """When hardly a group pairs, the warning is about that; what is left is what the policy gets wrong."""
     (news,) = told(Health(patience=1), [{"preference_accuracy": 0.1, "pairs/groups_without": 0.9}])
     assert len(news) == 1 and "give a pair" in news[0].text
+
+
+def test_what_rounding_costs_is_allowed_for():
+    row = [{"mismatch": 0.028}] * 9
+    for precision, warned in (("fp32", 1), ("bf16", 0)):
+        check = HealthCheck(Health(), precision)
+        assert sum(len(check.check({**WELL, **step})) for step in row) == warned
+    check = HealthCheck(Health(mismatch_max=0.02, patience=1), "bf16")
+    assert check.check({**WELL, "mismatch": 0.028}), "a limit that is set holds"
+
+
+def test_a_margin_that_swallows_the_last_small_differences_of_a_solved_task_is_no_illness():
+    assert not any(told(Health(), [{"pairs/within_margin": 0.9, "reward_mean": 0.95}] * 9))
 
 
 @pytest.mark.parametrize(("reward", "healthy"), [(0.61, True), (0.59, False), (0.2, False)])
@@ -181,6 +196,9 @@ def test_few_pairs_are_no_illness_once_the_answers_are_learned(held_out):
     assert not any(told(Health(patience=1), [few | {"reward_mean": 0.95}] * 9))
     (news,) = told(Health(patience=1), [few | {"reward_mean": 0.75}])
     assert "easier ones if it is near 0, unless their gold answers are wrong" in news[0].text
+    first = {**WELL, "reward_mean": 0.8}  # it rose by less than health.risen_reward
+    check = HealthCheck(Health(patience=1))
+    assert not any(check.check(row) for row in [first] * 3 + [{**first, **few, "reward_mean": 0.95}] * 9)
     never_hard = [WELL | few | {"reward_mean": 0.95}] * 3
     check = HealthCheck(Health(patience=1))
     assert any("give a pair" in n.text for row in never_hard for n in check.check(row)), "choose harder ones"
@@ -197,9 +215,9 @@ def test_a_policy_that_does_not_move_is_told_but_not_at_the_start_of_a_round():
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda g: g.kind)
 def test_limits_come_from_the_configuration(guard):
     """What is healthy by default is not when the limit is another; and the other guards do not mind."""
-    row = {**WELL, "winner_logprob": -0.51, "response/cutoff": 0.01, "heldout/accuracy": 0.5, "win_rate": 0.5}
+    row = {**WELL, "winner_logprob": -0.51, "response/cutoff": 0.01, "pairs/within_margin": 0.2, "heldout/accuracy": 0.5, "win_rate": 0.5}
     rows = [{**WELL, "heldout/accuracy": 0.6, "win_rate": 0.5}] * 21 + [{**row, "reward_mean": 0.6}]
-    limit = {"skipped_updates_max": -1, "diverging_rounds_max": 0}.get(guard.warn, 1e-6 if guard.bad == "above" else 2)
+    limit = {"skipped_updates_max": -1, "within_margin_max": 0.1, "diverging_rounds_max": 0}.get(guard.warn, 1e-6 if guard.bad == "above" else 2)
     checks = [HealthCheck(Health(patience=1, **changed)) for changed in ({}, {guard.warn: limit})]
     default, changed = ([n.text for row in rows for n in check.check(row)] for check in checks)
     assert default == [] and len(changed) == 1 and changed[0].endswith(guard.cure)

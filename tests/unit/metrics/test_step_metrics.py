@@ -85,6 +85,21 @@ def test_a_step_without_pairs_has_no_winners():
     assert "winner_logprob" not in Meter.merge([step([1]).state()])
 
 
+@pytest.mark.parametrize(("algorithm", "share"), [("gspo", 4 / 5), ("grpo", None)])
+def test_of_differing_rewards_those_within_the_margin_are_counted_where_it_is_used(algorithm, share):
+    exp, update = an_experience([0, 1])
+    rewards = torch.tensor([[0.0, 0.1, 0.1, 0.2], [0.5, 0.5, 0.5, 0.5]])  # five twos differ: one by 0.2, four by 0.1
+    twice = {k: torch.cat([getattr(exp.rollout, k)] * 2, 1) for k in ("tokens", "lengths", "logprobs", "entropy")}
+    flags = {k: torch.cat([getattr(exp.rollout, k)] * 2, 1) for k in ("finished", "sampled", "copied")}
+    rollout, anchors = replace(exp.rollout, **twice, **flags), torch.cat([REFERENCE, REFERENCE], 1)
+    beats = preferences(rewards, 0.1)
+    groups = Groups(anchors, rewards, beats, forks(rollout.tokens, rollout.lengths), rollout.lengths)
+    wide = Experience(rollout, groups, anchors, [0, 1], 2, int(beats.sum()))
+    update = replace(update, logprobs=torch.cat([LOGPROBS, LOGPROBS], 1))
+    m = Meter.merge([observe(wide, Scores(rewards), update, Objective(algorithm=algorithm, margin=0.1)).state()])
+    assert m.get("pairs/within_margin") == share
+
+
 def test_winners_count_once_however_many_they_beat():
     exp, update = an_experience([0, 1])
     beats = torch.zeros(2, 4, 4, dtype=torch.bool)
