@@ -34,7 +34,7 @@ from gspo.data.prompts import group_size, load_splits, truths_known
 from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch_checks import check_launch, check_steps, final_words, say_fine, say_inputs, say_notes, say_progress
+from gspo.launch_checks import check_launch, describe_reward, final_words, say_fine, say_inputs, say_notes, say_progress
 from gspo.metrics.run_log import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs, without_sampling
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
@@ -47,11 +47,12 @@ from gspo.run import (
     Run,
     StopReason,
     end_round_if_over,
-    evaluate_held_out,
     evaluate_run,
     evaluation_settings,
     fingerprints_of,
+    measure_at_first,
     save_checkpoint,
+    say_round_begins,
     start_run,
     stop_reason,
 )
@@ -77,21 +78,19 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     if checked:  # else there is nothing to score: rewards are read from the rows
         correct_at = world.broadcast_from_main(lambda: require_gold(scorer, checked, cfg.reward.check_rows))
         scorer.of_each.correct_at = correct_at
-    say_inputs(cfg.model.path, splits, scorer.title)  # after all checks: what a wrong start says is its error alone
-    say_notes(cfg)
-    check_steps(cfg, total)
     if check_only:
+        say_inputs(cfg.model.path, splits, describe_reward(scorer), f"{world.devices()}, {cfg.model.precision}")
+        say_notes(cfg, total)
         check_run(cfg, fingerprints_of(cfg, splits, scorer))
         return say_fine(cfg, len(splits.train), total, group_size(cfg, splits.train))
 
     run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)
+    say_notes(cfg, total)
     state, evaluates = run.state, truths_known(splits.test) and cfg.eval.before_and_after
     if state.step:
         say_progress(run.folder, state.step, cfg, total)
     else:
-        if evaluates:
-            evaluate_run(run, "eval_before")
-        evaluate_held_out(run, round_ended=False, round_begins=True)
+        measure_at_first(run, evaluates)
 
     with run.checkpoints as checkpoints:  # when something fails, a checkpoint that is being written is finished
         stop = take_steps(run)
@@ -109,11 +108,12 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     if evaluates and needs_evaluation(run.folder, "eval_after", state.step, evaluation_settings(run), world):
         evaluate_run(run, "eval_after")
     if world.is_main:
-        say(final_words(run.folder, latest_checkpoint(run.folder / "checkpoints")))
+        say(final_words(run.folder, latest_checkpoint(run.folder / "checkpoints"), state))
 
 
 def take_steps(run: Run) -> StopReason | None:
     """Take the steps that are left; return what ended the run earlier, if anything did."""
+    run.log.progress.begin()
     while run.state.step < run.total_steps:
         stop = stop_reason(run)
         if stop:
@@ -223,11 +223,12 @@ def finish_step(
     metrics |= end_round_if_over(run)
     metrics = training_pairs(metrics) | metrics
     metrics |= clock.metrics(metrics.get("tokens")) | {"memory/peak_gib": peak_memory_gib(world.device)}
-    run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite})
+    best = not state.bad_steps and state.is_best(metrics)
+    run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite}, best=best)
+    say_round_begins(run, metrics["round"])
     run.log.samples(state.step, world.gather(sample_rows(experience, scores.rewards, cfg.trainer.sample_rows)))
     run.checkpoints.commit()
-    best = not state.bad_steps and state.is_best(metrics) and cfg.trainer.keep_best
-    if best or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
+    if (best and cfg.trainer.keep_best) or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
         save_checkpoint(run)
 
 

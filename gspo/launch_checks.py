@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -25,11 +26,12 @@ from gspo.metrics.run_log import GLOSSARY, check_trackers
 from gspo.metrics.stop_when import StopWhen
 from gspo.models.attention_support import check_length
 from gspo.models.precision import DTYPES
+from gspo.reward.scorer import Scorer
 from gspo.rollout.engines import engine_class
 from gspo.rollout.sampler import shares_weights
 from gspo.rollout.tree import Tree
-from gspo.system.console import say
-from gspo.system.time_limit import TimeLimit
+from gspo.system.console import duration, say
+from gspo.system.time_limit import STARTED, TimeLimit
 
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 
@@ -84,8 +86,10 @@ def _check_algorithm(cfg: Config) -> None:
         )
 
 
-def say_notes(cfg: Config) -> None:
-    """Print what may surprise about a configuration that is allowed."""
+def say_notes(cfg: Config, total: int | None = None) -> None:
+    """Print what may surprise about a configuration that is allowed, and about its `total` of steps, if given."""
+    if total:
+        check_steps(cfg, total)
     if cfg.model.path is None and cfg.optim.learning_rate < 1e-5:
         say(
             f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "
@@ -116,11 +120,22 @@ def say_notes(cfg: Config) -> None:
         )
 
 
-def say_inputs(model: str | None, splits: Splits, reward: str) -> None:
-    """Print one line that names the model, the data files with their numbers of rows, and the reward function."""
+def describe_reward(scorer: Scorer) -> str:
+    """Return the reward function's name, and what it takes for a right response."""
+    each = scorer.of_each
+    if each.ranks:
+        return f"{scorer.title}, which says by `acc` what is right"
+    return f"{scorer.title}, right from {each.correct_at:g} on (reward.correct_at) or by `acc`"
+
+
+def say_inputs(model: str | None, splits: Splits, reward: str, on: str = "", folder: Path | None = None) -> None:
+    """Print one line that names the devices and the precision (`on`), the model, the data files with their numbers of
+    rows, the reward function and the run's folder."""
     found = {name: getattr(splits, name) for name in ("train", "val", "test")}
     data = "; ".join(f"{name} {prompts.files()}" for name, prompts in found.items() if prompts)
-    say(f"model: {model or 'the embedded model'} | data: {data} | reward: {reward}")
+    parts = [on] if on else []
+    parts += [f"model: {model or 'the embedded model'}", f"data: {data}", f"reward: {reward}"]
+    say(" | ".join([*parts, f"kept in {folder}"] if folder else parts))
 
 
 def check_steps(cfg: Config, total: int) -> None:
@@ -185,8 +200,8 @@ def say_progress(folder: Path, step: int, cfg: Config, total: int) -> None:
     )
 
 
-def final_words(folder: Path, checkpoint: Path) -> str:
-    """Return the table of the run, before against after, and what to type next."""
+def final_words(folder: Path, checkpoint: Path, state: State | None = None) -> str:
+    """Return the table of the run, before against after, its best checkpoint, and what to type next."""
     reports, note = comparable_evaluations(folder, int(checkpoint.name.rpartition("_")[2]))
     if reports:
         first = next(iter(reports.values()))
@@ -197,6 +212,10 @@ def final_words(folder: Path, checkpoint: Path) -> str:
     else:
         lines = ["\nnothing was evaluated (eval.before_and_after, data.test_files)"]
     lines += [note] if note else []
+    best = folder / "checkpoints" / "best"
+    lines.append(f"\ndone in {duration(time.monotonic() - STARTED)}; the last checkpoint: {checkpoint}")
+    if state and state.best_step and best.exists():
+        lines.append(f"the best: {best}, step {state.best_step}, held-out accuracy {state.best_accuracy:.3f}")
     evaluate = os.path.relpath(Path(__file__).parent.parent / "eval.py")
     return "\n".join(
         [

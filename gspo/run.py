@@ -1,5 +1,6 @@
 """Do what surrounds a run's steps: start, resume and save it, evaluate it, say why it stops (train.py has the loop)."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +24,16 @@ from gspo.data.batches import Batches
 from gspo.data.prompts import Splits, group_size, truths_known
 from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World
-from gspo.launch_checks import say_what_changed
+from gspo.launch_checks import describe_reward, say_inputs, say_what_changed
 from gspo.memory.plan import plan_memory
-from gspo.metrics.evaluation import answer, correct_of, report
+from gspo.metrics.evaluation import answer, correct_of, report, summary_line
+from gspo.metrics.health import MOSTLY_CUT_OFF
 from gspo.metrics.run_log import RunLog
 from gspo.models.precision import DTYPES, allow_tf32, choose_precision
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
-from gspo.system.console import say
+from gspo.system.console import phase, say
 from gspo.system.preemption import Preemption
 from gspo.system.time_limit import TimeLimit
 from gspo.types import Rollout
@@ -93,6 +95,8 @@ def start_run(
         save_reward_function(folder, scorer.pool.source, state.step)
     wanted = state.precision or cfg.model.precision
     state.precision, measured = world.broadcast_from_main(lambda: choose_precision(wanted, world.device, model_config))
+    on = f"{world.devices()}, {state.precision}"
+    say_inputs(cfg.model.path, splits, describe_reward(scorer), on, folder)
     if measured:
         say(f"model.precision=auto: {state.precision} ({measured})")
     longest = max(len(splits.train[k].ids) for k in range(min(len(splits.train), 256)))
@@ -184,12 +188,31 @@ def evaluation_settings(run: Run) -> dict[str, Any]:
     return settings_of(run.cfg.eval.n, run.splits.fingerprints.get("data.test_files", ""), run.scorer.pool.source)
 
 
-def evaluate_run(run: Run, name: str) -> None:
+def measure_at_first(run: Run, evaluates: bool) -> None:
+    """Measure the policy before the first step: on the test prompts, where the run `evaluates` them, and on the
+    held-out ones, whose responses the first round is compared with."""
+    if evaluates:
+        evaluate_run(run, "eval_before")
+    with phase("before round 1"):
+        metrics = evaluate_held_out(run, round_ended=False, round_begins=True)
+    run.log.before_training(metrics)
+
+
+def evaluate_run(run: Run, name: Literal["eval_before", "eval_after"]) -> None:
     """Evaluate the policy on the test prompts, sampled and greedy, and write the report to `name`.json of the run."""
+    when, began, limit = name.replace("eval_", "") + " training", time.monotonic(), run.cfg.health.cutoff_at_once
+    prompts = f"{len(run.splits.test)} prompts x {run.cfg.eval.n} responses and a greedy one"
+    say(f"{when}: {prompts}" + "; eval.before_and_after=false skips it" * (name == "eval_before"))
     run.models.refresh_sampler()
-    answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
+    with phase(when):
+        answers = answer(run.sampler, run.scorer, run.splits.test, run.cfg.eval.n, run.sampling, run.world)
+    run.log.progress.after_s = time.monotonic() - began
     if run.world.is_main:
         result = report(answers)
+        if name == "eval_before":
+            say(f"{when}: {summary_line(result)}")
+        if answers.cut_off > limit:
+            say(f"warning, {when}: {MOSTLY_CUT_OFF.says.format(value=answers.cut_off)}: {MOSTLY_CUT_OFF.cure}.")
         try:
             write_evaluation(run.folder, name, run.state.step, evaluation_settings(run), result)
         except OSError as e:
@@ -207,11 +230,18 @@ def end_round_if_over(run: Run) -> dict[str, float]:
         state.pair_metrics = run.held_out.measure(run.models)
     metrics = dict(state.pair_metrics)  # of this round
     if evaluated:
-        metrics |= evaluate_held_out(run, round_ended, round_begins)
+        with phase("held-out prompts"):
+            metrics |= evaluate_held_out(run, round_ended, round_begins)
     if round_begins:
         run.models.new_opponent()
         state.round = next_round
     return metrics
+
+
+def say_round_begins(run: Run, round_before: float) -> None:
+    """Print that the next step begins a round, where it does."""
+    if run.state.round > round_before and run.state.step < run.total_steps:
+        say(f"round {run.state.round + 1} begins: the opponent is now the policy of step {run.state.step}")
 
 
 def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[str, float]:

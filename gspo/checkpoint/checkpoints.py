@@ -92,9 +92,8 @@ class State:
         """Return whether this step has the best held-out accuracy so far, of equal ones the highest held-out reward;
         if so, keep it as the best."""
         accuracy, reward = metrics.get("heldout/accuracy", -1.0), metrics.get("heldout/reward_mean")
-        known = reward is not None and self.best_reward is not None
-        higher = accuracy > self.best_accuracy or (accuracy == self.best_accuracy and known and reward > self.best_reward)
-        if not higher:
+        tied = accuracy == self.best_accuracy and reward is not None and self.best_reward is not None
+        if not (accuracy > self.best_accuracy or (tied and reward > self.best_reward)):
             return False
         self.best_accuracy, self.best_reward, self.best_step = accuracy, reward, self.step
         return True
@@ -266,6 +265,9 @@ class Checkpoints:
                 f"warning: the checkpoint of step {done.state.step} could not be written ({error}); training goes on, "
                 f"the latest checkpoint is {before.name if before else 'none yet'}."
             )
+        else:
+            best = ", the best" if done.state.step == done.state.best_step else ""
+            say(f"checkpoint {self.folder / done.part.name.removesuffix(PART)}{best}")
 
     def _publish(self, done: CheckpointWriter, files: manifest.Files, error: str) -> str:
         """Write the manifest and give the folder its name, on rank 0; after an error remove it. Return the error."""

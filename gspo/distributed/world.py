@@ -1,6 +1,7 @@
 """Join the process group and exchange Python objects and rows between ranks. On one process all works the same."""
 
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from gspo.distributed.failures import leave
 from gspo.errors import UserError
 from gspo.system import torchrun
-from gspo.system.devices import choose_device
+from gspo.system.devices import choose_device, device_name
 from gspo.system.malloc import keep_freed_memory
 
 
@@ -40,6 +41,11 @@ class World:
         """
         first = self.rank - self.rank % tp
         return [place for place in range(count) if first <= place % self.size < first + tp]
+
+    def devices(self) -> str:
+        """Return what the ranks compute on: `8 x NVIDIA H100 80GB HBM3`, `CPU, 2 threads`."""
+        names = Counter(self.gather(device_name(self.device)))
+        return " and ".join(f"{count} x {name}" if count > 1 else name for name, count in names.items())
 
     def max(self, value: int) -> int:
         """Return the largest of the ranks' values, on every rank."""

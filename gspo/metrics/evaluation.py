@@ -30,6 +30,7 @@ class Answers:
     greedy: np.ndarray | None  # [P] bool, of the greedy response
     final: list[list[str]]  # P x n, the final answers, for the majority vote
     faults: int = 0  # calls of the reward function that failed
+    cut_off: float = 0.0  # share of the n responses that were cut off at the limit of their length
 
 
 def answer(
@@ -56,6 +57,7 @@ def answer(
     calls, faults = (sum(world.gather(getattr(scores, k) + getattr(greedy, k))) for k in ("calls", "faults"))
     if faults == calls:
         raise UserError(f"the reward function {scorer.path} failed on every answer; there is nothing to report.")
+    ended = [bool(x) for part in world.gather(sampled.finished.flatten().tolist()) for x in part]
     rows = sorted((row for part in world.gather(list(mine)) for row in part), key=lambda row: row[0])
     _, rewards, correct, best_correct, finals = zip(*rows, strict=True)
     known = not np.isnan(np.array(correct)).any() and not np.isnan(np.array(best_correct)).any()
@@ -66,6 +68,7 @@ def answer(
         np.array(best_correct) > 0.5 if known else None,
         list(finals),
         faults=faults,
+        cut_off=1 - sum(ended) / max(1, len(ended)),
     )
 
 
@@ -145,6 +148,7 @@ def report(answers: Answers) -> dict[str, Any]:
     result = summarise(answers)
     if answers.correct is not None:
         result["correct_counts"] = answers.correct.sum(1).tolist()  # for paired comparisons
+    result["cut_off"] = answers.cut_off
     if answers.faults:
         result["reward_faults"] = answers.faults
     names = sorted(set(answers.sources))
@@ -161,6 +165,12 @@ def report(answers: Answers) -> dict[str, Any]:
             )
             result["by_data_source"][name] = summarise(part)
     return result
+
+
+def summary_line(result: dict[str, Any]) -> str:
+    """Return the first numbers of a report in a line."""
+    found = [f"{name} {result[name]:.3f}" for name in ("greedy", "pass@1", "reward_mean") if name in result]
+    return ", ".join([*found, f"{result['cut_off']:.0%} cut off"])
 
 
 def table(columns: dict[str, dict[str, Any]]) -> str:

@@ -134,6 +134,9 @@ GUARDS = (
 )  # fmt: skip
 
 
+MOSTLY_CUT_OFF = next(guard for guard in GUARDS if guard.kind == "mostly cut-off responses")
+
+
 def limit_of(name: str, cfg: Health, precision: str = "fp32") -> float:
     """Return a limit of the configuration; one that is `auto` by the precision, fp32 or bf16."""
     limit = getattr(cfg, name)

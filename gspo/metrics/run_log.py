@@ -7,10 +7,6 @@ Nothing here stops a run: what a full disk does not take is written when there i
 """
 
 import difflib
-import math
-import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,11 +17,12 @@ from gspo.algorithm.pairs import chosen_rejected
 from gspo.config import Config
 from gspo.errors import UserError
 from gspo.metrics.health import HealthCheck
+from gspo.metrics.progress import Progress
 from gspo.metrics.stop_when import StopWhen
 from gspo.metrics.tracker_packages import PACKAGES
 from gspo.metrics.tracker_process import TrackerProcess
 from gspo.metrics.trackers import MetricsFile, Samples, SamplesFile, Tracker, read_rows
-from gspo.system.console import LiveTable, say, time_left
+from gspo.system.console import say
 from gspo.system.torchrun import is_main
 from gspo.types import Experience
 
@@ -136,10 +133,7 @@ class RunLog:
         """precision: fp32 or bf16; full_reward: of a right response."""
         self.folder, self.health = folder, HealthCheck(cfg.health, precision, full_reward)
         self.trackers: list[Tracker] = []
-        self.last_line, self.disk_full = 0.0, False
-        self.table: LiveTable | None = None
-        self.accuracy = math.nan  # of held-out responses, when they were scored last
-        self.round, self.began = 0.0, (start_step, time.monotonic())  # of the table's last row; step and time
+        self.progress, self.disk_full = Progress(start_step), False
         self.stop_when = StopWhen(cfg.trainer.stop_when, GLOSSARY)
         if not is_main():
             return
@@ -148,12 +142,20 @@ class RunLog:
         for row in read_rows(folder / "metrics.jsonl"):  # a resumed run knows what it has seen and warned of
             self.health.check(row)
             self.stop_when.observe(row)
+            self.progress.seen(row)
 
-    def log(self, step: int, metrics: dict[str, float], total_steps: int, causes: dict[str, str] | None = None) -> None:
-        """Write the metrics of a step, counted from 1, and print its line and its warnings.
+    def log(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        total_steps: int,
+        causes: dict[str, str] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Write the metrics of a step, counted from 1, and print its line, its warnings and what held-out prompts say.
 
         Metrics are left out unless they are in the glossary, the reward function's or terms of the loss. `causes` says
-        in words what is behind a metric, for a warning about it.
+        in words what is behind a metric, for a warning about it; `best`: held-out prompts have never said better.
         """
         if not self.trackers:
             return
@@ -165,7 +167,13 @@ class RunLog:
             self._warn_once(tracker.metrics(step, values))
         for level, text in news:
             say(f"{level}, step {step}: {text}.")
-        self._line(step, values, total_steps)
+        self.progress.step(step, values, total_steps)
+        self.progress.looked(step, values, best)
+
+    def before_training(self, metrics: dict[str, float]) -> None:
+        """Print what the held-out prompts say before the first step."""
+        if self.trackers:
+            self.progress.looked(0, metrics, best=False)
 
     def samples(self, step: int, parts: list[Samples]) -> None:
         """Write all ranks' `sample_rows`, by place."""
@@ -177,44 +185,9 @@ class RunLog:
         """Write what still waits, or say that it is lost."""
         for tracker in self.trackers:
             self._warn_once(tracker.close())
-        if self.table:
-            self.table.close()
+        self.progress.close()
         if self.disk_full:
             say(f"warning: {self.folder}: the last curves and samples found no room, and are lost.")
-
-    def _line(self, step: int, row: dict[str, float], total_steps: int) -> None:
-        now = time.monotonic()
-        if sys.stdout.isatty():
-            first, began = self.began
-            return self._row(step, row, total_steps, (now - began) / (step - first) * (total_steps - step))
-        if now - self.last_line < 2.0 and step not in (1, total_steps):
-            return
-        self.last_line = now
-        seen = defaultdict(lambda: math.nan, row)  # a step may have no pairs, or no rewards
-        rewards, rate = f"loss {row['loss/total']:.4f}  margin {seen['pairs/gap_mean']:.3f}  ", ""
-        if "tokens_per_second" in row:
-            rewards = f"reward {seen['reward_mean']:.3f}  best {seen['reward_max']:.3f}  "
-            rate = f"{row['tokens_per_second']:.0f} tok/s  "
-        say(
-            f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  {rewards}pairs {row['pairs/per_group']:.1f}  "
-            f"accuracy {seen['preference_accuracy']:.2f}  kl {row['kl_divergence']:.4f}  "
-            f"length {row['response/length_mean']:.1f}  {rate}{row['time/step']:.2f} s"
-        )
-
-    def _row(self, step: int, row: dict[str, float], total_steps: int, left: float) -> None:
-        """Show the step in the live table, which has a row a round."""
-        self.table = self.table or LiveTable(
-            {"round": 5, "step": 9, "reward": 6, "best": 5, "pairs": 5, "ordered": 7, "kl": 6, "length": 6, "tok/s": 7}
-            | {"held-out": 8, "left": 10}
-        )
-        seen = defaultdict(lambda: math.nan, row)
-        cells = [f"{row['round'] + 1:.0f}", f"{step}/{total_steps}", f"{seen['reward_mean']:.3f}"]
-        cells += [f"{seen['reward_max']:.3f}", f"{row['pairs/per_group']:.1f}", f"{seen['preference_accuracy']:.2f}"]
-        cells += [f"{row['kl_divergence']:.4f}", f"{row['response/length_mean']:.1f}"]
-        self.accuracy = row.get("heldout/accuracy", self.accuracy)
-        cells += [f"{seen['tokens_per_second']:.0f}", f"{self.accuracy:.3f}", time_left(left)]
-        self.table.show(cells, new_row=row["round"] != self.round)
-        self.round = row["round"]
 
     def _warn_once(self, error: OSError | None) -> None:
         """Say once that the disk takes nothing, and once that it does again."""

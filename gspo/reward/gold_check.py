@@ -104,6 +104,13 @@ class GoldCheck:
                 f"sampled rows; {self.not_above[0]}.{failed} Give the rows a `solution` that it scores higher, or fix "
                 "the function; reward.check_rows=0 starts the run without this check."
             )
+        if self.rows and not self.full:
+            return (
+                f"the reward function {self.function} gives none of {self.rows} sampled right answers "
+                f"{self.correct_at:g} or more, so nothing counts as right: accuracy, pass@k and maj@k stay 0, and "
+                "held-out reward alone says which checkpoint is the best. Set "
+                f"reward.correct_at={self.highest:.6g}, or return `acc`; {self.not_full[0]}.{failed}"
+            )
         if self.full < self.rows:
             return (
                 f"the reward function {self.function} gives {self.rows - self.full} of {self.rows} sampled right "

@@ -1,6 +1,7 @@
 """Show progress: a bar on a terminal, a line every 15 seconds elsewhere; on a terminal nothing for the first two."""
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,22 @@ from gspo.system.torchrun import is_main, world_size
 
 T = TypeVar("T")
 DELAY_S, SHOW_EVERY_S, LINE_EVERY_S = 2.0, 0.5, 15.0
+FIRST_LINE_S = 4.0  # after which a phase that has a name says how long it takes
 SAMPLING = "{l_bar}{bar}| {n_fmt}/{total_fmt} responses{postfix} [{elapsed}<{remaining}]"
+
+
+_phase = ""  # what the sampling that goes on now is for, where that is not a step
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Give what is sampled inside a name, under which its progress is shown."""
+    global _phase
+    before, _phase = _phase, name
+    try:
+        yield
+    finally:
+        _phase = before
 
 
 def say(text: str) -> None:
@@ -28,12 +44,16 @@ class LiveTable:
     """A table on a terminal whose last row is rewritten in place; what `say` prints comes above that row."""
 
     def __init__(self, titles: dict[str, int]):
-        """Print the titles. titles: {title: width of its column}."""
-        self.widths, self.row = list(titles.values()), None
-        say(self._aligned(list(titles)))
+        """Print the titles, {title: width of its column}, of the first columns that the terminal has room for."""
+        room, self.widths, self.row = shutil.get_terminal_size((200, 24)).columns, {}, None
+        for title, width in titles.items():
+            if sum(self.widths.values()) + 2 * len(self.widths) + width >= room:
+                break
+            self.widths[title] = width
+        say(self._aligned({title: title for title in titles}))
 
-    def show(self, cells: list[str], new_row: bool = False) -> None:
-        """Show a row: in place of the last one, or below it, which then stays as it is."""
+    def show(self, cells: dict[str, str], new_row: bool = False) -> None:
+        """Show a row, {title: cell}: in place of the last one, or below it, which then stays as it is."""
         if new_row:
             self.close()
         if self.row is None:
@@ -46,8 +66,8 @@ class LiveTable:
             self.row.close()
         self.row = None
 
-    def _aligned(self, cells: list[str]) -> str:
-        return "  ".join(cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True))
+    def _aligned(self, cells: dict[str, str]) -> str:
+        return "  ".join(cells[title].rjust(width) for title, width in self.widths.items())
 
 
 def time_left(seconds: float) -> str:
@@ -56,6 +76,14 @@ def time_left(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def duration(seconds: float) -> str:
+    """Return a time that has passed as `45 s`, `5 min 29 s` or `3 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -78,19 +106,22 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 @contextmanager
 def track_sampling(what: str, total: int, progress: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
-    """Show the progress of sampling: responses done of `total`, tokens per second.
+    """Show the progress of sampling: responses done of `total`, tokens per second, and in a `phase`, whose name stands
+    for `what`, the time left.
 
     Yields a function to call at every step. It calls `progress` for (responses, tokens) only when an update is due.
     """
     if not is_main():
         yield lambda: None
         return
-    bar = None
+    bar, what, named = None, _phase or what, bool(_phase)
     if sys.stdout.isatty():
         shown = {"delay": DELAY_S, "leave": False, "file": sys.stdout, "dynamic_ncols": True, "miniters": 0}
         bar = tqdm(desc=what, total=total, bar_format=SAMPLING, **shown)
     every = LINE_EVERY_S if bar is None else SHOW_EVERY_S
     began = last = time.monotonic()
+    if named and bar is None:
+        last -= every - FIRST_LINE_S
 
     def tick() -> None:
         nonlocal last
@@ -102,7 +133,8 @@ def track_sampling(what: str, total: int, progress: Callable[[], tuple[int, int]
         if world_size() > 1:
             rate += " on this rank"
         if bar is None:
-            print(f"{what}: {done} / {total} responses, {rate}, {now - began:.0f} s", flush=True)
+            left = f", about {time_left((now - began) / done * (total - done))} left" if named and done else ""
+            print(f"{what}: {done} / {total} responses, {rate}, {now - began:.0f} s{left}", flush=True)
         else:
             bar.set_postfix_str(rate, refresh=False)
             bar.update(done - bar.n)

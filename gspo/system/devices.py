@@ -39,6 +39,15 @@ def choose_device() -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a device is: a GPU's name, or the CPU's threads and whether there is a GPU that is not used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    unused = "; an NVIDIA driver is installed, but torch sees no GPU" if unused_gpu("") else ""
+    return f"CPU, {threads} thread{'s' * (threads != 1)}{unused}"
+
+
 def unused_gpu(why: str) -> str:
     """Return a line about an NVIDIA GPU that torch cannot use, "" where there is none or it is hidden on purpose.
 

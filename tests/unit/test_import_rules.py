@@ -67,6 +67,7 @@ STAGES = {
         "gspo.metrics.tracker_process",
         "gspo.metrics.tensorboard_file",
         "gspo.metrics.health",
+        "gspo.metrics.progress",
     ],
 }
 CALLS = {  # but these, which are made of others

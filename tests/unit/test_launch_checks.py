@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 
@@ -107,10 +108,12 @@ def test_one_line_names_model_data_and_reward(run_program, tmp_path):
         "reward.name=judge", "reward.workers=1", "reward.check_rows=0", "data.val_files=embedded",
     )  # fmt: skip
     first = done.stdout.splitlines()[0]
-    assert first.startswith(
-        f"model: the embedded model | data: train {rows} (3 rows); val data/equations/dev.json (256"
-    )
-    assert first.endswith("my_reward.py: judge") and "the default" not in first
+    devices, model, data, judged = first.split(" | ")
+    assert re.fullmatch(r"CPU, \d+ threads?(; an NVIDIA driver .*)?, auto", devices)
+    assert model == "model: the embedded model"
+    assert data.startswith(f"data: train {rows} (3 rows); val data/equations/dev.json (256")
+    assert judged.startswith("reward: ") and "the default" not in judged
+    assert judged.endswith("my_reward.py: judge, right from 1 on (reward.correct_at) or by `acc`")
 
 
 def test_a_batch_that_holds_all_prompts_is_said(capsys):

@@ -215,9 +215,18 @@ def test_a_policy_that_does_not_move_is_told_but_not_at_the_start_of_a_round():
 @pytest.mark.parametrize("guard", GUARDS, ids=lambda g: g.kind)
 def test_limits_come_from_the_configuration(guard):
     """What is healthy by default is not when the limit is another; and the other guards do not mind."""
-    row = {**WELL, "winner_logprob": -0.51, "response/cutoff": 0.01, "pairs/within_margin": 0.2, "heldout/accuracy": 0.5, "win_rate": 0.5}
+    row = {
+        **WELL,
+        "winner_logprob": -0.51,
+        "response/cutoff": 0.01,
+        "pairs/within_margin": 0.2,
+        "heldout/accuracy": 0.5,
+        "win_rate": 0.5,
+    }
     rows = [{**WELL, "heldout/accuracy": 0.6, "win_rate": 0.5}] * 21 + [{**row, "reward_mean": 0.6}]
-    limit = {"skipped_updates_max": -1, "within_margin_max": 0.1, "diverging_rounds_max": 0}.get(guard.warn, 1e-6 if guard.bad == "above" else 2)
+    limit = {"skipped_updates_max": -1, "within_margin_max": 0.1, "diverging_rounds_max": 0}.get(
+        guard.warn, 1e-6 if guard.bad == "above" else 2
+    )
     checks = [HealthCheck(Health(patience=1, **changed)) for changed in ({}, {guard.warn: limit})]
     default, changed = ([n.text for row in rows for n in check.check(row)] for check in checks)
     assert default == [] and len(changed) == 1 and changed[0].endswith(guard.cure)

@@ -1,10 +1,6 @@
 """Curves, sample tables and warnings: what stands in the files is what was measured, also after a crash."""
 
-import io
-import itertools
 import json
-import re
-import sys
 
 import pytest
 import torch
@@ -286,30 +282,3 @@ def test_derived_curves_are_written_like_the_others(tmp_path):
     ratios = [row["response/length_ratio"] for row in lines(tmp_path / "metrics.jsonl")]
     assert ratios == pytest.approx([1.0, 12 / 11, 14 / 12, 2.0])
     assert curve(board(tmp_path), "response/length_ratio") == [(i, pytest.approx(r)) for i, r in enumerate(ratios, 1)]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_on_a_terminal_a_table_has_a_row_a_round_that_is_rewritten_at_each_step(tmp_path, monkeypatch):
-    """The last held-out accuracy stays; the time left is worked out from the steps so far."""
-    screen, clock = Terminal(), itertools.count(0, 10)
-    monkeypatch.setattr(sys, "stdout", screen)
-    log = RunLog(tmp_path, Config(), 0)
-    log.began = (0, 0.0)
-    monkeypatch.setattr("gspo.metrics.run_log.time.monotonic", lambda: float(next(clock)) + 10)
-    for step, now in ((1, 0.0), (2, 0.0), (3, 1.0)):
-        row = metrics(step, round=now, reward_mean=0.1 * step)
-        if step != 1:
-            row.pop("heldout/accuracy")
-        log.log(step, row, total_steps=6)
-    log.close()
-    text = screen.getvalue()
-    shown = [part.split() for part in re.split(r"[\r\n]", text) if re.match(r"\s+[12]  +[123]/6", part)]
-    rows = [*dict.fromkeys(map(tuple, shown))]  # a bar may draw itself more often
-    assert [row[:3] for row in rows] == [("1", "1/6", "0.100"), ("1", "2/6", "0.200"), ("2", "3/6", "0.300")]
-    accuracy = f"{metrics(1)['heldout/accuracy']:.3f}"
-    assert all(row[-3] == accuracy for row in rows)
-    assert (rows[0][-2:], rows[-1][-2:]) == (("50", "s"), ("30", "s"))

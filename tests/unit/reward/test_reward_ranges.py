@@ -80,8 +80,12 @@ def test_correct_at_is_the_configured_one_the_top_of_the_range_or_the_highest_of
     assert find_correct_at(mine, PROMPTS, 16) == correct_at
 
 
-def test_right_answers_below_one_do_not_lower_what_is_right(scorer):
-    assert find_correct_at(scorer(SIGNS.format(low=0, high=0.5)), PROMPTS, 16) == 1.0
+def test_right_answers_below_one_do_not_lower_what_is_right_and_what_follows_is_said(scorer, capsys):
+    mine = scorer(SIGNS.format(low=0, high=0.9))
+    assert find_correct_at(mine, PROMPTS, 16) == require_gold(mine, PROMPTS, 16) == 1.0
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "gives none of 3 sampled right answers 1 or more, so nothing counts as right" in said
+    assert "Set reward.correct_at=0.9, or return `acc`" in said
 
 
 def test_acc_decides_and_else_the_reward():

@@ -58,6 +58,32 @@ def test_long_sampling_prints_responses_done_and_tokens_per_second(monkeypatch, 
     assert len(seen) == 2, "tokens are counted only for a line"
 
 
+def test_a_phase_has_its_name_and_says_soon_how_long_it_takes(monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 5))  # five seconds a step: the first line after one, the next three later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    progress_of = iter([(0, 90), (4, 540)])
+    with (
+        progress.phase("before training"),
+        progress.track_sampling("sampling", 8, lambda: next(progress_of)) as tick,
+    ):
+        for _ in range(5):
+            tick()
+    assert capsys.readouterr().out.splitlines() == [
+        "before training: 0 / 8 responses, 18 tok/s, 5 s",
+        "before training: 4 / 8 responses, 22 tok/s, 25 s, about 25 s left",
+    ]
+    with progress.track_sampling("sampling", 8, lambda: (1, 10)) as tick:
+        for _ in range(5):
+            tick()
+    assert capsys.readouterr().out == "sampling: 1 / 8 responses, 0 tok/s, 20 s\n", "what has no name is a step's"
+
+
+def test_times_that_have_passed():
+    assert [progress.duration(s) for s in (3.4, 59.7, 329.2, 3600, 11_100)] == [
+        *("3 s", "1 min 00 s", "5 min 29 s", "1 h 00 min", "3 h 05 min")
+    ]
+
+
 @pytest.mark.parametrize("environment", [{"RANK": "3", "WORLD_SIZE": "4"}, {}], ids=["other rank", "short"])
 def test_other_ranks_and_short_sampling_are_silent(monkeypatch, capsys, environment):
     for name, value in environment.items():

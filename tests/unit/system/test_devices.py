@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.kernels import dispatch
 from gspo.kernels.decode_attention import IMPLEMENTATIONS
 from gspo.models.precision import choose_precision
 from gspo.system import devices
-from gspo.system.devices import choose_device
+from gspo.system.devices import choose_device, device_name
 
 CUDA = torch.device("cuda", 0)
 
@@ -132,3 +133,22 @@ def test_how_cuda_allocates_and_threads_wait_is_set_before_torch_is_imported(run
     assert run_program("-c", look).stdout.split() == ["expandable_segments:True", "3000"]
     own = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     assert run_program("-c", look, env=own).stdout.split() == ["None", "3000"]
+
+
+def test_a_device_is_named_with_what_is_not_used(gpu, monkeypatch):
+    gpu(1)
+    assert device_name(CUDA) == "a GPU"
+    gpu(0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert device_name(torch.device("cpu")) == "CPU, 2 threads; an NVIDIA driver is installed, but torch sees no GPU"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_name(torch.device("cpu")) == "CPU, 2 threads"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["X 80GB"] * 8, "8 x X 80GB"), (["CPU, 1 thread"], "CPU, 1 thread"), (["X", "Y", "X"], "2 x X and Y")],
+)
+def test_the_devices_of_all_ranks_are_counted(monkeypatch, names, said):
+    monkeypatch.setattr(World, "gather", lambda world, mine: names)
+    assert World(0, len(names), torch.device("cpu"), None).devices() == said
