@@ -4,9 +4,10 @@
     python benchmarks/beside_trl.py equations      # the embedded model, our own GRPO beside TRL's: an outside check
 
 Both sample the same number of responses to as many prompts a step, take as many optimizer steps with the same schedule
-and score with the same reward function. On `number_words` each learns with its own best step size: from `first`, twice
-and half of it are tried with one seed on the dev split until both neighbours of the best are worse. Further seeds are
-judged on the test split. Every `every` steps the model is kept, and all are evaluated afterwards by the same evaluator.
+and score with the same reward function. On `number_words` we learn with the step size of the configuration, which was
+chosen with other seeds (docs/learning-on-a-real-model.md), and TRL with its own best: from ours, twice and half of it
+are tried in runs of half the length, judged on the dev split, until both neighbours of the best are worse. Further seeds
+are judged on the test split. Every `every` steps the model is kept, and all are evaluated afterwards by the same evaluator.
 Seconds are those of training steps, without loading, keeping and evaluating models. A run is kept as soon as it ends, a
 line of benchmarks/beside_trl.jsonl: the same command goes on where it stopped.
 """
@@ -51,15 +52,15 @@ class Workload:
     settings: tuple[str, ...]
     ours: tuple[str, ...]
     trl: tuple[str, ...]  # flags of benchmarks/peers/trl_learn.py
-    first: float  # step size that the search begins with
-    search: bool = True  # False: both learn with `first`
+    first: float  # our step size, with which TRL's search begins
+    search: bool = True  # False: TRL learns with `first` as well
 
 
 WORKLOADS = {
     "number_words": Workload(
         config="configs/smollm2_number_words.yaml",
         steps=32,
-        every=4,
+        every=8,
         settings=(),
         ours=(),
         trl=(),
@@ -221,11 +222,11 @@ def make_job(name: str, method: str, lr: float, seed: int, split: str, args: arg
 
 
 def chosen_rate(name: str, method: str, results: Results, args: argparse.Namespace) -> float:
-    """Return a contestant's step size: that of the highest dev accuracy, mean over halfway and the end of one run."""
+    """Return a contestant's step size; TRL's is that of the highest dev accuracy, mean over halfway and the end."""
     first = args.first or WORKLOADS[name].first
-    if args.fast or not WORKLOADS[name].search:
+    if args.fast or method != TRL or not WORKLOADS[name].search:
         return first
-    tuning = argparse.Namespace(**vars(args) | {"every": max(args.steps // 2, 1)})
+    tuning = argparse.Namespace(**vars(args) | {"steps": args.steps // 2, "every": args.steps // 4})
 
     def accuracy(lr: float) -> float:
         return statistics.mean(results.of(make_job(name, method, lr, TUNING_SEED, "dev", tuning))["pass@1"])
@@ -339,7 +340,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="runs of each (default: 3)")
     parser.add_argument("--steps", type=int, help="steps a run (default: the workload's)")
     parser.add_argument("--every", type=int, help="steps between evaluations (default: the workload's)")
-    parser.add_argument("--first", type=float, help="step size that the search begins with, of both contestants")
+    parser.add_argument("--first", type=float, help="our step size, and the first that is tried of TRL's")
     parser.add_argument("--only", choices=("ours", "trl"), help="only this contestant")
     parser.add_argument("--out", type=Path, help="folder of results and tables (default: benchmarks/)")
     args = parser.parse_args()

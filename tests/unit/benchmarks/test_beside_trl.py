@@ -60,13 +60,14 @@ def test_the_step_size_is_that_of_the_highest_accuracy_during_the_run():
 
     class Found:
         def of(self, job):
-            assert (job.split, job.seed, job.every) == ("dev", 100, 2)
+            assert (job.split, job.seed, job.steps, job.every) == ("dev", 100, 2, 1)
             asked.append(job.lr)
             return {"pass@1": {3e-6: [0.2, 0.7], 6e-6: [0.3, 0.8], 1.2e-5: [0.7, 0.8], 2.4e-5: [0.7, 0.6]}[job.lr]}
 
-    assert chosen_rate("number_words", OURS, Found(), ARGS) == 1.2e-5
+    assert chosen_rate("number_words", TRL, Found(), ARGS) == 1.2e-5
     assert asked == [6e-6, 1.2e-5, 2.4e-5]  # half of 6e-6 was no neighbour of the best any more
-    assert chosen_rate("equations", OURS, None, ARGS) == 2e-4  # not chosen: no run
+    assert chosen_rate("number_words", OURS, None, ARGS) == 6e-6  # that of the configuration: no run
+    assert chosen_rate("equations", TRL, None, ARGS) == 2e-4
 
 
 def test_a_search_goes_on_until_both_neighbours_are_worse():
