@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,3 +73,14 @@ def test_installed_it_finds_its_presets(tmp_path):
         text=True,
     )
     assert done.returncode == 0 and "256 x 8" in done.stdout, done.stderr[-2000:]
+
+
+def test_an_image_gets_every_file_of_the_repository_and_nothing_that_runs_left_there():
+    ignored = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    top = {name.partition("/")[0] for name in tracked}
+    assert not top & {*ignored} and {".venv", "outputs", "data", "models", ".git"} <= {*ignored}
+    copied = re.findall(r"^COPY (\S+) ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert copied == ["requirements.txt", "."] and (ROOT / copied[0]).exists()
