@@ -6,10 +6,10 @@
 Both sample the same number of responses to as many prompts a step, take as many optimizer steps with the same schedule
 and score with the same reward function. On `number_words` we learn with the step size of the configuration, which was
 chosen with other seeds (docs/learning-on-a-real-model.md), and TRL with its own best: from ours, twice and half of it
-are tried in runs of half the length, judged on the dev split, until both neighbours of the best are worse. Further seeds
-are judged on the test split. Every `every` steps the model is kept, and all are evaluated afterwards by the same evaluator.
-Seconds are those of training steps, without loading, keeping and evaluating models. A run is kept as soon as it ends, a
-line of benchmarks/beside_trl.jsonl: the same command goes on where it stopped.
+are tried in runs of half the length, judged on the dev split, until both neighbours of the best are worse. Further
+seeds are judged on the test split. Every `every` steps the model is kept, and all are evaluated afterwards by the same
+evaluator. Seconds are those of training steps, without loading, keeping and evaluating models. A run is kept as soon as
+it ends, a line of benchmarks/beside_trl.jsonl: the same command goes on where it stopped.
 """
 
 import argparse

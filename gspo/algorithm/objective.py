@@ -155,8 +155,14 @@ def maxrl(logprobs: Tensor, groups: Groups, cfg: config.Objective, counts: Count
 
     With K right responses of N these are N / K - 1 and -1, and the gradient's expectation is that of the first N - 1
     terms of log p = -sum_k (1 - p)^k / k, p the chance of a right response: hard prompts weigh more than in `dr_grpo`.
+    UserError for a negative reward: the mean is no chance then.
     """
     r = groups.rewards.to(logprobs)
+    if bool((r < 0).any()):
+        raise UserError(
+            f"objective.algorithm = maxrl divides by the mean reward of a group, and a reward is {float(r.min()):g}. "
+            "Return no negative ones (0 for wrong, 1 for right), or choose an algorithm that takes any, such as rloo."
+        )
     mean = r.mean(1, keepdim=True)
     return policy_gradient(logprobs, (r - mean) / torch.where(mean > 0, mean, 1.0), counts)
 

@@ -9,6 +9,7 @@ import torch
 from gspo.algorithm.objective import ALGORITHMS, Counts, Groups, evaluate, pair_weights, prefix_values
 from gspo.algorithm.pairs import forks, preferences
 from gspo.config import Objective
+from gspo.errors import UserError
 
 # A tree: all but the last begin with 5; two of these go on with 6.
 TOKENS = torch.tensor([[[5, 6, 7], [5, 6, 4], [5, 8, 0], [9, 0, 0]]])
@@ -92,6 +93,13 @@ def test_maxrl_of_right_and_wrong_by_hand():
     expected = [[3.0, -1.0, -1.0, -1.0], [1 / 3, 1 / 3, 1 / 3, -1.0], [0.0] * 4, [0.0] * 4]
     found = coefficients("maxrl", logprobs, groups)[..., 0] * -16
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_maxrl_refuses_a_negative_reward():
+    """-1 and +1 in a group have a mean of 0 or below: dividing by it would turn the gradient round."""
+    logprobs, groups = a_tree(torch.tensor([[1.0, -1.0, -1.0, 0.8]], dtype=torch.float64))
+    with pytest.raises(UserError, match="maxrl divides by the mean reward .* is -1"):
+        coefficients("maxrl", logprobs, groups)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
