@@ -92,6 +92,7 @@ bench-data: setup ## a 1 GB JSONL file: seconds to the first step, memory
 
 bench: $(RIVALS)/.ready smollm2 ## speed and memory beside TRL and other kernels -> kernels/BENCH.md (most of an hour on two cores)
 	$(RIVALS)/bin/python benchmarks/speed.py $(ARGS)
+	$(RIVALS)/bin/python benchmarks/beside_dpo_trainer.py
 
 compiled-kernels: dev ## compile every Triton kernel for six GPUs that need not be there -> docs/gpu.md (half an hour)
 	TRITON_INTERPRET=0 $(PY) benchmarks/compiled_kernels.py --write $(ARGS)

@@ -34,6 +34,7 @@ from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import phase, say
+from gspo.system.malloc import return_freed_memory
 from gspo.system.preemption import Preemption
 from gspo.system.time_limit import TimeLimit
 from gspo.types import Rollout
@@ -232,6 +233,7 @@ def end_round_if_over(run: Run) -> dict[str, float]:
     if evaluated:
         with phase("held-out prompts"):
             metrics |= evaluate_held_out(run, round_ended, round_begins)
+        return_freed_memory()
     if round_begins:
         run.models.new_opponent()
         state.round = next_round

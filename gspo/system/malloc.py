@@ -1,5 +1,6 @@
-"""Keep freed memory in the process (glibc mallopt), so that a step does not fault its pages in again."""
+"""Say when freed memory stays in the process and when it goes back to the system (glibc's malloc)."""
 
+import contextlib
 import ctypes
 import os
 
@@ -23,3 +24,13 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)  # never
     mallopt(M_TOP_PAD, TOP_PAD_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Return all freed memory to the system (glibc malloc_trim), after work that allocates otherwise than a step.
+
+    What a step frees would otherwise lie between what an evaluation has left, and the next step's tensors would find no
+    place in it: a process would grow with every evaluation. The pages are faulted in again once, in a second or less.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
