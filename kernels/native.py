@@ -107,10 +107,9 @@ def _reason(error: Exception) -> str:
 def _open(compiler: list[str]) -> ctypes.CDLL:
     files = sorted(SOURCES.glob("*.cpp"))
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    what = "\0".join([_run([*compiler, "--version"]), _processor(), *FLAGS]).encode()
+    what = "\0".join([_run([*compiler, "--version"]), processor(), *FLAGS]).encode()
     name = f"kernels-{hashlib.sha256(texts + what).hexdigest()[:16]}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo"
-    _make_private(folder)
+    folder = cache_folder()
     _remove_leftovers(folder)
     found = [path for path in sorted(folder.glob(f"{name}-*.so")) if _is_ours(path) and path.stem == _named(name, path)]
     if not found:
@@ -129,14 +128,19 @@ def _open(compiler: list[str]) -> ctypes.CDLL:
     return library
 
 
-def _make_private(folder: Path) -> None:
-    """Make the cache folder ours alone: what lies in it runs. PermissionError where it is another user's."""
+def cache_folder() -> Path:
+    """Return the user's cache folder of this project, made if need be, ours alone: what lies in it runs.
+
+    PermissionError where it is another user's; RuntimeError without a home folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.geteuid():
         raise PermissionError(f"{folder} belongs to another user, so kernels are not kept in it; set XDG_CACHE_HOME")
     if found.st_mode & 0o077:
         folder.chmod(0o700)
+    return folder
 
 
 def _is_ours(path: Path) -> bool:
@@ -211,7 +215,7 @@ def _run(*commands: list[str]) -> str:
                 job.wait()
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return what -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -67,22 +67,24 @@ def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path, mode, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_neither_a_library_nor_a_folder_of_another_user_is_used(tmp_path):
+def test_neither_a_library_nor_a_folder_of_another_user_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "gspo" / "kernels-1-2.so"
-    native._make_private(file.parent)
+    assert native.cache_folder() == file.parent
     file.write_bytes(b"")
     file.chmod(0o700)
     os.chown(file, 65534, 65534)
     assert not native._is_ours(file)
     os.chown(file.parent, 65534, 65534)
     with pytest.raises(PermissionError, match="belongs to another user"):
-        native._make_private(file.parent)
+        native.cache_folder()
 
 
-def test_the_cache_is_a_folder_of_ones_own(tmp_path):
+def test_the_cache_is_a_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "gspo").mkdir()
     (tmp_path / "gspo").chmod(0o777)
-    native._make_private(tmp_path / "gspo")
+    native.cache_folder()
     assert (tmp_path / "gspo").stat().st_mode & 0o777 == 0o700
 
 
