@@ -150,11 +150,18 @@ def _check_bounds(value: Any, f: dataclasses.Field, key: str, place: str) -> Non
 
 
 def _check_text(text: str, is_path: bool, key: str, place: str) -> str:
-    """Return a text, `~` expanded where it is a path. Raise UserError where it is empty or names a shell's variable."""
+    """Return a text; of a path the quotes around it left out and `~` expanded.
+
+    Raise UserError where it is empty, Python's None, or names a shell's variable.
+    """
     if (not text or (is_path and text.isspace())) and key not in MAY_BE_EMPTY:
         raise UserError(f"{place}: {key} has an empty text; leave it out, or write null for what is not set.")
+    if text == "None":
+        raise UserError(f"{place}: {key} = 'None': what is not set is written null. A file of that name is './None'.")
     if not is_path:
         return text
+    if text[0] == text[-1] in "'\"" and len(text) > 2:  # quotes that a shell was to take away, as YAML does
+        text = text[1:-1]
     if re.match(r"\$\w|.*\$\{", text):
         raise UserError(f"{place}: {key} = {text!r}: variables are not replaced here; write the path itself.")
     check_path(text, f"{place}: {key}")
@@ -288,6 +295,18 @@ def _set_from_file(config: Config, path: Path, foreign: Foreign) -> dict[str, st
     return {names[0]: str(path) for names in seen}
 
 
+def _set_from_command_line(config: Config, typed: str, value: Any, places: dict[str, str], notes: list[str]) -> None:
+    """Set one parameter; of one that is given twice, note which value counts: the last."""
+    place = "command line"
+    section, name = find_parameter(typed, place)[0].split(".")
+    lost = getattr(getattr(config, section), name)
+    key = set_value(config, typed, value, place)
+    counts = getattr(getattr(config, section), name)
+    if places.get(key) == place and counts != lost and not isinstance(counts, dict):
+        notes.append(f"note, {place}: {key} is given twice; {counts!r} counts, not {lost!r}.")
+    places[key] = place
+
+
 def _typed(item: str) -> tuple[str, Any]:
     """Return key and value of `section.name=value`, the value read as YAML; a text parameter takes it as it is."""
     key, equals, text = item.partition("=")
@@ -323,7 +342,8 @@ def load_config(
 ) -> Config:
     """Return the defaults, overwritten by the YAML file, overwritten by `section.name=value` texts. Raise UserError.
 
-    `note` is called with a line about each setting of verl or TRL that changes nothing here.
+    `note` is called with a line about each setting of verl or TRL that changes nothing here, and about each parameter
+    that the command line gives twice.
     """
     config, places, foreign = Config(), {}, Foreign()
     if path is not None:
@@ -332,8 +352,8 @@ def load_config(
         config.trainer.run_name = config.trainer.run_name or path.stem
     require_known([item.partition("=")[0] for item in overrides if "=" in item], "command line")
     for item in overrides:
-        for key, value in ours(*_typed(item), "command line", foreign):
-            places[set_value(config, key, value, "command line")] = "command line"
+        for setting in ours(*_typed(item), "command line", foreign):
+            _set_from_command_line(config, *setting, places, foreign.notes)
     set_later(config, foreign.later)
     for text in foreign.notes:
         note(text)

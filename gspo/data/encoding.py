@@ -14,6 +14,7 @@ from gspo.system.console import say
 
 SLOW_CHARACTERS = 2_000_000  # of one prompt; it takes a tokenizer seconds
 SLACK = 8  # tokens per message: next to a content, BPE may cut the template's words into more pieces than alone
+WORD = "word{0}word"  # a content that no template changes: it is in the text, or was left out
 PROBE = "q{0}<\"&'é中>\n{0}q"  # a content that a template changes if it quotes, escapes or repeats contents
 
 # Normalizers and pre-tokenizers that cut or shorten text, but never lengthen it.
@@ -120,6 +121,7 @@ class Encoder:
         if vocab_size is not None and max(tokenizer.get_vocab().values()) >= vocab_size:
             self._growth = None  # no bound: every prompt must be encoded to see whether the model knows its ids
         self._overheads: dict[tuple[str, ...], int | None] = {}
+        self._roles: set[str] = set()  # roles of which it is known whether the template shows their messages
         self._unread: set[str] = set()  # fields of messages of which it was said that the template never reads them
 
     def ids(self, messages: Messages, place: str, tools: Tools | None = None) -> tuple[int, ...]:
@@ -150,6 +152,8 @@ class Encoder:
         fields |= {"tools"} if tools else set()
         if not fields <= self._unread:
             self._check_read(fields, place, tools)
+        if self.tokenizer.chat_template and not {m["role"] for m in messages} <= self._roles:
+            self._check_shown(messages, place, tools)
 
     def _check_read(self, fields: set[str], place: str, tools: Tools | None) -> None:
         """Say once of each field that the chat template never reads it. UserError where there is no template at all."""
@@ -170,6 +174,34 @@ class Encoder:
                 "does not see it, here and in other rows."
             )
         self._unread |= fields
+
+    def _check_shown(self, messages: Messages, place: str, tools: Tools | None) -> None:
+        """Say once of each role that the chat template leaves its messages out. UserError where it shows none at all.
+
+        What a template refuses is left to whoever encodes the prompt.
+        """
+        whole = _with_system(messages, self.system)
+        words = [
+            {**m, "content": WORD.format(i)} if isinstance(m.get("content"), str) else m for i, m in enumerate(whole)
+        ]
+        try:
+            text = render(words, self.tokenizer, self.template_kwargs, tools).lower()  # some write capitals
+        except Exception:
+            return
+        shown = {m["role"] for i, m in enumerate(words) if m.get("content") != WORD.format(i) or m["content"] in text}
+        if not any(WORD.format(i) in text for i in range(len(words))) and not tools:
+            raise UserError(
+                f"{place}: the chat template shows nothing of this prompt, whose roles are "
+                f"{', '.join(sorted({repr(m['role']) for m in whole}))}. Give the roles that the model knows, mostly "
+                "user, assistant and system, or its own template."
+            )
+        hidden = {m["role"] for m in whole} - shown - self._roles
+        if hidden:
+            say(
+                f"warning: {place}: the chat template leaves out messages of the role "
+                f"{', '.join(map(repr, sorted(hidden)))}, so the model does not see them, here and in other rows."
+            )
+        self._roles |= {m["role"] for m in whole}
 
     def bound(self, messages: Messages, place: str, tools: Tools | None = None) -> int | None:
         """Return an upper bound on the number of token ids; None where only tokenizing can tell.

@@ -82,6 +82,11 @@ class RowChecker:
                 f"{place}: field 'ground_truth' is a {type(truth).__name__} ({truth!r:.60}), but the default reward "
                 "function compares texts and numbers. Write it as text, or give a function that takes it: reward.path."
             )
+        if self.only_texts and isinstance(truth, str) and not truth.strip():
+            raise UserError(
+                f"{place}: field 'ground_truth' is empty ({truth!r:.20}), so the default reward function finds no "
+                "response right. Leave the row out, or give a function of your own: reward.path."
+            )
         if self.needs_solutions and not (isinstance(s := extra.get("solution"), str) and s.strip()):
             raise UserError(
                 f"{place}: objective.algorithm learns from gold texts, but the row has no text in its field 'solution'."

@@ -36,7 +36,10 @@ def parse_row(row: Any, place: str, needs_truth: bool = True) -> tuple[Messages,
     UserError, which names the place and the field, where the row is of no schema.
     """
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a row must be an object with prompt, ground_truth and data_source, got {row!r:.80}.")
+        cure = " A file that holds one list is named .json." if isinstance(row, list) and row else ""
+        raise UserError(
+            f"{place}: a row must be an object with prompt, ground_truth and data_source, got {row!r:.80}.{cure}"
+        )
     refuse_half_characters(row, place)
     refuse_other_media(row, place)
     if row.get("prompt") is None:
@@ -47,6 +50,12 @@ def parse_row(row: Any, place: str, needs_truth: bool = True) -> tuple[Messages,
         truth = ground_truth_of(model.get("ground_truth")) if isinstance(model, dict) else None
         if truth is None:
             raise _field_error(row, place, "reward_model", 'an object like {"style": "rule", "ground_truth": ...}')
+        beside = ground_truth_of(row.get("ground_truth"))
+        if beside is not None and beside != truth:
+            raise UserError(
+                f"{place}: the row has two ground truths, {truth!r:.60} in 'reward_model' and {beside!r:.60} in "
+                "'ground_truth'. Leave one of the two out."
+            )
     else:
         truth = ground_truth_of(row.get("ground_truth"))
         if truth is None and needs_truth:

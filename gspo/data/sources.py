@@ -3,6 +3,7 @@
 To add a file format, write a `Source`, or a function from a path to one, and name it in one line of `READERS`.
 """
 
+import glob
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from gspo.errors import UserError
@@ -24,6 +26,7 @@ BATCH = 1024  # Arrow rows converted at a time when all rows are read
 # a folder or owner/name, then :config, then @split
 DATASET = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 decode_json = json.JSONDecoder(object_pairs_hook=without_repeats).raw_decode  # json.loads without its preparations
+KINDS = " JSON, JSONL and parquet are read, and Hugging Face data sets."
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -95,7 +98,7 @@ class JsonLines(Source):
             row, end = decode_json(text)
             return row if end == len(text) else json.loads(text)  # whose error says what is wrong
         except UnicodeDecodeError as e:
-            raise UserError(f"{self.name} is not UTF-8 text (line {self._line(i)}, byte {start + e.start}).") from e
+            raise UserError(not_utf8(Path(self.name), start + e.start, f"line {self._line(i)}, ")) from e
         except (ValueError, RecursionError) as e:
             raise UserError(f"{self.place(i)} is not valid JSON: {e}.") from e
 
@@ -115,12 +118,14 @@ class JsonList(Source):
         try:
             self._rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
         except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 text (byte {e.start}).") from e
+            raise UserError(not_utf8(path, e.start)) from e
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not valid JSON: {e}. If it has one object per line, name it .jsonl.") from e
         if not isinstance(self._rows, list):
             kind = type(self._rows).__name__
-            raise UserError(f"{path} holds a JSON {kind}; it must hold a list of rows: [{{...}}, ...].")
+            lists = [key for key, value in self._rows.items() if isinstance(value, list)] if kind == "dict" else []
+            inside = f" Its key {lists[0]!r} holds a list: write that one to a file." if lists else ""
+            raise UserError(f"{path} holds a JSON {kind}; it must hold a list of rows: [{{...}}, ...].{inside}")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -171,6 +176,17 @@ class ArrowRows(Source):
             return e
 
 
+def not_utf8(path: Path, byte: int, line: str = "") -> str:
+    """Return the error of a file that is no UTF-8 text, with the way to convert it."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    kind = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "KIND"
+    return (
+        f"{path} is not UTF-8 text ({line}byte {byte}). Convert it: iconv -f {kind} -t UTF-8 {quote(str(path))} > NEW"
+        f"{path.suffix}" + ("." if kind != "KIND" else ", where KIND is how it was saved, such as GB18030 or LATIN1.")
+    )
+
+
 def read_parquet(path: Path) -> Source:
     """Read a parquet file. Raise UserError where it is none, or pyarrow is missing."""
     try:
@@ -204,7 +220,20 @@ def open_source(name: str | Path, split: str = "train") -> Source:
         path.stat()  # so that a missing file is named as such: pyarrow's error is only its name
         return READERS.get(suffix, JsonList)(path)
     except OSError as e:
-        raise UserError(f"data file {path}: {e.strerror or e}.") from e
+        raise UserError(f"data file {path}: {e.strerror or e}.{several_names(str(name))}") from e
+
+
+def several_names(name: str) -> str:
+    """Return how several files are named, where the name of a missing one seems to stand for several; else ""."""
+    inner = name.strip("[]")
+    parts = [part.strip("'\"") for part in re.split(r"[,\s]+", inner) if part]
+    if len(parts) > 1 and all(Path(part).suffix for part in parts):
+        return f" Several files are a list: {quote('[' + ', '.join(parts) + ']')}."
+    if "*" in inner or "?" in inner:
+        found = sorted(glob.glob(parts[0]))
+        named = f", for example {quote('[' + ', '.join(found[:3]) + ']')}" if found else ""
+        return f" Patterns are not replaced here; name the files in a list{named}."
+    return ""
 
 
 def _open_dataset(name: str, split: str) -> Source:
@@ -212,10 +241,8 @@ def _open_dataset(name: str, split: str) -> Source:
     given = {"path": name} if Path(name).is_dir() else (m.groupdict() if (m := DATASET.fullmatch(name)) else {})
     path = given.get("path", name)
     is_folder = Path(path).is_dir()
-    if not is_folder and not HUB_ID.fullmatch(path):
-        raise UserError(
-            f"data file {name}: No such file. JSON, JSONL and parquet are read, and Hugging Face data sets."
-        )
+    if not is_folder and (not HUB_ID.fullmatch(path) or several_names(name)):
+        raise UserError(f"data file {name}: No such file.{several_names(name) or KINDS}")
     kind = "is a folder" if is_folder else "is no file here"
     try:
         datasets = importlib.import_module("datasets")

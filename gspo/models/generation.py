@@ -76,10 +76,15 @@ def _say_dropped(path: str, what: str) -> None:
     say(f"note: {path}/{FILE}: left out of checkpoints, as transformers refuses it: {what}.")
 
 
-def end_ids_of(source: Any, place: str) -> set[int]:
-    """Return the end tokens that a config or a tokenizer names. UserError where they are no token ids."""
+def end_ids_of(source: Any, place: str, vocab_size: int | None = None) -> set[int]:
+    """Return the end tokens that a config or a tokenizer names. UserError where they are no token ids of the model."""
     value = getattr(source, "eos_token_id", None)
     ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if wrong := [x for x in ids if isinstance(x, bool) or not isinstance(x, int)]:
         raise UserError(f"eos_token_id = {value!r} in the model's {place}: {wrong[0]!r} is no whole number.")
+    if vocab_size is not None and (beyond := [x for x in ids if x >= vocab_size]):
+        raise UserError(
+            f"eos_token_id = {value!r} in the model's {place}: the vocabulary has {vocab_size} tokens, so {beyond[0]} "
+            "is never sampled and ends no response. Copy that file of the model that these weights come from."
+        )
     return {x for x in ids if x >= 0}  # some write -1 for none

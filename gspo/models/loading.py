@@ -86,6 +86,7 @@ def model_without_weights(path: str | None) -> nn.Module:
     with torch.device("meta"):
         model = build_model(config, resolve_path(path))
     if generation is not None:
+        end_ids_of(generation, "generation_config.json", config.get_text_config().vocab_size)
         model.generation_config = generation
     return model
 
@@ -160,7 +161,7 @@ def end_and_pad_ids(model: nn.Module, tokenizer: Any) -> tuple[set[int], int]:
         (model.config.get_text_config(), "config.json"),
         (tokenizer, "tokenizer_config.json"),
     ):
-        ends |= end_ids_of(source, place)
+        ends |= end_ids_of(source, place, model.config.get_text_config().vocab_size)
     if not ends:
         raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json.")
     pad = tokenizer.pad_token_id

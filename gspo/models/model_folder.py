@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
+from gspo.read_yaml import TwiceError, without_repeats
 from gspo.system.console import say
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -119,7 +120,9 @@ def _read(path: str, file: str) -> dict[str, Any] | None:
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
     try:
-        value = json.loads(Path(found).read_text(encoding="utf-8"))
+        value = json.loads(Path(found).read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
+    except TwiceError as e:
+        raise UserError(f"{found}: {e}, and only one of the two counts. Leave one out.") from e
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{found} cannot be read as JSON: {e}. Fetch or copy the file again.") from e
     if not isinstance(value, dict):

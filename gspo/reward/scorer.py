@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 WORTH_OVERLAPPING_S = 1e-3  # shorter calls slow down sampling, on the same cores, by more than they take afterwards
 MOST_TIMEOUTS_BEFORE_TRAINING = 4  # in a row, in the check before training
 MOST_DEATHS_BEFORE_TRAINING = 3  # calls in a row that end their process; each costs two starts of one
-OUR_CURVES = ("errors", "timeouts", "faults")  # below reward/, as the parts of a score are
+# Below reward/, as the parts of a score are.
+OUR_CURVES = ("errors", "timeouts", "faults", "batch_mean", "batch_max", "function", "model")
 WATCH_S = 60.0  # of waiting for one call, after which a line says what is waited for
 PRINTED_LINES, LINE_WIDTH = 50, 300  # shown of what the function prints
 

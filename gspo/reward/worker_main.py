@@ -125,6 +125,9 @@ def one_score(value: Any, limits: Sequence[float] = ()) -> dict[str, Any]:
     if not is_reward(score, limits):
         what = f"number from {limits[0]:g} to {limits[1]:g} (reward.range)" if limits else "finite number"
         raise NotAScoreError(f"returned {value!r:.60}; it must return a {what}, or a dict whose 'score' is one")
+    acc = value.get("acc") if is_dict else None
+    if acc is not None and number(acc) is None:
+        raise NotAScoreError(f"returned {value!r:.60}; its 'acc' must be true or false, or a number from 0 to 1")
     parts = {str(k): x for k, v in value.items() if k != "score" and (x := number(v)) is not None} if is_dict else {}
     pred = value.get("pred") if is_dict else None
     return {"score": score, "parts": parts, "pred": None if pred is None else str(pred)}

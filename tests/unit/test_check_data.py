@@ -199,9 +199,9 @@ def test_a_function_that_does_not_tell_right_from_wrong(check):
     assert check({"train": rows(0, 5)}, "reward.check_rows=0", reward=always)[0] == 0
 
 
-def test_an_empty_ground_truth_that_nothing_scores_keeps_training_from_starting(check):
+def test_an_empty_ground_truth_keeps_training_from_starting(check):
     code, _, out = check({"train": [{"prompt": "Say it.", "ground_truth": ""}]})
-    assert code == 2 and "training would not start" in out and "scores no right answer above a wrong one" in out
+    assert code == 2 and "training would not start" in out and "field 'ground_truth' is empty" in out
 
 
 def test_a_function_that_ranks_a_group_is_asked_about_right_and_wrong_together(check):

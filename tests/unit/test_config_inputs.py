@@ -254,3 +254,38 @@ def test_a_missing_file_and_a_folder(tmp_path):
 @pytest.mark.parametrize("text", ["[0, 1]", "[-1, 1]", "[0.0, 0.5]"])
 def test_a_list_of_numbers_may_hold_zero(text):
     assert load_config(None, [f"reward.range={text}"]).reward.range == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+@pytest.mark.parametrize("key", [*PATHS, "reward_func"])
+def test_quotes_around_a_path_are_not_part_of_it(read, key, quote):
+    """As a notebook or a file of arguments hands them over; YAML takes those in a list away."""
+    name = {"reward_func": "reward.path"}.get(key, key)
+    cfg = load_config(None, [f"{key}={quote}a b{quote}"])
+    assert value_of(cfg, name) in ("a b", ["a b"])
+    assert load_config(None, ["trainer.output_dir=it's"]).trainer.output_dir == "it's"
+
+
+@pytest.mark.parametrize(
+    "key", ["model.path", "data.val_files", "data.system_prompt", "trainer.run_name", "reward_func"]
+)
+def test_the_none_of_python_is_no_text(read, key):
+    for how in (lambda: load_config(None, [f"{key}=None"]), lambda: read(f"{key}: None\n")):
+        with pytest.raises(UserError, match="= 'None': what is not set is written null"):
+            how()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optim.learning_rate=1e-4", "optim.learning_rate=2e-4"], "optim.learning_rate is given twice; 0.0002 counts"),
+        (["rollout.n=4", "num_generations=8"], "rollout.n is given twice; 8 counts, not 4."),
+        (["data.train_files=a.json", "data.train_files=[b.json]"], "['b.json'] counts, not ['a.json']."),
+        (["rollout.n=4", "+rollout.n=4"], ""),
+        (["reward.reward_kwargs.a=1", "reward.reward_kwargs.b=1"], ""),
+    ],
+)
+def test_of_a_parameter_that_the_command_line_gives_twice_the_one_that_counts_is_said(overrides, said):
+    notes = []
+    load_config(None, overrides, notes.append)
+    assert len(notes) == bool(said) and said in "".join(notes)

@@ -261,6 +261,15 @@ def test_the_default_reward_refuses_them_in_words(splits, tmp_path, value):
         compute_score("", "7", value)
 
 
+@pytest.mark.parametrize("value", ["", " ", "\n\t", "\u3000"])
+def test_an_empty_ground_truth_is_for_a_function_of_ones_own(splits, tmp_path, value):
+    rows = [GOOD, {**GOOD, "ground_truth": value}]
+    with pytest.raises(UserError, match="line 2: field 'ground_truth' is empty .* no response right.*reward.path"):
+        splits(rows)
+    (tmp_path / "mine.py").write_text("")
+    assert splits(rows, f"reward.path={tmp_path}/mine.py")[1].ground_truth == value
+
+
 # ---- half characters ----
 
 HALF = "7\ud83d"
@@ -344,3 +353,33 @@ def test_fields_that_nothing_reads_are_said_in_one_line_with_what_a_misspelt_one
 def test_of_fields_that_are_read_or_empty_nothing_is_said(splits, capsys):
     splits([{**GOOD, "extra_info": {"id": 1}, "solution": "2", "ability": None}])
     assert "nothing reads" not in capsys.readouterr().out
+
+
+# ---- messages that the template leaves out ----
+
+USERS_ONLY = "{% for m in messages if m.role == 'user' %}<user>{{ m.content | trim }}{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "overrides", "said"),
+    [
+        (USERS_ONLY, ["system", "user"], [], "line 2: the chat template leaves out messages of the role 'system',"),
+        (USERS_ONLY, ["user", "tool", "function"], [], "messages of the role 'function', 'tool',"),
+        (USERS_ONLY, ["user"], ["data.system_prompt=Be brief."], "line 1: the chat template leaves out messages of"),
+        (USERS_ONLY, ["user", "user"], [], ""),
+        (TEMPLATE, ["system", "developer", "user", "Human"], [], ""),
+    ],
+)
+def test_messages_that_the_template_leaves_out_are_told_once(splits, chat, capsys, template, roles, overrides, said):
+    chat.chat_template = template
+    row = {**GOOD, "prompt": [{"role": role, "content": " x"} for role in roles]}
+    splits([GOOD, row, row], *overrides, tokenizer=chat)
+    out = capsys.readouterr().out
+    assert said in out and out.count("leaves out messages") == bool(said)
+
+
+@pytest.mark.parametrize(("template", "role"), [(USERS_ONLY, "Human"), (USERS_ONLY, "USER"), ("Hello.", "user")])
+def test_a_prompt_of_which_the_template_shows_nothing_is_refused(splits, chat, template, role):
+    chat.chat_template = template
+    with pytest.raises(UserError, match=f"line 1: the chat template shows nothing of this prompt, whose .* '{role}'"):
+        splits([{**GOOD, "prompt": [{"role": role, "content": "x?"}]}], tokenizer=chat)

@@ -66,3 +66,16 @@ def test_a_ground_truth_is_no_null_and_finite(truth):
         parse_row({"prompt": "x", "ground_truth": truth}, "here")
     with pytest.raises(UserError, match="field 'reward_model' must be"):
         parse_row({"prompt": "x", "reward_model": {"ground_truth": truth}}, "here")
+
+
+@pytest.mark.parametrize(("one", "other"), [("7", "8"), (7, "8"), (["7"], "7"), ("7", True)])
+def test_a_row_has_one_ground_truth(one, other):
+    row = {"prompt": "x?", "reward_model": {"ground_truth": one}, "ground_truth": other}
+    with pytest.raises(UserError, match="here: the row has two ground truths, .* Leave one of the two out"):
+        parse_row(row, "here")
+
+
+@pytest.mark.parametrize(("one", "other"), [("7", "7"), (7.0, "7"), (["a"], ["a"]), ("7", None)])
+def test_the_same_ground_truth_twice_is_one(one, other):
+    row = {"prompt": "x?", "reward_model": {"ground_truth": one}, "ground_truth": other}
+    assert parse_row(row, "here")[1] in ("7", ["a"])

@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 
 from gspo.data import sources
+from gspo.data.schemas import parse_row
 from gspo.data.sources import ArrowRows, JsonLines, JsonList, Source, open_source
 from gspo.errors import UserError
 
@@ -220,3 +221,52 @@ def test_a_missing_file_is_not_looked_for_elsewhere(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="data file .*: No such file"):
         open_source(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.jsonl,b.json", "Several files are a list: '[a.jsonl, b.json]'"),
+        ("a.jsonl b.json c.parquet", "Several files are a list: '[a.jsonl, b.json, c.parquet]'"),
+        ("['a.jsonl' b.json]", "Several files are a list: '[a.jsonl, b.json]'"),
+        ("[part*.jsonl]", "Patterns are not replaced here; name the files in a list, for example '[part1.jsonl, part2"),
+        ("no/*.jsonl", "Patterns are not replaced here; name the files in a list."),
+        ("part?.jsonl", "for example '[part1.jsonl, part2.jsonl]'"),
+    ],
+)
+def test_one_name_for_several_files_is_answered_with_a_list(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    for file in ("part1.jsonl", "part2.jsonl"):
+        (tmp_path / file).write_text("")
+    with pytest.raises(UserError) as e:
+        open_source(name)
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("r.jsonl", "utf-16", r"not UTF-8 text \(line 1, byte 0\).*iconv -f UTF-16 -t UTF-8 .*r.jsonl > NEW.jsonl.$"),
+        ("r.json", "utf-16", r"not UTF-8 text \(byte 0\).*iconv -f UTF-16"),
+        ("r.jsonl", "gb18030", "iconv -f KIND .* where KIND is how it was saved"),
+    ],
+)
+def test_text_of_another_encoding_is_refused_with_the_way_to_convert_it(tmp_path, name, kind, said):
+    (tmp_path / name).write_bytes('[{"prompt": "\u89e3"}]\n'.encode(kind))
+    with pytest.raises(UserError, match=said):
+        open_source(tmp_path / name)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("r.json", '{"data": [{"prompt": "a"}]}', "must hold a list of rows.* Its key 'data' holds a list"),
+        ("r.json", '{"version": 1}', r"must hold a list of rows: \[\{\.\.\.\}, \.\.\.\]\.$"),
+        ("r.json", '{"prompt": "a"}\n{"prompt": "b"}', "If it has one object per line, name it .jsonl"),
+        ("r.jsonl", '[{"prompt": "a"}]', "A file that holds one list is named .json"),
+    ],
+)
+def test_rows_in_another_form_are_refused_with_the_right_one(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        parse_row(open_source(tmp_path / name)[0], "here")

@@ -95,3 +95,14 @@ def test_end_tokens_that_are_no_numbers_are_refused(value, folder, embedded_mode
 def test_the_end_token_of_a_text_config_counts(embedded_model, tokenizer):
     embedded_model.config.get_text_config().eos_token_id = [5, -1]
     assert end_and_pad_ids(embedded_model, tokenizer)[0] == {1, 5}
+
+
+@pytest.mark.parametrize("value", [352, [1, 999_999], 10**12])
+def test_end_tokens_that_the_model_does_not_have_are_refused(value, folder):
+    write(folder, {"eos_token_id": value})
+    for opened in (load_model, check_weights, meta_model):
+        with pytest.raises(UserError, match=r"eos_token_id = .* in the model's generation_config.json: .* 352 tokens"):
+            model = opened(str(folder))
+            end_and_pad_ids(model, load_tokenizer(None))
+    write(folder, {"eos_token_id": 351})
+    check_weights(str(folder))

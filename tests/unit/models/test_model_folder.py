@@ -163,6 +163,10 @@ MODELS = {
         "of the type vit, for which transformers has no causal",
     ),
     "half a config": (lambda f: write(f, "config.json", "{"), "config.json cannot be read as JSON"),
+    "a key twice in its config": (
+        lambda f: write(f, "config.json", '{"vocab_size": 1, "vocab_size": 2}'),
+        "config.json: key 'vocab_size' is given twice in one object.*Leave one out",
+    ),
     "a list as config": (lambda f: write(f, "config.json", []), "config.json must hold a JSON object"),
     "checkpoints of a trainer": (
         lambda f: (

@@ -131,13 +131,27 @@ def test_a_function_may_start_processes_in_every_way(scorer, tmp_path, method, b
 
 
 def test_parts_whose_names_are_those_of_our_curves_are_kept_apart(scorer):
-    parts = "{'score': 0.5, 'errors': 3, 'timeouts': 4, 'faults': 2, 'own_errors': 5, 'error': 6, 'own_right': 7}"
+    parts = "{'score': 0.5, 'errors': 3, 'timeouts': 4, 'faults': 2, 'own_errors': 5, 'error': 6, 'own_right': 7"
+    parts += ", 'batch_mean': 8, 'batch_max': 9, 'function': 1, 'model': 0}"
     mine = scorer(f"def compute_score(**given):\n    return {parts}\n")
     scores = mine.score_texts([Prompt(0, (1,), "x?", "7", "a")], [["a", "b"]])
     assert {name: values[0, 0].item() for name, values in scores.parts.items()} == {
         "own_errors": 3, "own_timeouts": 4, "own_faults": 2, "own_own_errors": 5, "error": 6, "own_right": 7,
+        "own_batch_mean": 8, "own_batch_max": 9, "own_function": 1, "own_model": 0,
     }  # fmt: skip
     assert (scores.errors, scores.timeouts, scores.faults) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("acc", ["'yes'", "'1'", "[1]", "{'a': 1}"])
+def test_an_accuracy_that_is_no_number_is_a_fault(scorer, acc):
+    mine = scorer(f"def compute_score(**given):\n    return {{'score': 1.0, 'acc': {acc}}}\n")
+    assert "its 'acc' must be true or false, or a number from 0 to 1" in scores_of(mine, "a")[1]
+
+
+@pytest.mark.parametrize("acc", ["True", "0.5", "None", "float('nan')"])
+def test_an_accuracy_may_be_unknown(scorer, acc):
+    mine = scorer(f"def compute_score(**given):\n    return {{'score': 1.0, 'acc': {acc}}}\n")
+    assert scores_of(mine, "a") == ([1.0], "")
 
 
 # ---- ground truths that are no text, and half characters that a function makes ----
