@@ -37,7 +37,7 @@ def write_report(names: list[str], out: Path | None = None, language: str | None
     every = fit(runs)
     for run in runs:
         for note in run.notes:
-            say(f"{run.folder}: {note}.")
+            say(f"{run.folder}: {note.rstrip('.')}.")
     write_text(out, page_of(runs, language))
     steps = ", ".join(f"{run.name}: {run.last_step} steps, {len(run.samples)} groups of samples" for run in runs)
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB; {steps}{'' if every == 1 else ' after thinning'})")
