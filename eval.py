@@ -18,6 +18,7 @@ import torch
 
 from gspo.algorithm.self_play_models import win_rate
 from gspo.checkpoint import fingerprints
+from gspo.checkpoint.adapter_checkpoints import base_of, load_policy
 from gspo.checkpoint.find_runs import checkpoint_of
 from gspo.config import Config, known_keys
 from gspo.data.prompts import load_splits
@@ -25,7 +26,7 @@ from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch_checks import say_inputs
 from gspo.metrics.evaluation import Answers, answer, report, table
-from gspo.models.loading import check_weights, load_model, load_model_config, load_tokenizer
+from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, allow_tf32, choose_precision
 from gspo.read_config import load_config, set_value
 from gspo.read_paths import check_path
@@ -122,18 +123,18 @@ def _say_other_reward(run: Path, path: str | None) -> None:
 def check_model(name: str, place: str) -> None:
     """Raise UserError, which names its place on the command line, where a model cannot be opened."""
     try:
-        load_model_config(name)
+        load_model_config(base_of(name))
         load_tokenizer(name)
-        check_weights(name)
+        check_weights(base_of(name))
     except UserError as e:
         raise UserError(str(e).replace("model.path =", f"{place} =", 1)) from e
 
 
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score responses of one model to the test prompts."""
-    config, tokenizer = load_model_config(name), load_tokenizer(name)
+    config, tokenizer = load_model_config(base_of(name)), load_tokenizer(name)
     precision, _ = world.broadcast_from_main(lambda: choose_precision(cfg.model.precision, world.device, config))
-    model = load_model(name, DTYPES[precision]).to(world.device)
+    model = load_policy(name, DTYPES[precision]).to(world.device)
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True))
     scorer = Scorer(cfg.reward, world.device)
     if cfg.reward.path and cfg.reward.check_rows:

@@ -22,6 +22,11 @@ class Model:
     """The model that is trained, and how it is sharded over the ranks."""
 
     path: str | None = opt(None, "Hugging Face folder or hub name; empty: the embedded model", path=True)
+    lora: dict[str, Any] = opt(
+        {},
+        "train an adapter instead of the weights: {rank: 16, alpha: 32, targets: [q_proj, v_proj]}; alpha is twice the "
+        "rank and targets are all linear layers of the decoder if left out; empty: all weights are trained",
+    )
     precision: Literal["auto", "fp32", "bf16"] = opt(
         "auto",
         "number format of matrix products; weights and optimizer stay fp32. auto: bf16 on CUDA; on a CPU, the faster "

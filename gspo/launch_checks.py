@@ -25,6 +25,8 @@ from gspo.metrics.evaluation import table
 from gspo.metrics.run_log import GLOSSARY, check_trackers
 from gspo.metrics.stop_when import StopWhen
 from gspo.models.attention_support import check_length
+from gspo.models.loading import model_without_weights
+from gspo.models.lora import Lora, find_targets, require_peft
 from gspo.models.precision import DTYPES
 from gspo.reward.scorer import Scorer
 from gspo.rollout.engines import engine_class
@@ -50,10 +52,11 @@ def check_launch(cfg: Config, model_config: Any, world: World, started: bool = T
     StopWhen(cfg.trainer.stop_when, GLOSSARY)
     check_cutoffs(cfg)
     _check_algorithm(cfg)
+    _check_lora(cfg)
     engine_class(cfg.rollout.engine)
     Tree.of(cfg.rollout)
     precision = DTYPES.get(cfg.model.precision, torch.float32)  # `auto` is decided later
-    shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision)
+    shares_weights(cfg.rollout.weights, (wanted or world.size) > 1, precision, bool(cfg.model.lora))
     # The critic values a response that is cut off before a token more.
     behind = int(find_algorithm(cfg.objective.algorithm).needs_critic)
     check_length(model_config, cfg.data.max_prompt_length + cfg.rollout.max_new_tokens + behind)
@@ -86,10 +89,29 @@ def _check_algorithm(cfg: Config) -> None:
         )
 
 
+def _check_lora(cfg: Config) -> None:
+    """Raise UserError where model.lora has a wrong value, peft is not here, or other settings do not go with it."""
+    lora = Lora.of(cfg.model.lora)
+    if lora is None:
+        return
+    require_peft()
+    find_targets(model_without_weights(cfg.model.path), lora)
+    if find_algorithm(cfg.objective.algorithm).needs_critic and not cfg.critic.shared:
+        raise UserError(
+            "model.lora trains an adapter of the policy, and critic.shared = false a whole critic beside it, with all "
+            "the memory that model.lora saves. Set critic.shared=true, or leave model.lora empty."
+        )
+
+
 def say_notes(cfg: Config, total: int | None = None) -> None:
     """Print what may surprise about a configuration that is allowed, and about its `total` of steps, if given."""
     if total:
         check_steps(cfg, total)
+    if cfg.model.lora and cfg.optim.learning_rate < 1e-5:
+        say(
+            f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for all weights of a model; an adapter "
+            "(model.lora) hardly learns with it: about ten times as much suits one."
+        )
     if cfg.model.path is None and cfg.optim.learning_rate < 1e-5:
         say(
             f"note: optim.learning_rate = {cfg.optim.learning_rate:g} is made for models of billions of parameters; "

@@ -110,7 +110,7 @@ def start_run(
     optimizer = make_optimizer(models.policy, cfg)
     critic = _open_critic(cfg, models, world)
     if resume:
-        restore(resume, models.policy, optimizer, models.frozen, state, _critic_of(critic))
+        restore(resume, models.trained, optimizer, models.frozen_to_keep(), state, _critic_of(critic))
         batches.load_state(load_order(resume))
         say_what_changed(state, cfg, total_steps, len(splits.val) if truths_known(splits.val) else 0)
         vocab_size = models.policy.config.get_text_config().vocab_size
@@ -176,7 +176,7 @@ def save_checkpoint(run: Run, at_once: bool = False) -> None:
     models, optimizer = run.models, run.updater.optimizer
     small_files = {"order": run.batches.state(), "held_out": run.held_out.tensors() if run.held_out else {}}
     critic = _critic_of(run.critic)
-    run.checkpoints.save(run.state, models.policy, optimizer, models.frozen, small_files, at_once, critic)
+    run.checkpoints.save(run.state, models.trained, optimizer, models.frozen_to_keep(), small_files, at_once, critic)
 
 
 def _critic_of(updater: CriticUpdater | None) -> dict[str, Trained]:

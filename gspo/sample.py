@@ -25,6 +25,7 @@ from torch import nn
 
 from gspo import config
 from gspo.algorithm.pairs import TOLERANCE
+from gspo.checkpoint.adapter_checkpoints import base_of, load_policy
 from gspo.checkpoint.find_runs import checkpoint_of
 from gspo.data.encoding import Encoder
 from gspo.data.messages import Messages, question_of, read_messages, read_tools
@@ -33,7 +34,7 @@ from gspo.data.schemas import parse_row
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
-from gspo.models.loading import load_model, load_model_config, load_tokenizer
+from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.read_paths import check_path
 from gspo.reward.scorer import Scorer
@@ -102,9 +103,9 @@ def _open(
     """Open the model and its tokenizer. Raise UserError."""
     on = torch.device(device) if device else choose_device()
     if not isinstance(model, nn.Module):
-        config, tokenizer = load_model_config(model), tokenizer or load_tokenizer(model)
+        config, tokenizer = load_model_config(base_of(model)), tokenizer or load_tokenizer(model)
         chosen, _ = choose_precision(precision, on, config)
-        model = load_model(model, DTYPES[chosen]).to(on)
+        model = load_policy(model, DTYPES[chosen]).to(on)
     elif tokenizer is None:
         raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")
     encoder = Encoder(tokenizer, vocab_size=model.config.get_text_config().vocab_size)

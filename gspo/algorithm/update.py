@@ -34,9 +34,9 @@ LossOf = Callable[[list[Row], PackedBatch], Tensor]  # the loss of one micro-bat
 
 
 def make_optimizer(policy: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """Build AdamW with weight decay on matrices only, fused into one kernel a step."""
-    matrices = [p for p in policy.parameters() if p.ndim > 1]
-    vectors = [p for p in policy.parameters() if p.ndim <= 1]
+    """Build AdamW of what is trained, with weight decay on matrices only, fused into one kernel a step."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": cfg.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.optim.beta1, cfg.optim.beta2), eps=1e-8, fused=True)
 

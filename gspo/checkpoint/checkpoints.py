@@ -1,8 +1,8 @@
 """Write checkpoints while training goes on; restore.py reads them.
 
-`outputs/<run>/checkpoints/step_000050/` is a Hugging Face folder (the policy) with a `trainer/` folder beside the
-weights: optimizer moments, frozen models and data order as safetensors, everything else in `state.json`. Nothing is
-pickled.
+`outputs/<run>/checkpoints/step_000050/` is a Hugging Face folder (the policy; with `model.lora` its adapter, as peft
+writes it) with a `trainer/` folder beside the weights: optimizer moments, frozen models and data order as safetensors,
+everything else in `state.json`. Nothing is pickled.
 
 Every rank writes one file of each set: full tensors, split among the ranks by size and gathered one at a time, so no
 rank ever has the whole model. Between two steps the state is copied to CPU memory, and a thread on each rank writes it.
@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from gspo.checkpoint import manifest
+from gspo.checkpoint.adapter_checkpoints import AdapterFolder
 from gspo.checkpoint.find_runs import latest_checkpoint, list_checkpoints
 from gspo.checkpoint.hf_folder import ModelFolder, index_json, shard_files
 from gspo.config import Config
+from gspo.distributed.adapters import Adapter
 from gspo.distributed.move_weights import full_tensor
 from gspo.distributed.world import World, split_by_size
 from gspo.errors import UserError
+from gspo.models.lora import Lora
 from gspo.models.model_folder import resolve_path
 from gspo.models.safetensors_files import write_bytes, write_weights
 from gspo.system.console import say
@@ -34,6 +37,7 @@ from gspo.system.files import PART, point_link, remove, sync_folder
 
 LESS = "Lower optim.learning_rate, or use model.precision=fp32"
 Shards = dict[str, dict[str, Tensor]]  # file -> its tensors
+Model = nn.Module | Adapter  # what is stored of it: its parameters, or those of one adapter
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 StoredTensors = Callable[[str, Tensor], dict[str, Tensor]]  # a parameter and its name -> tensors as files have them
 
@@ -128,16 +132,17 @@ class Checkpoints:
 
     def __init__(self, run: Path, cfg: Config, tokenizer: Any, world: World):
         self.folder, self.cfg, self.world = run / "checkpoints", cfg.trainer, world
-        self.model_folder = ModelFolder(resolve_path(cfg.model.path), tokenizer)
+        source, lora = resolve_path(cfg.model.path), Lora.of(cfg.model.lora)
+        self.model_folder = ModelFolder(source, tokenizer) if lora is None else AdapterFolder(source, tokenizer, lora)
         self.writing: CheckpointWriter | None = None
         self.copied = True  # whether tensors are copied, because training goes on while they are written
 
     def save(
         self,
         state: State,
-        policy: nn.Module,
+        policy: Model,
         optimizer: torch.optim.Optimizer,
-        frozen: dict[str, nn.Module],
+        frozen: dict[str, Model],
         small_files: dict[str, dict[str, Tensor]],
         at_once: bool = False,
         beside: dict[str, Trained] | None = None,
@@ -210,15 +215,16 @@ class Checkpoints:
 
     def _snapshot(
         self,
-        policy: nn.Module,
+        policy: Model,
         optimizer: torch.optim.Optimizer,
-        frozen: dict[str, nn.Module],
+        frozen: dict[str, Model],
         beside: dict[str, Trained],
     ) -> tuple[Shards, dict[str, bytes]]:
         """Copy this rank's part of the state. Return (tensors by file, index files that say which file has which)."""
         shards: Shards = {}
         small: dict[str, bytes] = {}
-        self._split("model", _tensors(policy), self.model_folder.stored_tensors, shards, small)
+        stem, stored = self.model_folder.stem, self.model_folder.stored_tensors
+        self._split(stem, _tensors(policy), stored, shards, small, self.model_folder.in_one_file)
         self._split("trainer/optimizer", _moments(policy, optimizer), _unchanged, shards, small)
         for name, trained in beside.items():
             self._split(f"trainer/{name}_optimizer", _moments(*trained), _unchanged, shards, small)
@@ -227,14 +233,21 @@ class Checkpoints:
         return shards, small
 
     def _split(
-        self, stem: str, tensors: dict[str, Tensor], stored: StoredTensors, shards: Shards, small: dict[str, bytes]
+        self,
+        stem: str,
+        tensors: dict[str, Tensor],
+        stored: StoredTensors,
+        shards: Shards,
+        small: dict[str, bytes],
+        in_one_file: bool = False,
     ) -> None:
         """Gather tensors one by one, and keep those that this rank writes: its entry of `shards`.
 
         On rank 0 the index of the files, if there are several, is added to `small`.
         """
         sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
-        names_of_rank = [names for names in split_by_size(sizes, self.world.size) if names] or [[]]
+        ranks = 1 if in_one_file else self.world.size
+        names_of_rank = [names for names in split_by_size(sizes, ranks) if names] or [[]]
         files = shard_files(stem, len(names_of_rank))
         owner = {name: rank for rank, names in enumerate(names_of_rank) for name in names}
         mine: dict[str, Tensor] = {}
@@ -307,7 +320,7 @@ class Checkpoints:
             (self.folder / "best").unlink(missing_ok=True)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors(model: Model) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, tied ones once."""
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, x in model.state_dict(keep_vars=True).items():
@@ -315,7 +328,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(unique.values())
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's moments as `parameter:moment`."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {

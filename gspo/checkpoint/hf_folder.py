@@ -20,6 +20,8 @@ class ModelFolder:
     latter, what transformers can save (models/generation.py).
     """
 
+    stem, in_one_file = "model", False  # of the files of weights, one a rank
+
     def __init__(self, source: str, tokenizer: Any):
         self.meta_model = model_without_weights(source)
         self.tokenizer = tokenizer

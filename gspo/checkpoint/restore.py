@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gspo.checkpoint.checkpoints import State, Trained
+from gspo.checkpoint.checkpoints import Model, State, Trained
 from gspo.distributed.move_weights import load_like, load_weights
 from gspo.errors import UserError
 from gspo.models.safetensors_files import DTYPES, Weights, open_weights
@@ -149,9 +149,9 @@ def _check_stored(
 
 def restore(
     checkpoint: Path,
-    policy: nn.Module,
+    policy: Model,
     optimizer: torch.optim.Optimizer,
-    frozen: dict[str, nn.Module],
+    frozen: dict[str, Model],
     state: State,
     beside: dict[str, Trained] | None = None,
 ) -> None:
@@ -171,7 +171,7 @@ def restore(
         torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))
 
 
-def _restore_moments(checkpoint: Path, stem: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore_moments(checkpoint: Path, stem: str, model: Model, optimizer: torch.optim.Optimizer) -> None:
     """Read an optimizer's moments of the model's parameters from a file of `trainer/`."""
     moments = open_weights(checkpoint / "trainer", stem)
     keys: dict[str, list[str]] = {}
@@ -194,7 +194,7 @@ def _restore_moments(checkpoint: Path, stem: str, model: nn.Module, optimizer: t
             optimizer.state[p][key] = value.to(p.device)  # the fused AdamW of CUDA reads its step there, too
 
 
-def _restore_model(checkpoint: Path, name: str, model: nn.Module, settings: str) -> None:
+def _restore_model(checkpoint: Path, name: str, model: Model, settings: str) -> None:
     """Read a model's parameters from its files of `trainer/`."""
     if not [*(checkpoint / "trainer").glob(f"{name}[.-]*safetensors*")]:
         raise UserError(

@@ -14,6 +14,7 @@ import yaml
 
 from gspo import config as configuration
 from gspo.checkpoint import fingerprints, manifest
+from gspo.checkpoint.adapter_checkpoints import check_kind
 from gspo.checkpoint.evaluations import NAMES, remove_evaluations
 from gspo.checkpoint.find_runs import latest_checkpoint, list_checkpoints
 from gspo.checkpoint.fingerprints import Fingerprints
@@ -315,6 +316,8 @@ def _check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest:
             )
         rows = [text[key].split()[0] for text in (kept, prints)]
         start = quote(f"trainer.resume={newest}" if rows[0] == rows[1] else f"model.path={newest}")
+        if cfg.model.lora and rows[0] != rows[1]:
+            start = f"model.path=FOLDER, exported by python -m gspo.export {quote(str(newest))} FOLDER,"
         raise UserError(
             f"{key} = {now[key]!r} does not hold the rows that the run in {folder} began with ({rows[0]} rows then, "
             f"{rows[1]} now). Give those rows; or go on with these in a run of another name: {start} "
@@ -323,7 +326,9 @@ def _check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest:
 
 
 def _check_same_model(checkpoint: Path, cfg: Config) -> None:
-    """Raise UserError unless the checkpoint's architecture is that of model.path."""
+    """Raise UserError unless the checkpoint's architecture, or its adapter, is that of model.path and model.lora."""
+    if check_kind(checkpoint, cfg):
+        return
     expected, found = architecture(resolve_path(cfg.model.path)), architecture(str(checkpoint))
     different = [k for k in expected if expected[k] != found[k]]
     if different:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gspo.errors import UserError
+from gspo.models.lora import plain_name
 
 PIECE_NUMEL = 2**26  # elements of a parameter that are gathered at a time on their way from one sharding to another
 ReadSlices = Callable[[tuple[slice, ...]], Tensor]  # slices of a tensor, one a dimension -> that part of it, on the CPU
@@ -16,9 +17,10 @@ ReadSlices = Callable[[tuple[slice, ...]], Tensor]  # slices of a tensor, one a 
 def fill_weights(model: nn.Module, weights: Iterable[tuple[str, ReadSlices]]) -> set[str]:
     """Read weights, named as in `state_dict()`, into a model of any sharding: each rank reads only its own part.
 
-    Return the names. UserError where a weight's shape is not the model's.
+    Of a model with adapters they are its base's. Return the names. UserError where a weight's shape is not the model's.
     """
-    tensors, filled = model.state_dict(keep_vars=True), set()
+    tensors = {plain_name(name): x for name, x in model.state_dict(keep_vars=True).items()}
+    filled = set()
     for name, read in weights:
         x = tensors[name]
         local, part = local_shard(x), read(local_slices(x))
@@ -69,7 +71,7 @@ def _copy_by_columns(p: Tensor, q: Tensor) -> None:
     """Copy p into q, whose sharding differs: gather columns of p, keep those that this rank's part of q has."""
     *rows, own_columns = local_slices(q)
     own = local_shard(q)
-    for columns in _column_pieces(p):
+    for columns in column_pieces(p):
         piece = full_tensor(p[..., columns].to(q.dtype))
         start = max(own_columns.start, columns.start)
         stop = max(own_columns.start, min(own_columns.stop, columns.stop))
@@ -77,7 +79,7 @@ def _copy_by_columns(p: Tensor, q: Tensor) -> None:
         own[..., start - own_columns.start : stop - own_columns.start].copy_(wanted)
 
 
-def _column_pieces(p: Tensor) -> Iterator[slice]:
+def column_pieces(p: Tensor) -> Iterator[slice]:
     """Cut a tensor's last dimension, which is sharded in vectors only, into PIECE_NUMEL elements or single columns."""
     width = p.shape[-1]
     step = width if p.ndim == 1 else max(1, PIECE_NUMEL * width // p.numel())

@@ -142,6 +142,13 @@ def _check_adapter(path: str) -> None:
         adapter = {} if [*Path(path).glob("adapter_model*")] else None
     if adapter is None:
         return
+    if (Path(path) / "trainer").is_dir() and alone:
+        raise wrong_folder(
+            path,
+            "is a checkpoint of a run with model.lora: an adapter, not a whole model. To go on with it, name it in "
+            "trainer.resume, with the model.path and model.lora of its run; to train what it has become, export it "
+            f"(python -m gspo.export {path} FOLDER) and give FOLDER.",
+        )
     base = adapter.get("base_model_name_or_path")
     of = f" of {base}" if base else ""
     merge = (

@@ -261,16 +261,19 @@ class Sampler:
         )
 
 
-def shares_weights(weights: str, sharded: bool, dtype: torch.dtype) -> tuple[bool, str]:
+def shares_weights(weights: str, sharded: bool, dtype: torch.dtype, adapters: bool = False) -> tuple[bool, str]:
     """Decide `rollout.weights` -> whether the sampler reads the policy's own parameters, and if not, why.
 
     It may, as the policy changes only in updates, while nothing is sampled. It cannot read shards, nor sample in
-    another dtype than the parameters have. Sharing costs neither memory nor time, so `auto` shares where it can.
+    another dtype than the parameters have, nor without a copy that `adapters` are merged into. Sharing costs neither
+    memory nor time, so `auto` shares where it can.
     Raises UserError where `share` is not possible.
     """
     why, cure = "", ""
     if sharded:
         why, cure = "the policy is sharded, and would have to be gathered for every token", "start one process"
+    elif adapters:
+        why, cure = "the adapter of model.lora is merged into the weights that sample", "leave model.lora empty"
     elif dtype != torch.float32:
         why, cure = f"the policy is kept in float32 and samples in {str(dtype)[6:]}", "set model.precision=fp32"
     if why and weights == "share":
