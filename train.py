@@ -35,7 +35,7 @@ from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
 from gspo.launch_checks import check_launch, describe_reward, final_words, say_fine, say_inputs, say_notes, say_progress
-from gspo.metrics.run_log import sample_rows
+from gspo.metrics.group_rows import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs, without_sampling
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.packing.balance import balance
@@ -226,7 +226,8 @@ def finish_step(
     best = not state.bad_steps and state.is_best(metrics)
     run.log.log(state.step, metrics, run.total_steps, causes={"skipped_updates": update.not_finite}, best=best)
     say_round_begins(run, metrics["round"])
-    run.log.samples(state.step, world.gather(sample_rows(experience, scores.rewards, cfg.trainer.sample_rows)))
+    samples = sample_rows(experience, scores, cfg.trainer.sample_rows, run.sampler.tokenizer)
+    run.log.samples(state.step, world.gather(samples))
     run.checkpoints.commit()
     if (best and cfg.trainer.keep_best) or (cfg.trainer.save_freq and state.step % cfg.trainer.save_freq == 0):
         save_checkpoint(run)

@@ -244,9 +244,9 @@ def final_words(folder: Path, checkpoint: Path, state: State | None = None) -> s
             *lines,
             "\nnext:",
             f"  report     {quote(PYTHON)} -m gspo.report {quote(str(folder))}",
-            f"  curves     {quote(PYTHON)} -m tensorboard.main --logdir {quote(str(folder / 'tensorboard'))}",
+            f"  curves     {quote(PYTHON)} -m tensorboard.main --logdir {quote(str(folder.parent))}",
             f"  evaluate   {quote(PYTHON)} {quote(evaluate)} {quote(str(checkpoint))}",
             f"  use        transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
-            f"  samples    {folder / 'samples.jsonl'}",
+            f"  samples    {quote(PYTHON)} -m gspo.samples {quote(str(folder))}",
         ]
     )

@@ -215,7 +215,7 @@ def evaluate_run(run: Run, name: Literal["eval_before", "eval_after"]) -> None:
         if answers.cut_off > limit:
             say(f"warning, {when}: {MOSTLY_CUT_OFF.says.format(value=answers.cut_off)}: {MOSTLY_CUT_OFF.cure}.")
         try:
-            write_evaluation(run.folder, name, run.state.step, evaluation_settings(run), result)
+            write_evaluation(run.folder, name, run.state.step, evaluation_settings(run), result, answers.rows)
         except OSError as e:
             say(f"warning: {name}.json cannot be written ({e.strerror}); reward_mean is {result['reward_mean']:.3f}")
 

@@ -57,9 +57,11 @@ def _add_content(digest: "hashlib._Hash", file: Path) -> None:
 def read(folder: Path) -> Fingerprints:
     """Return the fingerprints that a run has kept; none where an older version wrote the folder."""
     try:
-        return json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        file = folder / NAME
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None  # a pipe would be waited for
+    except (OSError, ValueError, RecursionError):
         return {}
+    return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def write(folder: Path, fingerprints: Fingerprints) -> None:

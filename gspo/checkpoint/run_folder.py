@@ -40,7 +40,7 @@ FREE_TO_CHANGE = re.compile(
 CONTENT = ("model.path", "data.train_files", "data.val_files")  # compared by content, where fingerprints are kept
 FILES = (
     *("config.yaml", "fingerprints.json", "metrics.jsonl", "samples.jsonl", "reward_func.py"),
-    *(f"{name}.json" for name in NAMES),
+    *(f"{name}{end}" for name in NAMES for end in (".json", "_answers.jsonl")),
 )  # in the run's folder
 DAMAGED = ".damaged"
 LOCK_TIMEOUT_S = 20.0  # how long a process that was killed may take to release the folder

@@ -1,7 +1,8 @@
 """Sample and score held-out prompts, and report accuracy with 95 % intervals."""
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import comb, sqrt
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gspo.distributed.world import World
 from gspo.errors import UserError
+from gspo.metrics.group_rows import group_row
 from gspo.reward.reward_func import extract_answer
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
@@ -18,6 +20,7 @@ from gspo.rollout.sampler import EVAL, GREEDY, Sampler
 from gspo.types import Prompt, Rollout, Scores
 
 TOLERANCE = 1e-6  # of float32 rewards, relative
+ROWS_AT_ONCE = 256  # that are sent between ranks together
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Answers:
     final: list[list[str]]  # P x n, the final answers, for the majority vote
     faults: int = 0  # calls of the reward function that failed
     cut_off: float = 0.0  # share of the n responses that were cut off at the limit of their length
+    rows: list[dict[str, Any]] = field(default_factory=list)  # P, what is kept of each prompt (`answer_row`)
 
 
 def answer(
@@ -54,12 +58,16 @@ def answer(
         finals_of(scores, sampled),
         strict=True,
     )
+    rows = [
+        answer_row((sampled, scores, right), (best, greedy, best_right), g, sampler.tokenizer)
+        for g in range(len(places))
+    ]
     calls, faults = (sum(world.gather(getattr(scores, k) + getattr(greedy, k))) for k in ("calls", "faults"))
     if faults == calls:
         raise UserError(f"the reward function {scorer.path} failed on every answer; there is nothing to report.")
     ended = [bool(x) for part in world.gather(sampled.finished.flatten().tolist()) for x in part]
-    rows = sorted((row for part in world.gather(list(mine)) for row in part), key=lambda row: row[0])
-    _, rewards, correct, best_correct, finals = zip(*rows, strict=True)
+    found = sorted((row for part in world.gather(list(mine)) for row in part), key=lambda row: row[0])
+    _, rewards, correct, best_correct, finals = zip(*found, strict=True)
     known = not np.isnan(np.array(correct)).any() and not np.isnan(np.array(best_correct)).any()
     return Answers(
         [p.data_source for p in prompts],
@@ -69,7 +77,36 @@ def answer(
         list(finals),
         faults=faults,
         cut_off=1 - sum(ended) / max(1, len(ended)),
+        rows=_gather_rows(places, rows, len(prompts), world),
     )
+
+
+def answer_row(
+    sampled: tuple[Rollout, Scores, Tensor], greedy: tuple[Rollout, Scores, Tensor], g: int, tokenizer: Any
+) -> dict[str, Any]:
+    """Return what is kept of the answers to a prompt: `group_row` with final answers and what is right, and the greedy
+    answer in the same form. `sampled` and `greedy` are responses, their scores and `correct_of` these."""
+
+    def row(rollout: Rollout, scores: Scores, right: Tensor) -> dict[str, Any]:
+        known = [None if math.isnan(x) else x > 0.5 for x in right[g].tolist()]
+        found = finals_of(scores, rollout)[g]
+        return {**group_row(rollout, scores, g, tokenizer), "predictions": found, "correct": known}
+
+    shared = ("prompt", "model_input", "data_source", "ground_truth")
+    return {**row(*sampled), "greedy": {name: x for name, x in row(*greedy).items() if name not in shared}}
+
+
+def _gather_rows(places: list[int], rows: list[dict[str, Any]], count: int, world: World) -> list[dict[str, Any]]:
+    """Return every rank's rows on rank 0, by place, and none on the others; some places at a time, as texts are long.
+    Every rank must call this."""
+    found: list[dict[str, Any]] = []
+    mine = dict(zip(places, rows, strict=True))
+    for first in range(0, count, ROWS_AT_ONCE):
+        part = {place: row for place, row in mine.items() if first <= place < first + ROWS_AT_ONCE}
+        parts = world.gather(part)
+        if world.is_main:
+            found += [row for _, row in sorted(item for each in parts for item in each.items())]
+    return found
 
 
 def correct_of(scores: Scores, correct_at: float = 1.0, ranks: bool = False) -> Tensor:

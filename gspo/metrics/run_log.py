@@ -11,9 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from gspo.algorithm.pairs import chosen_rejected
 from gspo.config import Config
 from gspo.errors import UserError
 from gspo.metrics.health import HealthCheck
@@ -24,7 +21,6 @@ from gspo.metrics.tracker_process import TrackerProcess
 from gspo.metrics.trackers import MetricsFile, Samples, SamplesFile, Tracker, read_rows
 from gspo.system.console import say
 from gspo.system.torchrun import is_main
-from gspo.types import Experience
 
 
 def tensorboard(folder: Path, cfg: Config, start_step: int) -> Tracker:
@@ -200,30 +196,6 @@ class RunLog:
         if self.disk_full and not waiting:
             say(f"{self.folder}: curves and samples are written again, none is missing.")
         self.disk_full = waiting
-
-
-def sample_rows(exp: Experience, scored: Tensor, count: int) -> Samples:
-    """Return {place: prompt, responses, rewards, the widest pair} of this rank's groups among the first `count`.
-
-    scored [G, N]: the rewards as the function gave them.
-    """
-    rows = {}
-    for g, place in enumerate(exp.places):
-        if place >= count:
-            continue
-        prompt, sampled = exp.rollout.prompts[g], exp.rollout.sampled[g]
-        texts = [text for text, kept in zip(exp.rollout.texts[g], sampled.tolist(), strict=True) if kept]
-        beats = exp.groups.beats[g][sampled][:, sampled]
-        pairs = chosen_rejected(beats, exp.groups.rewards[g][sampled])
-        rows[place] = {
-            "prompt": prompt.text,
-            "ground_truth": prompt.ground_truth,
-            "responses": texts,
-            "rewards": [round(r, 6) for r in scored[g].tolist()],
-            "chosen": texts[pairs[0][0]] if pairs else None,
-            "rejected": texts[pairs[0][1]] if pairs else None,
-        }
-    return rows
 
 
 if __name__ == "__main__":

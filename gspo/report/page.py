@@ -60,7 +60,7 @@ def content_of(runs: list[RunPage], language: str | None) -> dict[str, Any]:
         "main": SEED_FIVE,
         "ranges": {name: limits for name, limits in ranges.items() if limits != (None, None)},
         "meaning": {"en": {name: GLOSSARY[name] for name in metrics if name in GLOSSARY}, "zh": chinese_glossary()},
-        "settings": differing_settings(runs),
+        "settings": differing_settings([run.settings for run in runs]),
         "runs": [
             {
                 "name": name,
@@ -79,13 +79,13 @@ def content_of(runs: list[RunPage], language: str | None) -> dict[str, Any]:
     }
 
 
-def differing_settings(runs: list[RunPage]) -> list[list[str | None]]:
-    """Return [parameter, value in each run]: those in which the runs differ. Of one run: those that it sets otherwise
-    than by default, with the default last. None: a version that had no such parameter."""
-    columns: list[dict[str, str]] = [run.settings for run in runs]
+def differing_settings(runs: list[dict[str, str]]) -> list[list[str | None]]:
+    """Return [parameter, value in each run] of the runs' settings: those in which they differ. Of one run: those that
+    it sets otherwise than by default, with the default last. None: a version that had no such parameter."""
+    columns = [*runs]
     if len(runs) == 1:
         columns.append({name: setting_text(value) for name, value in flatten(to_dict(Config())).items()})
-    names = dict.fromkeys(name for run in runs for name in run.settings)
+    names = dict.fromkeys(name for settings in runs for name in settings)
     rows = [[name, *(column.get(name) for column in columns)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1 and row[0] not in ("trainer.run_name", "trainer.output_dir")]
 

@@ -43,17 +43,11 @@ class RunPage:
 
 def read_run(folder: Path) -> RunPage:
     """Read a run's folder. UserError where it holds no steps, is damaged, or was not written by this program."""
-    if not (folder / "metrics.jsonl").is_file():
-        inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
-        cure = f"Name one of the runs in it: {', '.join(inside[:5])}." if inside else "Name a run, as outputs/quick."
-        raise UserError(f"{folder} is not a run's folder: there is no metrics.jsonl in it. {cure}")
     notes: list[str] = []
-    rows = read_lines(folder / "metrics.jsonl", _is_step, notes)
-    if not rows:
-        raise UserError(f"{folder} holds no steps yet (metrics.jsonl is empty). Wait for its first step.")
-    settings, health, right_at = _read_settings(folder / "config.yaml")
+    rows = read_steps(folder, notes)
+    settings, health, right_at = read_settings(folder / "config.yaml")
     last_step = rows[-1]["step"]
-    prompts, samples = compact(read_lines(folder / "samples.jsonl", _is_group, notes))
+    prompts, samples = compact(read_lines(folder / "samples.jsonl", is_group, notes))
     return RunPage(
         name=shown(folder.name),
         folder=shown(str(folder)),
@@ -70,6 +64,18 @@ def read_run(folder: Path) -> RunPage:
     )
 
 
+def read_steps(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, at least one. UserError where the folder holds none."""
+    if not (folder / "metrics.jsonl").is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
+        cure = f"Name one of the runs in it: {', '.join(inside[:5])}." if inside else "Name a run, as outputs/quick."
+        raise UserError(f"{folder} is not a run's folder: there is no metrics.jsonl in it. {cure}")
+    rows = read_lines(folder / "metrics.jsonl", is_step, notes)
+    if not rows:
+        raise UserError(f"{folder} holds no steps yet (metrics.jsonl is empty). Wait for its first step.")
+    return rows
+
+
 def shown(text: str) -> str:
     """Return a text with control characters, and halves of characters, written out."""
     return printable(text.encode("utf-8", "backslashreplace").decode("utf-8")) if _ODD.search(text) else text
@@ -80,9 +86,12 @@ def read_lines(path: Path, is_ours: Callable[[Any], bool], notes: list[str]) -> 
 
     A last line without its end is of a run that is writing it, or was ended there: it is left out, and noted.
     """
-    if not path.exists():
+    if not path.is_file():  # a pipe would be waited for
         return []
-    *lines, unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        *lines, unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}.") from e
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -104,22 +113,27 @@ def read_lines(path: Path, is_ours: Callable[[Any], bool], notes: list[str]) -> 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a value of a JSON file is a number that a float can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
-def _is_step(row: Any) -> bool:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+def is_step(row: Any) -> bool:
     """Return whether an object is a line of metrics.jsonl."""
     return (
         isinstance(row, dict)
-        and isinstance(row.get("step"), int)
+        and _is_count(row.get("step"))
         and "round" in row
         and all(_is_number(value) for value in row.values())
     )
 
 
-def _is_group(row: Any) -> bool:
+def is_group(row: Any) -> bool:
     """Return whether an object is a line of samples.jsonl."""
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not isinstance(row.get("prompt"), str):
+    if not isinstance(row, dict) or not _is_count(row.get("step")) or not isinstance(row.get("prompt"), str):
         return False
     texts, rewards = row.get("responses"), row.get("rewards")
     return (
@@ -131,11 +145,14 @@ def _is_group(row: Any) -> bool:
     )
 
 
-def _read_settings(path: Path) -> tuple[dict[str, str], Health, float]:
+def read_settings(path: Path) -> tuple[dict[str, str], Health, float]:
     """Return config.yaml's parameters as texts, its limits of health (by their defaults where it lacks some), and the
     reward from which on a response is right: reward.correct_at, else the top of reward.range, else 1."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise yaml.YAMLError("aliases, which a run never writes, can stand for texts of any size")
+        tree = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         why = e.strerror if isinstance(e, OSError) else "it is no YAML"
         raise UserError(f"{path} cannot be read: {why}. A run writes it when it starts; put it back.") from e

@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from gspo.system.output import printable_json
 
 PART = ".part"  # ends the name of what is not finished; a run removes such leftovers when it starts
 
@@ -94,6 +96,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON Lines file, whole or not at all, without control characters."""
+    with replacing(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as out:
+        for row in rows:
+            out.write(printable_json(json.dumps(row, ensure_ascii=False, default=str)) + "\n")
 
 
 def point_link(link: Path, target: Path) -> None:

@@ -23,8 +23,8 @@ def run(tmp_path, tokenizer):
     run = a_run(tmp_path, tokenizer)
     run.save(6)
     (run.folder / "metrics.jsonl").write_text('{"step": 6}\n')
-    write_evaluation(run.folder, "eval_before", 0, SETTINGS, REPORT)
-    write_evaluation(run.folder, "eval_after", 6, SETTINGS, REPORT)
+    write_evaluation(run.folder, "eval_before", 0, SETTINGS, REPORT, [])
+    write_evaluation(run.folder, "eval_after", 6, SETTINGS, REPORT, [])
     return run
 
 
@@ -51,7 +51,7 @@ def test_an_attempt_that_reached_no_step_leaves_nothing_to_the_next(run):
     for name in ("metrics.jsonl", "eval_after.json"):
         remove(run.folder / name)
     again(run)
-    assert not (run.folder / "eval_before.json").exists()
+    assert not list(run.folder.glob("eval_before*"))
 
 
 def test_settings_that_a_cut_config_no_longer_names_are_compared_by_their_defaults(run):
@@ -78,7 +78,7 @@ def test_an_evaluation_of_another_step_or_other_settings_is_done_again(run, chan
 def test_evaluations_of_other_settings_are_not_put_side_by_side(run):
     newest = run.folder / "checkpoints" / "step_000006"
     assert "before" in final_words(run.folder, newest).splitlines()[2]
-    write_evaluation(run.folder, "eval_after", 6, settings_of(4, ROWS, SOURCE), {**REPORT, "samples": 4})
+    write_evaluation(run.folder, "eval_after", 6, settings_of(4, ROWS, SOURCE), {**REPORT, "samples": 4}, [])
     words = final_words(run.folder, newest)
     assert "4 samples each" in words and words.splitlines()[2].split() == ["after"]
     assert "eval_before.json is not shown: before and after are of different numbers of samples (eval.n)." in words

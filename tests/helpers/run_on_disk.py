@@ -19,7 +19,7 @@ def write_run(folder, steps=6, rounds=2, samples=None, settings=(), accuracy=0.5
     for name, step, value in (("eval_before", 0, accuracy / 2), ("eval_after", steps, accuracy)):
         part = {"prompts": 4, "samples": 2, "greedy": value, "interval": {"greedy": [value - 0.1, value + 0.1]}}
         settings_of = {"rows": "r", "n": 2, "reward_function": "f"}
-        write_evaluation(folder, name, step, settings_of, part | {"by_data_source": {"x": part}})
+        write_evaluation(folder, name, step, settings_of, part | {"by_data_source": {"x": part}}, [])
     return folder
 
 

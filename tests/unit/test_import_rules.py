@@ -60,6 +60,7 @@ STAGES = {
     "objective": ["gspo.algorithm.objective"],
     "update": ["gspo.algorithm.update"],
     "log": [
+        "gspo.metrics.group_rows",
         "gspo.metrics.step_metrics",
         "gspo.metrics.run_log",
         "gspo.metrics.trackers",

@@ -193,8 +193,7 @@ def test_the_last_words_hold_both_evaluations_and_where_things_are(tmp_path):
     header, row = words.splitlines()[2:4]
     assert header.split() == ["before", "after"]
     assert row.split() == ["pass@1", "0.250", "[0.125,", "0.375]", "0.750", "[0.625,", "0.875]"]
-    for path in ("tensorboard", "checkpoints/step_000150", "samples.jsonl"):
-        assert str(tmp_path / path) in words
+    assert str(tmp_path / "checkpoints/step_000150") in words and f"-m gspo.samples {tmp_path}" in words
 
 
 @pytest.mark.parametrize("name", ["有 空格", "it's", "$HOME", "a;b", "plain"])
@@ -202,7 +201,7 @@ def test_the_commands_to_type_next_can_be_pasted(tmp_path, name):
     folder = tmp_path / name
     words = final_words(folder, folder / "checkpoints" / "step_000001").splitlines()
     commands = {line.split()[0]: shlex.split(line)[1:] for line in words if line.startswith(("  curves", "  evaluate"))}
-    assert commands["curves"][-2:] == ["--logdir", str(folder / "tensorboard")]
+    assert commands["curves"][-2:] == ["--logdir", str(folder.parent)], "there the curves have the run's name"
     assert commands["evaluate"][-1] == str(folder / "checkpoints" / "step_000001")
 
 

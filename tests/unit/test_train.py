@@ -113,13 +113,19 @@ def test_a_checkpoint_of_another_model_is_refused(uninterrupted, run_program, tm
 def test_evaluation_of_a_checkpoint_repeats_the_runs_table(uninterrupted, run_program, tmp_path):
     folder, _ = uninterrupted
     done = run_program("eval.py", folder.parent / "checkpoints", "--json", tmp_path / "e.json", "--compare",
-                       folder / "checkpoints" / "step_000006")  # fmt: skip
+                       folder / "checkpoints" / "step_000006", "--answers", tmp_path / "a.jsonl")  # fmt: skip
     assert done.returncode == 0, done.stderr
     mine, after = json.loads((tmp_path / "e.json").read_text()), json.loads((folder / "eval_after.json").read_text())
     assert {k: mine[k] for k in ("greedy", "pass@1", "reward_mean")} == {
         k: after[k] for k in ("greedy", "pass@1", "reward_mean")
     }
     assert mine["compare"]["win_rate"] == 0.5
+    answers, of_run = rows(tmp_path / "a.jsonl"), rows(folder / "eval_after_answers.jsonl")
+    assert [{"step": 6, **row} for row in answers] == of_run, "kept beside the report"
+    assert [sum(row["correct"]) for row in of_run] == after["correct_counts"]
+    assert sum(row["greedy"]["correct"][0] for row in of_run) / len(of_run) == after["greedy"]
+    assert of_run[0]["model_input"].startswith("<|user|>") and len(of_run[0]["lengths"]) == 2
+    assert rows(folder / "eval_before_answers.jsonl")[0]["step"] == 0
 
 
 REWARDS = torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.4], [0.9, 1, 1], [0.9, 1.0, 0.7], [0, 0, 1]])

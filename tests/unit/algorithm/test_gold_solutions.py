@@ -12,7 +12,7 @@ from gspo.algorithm.self_play_models import SelfPlayModels
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.distributed.world import World
 from gspo.errors import UserError
-from gspo.metrics.run_log import sample_rows
+from gspo.metrics.group_rows import sample_rows
 from gspo.metrics.step_metrics import Meter, observe
 from gspo.models.loading import load_tokenizer
 from gspo.packing.logprobs import response_logprobs
@@ -89,7 +89,8 @@ def test_metrics_and_samples_show_the_sampled_responses_only(setting):
         Meter.merge([observe(e, scores, u, cfg.objective).state()]) for e, u in ((exp, update), (alone, short))
     )
     assert shown == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-    assert sample_rows(exp, scores.rewards, 2) == sample_rows(alone, scores.rewards, 2)
+    shown, wanted = (sample_rows(e, scores, 2, load_tokenizer(None)) for e in (exp, alone))
+    assert shown == wanted and len(shown[0]["lengths"]) == 3
 
 
 @pytest.mark.parametrize(

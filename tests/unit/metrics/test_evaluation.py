@@ -139,6 +139,18 @@ def test_answers_end_to_end_with_acc_pred_and_a_fault(tokenizer, embedded_model,
     assert got.correct.tolist() == [[True, True], [False, False], [False, False]]
     assert got.greedy.tolist() == [True, False, False] and got.final[:2] == [["p1", "p1"], ["p2", "p2"]]
     assert got.faults == 3 and report(got)["reward_faults"] == 3
+    row = got.rows[0]
+    assert (row["model_input"], row["ground_truth"], row["rewards"]) == ("x + 1 = 2", "1", [0.5, 0.5])
+    assert (row["predictions"], row["correct"], row["reward_parts"]) == (
+        ["p1", "p1"],
+        [True, True],
+        {"acc": [1.0, 1.0]},
+    )
+    assert all(1 <= n <= 4 for n in row["lengths"]) and set(row["finish_reasons"]) <= {"stop", "length"}
+    assert (row["greedy"]["correct"], row["greedy"]["predictions"]) == ([True], ["p1"]) and "prompt" not in row[
+        "greedy"
+    ]
+    assert [row["ground_truth"] for row in got.rows] == ["1", "2", "3"] and got.rows[2]["correct"] == [False, False]
 
 
 def test_report_by_data_source_is_the_summary_of_its_rows():

@@ -10,12 +10,16 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from gspo.algorithm.pairs import preferences
 from gspo.config import Config, Health
-from gspo.metrics.run_log import GLOSSARY, SEED_FIVE, RunLog, sample_rows
+from gspo.metrics.group_rows import sample_rows
+from gspo.metrics.run_log import GLOSSARY, SEED_FIVE, RunLog
 from gspo.metrics.trackers import drop_steps_after
-from gspo.types import Experience, Groups, Prompt, Rollout
+from gspo.models.loading import load_tokenizer
+from gspo.types import Experience, Groups, Prompt, Rollout, Scores
 
 DERIVED = {"response/length_ratio", "entropy_ratio", "winner_logprob_drop", "heldout/diverging"}  # by health.py
 REWARDS = [[0.1, 1.0, 0.0, 0.5], [0.1, 0.0, 0.1, 0.0]]
+TOKENIZER = load_tokenizer(None)
+IDS = tuple(TOKENIZER("<|user|>x + 1 = 2<|assistant|>")["input_ids"])
 TEXTS = [["five", "seven", "who knows", "6 + 1 = 8, seven"], ["a", "b", "c", "d"]]
 
 
@@ -28,7 +32,7 @@ def metrics(step, **changed):
 def an_experience(rewards=REWARDS, texts=TEXTS, margin=0.1):
     rewards = torch.tensor(rewards)
     zeros = torch.zeros(*rewards.shape, 1)
-    prompts = [Prompt(g, (1,), f"问题 {g}?", "7", "math") for g in range(len(rewards))]
+    prompts = [Prompt(g, IDS, f"问题 {g}?", "7", "math") for g in range(len(rewards))]
     rollout = Rollout(prompts, zeros.long(), rewards.long() + 1, zeros, zeros, rewards >= 0, texts)
     beats = preferences(rewards, margin)
     groups = Groups(zeros, rewards, beats, beats.long(), rollout.lengths)
@@ -37,7 +41,7 @@ def an_experience(rewards=REWARDS, texts=TEXTS, margin=0.1):
 
 def rows_of(experience, count):
     """Scored as what is learned from."""
-    return sample_rows(experience, experience.groups.rewards, count)
+    return sample_rows(experience, Scores(experience.groups.rewards), count, TOKENIZER)
 
 
 def track(folder, steps, start=0, **changed):
@@ -87,7 +91,7 @@ def test_the_seeds_five_tags():
     assert set(SEED_FIVE) <= set(GLOSSARY)
 
 
-def test_a_page_shows_the_five_with_their_healthy_ranges(tmp_path):
+def test_a_page_shows_what_to_watch_with_healthy_limits(tmp_path):
     track(tmp_path, [1, 2])
     events = board(tmp_path)
     (event,) = events.Tensors("custom_scalars__config__")
@@ -97,11 +101,14 @@ def test_a_page_shows_the_five_with_their_healthy_ranges(tmp_path):
         "reward_mean": ["reward_mean"],
         "reward_max": ["reward_max"],
         "preference_accuracy": ["preference_accuracy", "healthy/preference_accuracy_min"],
-        "kl_divergence": ["kl_divergence", "healthy/kl_divergence_min", "healthy/kl_divergence_max"],
+        "kl_divergence": ["kl_divergence", "healthy/kl_divergence_min"],
         "ranking_loss": ["ranking_loss"],
+        "heldout/accuracy": ["heldout/accuracy"],
+        "response/length_mean": ["response/length_mean"],
+        "response/cutoff": ["response/cutoff"],
     }
     assert {tag for tags in shown.values() for tag in tags} <= set(events.Tags()["scalars"])
-    for bound, value in {"preference_accuracy_min": 0.6, "kl_divergence_min": 0.001, "kl_divergence_max": 0.1}.items():
+    for bound, value in {"preference_accuracy_min": 0.6, "kl_divergence_min": 0.001}.items():
         assert curve(events, f"healthy/{bound}") == [(1, pytest.approx(value)), (2, pytest.approx(value))]
 
 
@@ -198,9 +205,14 @@ def test_samples_name_the_widest_pair_and_agree_with_the_rewards(tmp_path):
     assert first == {
         "step": 3,
         "prompt": "问题 0?",
+        "model_input": "<|user|>x + 1 = 2<|assistant|>",
+        "data_source": "math",
         "ground_truth": "7",
         "responses": TEXTS[0],
         "rewards": REWARDS[0],
+        "lengths": [1, 2, 1, 1],
+        "finish_reasons": ["stop"] * 4,
+        "reward_parts": {},
         "chosen": "seven",
         "rejected": "who knows",
     }
