@@ -4,10 +4,12 @@
     python eval.py Qwen/Qwen2.5-0.5B-Instruct --data data/gsm8k/train_test.json --max_new_tokens 256
 
 Prints greedy accuracy, unbiased pass@k, maj@k and the mean reward with 95 % intervals, by data source where there are
-several. For a checkpoint of a run, data, reward function and sampling are the run's unless given here.
+several. For a checkpoint of a run, data, reward function, system prompt and sampling are the run's unless given here,
+as flags or as settings: data.system_prompt="Be brief." rollout.top_p=0.9 ... (python -m gspo.parameters).
 """
 
 import argparse
+import re
 from pathlib import Path
 from shlex import quote
 
@@ -19,8 +21,8 @@ import torch
 from gspo.algorithm.self_play_models import win_rate
 from gspo.checkpoint import fingerprints
 from gspo.checkpoint.adapter_checkpoints import base_of, load_policy
-from gspo.checkpoint.find_runs import checkpoint_of
-from gspo.config import Config, known_keys
+from gspo.checkpoint.find_runs import checkpoint_of, config_of
+from gspo.config import Config
 from gspo.data.prompts import load_splits
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
@@ -28,7 +30,8 @@ from gspo.launch_checks import say_inputs
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, allow_tf32, choose_precision
-from gspo.read_config import load_config, set_value
+from gspo.program_settings import SAMPLING, parse_with_settings
+from gspo.read_config import keys_of, load_config, set_value
 from gspo.read_paths import check_path
 from gspo.reward import reward_func
 from gspo.reward.gold_check import find_correct_at
@@ -36,8 +39,23 @@ from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
 from gspo.system.console import say
-from gspo.system.files import write_json
+from gspo.system.files import write_json, write_json_lines
 from gspo.system.program import guarded
+
+FLAGS = {  # flag -> the parameter that it sets
+    "n": "eval.n",
+    "limit": "eval.prompts",
+    "temperature": "rollout.temperature",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "reward_func": "reward.path",
+    "precision": "model.precision",
+    "seed": "trainer.seed",
+    "data": "data.test_files",
+}
+SETTINGS = re.compile(  # what an evaluation reads
+    rf"(data\.(?!train_|val_|shuffle|spaced)|reward\.).*|{SAMPLING}|eval\.(n|prompts)|model\.(precision|tf32)"
+    r"|trainer\.seed|objective\.margin"
+)
 
 
 def options() -> argparse.Namespace:
@@ -53,48 +71,34 @@ def options() -> argparse.Namespace:
     parser.add_argument("--precision", help="auto, fp32 or bf16")
     parser.add_argument("--seed", type=int, help="of sampling")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there as well")
-    args, unknown = parser.parse_known_args()
-    for text in [args.model or "", *(args.data or []), *unknown]:
-        key, equals, value = text.partition("=")
-        if equals and key in known_keys() and not Path(text).exists():
-            name = key.rpartition(".")[2]
-            cure = f"write --{name} {quote(value)}" if name in vars(args) else "`eval.py --help` lists them"
-            raise UserError(f"{text}: eval.py takes flags, no section.key=value; {cure}.")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return args
+    parser.add_argument("--answers", metavar="FILE", type=Path, help="write prompts, answers and rewards there (JSONL)")
+    return parse_with_settings(parser, SETTINGS, "an evaluation")
 
 
 def configure(args: argparse.Namespace, model: Path | None) -> Config:
     """Return the configuration: the run's where the model is a run's checkpoint, changed by the command line."""
-    run_config = model.resolve().parent.parent / "config.yaml" if model else None
-    from_run = run_config is not None and run_config.exists()
-    cfg = load_config(run_config if from_run else None)
-    if not from_run and not args.data:
+    run_config = config_of(model) if model else None
+    from_run = run_config is not None
+    cfg, given = load_config(run_config if from_run else None, args.settings, note=say), keys_of(args.settings)
+    has_data = bool(args.data) or "data.test_files" in given
+    if not from_run and not has_data and "rollout.max_new_tokens" not in given:
         cfg.rollout.max_new_tokens = 64  # the embedded task
-    given = {
-        "eval.n": args.n,
-        "eval.prompts": args.limit,
-        "rollout.temperature": args.temperature,
-        "rollout.max_new_tokens": args.max_new_tokens,
-        "reward.path": args.reward_func,
-        "model.precision": args.precision,
-        "trainer.seed": args.seed,
-        "data.test_files": args.data,
-    }
-    if from_run and not args.reward_func:
+    if from_run and not args.reward_func and "reward.path" not in given:
         _refuse_code_of_the_run(run_config.parent, cfg.reward.path)
-    for key, value in given.items():
+    for flag, key in FLAGS.items():
+        value = getattr(args, flag)
+        if value is not None and key in given:
+            raise UserError(f"--{flag} and {key} are the same; leave one of the two out.")
         if value is not None:
             set_value(cfg, key, value, "command line")
-    if not from_run and model and not args.data:
+    if not from_run and model and not has_data:
         raise UserError(
             f"{model} is no checkpoint of a run, so it is not known what to evaluate it on: give --data FILE; "
             "--data embedded takes the embedded equations."
         )
     if from_run:
         _say_other_reward(run_config.parent, cfg.reward.path)
-    if args.data:
+    if has_data:
         cfg.data.train_files = cfg.data.val_files = cfg.data.test_files
     cfg.eval.round_prompts = 0
     return cfg
@@ -163,13 +167,15 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
             raise UserError(f"{what} is empty (a variable of the shell that is not set?). Give one, or leave it out.")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: it must be at least 1. Leave it out to evaluate on every prompt.")
-    for place, text in {"MODEL": args.model, "--compare": args.compare, "--json": args.json}.items():
-        check_path(str(text or ""), place, written=place == "--json")
+    written = {"--json": args.json, "--answers": args.answers}
+    for place, text in {"MODEL": args.model, "--compare": args.compare, **written}.items():
+        check_path(str(text or ""), place, written=place in written)
     name, other = (checkpoint_of(text) if text else None for text in (args.model, args.compare))
-    if args.json and not args.json.expanduser().parent.is_dir():
-        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist.")
-    if args.json and args.json.expanduser().is_dir():
-        raise UserError(f"--json {args.json} is a folder; name a file.")
+    for flag, file in written.items():
+        if file and not file.expanduser().parent.is_dir():
+            raise UserError(f"{flag} {file}: the folder {file.parent} does not exist.")
+        if file and file.expanduser().is_dir():
+            raise UserError(f"{flag} {file} is a folder; name a file.")
     for place, model in {"MODEL": name, "--compare": other}.items():  # both before anything is sampled
         if model:
             check_model(model, place)
@@ -189,6 +195,9 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
         say(table({"this": result, "other": result["compare"]}))
     if args.json and world.is_main:
         write_json(args.json.expanduser(), {"model": str(name or "embedded"), **result})
+    if args.answers and world.is_main:
+        write_json_lines(args.answers.expanduser(), mine.rows)
+        say(f"{args.answers}: the answers to {len(mine.rows)} prompts (python -m gspo.samples shows them)")
 
 
 def main() -> None:

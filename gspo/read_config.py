@@ -335,6 +335,16 @@ def _typed(item: str) -> tuple[str, Any]:
         return key, text
 
 
+def keys_of(settings: list[str]) -> set[str]:
+    """Return the parameters that texts `section.name=value` set, by our names. Raise UserError."""
+    found: set[str] = set()
+    for item in settings:
+        typed, value = _typed(item)
+        set_here = ours(typed, value, "command line", Foreign())
+        found |= {find_parameter(key, "command line")[0] for key, _ in set_here} or {typed}
+    return found
+
+
 def load_config(
     path: str | Path | None = None,
     overrides: list[str] | tuple[str, ...] = (),

@@ -9,11 +9,16 @@ messages; `embedded`, `embedded@val` and `embedded@test` are the embedded equati
 --score writes rows to learn from instead: `responses`, their `rewards` by the reward function, and `finish_reasons`
 (rollout.source=rows). --pairs writes `chosen` and `rejected`, the best and the worst response of each prompt whose
 rewards differ by more than --margin (objective.algorithm=dpo).
+
+Settings may be given as well: data.system_prompt="Be brief." data.chat_template_kwargs.enable_thinking=false
+reward.reward_kwargs.k=3 (python -m gspo.parameters). A checkpoint of a run is given its run's system prompt and
+template arguments unless they are set here.
 """
 
 import argparse
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,11 +28,11 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import nn
 
-from gspo import config
 from gspo.algorithm.pairs import TOLERANCE
 from gspo.checkpoint.adapter_checkpoints import base_of, load_policy
-from gspo.checkpoint.find_runs import checkpoint_of
-from gspo.data.encoding import Encoder
+from gspo.checkpoint.find_runs import checkpoint_of, config_of
+from gspo.config import Config
+from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.messages import Messages, question_of, read_messages, read_tools
 from gspo.data.prompts import EMBEDDED, EMBEDDED_FILE
 from gspo.data.schemas import parse_row
@@ -36,6 +41,8 @@ from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.models.precision import DTYPES, choose_precision
+from gspo.program_settings import SAMPLING, parse_with_settings
+from gspo.read_config import keys_of, load_config
 from gspo.read_paths import check_path
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
@@ -48,6 +55,19 @@ from gspo.types import Prompt, Rollout
 
 Rows = Iterator[dict[str, Any]]
 ROWS_AT_ONCE = 1024  # rows that are sampled, and then written, together
+SETTINGS = re.compile(  # what the command reads
+    rf"data\.(system_prompt|chat_template_kwargs)|reward\..*|{SAMPLING}|eval\.n|model\.precision|trainer\.seed"
+    r"|objective\.margin"
+)
+FLAGS = {  # flag -> the parameter that it stands for
+    "n": "eval.n",
+    **{name: f"rollout.{name}" for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop")},
+    **{name: f"rollout.{name}" for name in ("skip_special_tokens", "kv_memory_gib")},
+    "precision": "model.precision",
+    "seed": "trainer.seed",
+    "margin": "objective.margin",
+    "reward_func": "reward.path",
+}
 
 
 @dataclass(frozen=True)
@@ -73,44 +93,54 @@ def sample(
     max_slots: int | Literal["auto"] = "auto",
     kv_memory_gib: float | Literal["auto"] = "auto",
     skip_special_tokens: bool = False,
+    system_prompt: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     on_group: Callable[[int, list[str]], None] | None = None,
 ) -> list[list[Answer]]:
     """Return n responses to each prompt, which is a text or a list of {role, content} messages.
 
     `model` is a folder or a hub name (None: the embedded model), or a loaded model, together with its `tokenizer`. The
-    tokenizer's chat template is applied where it has one. A response depends on the seed, its prompt's place in the
-    list and its own number, and on nothing else that is sampled. `skip_special_tokens` leaves tags that are special
+    tokenizer's chat template is applied where it has one, with `chat_template_kwargs`; `system_prompt` stands before
+    prompts that have none. A response depends on the seed, its prompt's place in the list and its own
+    number, and on nothing else that is sampled. `skip_special_tokens` leaves tags that are special
     tokens, such as <think>, out of the texts. `on_group(place, texts)` is called as soon as a
     prompt's last response has ended. Raise UserError.
     """
     _check_number(n)
-    sampler, encoder = _open(model, tokenizer, device, precision, max_slots, kv_memory_gib, seed, skip_special_tokens)
+    cfg = Config()
+    cfg.data.system_prompt, cfg.data.chat_template_kwargs = system_prompt, chat_template_kwargs or {}
+    cfg.model.precision, cfg.trainer.seed, cfg.rollout.max_slots = precision, seed, max_slots
+    cfg.rollout.kv_memory_gib, cfg.rollout.skip_special_tokens = kv_memory_gib, skip_special_tokens
+    sampler, encoder = _open(model, tokenizer, device, cfg)
     rows = [_prompt(encoder, i, prompt, f"prompt {i + 1}") for i, prompt in enumerate(prompts)]
     notify = None if on_group is None else lambda place, prompt, texts, reasons: on_group(place, texts)
     return _answers(sampler.generate(rows, n, sampling or Sampling(), purpose=EVAL, on_group=notify))
 
 
-def _open(
-    model: str | nn.Module | None,
-    tokenizer: Any,
-    device: str | None,
-    precision: str,
-    max_slots: int | Literal["auto"],
-    kv_memory_gib: float | Literal["auto"],
-    seed: int,
-    skip_special_tokens: bool,
-) -> tuple[Sampler, Encoder]:
+def _open(model: str | nn.Module | None, tokenizer: Any, device: str | None, cfg: Config) -> tuple[Sampler, Encoder]:
     """Open the model and its tokenizer. Raise UserError."""
     on = torch.device(device) if device else choose_device()
     if not isinstance(model, nn.Module):
         config, tokenizer = load_model_config(base_of(model)), tokenizer or load_tokenizer(model)
-        chosen, _ = choose_precision(precision, on, config)
+        chosen, _ = choose_precision(cfg.model.precision, on, config)
         model = load_policy(model, DTYPES[chosen]).to(on)
     elif tokenizer is None:
         raise UserError("sample() was given a loaded model without its tokenizer: pass tokenizer=...")
-    encoder = Encoder(tokenizer, vocab_size=model.config.get_text_config().vocab_size)
-    options = {"max_slots": max_slots, "kv_memory_gib": kv_memory_gib, "seed": seed}
-    return Sampler(model, tokenizer, on, **options, skip_special_tokens=skip_special_tokens), encoder
+    data, rollout = cfg.data, cfg.rollout
+    check_template_kwargs(tokenizer, data.chat_template_kwargs)
+    vocab_size = model.config.get_text_config().vocab_size
+    encoder = Encoder(tokenizer, data.system_prompt, data.chat_template_kwargs, vocab_size)
+    sampler = Sampler(
+        model,
+        tokenizer,
+        on,
+        engine=rollout.engine,
+        max_slots=rollout.max_slots,
+        kv_memory_gib=rollout.kv_memory_gib,
+        seed=cfg.trainer.seed,
+        skip_special_tokens=rollout.skip_special_tokens,
+    )
+    return sampler, encoder
 
 
 def _check_number(n: int) -> None:
@@ -199,16 +229,20 @@ def with_pair(row: dict[str, Any], texts: list[str], rewards: list[float], margi
     return {**row, "chosen": texts[rewards.index(best)], "rejected": texts[rewards.index(worst)]}
 
 
-def _written_rows(rows: list[dict[str, Any]], rollout: Rollout, scorer: Scorer | None, a: argparse.Namespace) -> Rows:
-    """Yield what is written for each row: its answers, its scored responses, or its pair if it has one."""
+def _written_rows(
+    rows: list[dict[str, Any]], rollout: Rollout, scorer: Scorer | None, margin: float | None, tokenizer: Any
+) -> Rows:
+    """Yield what is written for each row: its answers and the prompt as the model was given it, its scored responses,
+    or, with a margin, its pair if it has one."""
     if scorer is None:
-        for row, group in zip(rows, _answers(rollout), strict=True):
-            yield {**row, "answers": [asdict(answer) for answer in group]}
+        for row, prompt, group in zip(rows, rollout.prompts, _answers(rollout), strict=True):
+            given = tokenizer.decode(list(prompt.ids), clean_up_tokenization_spaces=False)
+            yield {**row, "model_input": given, "answers": [asdict(answer) for answer in group]}
         return
     rewards = scorer(rollout).rewards.double().tolist()
     for row, texts, scores, reasons in zip(rows, rollout.texts, rewards, rollout.finish_reasons, strict=True):
         scores = [round(reward, 6) for reward in scores]
-        found = with_pair(row, texts, scores, a.margin) if a.pairs else with_responses(row, texts, scores, reasons)
+        found = with_responses(row, texts, scores, reasons) if margin is None else with_pair(row, texts, scores, margin)
         if found is not None:
             yield found
 
@@ -221,52 +255,81 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", help="checkpoint, run, HF folder or name; embedded: the embedded model")
     parser.add_argument("prompts", help="file of rows, or a data set owner/name[:config][@split]")
     parser.add_argument("answers", type=Path, help="JSONL file to write")
-    parser.add_argument("--n", type=int, default=8, help="responses per prompt (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.9, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--top_k", type=int, default=0)
-    parser.add_argument("--min_p", type=float, default=0.0)
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest response (default: %(default)s)")
-    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="stop strings: they end a response")
+    parser.add_argument("--n", type=int, help="responses per prompt (default: 8)")
+    parser.add_argument("--temperature", type=float, help="0: the likeliest token (default: 0.9)")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--min_p", type=float)
+    parser.add_argument("--max_new_tokens", type=int, help="longest response (default: 512)")
+    parser.add_argument("--stop", nargs="+", metavar="TEXT", help="stop strings: they end a response")
     parser.add_argument(
-        "--skip_special_tokens", action="store_true", help="leave tags such as <think> out of the texts"
+        "--skip_special_tokens", action="store_true", default=None, help="leave tags such as <think> out of the texts"
     )
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--kv_memory_gib", type=float, help="memory of the KV cache (default: half of the free)")
     parser.add_argument("--score", action="store_true", help="write responses with their rewards, to learn from")
     parser.add_argument("--pairs", action="store_true", help="write the best and the worst response of each prompt")
-    parser.add_argument("--margin", type=float, default=0.1, help="rewards that differ by less are no pair")
+    parser.add_argument("--margin", type=float, help="rewards that differ by less are no pair (default: 0.1)")
     parser.add_argument("--reward_func", metavar="PATH", help="Python file with compute_score (default: ours)")
-    return parser.parse_args()
+    return parse_with_settings(parser, SETTINGS, "sampling")
+
+
+def _take_prompt_format(cfg: Config, run: Path, given: set[str]) -> None:
+    """Set the system prompt and template arguments of the run with this config.yaml, but what was given."""
+    try:
+        stored = load_config(run)
+    except UserError as e:  # of another version: its weights can be sampled from all the same
+        return say(f"note: the run's system prompt and template arguments are not known: {e}")
+    for name in ("system_prompt", "chat_template_kwargs"):
+        value = getattr(stored.data, name)
+        if value and f"data.{name}" not in given:
+            setattr(cfg.data, name, value)
+            say(f"data.{name} is the run's: {value!r:.200}")
+
+
+def _configure(a: argparse.Namespace, model: str | None) -> Config:
+    """Return the configuration: the defaults, a run's prompt format where the model is its checkpoint, the settings and
+    the flags. UserError where a flag and a setting say the same thing."""
+    cfg, given = load_config(None, a.settings, note=say), keys_of(a.settings)
+    if model and (run := config_of(model)):
+        _take_prompt_format(cfg, run, given)
+    for flag, key in FLAGS.items():
+        if (value := getattr(a, flag)) is None:
+            continue
+        if key in given:
+            raise UserError(f"--{flag} and {key} are the same; leave one of the two out.")
+        section, name = key.split(".")
+        setattr(getattr(cfg, section), name, value)  # a temperature of 0, which no run can have, is one of these
+    return cfg
 
 
 def main() -> None:
     a = _arguments()
-    _check_number(a.n)
     if not a.model.strip():
         raise UserError(
             "MODEL is an empty text (a variable of the shell that is not set?). Give a model; the word `embedded` "
             "means the embedded one."
         )
     check_path(a.model, "MODEL")
-    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.max_new_tokens, tuple(a.stop))
-    source, scores = open_prompts(a.prompts), a.score or a.pairs
-    scorer, written = Scorer(config.Reward(path=a.reward_func)) if scores else None, 0
+    model = None if a.model == EMBEDDED and not Path(EMBEDDED).exists() else checkpoint_of(a.model)
+    cfg, scores, written = _configure(a, model), a.score or a.pairs, 0
+    _check_number(cfg.eval.n)
+    sampling, source = Sampling.of(cfg.rollout), open_prompts(a.prompts)
+    scorer = Scorer(cfg.reward) if scores else None
     with _open_answers(a.answers, a.prompts) as out:
-        model = None if a.model == EMBEDDED and not Path(EMBEDDED).exists() else checkpoint_of(a.model)
-        memory, skips = a.kv_memory_gib or "auto", a.skip_special_tokens
-        sampler, encoder = _open(model, None, None, a.precision, "auto", memory, a.seed, skips)
+        sampler, encoder = _open(model, None, None, cfg)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [_row(source, i) for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
             read = _scored_prompt if scores else _prompt_of_row
             prompts = [read(encoder, at + k, row, source.place(at + k)) for k, row in enumerate(rows)]
-            rollout = sampler.generate(prompts, a.n, sampling, purpose=EVAL)
-            for row in _written_rows(rows, rollout, scorer, a):
+            rollout = sampler.generate(prompts, cfg.eval.n, sampling, purpose=EVAL)
+            margin = cfg.objective.margin if a.pairs else None
+            for row in _written_rows(rows, rollout, scorer, margin, sampler.tokenizer):
                 out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 written += 1
     without = f"; {len(source) - written:,} have no pair and are left out" if a.pairs else ""
-    say(f"{a.answers}: {len(source):,} prompts, {a.n} responses each{without}")
+    say(f"{a.answers}: {len(source):,} prompts, {cfg.eval.n} responses each{without}")
 
 
 if __name__ == "__main__":

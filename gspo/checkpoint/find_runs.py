@@ -88,6 +88,12 @@ def run_folder_of(name: str | Path) -> Path:
     return run if folder.is_absolute() else Path(os.path.relpath(run))
 
 
+def config_of(checkpoint: str | Path) -> Path | None:
+    """Return config.yaml of the run that a checkpoint belongs to; None where it belongs to none."""
+    file = Path(checkpoint).resolve().parent.parent / "config.yaml"
+    return file if file.is_file() else None
+
+
 def runs_in(folder: Path) -> list[Path]:
     """Return the runs that lie in a folder, by name."""
     return sorted(path.parent for path in folder.glob("*/config.yaml") if _is_run(path.parent))

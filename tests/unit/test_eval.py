@@ -40,17 +40,46 @@ def test_the_folder_of_a_run_is_evaluated_by_its_newest_checkpoint(monkeypatch, 
             evaluate(monkeypatch, folder)
 
 
+def configured(monkeypatch, *given, model=None):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *given])
+    return evaluation.configure(evaluation.options(), model)
+
+
+def test_settings_stand_among_flags_and_change_what_is_evaluated(monkeypatch, capsys):
+    given = ["data.system_prompt=You are terse = short", "--data", "embedded", "rollout.top_k=5", "--n", "3"]
+    more = ["data.chat_template_kwargs.enable_thinking=false", "max_prompt_length=99", "temperature=0.5"]
+    cfg = configured(monkeypatch, *given, *more)
+    assert (cfg.data.system_prompt, cfg.data.test_files) == ("You are terse = short", ["embedded"])
+    assert (cfg.rollout.top_k, cfg.eval.n, cfg.rollout.temperature) == (5, 3, 0.5)
+    assert cfg.data.chat_template_kwargs == {"enable_thinking": False} and cfg.data.max_prompt_length == 99
+    assert configured(monkeypatch, "rollout.max_new_tokens=7").rollout.max_new_tokens == 7
+    assert configured(monkeypatch).rollout.max_new_tokens == 64, "the embedded task's"
+    assert configured(monkeypatch, "data.test_files=[x.json]", model=MODEL_DIR).data.test_files == ["x.json"]
+
+
+def test_a_setting_goes_before_the_runs_own(monkeypatch, tmp_path, tokenizer):
+    run = a_run(tmp_path, tokenizer, "data.system_prompt=long")
+    step = run.save(4)
+    assert configured(monkeypatch, model=step).data.system_prompt == "long"
+    assert configured(monkeypatch, "data.system_prompt=short", model=step).data.system_prompt == "short"
+
+
 @pytest.mark.parametrize(
-    ("given", "cure"),
+    ("given", "says"),
     [
-        (["rollout.n=4"], "write --n 4."),
-        (["outputs", "trainer.seed=1"], "write --seed 1."),
-        (["--data", "embedded", "eval.n=4"], "write --n 4."),
-        (["rollout.top_k=5"], "`eval.py --help` lists them."),
+        (["rollout.n=4"], "rollout.n has no effect on an evaluation; the number of responses is eval.n"),
+        (["optim.lr=4"], "optim.learning_rate has no effect on an evaluation; leave it out"),
+        (["data.train_files=[a]"], r"data.train_files has no effect on an evaluation; the prompts are data.test_files"),
+        (["data.sistem_prompt=x"], "unknown key 'data.sistem_prompt'; did you mean 'data.system_prompt'"),
+        (["--n", "3", "eval.n=4"], "--n and eval.n are the same; leave one of the two out"),
     ],
 )
-def test_a_setting_is_answered_with_the_flag(monkeypatch, given, cure):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *given])
-    with pytest.raises(UserError, match="eval.py takes flags, no section.key=value") as e:
-        evaluation.options()
-    assert str(e.value).endswith(cure)
+def test_a_setting_that_changes_nothing_or_is_unknown_is_refused(monkeypatch, given, says):
+    with pytest.raises(UserError, match=says):
+        configured(monkeypatch, *given)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--answers"])
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_sampled(monkeypatch, flag, tmp_path):
+    with pytest.raises(UserError, match=f"{flag} .*/no/x: the folder .*/no does not exist"):
+        evaluate(monkeypatch, flag, tmp_path / "no" / "x")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from saved_run import a_run
 
 from gspo.errors import UserError
 from gspo.models.loading import load_model, load_tokenizer
@@ -97,6 +98,47 @@ def command(monkeypatch, *args):
 def test_an_empty_model_is_a_variable_that_is_not_set_and_no_embedded_model(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["sample", "", str(tmp_path / "p.jsonl"), str(tmp_path / "a.jsonl")])
     with pytest.raises(UserError, match="MODEL is an empty text .* `embedded`"):
+        main()
+
+
+def sampled(monkeypatch, tmp_path, *given):
+    """The texts that were written, and what the models were given."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x + 5 = 12"}\n')
+    monkeypatch.setattr("sys.argv", ["sample", *map(str, given)])
+    main()
+    row = json.loads((tmp_path / "a.jsonl").read_text())
+    return [answer["text"] for answer in row["answers"]], row["model_input"]
+
+
+def test_settings_change_the_prompt_and_the_sampling(monkeypatch, tmp_path):
+    """As the same things said in Python and by flags."""
+    given = ["embedded", tmp_path / "p.jsonl", "data.system_prompt=5 + 5", tmp_path / "a.jsonl", "eval.n=2"]
+    texts, seen = sampled(monkeypatch, tmp_path, *given, "rollout.max_new_tokens=6", "--temperature", 0)
+    expected = sample(None, ["x + 5 = 12"], 2, Sampling(0.0, max_new_tokens=6), system_prompt="5 + 5")
+    assert texts == [answer.text for answer in expected[0]] and "5 + 5" in seen and "x + 5 = 12" in seen
+
+
+def test_a_runs_checkpoint_is_given_its_runs_system_prompt(monkeypatch, tmp_path, tokenizer, capsys):
+    step = a_run(tmp_path / "out", tokenizer, "data.system_prompt=5 + 5").save(4)
+    given = [step, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--n", 1, "--max_new_tokens", 2]
+    assert "5 + 5" in sampled(monkeypatch, tmp_path, *given)[1]
+    assert "data.system_prompt is the run's: '5 + 5'" in capsys.readouterr().out
+    seen = sampled(monkeypatch, tmp_path, *given, "data.system_prompt=6 + 6")[1]
+    assert "6 + 6" in seen and "5 + 5" not in seen
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("optim.learning_rate=1", "optim.learning_rate has no effect on sampling"),
+        ("rollout.n=3", r"the number of responses is eval.n \(--n\)"),
+        ("eval.n=3", "--n and eval.n are the same"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(setting, says, monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--n", 2, setting)
+    with pytest.raises(UserError, match=says):
         main()
 
 
