@@ -14,7 +14,7 @@ import pytest
 from saved_run import ALONE, no_file_above
 
 import eval as evaluation
-from gspo import export, sample
+from gspo import compare, export, sample, samples
 from gspo.algorithm.self_play_models import round_of
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import PARAMETERS, Reward
@@ -52,11 +52,16 @@ def with_eval(*flags):
         given = [path if flag == "PATH" else flag for flag in flags]
         sys.argv = ["eval.py", *given]
         args = evaluation.options()
-        if "--json" in flags:  # before anything is sampled
+        if {"--json", "--answers"} & {*flags}:  # before anything is sampled
             args.model = "/no such model"
         return evaluation.run_evaluation(args, ALONE)
 
     return read
+
+
+def with_compare(path):
+    sys.argv = ["compare", str(path), str(path) + "2"]
+    return compare.main()
 
 
 def with_sample(*given):
@@ -77,6 +82,9 @@ SETTINGS = {
     "eval --data": with_eval("--data", "PATH", "--limit", "1"),
     "eval --reward_func": with_eval("--reward_func", "PATH", "--limit", "1"),
     "eval --json": with_eval("--json", "PATH"),
+    "eval --answers": with_eval("--answers", "PATH"),
+    "samples RUN": lambda path: samples.open_groups(str(path), None),
+    "compare RUN": with_compare,
     "sample MODEL": with_sample("PATH", "{tmp}/rows.jsonl", "{tmp}/answers.jsonl"),
     "sample PROMPTS": with_sample("embedded", "PATH", "{tmp}/answers.jsonl"),
     "sample ANSWERS": with_sample("embedded", "{tmp}/rows.jsonl", "PATH"),
