@@ -3,9 +3,10 @@
     python -m gspo.export outputs/checkpoints my-model [--dtype bf16] [--max_shard_gb 5]
     python -m gspo.export outputs/checkpoints my-adapter --adapter
 
-CHECKPOINT is a checkpoint; or a run or a folder of checkpoints, of which the newest is exported; or any Hugging Face
-folder. An adapter (model.lora) is merged into its base, in float32 unless --dtype says otherwise; with --adapter it is
-written as peft's folder, for PeftModel.from_pretrained. Memory: at most the tensors of one output file.
+CHECKPOINT is a checkpoint; or a run or a folder of checkpoints, of which the newest is exported, and with /best behind
+it the best on held-out prompts; or any Hugging Face folder. An adapter (model.lora) is merged into its base, in float32
+unless --dtype says otherwise; with --adapter it is written as peft's folder, for PeftModel.from_pretrained. A run's
+checkpoint gets a model card, README.md. Memory: at most the tensors of one output file.
 """
 
 import argparse
@@ -22,18 +23,19 @@ from torch import Tensor
 
 from gspo.checkpoint import manifest
 from gspo.checkpoint.adapter_checkpoints import CONFIG, MergedWeights, open_adapter
-from gspo.checkpoint.find_runs import checkpoint_of
+from gspo.checkpoint.find_runs import BEST, best_checkpoint, checkpoint_of
 from gspo.checkpoint.hf_folder import index_json, json_bytes, shard_files
 from gspo.distributed.adapters import FILE
 from gspo.distributed.world import World
 from gspo.errors import UserError
+from gspo.model_card import model_card
 from gspo.models.loading import check_weights
 from gspo.models.model_folder import check_folder
 from gspo.models.safetensors_files import Weights, open_weights, stored_folder, write_weights
 from gspo.models.stored_weights import refuse_non_finite
 from gspo.read_paths import check_path
 from gspo.system.console import say
-from gspo.system.files import replacing
+from gspo.system.files import replacing, write_text
 from gspo.system.program import guarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,6 +71,9 @@ def export(
             part.mkdir(parents=True)
             for known in parts.described_in:
                 _copy_known(known, part, as_adapter)
+            library = "peft" if as_adapter else "transformers"
+            if not (source / "README.md").exists() and (card := model_card(source, library)):
+                write_text(part / "README.md", card)  # in place of that of an adapter's base
             _write(part, source, parts)
             _verify(part, parts)
     except OSError as e:
@@ -229,7 +234,12 @@ def main() -> None:
         raise UserError(f"--max_shard_gb {args.max_shard_gb:g}: must be a number above 0.")
     exported = export(args.checkpoint, args.folder, DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9), args.adapter)
     size = sum(file.stat().st_size for file in args.folder.iterdir())
-    print(f"{exported} -> {args.folder}: {size / 1e6:.1f} MB, verified")
+    say(f"{exported} -> {args.folder}: {size / 1e6:.1f} MB, verified")
+    best = best_checkpoint(exported.parent) if _is_checkpoint(exported) else None
+    if best and best.name != exported.name:
+        say(f"note: the best on held-out prompts is {best.name}: give {exported.parent / BEST} for that one.")
+    if _is_checkpoint(exported) and (args.folder / "README.md").exists():
+        say(f"{args.folder / 'README.md'} is the model card; read it before you publish it.")
 
 
 if __name__ == "__main__":

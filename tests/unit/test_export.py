@@ -37,7 +37,7 @@ def test_the_exported_model_has_exactly_the_logits_of_the_policy_in_memory(run, 
     assert again.dtype == torch.float32 and logits(again).equal(logits(run.policy))
     assert not logits(again).equal(logits(load_model(None))), "it has been trained"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
-    assert {p.suffix for p in (tmp_path / "out").iterdir()} <= {".safetensors", ".json", ".jinja"}
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} <= {".safetensors", ".json", ".jinja", ".md"}
     assert not {"manifest.json", "trainer"} & {p.name for p in (tmp_path / "out").iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
