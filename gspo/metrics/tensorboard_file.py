@@ -25,8 +25,12 @@ PAGE = {  # chart title on the custom-scalars page -> (curve, healthy low, healt
     "reward_mean (healthy: rises)": ("reward_mean", None, None),
     "reward_max (healthy: rises)": ("reward_max", None, None),
     "preference_accuracy (healthy: above 0.6)": ("preference_accuracy", "preference_accuracy_min", None),
-    "kl_divergence (healthy: 0.001 to 0.1)": ("kl_divergence", "kl_divergence_min", "kl_divergence_max"),
+    # without its upper limit, a hundred times the lower one: beside that line the curve would be flat
+    "kl_divergence (healthy: 0.001 to 0.1)": ("kl_divergence", "kl_divergence_min", None),
     "ranking_loss (healthy: falls)": ("ranking_loss", None, None),
+    "heldout/accuracy (should rise)": ("heldout/accuracy", None, None),
+    "response/length_mean": ("response/length_mean", None, None),
+    "response/cutoff (share of responses cut off)": ("response/cutoff", None, None),
 }
 _ENTITIES = {ord(c): f"&#{ord(c)};" for c in string.punctuation} | {ord("\n"): "<br>"}
 SAMPLES, SAMPLES_EVERY = 2, 10  # groups shown as text, and every how many steps
