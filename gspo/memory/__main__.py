@@ -1,6 +1,7 @@
 """Print what a run will hold in each rank's memory, and which setting to change if it does not fit.
 
     python -m gspo.memory --config configs/standard.yaml --ranks 8 --on cuda --have 80 [section.key=value ...]
+    python -m gspo.memory --fit --on cuda --have 24 model.path=...       # settings with which it fits
 
 Of the model only config.json is read, and the names of its weights where there are any. All prompts and responses are
 assumed to have the greatest length allowed. Activations are those of PyTorch's own attention on padded rows, also for a
@@ -9,10 +10,12 @@ GPU, where FlashAttention needs less.
 
 import argparse
 import math
+from typing import Any
 
 import torch
 
 from gspo.errors import UserError
+from gspo.memory.fit import find_fitting
 from gspo.memory.footprint import GIB, Footprint, available_bytes
 from gspo.memory.plan import fit_settings
 from gspo.models.loading import check_weights, load_model_config
@@ -60,12 +63,29 @@ def _arguments() -> argparse.Namespace:
         "--have", type=float, metavar="GIB", help="memory of a device (default: what is free on this machine)"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.parameters")
+    parser.add_argument(
+        "--fit", action="store_true", help="find settings that cost time, and change no result, with which it fits"
+    )
     args = parse_arguments(parser)
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: must be 1 or more.")
     if args.have is not None and not 0 < args.have < math.inf:
         raise UserError(f"--have {args.have:g}: must be a number of GiB above 0.")
     return args
+
+
+def say_fitting(changes: dict[str, Any], report: Footprint, free: int | None) -> None:
+    """Print the settings with which the run fits. UserError where none does, or the memory is not known."""
+    if free is None:
+        raise UserError("--fit: the memory of these devices is not known here; give it with --have GIB.")
+    if report.peak > free:
+        raise UserError(
+            f"--fit: no settings that leave the results as they are fit in {free / GIB:.3g} GiB. With all of them a "
+            f"rank takes {report.peak / GIB:.3g} GiB while {report.peak_phase}. Take more ranks (--ranks), or shorter "
+            "prompts and responses (data.max_prompt_length, rollout.max_new_tokens)."
+        )
+    written = {key: str(value).lower() for key, value in changes.items()}
+    say("with " + " ".join(f"{key}={value}" for key, value in written.items()) if written else "no setting is needed")
 
 
 def main() -> None:
@@ -85,7 +105,10 @@ def main() -> None:
     else:
         precision = "bf16" if cfg.model.precision == "auto" else cfg.model.precision
     try:
-        chosen, report = fit_settings(cfg, ranks, device, precision, 2**62 if free is None else free)
+        known = 2**62 if free is None else free
+        changes, (chosen, report) = {}, fit_settings(cfg, ranks, device, precision, known)
+        if args.fit and report.peak > known:
+            changes, chosen, report = find_fitting(cfg, ranks, device, precision, known)
     except UserError:
         raise
     except Exception as e:  # a model class that does more than fake tensors allow
@@ -99,6 +122,8 @@ def main() -> None:
         say(f"optim.micro_batch_tokens=auto: {chosen.optim.micro_batch_tokens:,}")
     if device == "cuda" and cfg.reference.param_offload == "auto":
         say(f"reference.param_offload=auto: {str(chosen.reference.param_offload).lower()}")
+    if args.fit:
+        say_fitting(changes, report, free)
 
 
 if __name__ == "__main__":
