@@ -25,18 +25,19 @@ ALIKE = {  # settings that cost time and change no result: docs/memory.md
     "trainer.async_save",
 }
 SMALL = ["data.train_batch_size=8", "optim.micro_batch_tokens=4096", "trainer.async_save=true", "rollout.max_slots=8"]
+LARGE = [*SMALL, "data.train_batch_size=32", "optim.micro_batch_tokens=16384", "model.gradient_checkpointing=false"]
 
 
 def peak(settings, device, ranks=1):
     return fit_settings(load_config(None, settings), ranks, device, "fp32", 2**62)[1].peak
 
 
-@pytest.mark.parametrize(("device", "share"), [("cpu", 0.9), ("cpu", 0.5), ("cuda", 0.95)])
-def test_it_fits_with_what_is_printed(device, share):
-    free = int(share * peak(SMALL, device))
-    changes, _, report = find_fitting(load_config(None, SMALL), 1, device, "fp32", free)
+@pytest.mark.parametrize(("device", "settings"), [("cpu", SMALL), pytest.param("cuda", LARGE, marks=pytest.mark.slow)])
+def test_it_fits_with_what_is_printed(device, settings):
+    free = int(0.7 * peak(settings, device))
+    changes, _, report = find_fitting(load_config(None, settings), 1, device, "fp32", free)
     assert report.peak <= free and changes and changes.keys() <= ALIKE
-    again = [*SMALL, *(f"{key}={value}" for key, value in changes.items())]
+    again = [*settings, *(f"{key}={value}" for key, value in changes.items())]
     assert fit_settings(load_config(None, again), 1, device, "fp32", free)[1].peak == report.peak
 
 
@@ -44,6 +45,7 @@ def test_what_fits_is_left_as_it_is():
     assert find_fitting(load_config(None, SMALL), 1, "cpu", "fp32", 2**62)[0] == {}
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_search_ends():
     changes, _, report = find_fitting(load_config(None, SMALL), 1, "cpu", "fp32", 2**20)
     assert report.peak > 2**20 and changes["optim.micro_batch_tokens"] == 256 and changes["trainer.async_save"] is False
@@ -54,9 +56,9 @@ def test_rules_are_of_parts_that_the_report_has():
 
 
 def test_the_command_prints_settings_to_paste(monkeypatch, capsys):
-    have = 0.9 * peak(SMALL, "cuda") / GIB
+    have = 0.7 * peak(LARGE, "cuda") / GIB
     monkeypatch.setattr(
-        "sys.argv", ["memory", "--fit", "--on", "cuda", "--have", f"{have}", *SMALL, "model.precision=fp32"]
+        "sys.argv", ["memory", "--fit", "--on", "cuda", "--have", f"{have}", *LARGE, "model.precision=fp32"]
     )
     main()
     said = capsys.readouterr().out
