@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from gspo.errors import UserError
+from gspo.system.language import translated
 from gspo.system.program import end_process, failed_file
 
 WAIT_S = 1.0  # how long a rank waits for another to say the same, or to say why it ended
@@ -41,7 +42,7 @@ def leave(error: Exception, store: dist.Store, rank: int) -> NoReturn:
     if rank > 0:  # of ranks that fail in the same way, rank 0 speaks
         _wait(lambda: store.check([key]))
     if _ask(lambda: store.add(key, 1), 1) == 1:
-        print(text, file=sys.stderr, flush=True)
+        print(translated(text), file=sys.stderr, flush=True)
     end_process(code)
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from gspo.system.language import translated
 from gspo.system.torchrun import is_main, world_size
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ def say(text: str) -> None:
     """Print a line from the main process, above any bar."""
     if is_main():
         with contextlib.suppress(OSError):  # the run goes on if its output goes to a full disk
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(translated(text), file=sys.stdout)
             sys.stdout.flush()
 
 

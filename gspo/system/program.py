@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 
 from gspo.errors import UserError
+from gspo.system.language import translate_help, translated
 from gspo.system.output import kept_output
 from gspo.system.torchrun import agent_address, is_main, world_size
 
@@ -19,22 +20,23 @@ def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
     2. Ctrl-C: one line and exit code 130."""
     with kept_output():
         try:
+            translate_help()
             end_with_torchrun()
             main()
             end_process()
         except UserError as e:
             if is_main():
-                print(f"error: {e}", file=sys.stderr, flush=True)
+                print(translated(f"error: {e}"), file=sys.stderr, flush=True)
             sys.exit(2)
         except OSError as e:
             if not (text := failed_file(e)):
                 raise
             if is_main():
-                print(text, file=sys.stderr, flush=True)
+                print(translated(text), file=sys.stderr, flush=True)
             sys.exit(2)
         except KeyboardInterrupt:
             if is_main():
-                print(f"\n{interrupted}", file=sys.stderr, flush=True)
+                print(f"\n{translated(interrupted)}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(130)
 

@@ -26,6 +26,7 @@ def test_every_file_that_is_not_python_is_listed():
         "gspo.configs": ROOT / "configs",
         "gspo.kernels": ROOT / "kernels",
         "gspo.report": ROOT / "gspo" / "report",
+        "gspo.system": ROOT / "gspo" / "system",
     }
     assert {f"gspo.{folder}": folder for folder in ("configs", "kernels")} == SETUPTOOLS["package-dir"]
     for package, patterns in SETUPTOOLS["package-data"].items():

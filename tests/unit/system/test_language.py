@@ -1,0 +1,135 @@
+"""Messages in Chinese: every message has an entry, an entry matches its own message, and what varies is kept."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from repository import ROOT
+
+from gspo.system import language
+from gspo.system.language import CATALOGUE, ERROR, PLACE, fill, to_chinese, translated
+
+ENTRIES = json.loads(CATALOGUE.read_text(encoding="utf-8"))
+PROGRAMS = [*sorted((ROOT / "gspo").rglob("*.py")), ROOT / "train.py", ROOT / "eval.py"]
+SAYING = {"UserError", "say", "wrong_folder"}  # functions whose texts a user reads
+FORMATTED = re.compile(r"\{(limit|value)(:[^}]*)?\}")  # what str.format puts in
+CONSTANT, SENTENCE = re.compile(r"[A-Z][A-Z_]+"), re.compile(r"(\w+ ){3}\w+")
+
+
+def template(node):
+    """The text of a string expression, with {} for what varies; None where it is no string."""
+    if isinstance(node, ast.Constant):
+        return FORMATTED.sub("{}", node.value) if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [template(node.left), template(node.right)]
+        return None if parts == [None, None] else "".join("{}" if part is None else part for part in parts)
+    return None
+
+
+def messages(source):
+    """All texts of a module that its user reads: errors, lines, alarms, help of flags, the page of a program, and
+    sentences that have a name."""
+    tree, wanted = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            wanted += node.args if name in SAYING else []
+            wanted += [keyword.value for keyword in node.keywords if name == "add_argument" and keyword.arg == "help"]
+            wanted += node.args[5:7] if name == "Guard" else []
+            if name == "ArgumentParser":
+                yield ast.get_docstring(tree)
+        elif isinstance(node, ast.Assign) and CONSTANT.fullmatch(getattr(node.targets[0], "id", "")):
+            text = template(node.value)
+            wanted += [node.value] if text and SENTENCE.search(text) else []
+    for text in map(template, wanted):
+        if text and re.search(r"[a-z]{3}", text.replace("{}", "")):
+            yield text
+
+
+ALL = sorted(
+    {
+        text.strip()
+        for file in PROGRAMS
+        if "embedded" not in file.parts
+        for text in messages(file.read_text(encoding="utf-8"))
+        if text
+    }
+)
+
+
+def test_every_message_has_an_entry():
+    missing = [text for text in ALL if text not in ENTRIES]
+    assert not missing, f"{len(missing)} messages are not in {CATALOGUE.name}: {json.dumps(missing[:10])}"
+
+
+def test_an_entry_keeps_what_varies():
+    wrong = []
+    for english, chinese in ENTRIES.items():
+        count, places = english.count("{}"), PLACE.findall(chinese)
+        if places != [""] * count and sorted(places) != [str(i + 1) for i in range(count)]:
+            wrong.append(english)
+    assert not wrong
+
+
+def test_an_entry_is_found_by_its_own_message():
+    wrong = []
+    for english, chinese in ENTRIES.items():
+        parts = [f"X{i}Y" for i in range(english.count("{}"))]
+        if "{}{}" in english:  # a word, and what may follow it
+            parts = [f"{' ' * (i > 0)}{part}" for i, part in enumerate(parts)]
+        if english != ERROR and to_chinese(fill(english, parts)) != fill(chinese, parts).strip():
+            wrong.append(english)
+    assert not wrong
+
+
+def test_a_message_inside_a_message_is_translated_and_names_are_left(monkeypatch):
+    found = {
+        "error: ": "错误：",
+        "{} is wrong: {}. {}": "{1} 错了：{2}。{3}",
+        "too long": "太长",
+        "Cut it.": "请截短。",
+    }
+    monkeypatch.setattr(language, "CATALOGUE", type("File", (), {"read_text": lambda self, **_: json.dumps(found)})())
+    language._catalogue.cache_clear()
+    assert to_chinese("a.json is wrong: too long. Cut it.") == "a.json 错了：太长。请截短。"
+    assert to_chinese("\n  b is wrong: no entry. Cut it.\n") == "\n  b 错了：no entry。请截短。\n"
+    assert to_chinese("nothing of the kind") == "nothing of the kind"
+    assert to_chinese("too long\nCut it.") == "太长\n请截短。" and to_chinese("too long | x") == "太长 | x"
+    assert to_chinese("error: c is wrong: too long. x") == "错误：c 错了：太长。x"
+    language._catalogue.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C"}, "en"),
+        ({"LANG": "en_US.UTF-8", "GSPO_LANG": "zh"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "GSPO_LANG": "en"}, "en"),
+        ({}, "en"),
+    ],
+)
+def test_the_environment_chooses(monkeypatch, environment, chosen):
+    for name in ("GSPO_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert language.language() == chosen
+    assert (translated("error: {}".format("x")) == "error: x") == (chosen == "en")
+
+
+def test_a_program_speaks_chinese():
+    run = lambda *args: subprocess.run(  # noqa: E731
+        [sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "GSPO_LANG": "zh", "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    wrong = run("--config", "quick", "optim.learning_rat=1")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("错误：") and "optim.learning_rate" in wrong.stderr
+    helped = run("--help")
+    assert helped.returncode == 0 and "用法" in helped.stdout and "show this help" not in helped.stdout
