@@ -30,11 +30,20 @@ from gspo.checkpoint.find_runs import latest_checkpoint
 from gspo.checkpoint.run_folder import check_run
 from gspo.config import Config
 from gspo.data.batches import Batches
-from gspo.data.prompts import group_size, load_splits, truths_known
+from gspo.data.prompts import group_size, load_splits, scorable
 from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World, process_group
 from gspo.errors import UserError
-from gspo.launch_checks import check_launch, describe_reward, final_words, say_fine, say_inputs, say_notes, say_progress
+from gspo.launch_checks import (
+    check_launch,
+    describe_reward,
+    final_words,
+    first_prompt,
+    say_fine,
+    say_inputs,
+    say_notes,
+    say_progress,
+)
 from gspo.metrics.group_rows import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs, without_sampling
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
@@ -63,7 +72,7 @@ from gspo.types import Collected, Experience, Groups, Prompt, Rollout, Scores, U
 
 def train(cfg: Config, world: World, check_only: bool = False) -> None:
     """Run, or resume, one training run: from its configuration to its final table."""
-    model_config, tokenizer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path)
+    model_config, tokenizer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path, cfg.data.chat_template)
     check_launch(cfg, model_config, world, started=not check_only)
     world.broadcast_from_main(lambda: check_weights(cfg.model.path, values=True))
     scorer = Scorer(cfg.reward, world.device)
@@ -74,19 +83,21 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model_config, **needs))
     batches = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed, cfg.data.shuffle, cfg.data.spaced)
     total = cfg.trainer.max_steps or cfg.trainer.total_epochs * batches.per_epoch
-    checked = next((rows for rows in (splits.train, splits.val, splits.test) if truths_known(rows)), [])
+    checked = next((rows for rows in (splits.train, splits.val, splits.test) if scorable(rows)), [])
     if checked:  # else there is nothing to score: rewards are read from the rows
         correct_at = world.broadcast_from_main(lambda: require_gold(scorer, checked, cfg.reward.check_rows))
         scorer.of_each.correct_at = correct_at
     if check_only:
         say_inputs(cfg.model.path, splits, describe_reward(scorer), f"{world.devices()}, {cfg.model.precision}")
+        say(first_prompt(splits.train, tokenizer))
         say_notes(cfg, total)
         check_run(cfg, fingerprints_of(cfg, splits, scorer))
         return say_fine(cfg, len(splits.train), total, group_size(cfg, splits.train))
 
     run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)
+    say(first_prompt(splits.train, tokenizer))
     say_notes(cfg, total)
-    state, evaluates = run.state, truths_known(splits.test) and cfg.eval.before_and_after
+    state, evaluates = run.state, scorable(splits.test) and cfg.eval.before_and_after
     if state.step:
         say_progress(run.folder, state.step, cfg, total)
     else:

@@ -26,8 +26,9 @@ from gspo.data.prompts import (
     make_checker,
     survey,
 )
-from gspo.data.row_checker import TooLong, say_unread
+from gspo.data.row_checker import TooLong, say_fields
 from gspo.errors import UserError
+from gspo.launch_checks import first_prompt
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.read_config import STANDARD, load_config, parse_arguments
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
@@ -62,11 +63,13 @@ class Report:
     found: Found
     blocked: list[str]
     faults: str = ""  # what the reward function did where it failed
+    first_prompt: str = ""  # as the model reads it
 
 
 def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
     """Check every split that training would read."""
-    model_config, tokenizer, scorer = load_model_config(cfg.model.path), load_tokenizer(cfg.model.path), None
+    model_config, scorer = load_model_config(cfg.model.path), None
+    tokenizer = load_tokenizer(cfg.model.path, cfg.data.chat_template)
     check_weights(cfg.model.path, values=True)
     train: Survey | None = None
     needs_solutions, stored = find_algorithm(cfg.objective.algorithm).needs_solutions, learns_from_rows(cfg)
@@ -78,9 +81,17 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
         def on_bad_row(error: UserError, found: Found = found) -> None:
             found.add(LONG if isinstance(error, TooLong) else BAD, str(error))
 
-        seen = survey(configured.files, checker, on_bad_row, split=configured.split, limit=configured.limit)
+        keys = (cfg.data.prompt_key, cfg.data.truth_key)
+        seen = survey(
+            configured.files,
+            checker,
+            on_bad_row,
+            split=configured.split,
+            limit=configured.limit,
+            keys_named=keys,
+        )
         if configured.name == "train":
-            say_unread(checker.unread)
+            say_fields([checker], own_function=cfg.reward.path is not None)
         bad, long = found.counts.get(BAD, 0), found.counts.get(LONG, 0)
         total = len(seen.prompts) + bad + long
         if bad:
@@ -108,7 +119,8 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
             verdict = check_gold(scorer, seen.prompts, cfg.reward.check_rows)
             blocked += [verdict.verdict()] if verdict.refused else [gold.verdict()] if gold.unscored else []
         cells = [str(total), str(bad), str(long), *_cells(seen, rows, found, configured.name, gold)]
-        yield Report(configured.name, cells, found, blocked, gold.fault_lines(configured.name))
+        shown = first_prompt(seen.prompts, tokenizer) if configured.name == "train" else ""
+        yield Report(configured.name, cells, found, blocked, gold.fault_lines(configured.name), shown)
 
 
 def _find_repeats(seen: Survey, train: Survey | None, found: Found) -> None:
@@ -177,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.config, args.overrides)
     reports = list(check_splits(cfg, None if args.all else args.rows))
     print(show(reports))
+    print("".join(f"\n{report.first_prompt}" for report in reports if report.first_prompt))
     reasons = [reason for report in reports for reason in report.blocked]
     print("\ntraining would start" if not reasons else "\ntraining would not start:", flush=True)
     for reason in reasons:

@@ -59,8 +59,8 @@ class Data:
 
     train_files: list[str] = opt(
         [],
-        "training prompts: JSON, JSONL or parquet; `embedded`, or empty where model.path is empty too: the embedded "
-        "equations",
+        "training prompts: JSON, JSONL, CSV or parquet; `embedded`, or empty where model.path is empty too: the "
+        "embedded equations",
         path=True,
     )
     val_files: list[str] = opt([], "held-out prompts for the win rate of each round", path=True)
@@ -68,6 +68,12 @@ class Data:
     train_batch_size: int = opt(256, "prompts per step, over all ranks", ge=1, le=10**7)
     max_prompt_length: int = opt(1024, "longest prompt in tokens, chat template included", ge=1)
     overlong: Literal["error", "drop"] = opt("error", "what to do with a longer prompt")
+    prompt_key: str | None = opt(
+        None, "field of a row that holds the prompt; empty: prompt, else one that is known (docs/data.md)"
+    )
+    truth_key: str | None = opt(
+        None, "field of a row that holds the ground truth; empty: ground_truth, else one that is known (docs/data.md)"
+    )
     shuffle: bool = opt(True, "draw a new order of the prompts every epoch")
     spaced: bool = opt(
         False,
@@ -75,6 +81,9 @@ class Data:
         "wrong: nothing is learned from them (spaced repetition)",
     )
     system_prompt: str | None = opt(None, "system message for every prompt that has none")
+    chat_template: str | None = opt(
+        None, "file with a Jinja chat template, for a model that has none, or instead of its own", path=True
+    )
     chat_template_kwargs: dict[str, Any] = opt({}, "further arguments for the tokenizer's chat template")
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -33,8 +34,11 @@ from gspo.rollout.engines import engine_class
 from gspo.rollout.sampler import shares_weights
 from gspo.rollout.tree import Tree
 from gspo.system.console import duration, say
+from gspo.system.output import printable
 from gspo.system.time_limit import STARTED, TimeLimit
+from gspo.types import Prompt
 
+FIRST_PROMPT = 800  # characters of it that are shown
 PYTHON = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 
 
@@ -158,6 +162,17 @@ def say_inputs(model: str | None, splits: Splits, reward: str, on: str = "", fol
     parts = [on] if on else []
     parts += [f"model: {model or 'the embedded model'}", f"data: {data}", f"reward: {reward}"]
     say(" | ".join([*parts, f"kept in {folder}"] if folder else parts))
+
+
+def first_prompt(prompts: Sequence[Prompt], tokenizer: Any) -> str:
+    """Return a block with the first training prompt as the model reads it, chat template applied."""
+    ids = prompts[0].ids
+    text = tokenizer.decode(ids)
+    if len(text) > FIRST_PROMPT:
+        text = f"{text[: FIRST_PROMPT // 2]} ... {text[-FIRST_PROMPT // 2 :]}"
+    plain = "" if tokenizer.chat_template else "; there is no chat template: data.chat_template=FILE gives one"
+    title = f"first prompt, as the model reads it ({len(ids)} tokens{plain}):"
+    return "\n    ".join([title, *map(printable, text.splitlines())])
 
 
 def check_steps(cfg: Config, total: int) -> None:

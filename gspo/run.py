@@ -21,7 +21,7 @@ from gspo.checkpoint.restore import load_held_out, load_order, load_state, resto
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
 from gspo.data.batches import Batches
-from gspo.data.prompts import Splits, group_size, truths_known
+from gspo.data.prompts import Splits, group_size, scorable
 from gspo.data.stored_rows import stored_groups
 from gspo.distributed.world import World
 from gspo.launch_checks import describe_reward, say_inputs, say_what_changed
@@ -112,7 +112,7 @@ def start_run(
     if resume:
         restore(resume, models.trained, optimizer, models.frozen_to_keep(), state, _critic_of(critic))
         batches.load_state(load_order(resume))
-        say_what_changed(state, cfg, total_steps, len(splits.val) if truths_known(splits.val) else 0)
+        say_what_changed(state, cfg, total_steps, len(splits.val) if scorable(splits.val) else 0)
         vocab_size = models.policy.config.get_text_config().vocab_size
         held_out = HeldOutPairs.read(load_held_out(resume, vocab_size), splits.val)
         if held_out is None:
@@ -263,7 +263,7 @@ def evaluate_held_out(run: Run, round_ended: bool, round_begins: bool) -> dict[s
         mine = world.places(len(val))
         places, rollout, scores = stored_groups(val, mine, run.sampler.tokenizer, run.sampler.end_id, device)
         keep_held_out_pairs(run, places, rollout, world.gather_rows(places, scores.rewards))
-    if not truths_known(run.splits.val):
+    if not scorable(run.splits.val):
         return {}
     run.models.refresh_sampler()
     places, rollout = run.sampler.generate_share(

@@ -35,7 +35,8 @@ from gspo.config import Config
 from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.messages import Messages, question_of, read_messages, read_tools
 from gspo.data.prompts import EMBEDDED, EMBEDDED_FILE
-from gspo.data.schemas import parse_row
+from gspo.data.schemas import parse_row, published_row
+from gspo.data.shapes import parsed, with_our_fields
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
@@ -183,7 +184,8 @@ def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str, t
 
 def _prompt_of_row(encoder: Encoder, number: int, row: dict[str, Any], place: str) -> Prompt:
     """Encode the prompt of a row. Raise UserError, which names the place."""
-    return _prompt(encoder, number, row.get("prompt"), place, row.get("tools"))
+    row = with_our_fields(published_row(row, place), place, guess_truth=False)
+    return _prompt(encoder, number, parsed(row.get("prompt")), place, row.get("tools"))
 
 
 def _scored_prompt(encoder: Encoder, number: int, row: dict[str, Any], place: str) -> Prompt:

@@ -3,6 +3,7 @@
 Before training, every row is read and checked once (`survey`) and then dropped: memory only holds where rows begin.
 """
 
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,9 @@ import numpy as np
 from gspo.config import Config
 from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.messages import question_of, read_tools
-from gspo.data.row_checker import NO_LIMIT, RowChecker, TooLong, say_unread
+from gspo.data.row_checker import NO_LIMIT, RowChecker, TooLong, say_fields
 from gspo.data.schemas import parse_row
+from gspo.data.shapes import RenamedRows
 from gspo.data.sources import Source, open_source
 from gspo.data.stored_rows import split_row
 from gspo.embedded import DATA_DIR, equations
@@ -73,16 +75,20 @@ class Prompts(Sequence[Prompt]):
         number, source, row = self._find(i)
         place = source.place(row)
         fields, stored = split_row(source[row], place, required=False) if self._stored else (source[row], None)
-        messages, truth, data_source, extra = parse_row(fields, place, needs_truth=stored is None)
+        messages, truth, data_source, extra = parse_row(fields, place, needs_truth=False, stored=stored is not None)
         ids = self._encoder.ids(messages, place, read_tools(fields.get("tools"), place))
         if len(ids) > self._max_length:  # longer than the survey's bound, or the file has changed since
             raise TooLong(place, len(ids), self._max_length)
         return Prompt(number, ids, question_of(messages), truth, data_source, extra, stored)
 
 
-def truths_known(prompts: Sequence[Prompt]) -> bool:
-    """Return whether there are prompts, and what answers them is known: then responses to them can be scored."""
-    return bool(prompts) and prompts[0].ground_truth is not None  # all rows of a split are alike: RowChecker
+def scorable(prompts: Sequence[Prompt]) -> bool:
+    """Return whether there are prompts, and responses to them can be scored: not where rows hold responses alone.
+
+    Without a ground truth they are scored by a function of the user's, which the survey made sure of.
+    """
+    # All rows of a split are alike: RowChecker.
+    return bool(prompts) and (prompts[0].ground_truth is not None or prompts[0].stored is None)
 
 
 def group_size(cfg: Config, train: Sequence[Prompt]) -> int:
@@ -105,6 +111,7 @@ def survey(
     *,
     split: str = "train",
     limit: int | None = None,
+    keys_named: tuple[str | None, str | None] = (None, None),
 ) -> Survey:
     """Check every row, up to `limit` good ones. `on_bad_row` is given each bad row's error and may raise it."""
     sources: list[Source] = []
@@ -113,6 +120,7 @@ def survey(
         if limit is not None and len(keys) >= limit:
             break
         source = open_source(name, split)
+        source = RenamedRows(source, *keys_named) if any(keys_named) else source
         sources.append(source)
         for i, row in enumerate(track(source.rows(), f"reading {name}", len(source))):
             try:
@@ -134,6 +142,7 @@ def load_survey(
     overlong: str = "error",
     split: str = "train",
     limit: int | None = None,
+    keys_named: tuple[str | None, str | None] = (None, None),
 ) -> Survey:
     """Check every row for training. Raise the first mistake; overlong="drop" leaves out prompts that are too long."""
     dropped = 0
@@ -144,7 +153,7 @@ def load_survey(
             raise error
         dropped += 1
 
-    found = survey(files, checker, on_bad_row, split=split, limit=limit)
+    found = survey(files, checker, on_bad_row, split=split, limit=limit, keys_named=keys_named)
     if dropped:
         say(f"dropped {dropped} prompts longer than {checker.max_length} tokens")
     if not len(found.prompts):
@@ -238,6 +247,17 @@ def check_positions(checker: RowChecker, cfg: Config) -> None:
         )
 
 
+def say_repeats(configured: SplitFiles) -> None:
+    """Say which file a split names twice, under whatever names: its rows count twice."""
+    seen: dict[str, str] = {}
+    for name in configured.files:
+        real = os.path.realpath(name)
+        if real in seen:
+            both = name if name == seen[real] else f"{seen[real]} and {name}"
+            say(f"note: data.{configured.name}_files names one file twice ({both}), so its rows count twice.")
+        seen.setdefault(real, name)
+
+
 def load_splits(
     cfg: Config,
     tokenizer: Any,
@@ -254,22 +274,28 @@ def load_splits(
     """
     found: dict[str, Survey] = {}
     prints: dict[str, str] = {}
-    unread: dict[str, str] = {}
+    checkers: list[RowChecker] = []
     check_template_kwargs(tokenizer, cfg.data.chat_template_kwargs)
     for configured in configured_splits(cfg, only_test):
         checker = make_checker(cfg, tokenizer, model_config, configured.name, needs_solutions, stored)
         found[configured.name] = load_survey(
-            configured.files, checker, cfg.data.overlong, configured.split, configured.limit
+            configured.files,
+            checker,
+            cfg.data.overlong,
+            configured.split,
+            configured.limit,
+            (cfg.data.prompt_key, cfg.data.truth_key),
         )
+        checkers.append(checker)
+        say_repeats(configured)
         check_positions(checker, cfg)
-        unread = checker.unread | unread
         if checker.equal_pairs:
             say(
                 f"note: data.{configured.name}_files: nothing is learned from {checker.equal_pairs} rows, as all their "
                 "responses are the same text"
             )
         prints[f"data.{configured.name}_files"] = checker.fingerprint()
-    say_unread(unread)
+    say_fields(checkers, own_function=cfg.reward.path is not None)
     held_out = [found[name].keys for name in ("val", "test") if name in found]
     if "train" in found and held_out and (count := int(in_common(found["train"].keys, np.concatenate(held_out)).sum())):
         say(

@@ -6,7 +6,8 @@ from typing import Any
 
 from gspo.data.encoding import Encoder
 from gspo.data.messages import Messages, Tools, read_tools
-from gspo.data.schemas import FIELDS, bytes_of, parse_row
+from gspo.data.schemas import FIELDS, Row, bytes_of, is_published, parse_row
+from gspo.data.shapes import fields_read
 from gspo.data.stored_rows import split_row
 from gspo.errors import UserError
 from gspo.system.console import say
@@ -64,16 +65,20 @@ class RowChecker:
         self.longest = 0  # of the prompts tokenized, which include all that are longer than `positions`
         self._surely_short = min(max_length, positions)  # a prompt with a bound up to this is not tokenized
         self.good, self._digest = 0, hashlib.blake2b(digest_size=16)
-        self.unread: dict[str, str] = {}  # fields that nothing reads -> the place of the first
+        self.unread: dict[str, str] = {}  # fields that only extra_info holds -> the place of the first
+        self.read_as: dict[tuple[str, tuple[str, ...]], str] = {}  # (our field, those that are read for it) -> likewise
+        self.without_truth = ""  # the place of the first row without a ground truth
 
     def __call__(self, row: Any, place: str) -> int:
         """Return the key of a good row's prompt. Raise UserError: TooLong where its length is what is wrong."""
         if isinstance(row, UserError):
             raise row
         row, stored = split_row(row, place, self.needs_responses) if self.stored else (row, None)
-        messages, truth, source, extra = parse_row(row, place, needs_truth=stored is None)
-        if not row.keys() <= FIELDS:
-            self.unread |= {name: place for name in row.keys() - FIELDS - self.unread.keys() if row[name] is not None}
+        alone = stored is None
+        messages, truth, source, extra = parse_row(row, place, needs_truth=alone and self.only_texts, stored=not alone)
+        self._note_fields(row, place, guess_truth=alone)
+        if truth is None and alone:
+            self.without_truth = self.without_truth or place
         if self.stored:
             self._check_stored(stored, truth, place)
         tools = read_tools(row.get("tools"), place)
@@ -104,6 +109,19 @@ class RowChecker:
         self._digest.update(bytes_of((messages, truth, source, extra, tools, *held)))
         return prompt_key(messages, tools)
 
+    def _note_fields(self, row: Row, place: str, guess_truth: bool) -> None:
+        """Keep the first place of each field that is read for another, and of each that only extra_info holds."""
+        if row.keys() <= FIELDS and "prompt" in row and ("ground_truth" in row or "reward_model" in row):
+            return
+        if is_published(row):
+            read: dict[str, tuple[str, ...]] = {"": ("question", "answer") if row.get("question") else ("problem",)}
+        else:
+            read = fields_read(row, guess_truth)
+            for ours, theirs in read.items():
+                self.read_as.setdefault((ours, theirs), place)
+        used = FIELDS.union(*read.values())
+        self.unread |= {name: place for name in row.keys() - used - self.unread.keys() if row[name] is not None}
+
     def _check_stored(self, stored: StoredResponses | None, truth: Any, place: str) -> None:
         """Raise UserError where a row holds another number of responses than the first, only one of the two has a
         ground truth, or a response is too long."""
@@ -126,18 +144,38 @@ class RowChecker:
         return f"{self.good} rows {self._digest.hexdigest()}"
 
 
-def say_unread(unread: dict[str, str]) -> None:
-    """Say in one line which fields of the rows nothing reads, and what a misspelt one may be meant for."""
-    if not unread:
-        return
+def say_fields(checkers: list[RowChecker], own_function: bool) -> None:
+    """Say in a line each which fields are read for others, which only extra_info holds, with what a misspelt one may be
+    meant for, and that there is no ground truth. `own_function`: the reward function is not the default one."""
+    read_as = {key: place for checker in reversed(checkers) for key, place in checker.read_as.items()}
+    if read_as:
+        words = [f"{' and '.join(map(repr, theirs))} as {ours}" for ours, theirs in read_as]
+        say(
+            f"note: of the rows are read {', '.join(words)} (first: {next(iter(read_as.values()))}); data.prompt_key "
+            "and data.truth_key name other fields."
+        )
+    if without := next((checker.without_truth for checker in checkers if checker.without_truth), ""):
+        say(f"note: {without}: there is no ground truth; the reward function gets None, here and in rows like this.")
+    unread: dict[str, str] = {}
+    for checker in checkers:
+        unread = checker.unread | unread
+    if unread:
+        _say_unread(unread, own_function)
+
+
+def _say_unread(unread: dict[str, str], own_function: bool) -> None:
+    """Say in one line which fields only extra_info holds, and what a misspelt one may be meant for."""
     near = {name: difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8) for name in sorted(unread)}
     words = [f"{name!r:.60}{f' (is {found[0]!r} meant?)' if found else ''}" for name, found in near.items()]
     more = f" and {len(words) - 10} more" if len(words) > 10 else ""
     kind, place = "warning" if any(near.values()) else "note", next(iter(unread.values()))
-    say(
-        f"{kind}: of the rows nothing reads {', '.join(words[:10])}{more} (first: {place}). A reward function gets "
-        "extra_info."
-    )
+    named = f"{', '.join(words[:10])}{more} (first: {place})"
+    if own_function:
+        say(f"{kind}: of the rows {named} go into extra_info, which the reward function may take.")
+    else:
+        say(
+            f"{kind}: of the rows nothing reads {named}. A function of your own (reward.path) finds them in extra_info."
+        )
 
 
 def prompt_key(messages: Messages, tools: Tools | None = None) -> int:

@@ -3,6 +3,9 @@ r"""Read a row of any known schema.
 - the original description's: `{"prompt": str, "ground_truth": str, "data_source": str}`
 - verl's: `{"data_source", "prompt": [{"role", "content"}], "reward_model": {"ground_truth"}, "extra_info": {...}}`
 - GSM8K's `{"question", "answer"}`, the answer ending in `#### 72`, and MATH's `{"problem", "solution"}` with `\boxed{}`
+- other names and forms of the same: shapes.py
+
+Every other column goes into extra_info.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from gspo.data.messages import NOT_TEXT, Messages, read_messages, refuse_other_media, too_deep
+from gspo.data.shapes import keys_of, parsed, with_our_fields
 from gspo.errors import UserError
 
 Row = dict[str, Any]
@@ -20,20 +24,20 @@ SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")  # begins the UTF-8 of one, if it ha
 MARSHAL = 2  # the version without references: the bytes depend on the values alone
 EXACT = 2**53  # a float of this size or more may not be the integer that was meant
 
-# All that is read of a row, of whichever schema.
+# All that is read of a row under our names.
 FIELDS = {"prompt", "ground_truth", "data_source", "reward_model", "extra_info", "solution", "tools", *NOT_TEXT}
-FIELDS |= {"question", "answer", "problem", "level", "type"}  # as GSM8K and MATH are published
 
 ANNOTATION = re.compile(r"<<.*?>>")  # GSM8K's calculator notes: 48/2 = <<48/2=24>>24
 FINAL = re.compile(r"^####\s*(-?[\d,.]*\d)\s*\Z", re.MULTILINE)
 BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])")
 
 
-def parse_row(row: Any, place: str, needs_truth: bool = True) -> tuple[Messages, Any, str, dict]:
+def parse_row(row: Any, place: str, needs_truth: bool = True, stored: bool = False) -> tuple[Messages, Any, str, dict]:
     """Return (messages, ground_truth, data_source, extra_info) of a row of any schema; a null field counts as missing.
 
-    The ground truth is a text, numbers included, or the list, object, truth value or date that the row holds. Raise
-    UserError, which names the place and the field, where the row is of no schema.
+    The ground truth is a text, numbers included, or the list, object, truth value or date that the row holds; None
+    where there is none and none is needed. Of a row that held responses (`stored`) it is not guessed. Raise UserError,
+    which names the place and the field, where the row is of no schema.
     """
     if not isinstance(row, dict):
         cure = " A file that holds one list is named .json." if isinstance(row, list) and row else ""
@@ -42,11 +46,15 @@ def parse_row(row: Any, place: str, needs_truth: bool = True) -> tuple[Messages,
         )
     refuse_half_characters(row, place)
     refuse_other_media(row, place)
+    row = with_our_fields(published_row(row, place), place, guess_truth=not stored)
     if row.get("prompt") is None:
-        row = published_row(row, place)
-    messages = read_messages(row.get("prompt"), place)
+        raise UserError(
+            f"{place}: field 'prompt' must be a text, or a list of {{role, content}} messages, got nothing. The row "
+            f"has {keys_of(row)}; data.prompt_key names the one that is meant."
+        )
+    messages = read_messages(parsed(row["prompt"]), place)
     if row.get("reward_model") is not None:
-        model = row["reward_model"]
+        model = parsed(row["reward_model"])
         truth = ground_truth_of(model.get("ground_truth")) if isinstance(model, dict) else None
         if truth is None:
             raise _field_error(row, place, "reward_model", 'an object like {"style": "rule", "ground_truth": ...}')
@@ -58,16 +66,24 @@ def parse_row(row: Any, place: str, needs_truth: bool = True) -> tuple[Messages,
             )
     else:
         truth = ground_truth_of(row.get("ground_truth"))
-        if truth is None and needs_truth:
-            raise _field_error(row, place, "ground_truth", "a text, a finite number, or a list, object or truth value")
+        if truth is None and (needs_truth or row.get("ground_truth") is not None):
+            error = _field_error(
+                row, place, "ground_truth", "a text, a finite number, or a list, object or truth value"
+            )
+            raise UserError(
+                f"{error} The row has {keys_of(row)}; data.truth_key names the one that is meant, and a function of "
+                "your own (reward.path) needs none."
+            )
     source = row.get("data_source")
     if source is None:
         source = "unknown"
     elif not isinstance(source, str):
         raise _field_error(row, place, "data_source", "a text")
-    extra = row.get("extra_info") or {}
+    extra = parsed(row.get("extra_info")) or {}
     if not isinstance(extra, dict):
         raise _field_error(row, place, "extra_info", "an object")
+    if not row.keys() <= FIELDS:
+        extra = {name: x for name, x in row.items() if name not in FIELDS and x is not None} | extra
     if row.get("solution") is not None:
         extra = {**extra, "solution": row["solution"]}
     return messages, truth, source, extra
@@ -135,11 +151,21 @@ def _field_error(row: Row, place: str, name: str, what: str) -> UserError:
 
 def published_row(row: Row, place: str) -> Row:
     """Convert a row of GSM8K or MATH as they are published; return any other row as it is."""
-    if row.get("question") is not None and row.get("answer") is not None:
-        return gsm8k_row(row, place)
-    if row.get("problem") is not None and row.get("solution") is not None:
-        return math_row(row, place)
-    return row
+    if not is_published(row):
+        return row
+    name = "gsm8k" if row.get("question") is not None else "math"
+    converted = {key: x for key, x in FORMATS[name](row, place).items() if key != "extra_info"}
+    return converted | {key: x for key, x in row.items() if x is not None and key not in PUBLISHED[name]}
+
+
+def is_published(row: Row) -> bool:
+    """Return whether a row is GSM8K's or MATH's as they are published: the answer has a mark that says where it is."""
+    if any(row.get(name) is not None for name in ("prompt", "ground_truth", "reward_model")):
+        return False
+    question, answer, problem, solution = (row.get(name) for name in ("question", "answer", "problem", "solution"))
+    if question is not None:
+        return isinstance(answer, str) and "####" in answer
+    return problem is not None and solution is not None and (answer is None or bool(BOX.search(str(solution))))
 
 
 def text_field(row: Any, name: str, place: str) -> str:
@@ -199,3 +225,4 @@ def math_row(row: Any, place: str) -> Row:
 
 # name, as in `python -m gspo.convert_data NAME` -> converter of a row
 FORMATS: dict[str, Callable[[Any, str], Row]] = {"gsm8k": gsm8k_row, "math": math_row}
+PUBLISHED = {"gsm8k": ("question", "answer"), "math": ("problem", "solution")}  # the fields that they convert

@@ -1,8 +1,9 @@
-"""Read rows from JSONL, JSON lists, parquet and Hugging Face data sets, one by one where the format allows.
+"""Read rows from JSONL, JSON lists, CSV, parquet and Hugging Face data sets, one by one where the format allows.
 
 To add a file format, write a `Source`, or a function from a path to one, and name it in one line of `READERS`.
 """
 
+import csv
 import glob
 import importlib
 import json
@@ -21,12 +22,12 @@ from gspo.read_paths import check_path, require_file
 from gspo.read_yaml import without_repeats
 
 BOM = b"\xef\xbb\xbf"
-NOT_READ = (".csv", ".tsv", ".txt", ".gz", ".zip", ".zst", ".xlsx")  # refused, where READERS has no line for it
+NOT_READ = (".tsv", ".txt", ".gz", ".zip", ".zst", ".xlsx")  # refused, where READERS has no line for it
 BATCH = 1024  # Arrow rows converted at a time when all rows are read
 # a folder or owner/name, then :config, then @split
 DATASET = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 decode_json = json.JSONDecoder(object_pairs_hook=without_repeats).raw_decode  # json.loads without its preparations
-KINDS = " JSON, JSONL and parquet are read, and Hugging Face data sets."
+KINDS = " JSON, JSONL, CSV and parquet are read, and Hugging Face data sets."
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -134,6 +135,59 @@ class JsonList(Source):
         return self._rows[i]
 
 
+class CsvRows(Source):
+    """Rows of a CSV file, kept in memory: texts by the names in its first line; an empty cell is none."""
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        csv.field_size_limit(2**31 - 1)
+        self._rows: list[dict[str, str] | UserError] = []
+        self._lines = array("q")  # the line that each row begins on
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.reader(file, strict=True)
+                names = self._names(next(reader, []))
+                line = reader.line_num
+                for cells in reader:
+                    if cells:
+                        self._lines.append(line + 1)
+                        self._rows.append(self._row(names, cells, f"{path}, line {line + 1}"))
+                    line = reader.line_num
+        except UnicodeDecodeError as e:
+            raise UserError(not_utf8(path, e.start)) from e
+        except csv.Error as e:
+            raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {e}.") from e
+
+    def _names(self, names: list[str]) -> list[str]:
+        """Return the names of the columns. UserError where one is empty or there twice."""
+        for name in names:
+            if not name.strip() or names.count(name) > 1:
+                what = f"names the column {name!r} twice" if name.strip() else "has a column without a name"
+                raise UserError(f"{self.name}: the first line {what}. It must name every column, each once.")
+        return names
+
+    def _row(self, names: list[str], cells: list[str], place: str) -> "dict[str, str] | UserError":
+        """Return one row, or its error."""
+        if len(cells) != len(names):
+            return UserError(
+                f"{place}: {len(cells)} cells, but the first line names {len(names)} columns. A text with a comma or a "
+                'line break stands in quotes: "a, b".'
+            )
+        return {name: cell for name, cell in zip(names, cells, strict=True) if cell != ""}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def place(self, i: int) -> str:
+        return f"{self.name}, line {self._lines[i]}"
+
+    def __getitem__(self, i: int) -> Any:
+        row = self._rows[i]
+        if isinstance(row, UserError):
+            raise row
+        return row
+
+
 class ArrowRows(Source):
     """Rows of an Arrow table, kept as it is: `table` is a pyarrow.Table, or a data set in the format "arrow"."""
 
@@ -203,6 +257,7 @@ def read_parquet(path: Path) -> Source:
 READERS: dict[str, Callable[[Path], Source]] = {
     ".json": JsonList,
     ".jsonl": JsonLines,
+    ".csv": CsvRows,
     ".parquet": read_parquet,
 }
 
@@ -216,7 +271,9 @@ def open_source(name: str | Path, split: str = "train") -> Source:
         if not path.is_file() and (path.is_dir() or suffix not in READERS):
             return _open_dataset(str(name), split)
         if suffix in NOT_READ and suffix not in READERS:
-            raise UserError(f"data file {path}: {suffix} is not read; JSON (a list of rows), JSONL and parquet are.")
+            raise UserError(
+                f"data file {path}: {suffix} is not read; JSON (a list of rows), JSONL, CSV and parquet are."
+            )
         path.stat()  # so that a missing file is named as such: pyarrow's error is only its name
         return READERS.get(suffix, JsonList)(path)
     except OSError as e:

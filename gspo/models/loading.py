@@ -35,6 +35,7 @@ from gspo.models.stored_weights import (
     state_of,
     two_heads,
 )
+from gspo.read_paths import require_file
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
@@ -124,9 +125,13 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load_tokenizer(path: str | None) -> Any:
-    """Load a model's fast tokenizer. Raises UserError where it cannot be opened."""
+def load_tokenizer(path: str | None, chat_template: str | None = None) -> Any:
+    """Load a model's fast tokenizer; `chat_template` is a file with one instead of its own, and is saved with it.
+
+    Raises UserError where either cannot be opened.
+    """
     name = resolve_path(path)
+    template = None if chat_template is None else read_template(chat_template)
     check_tokenizer_files(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).exists())
@@ -136,7 +141,32 @@ def load_tokenizer(path: str | None) -> Any:
         raise _no_tokenizer(name, e) from e
     if not getattr(tokenizer, "vocab_size", 1):
         raise _no_tokenizer(name, "its vocabulary is empty")
+    if template is not None:
+        tokenizer.chat_template = template
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        except Exception as e:  # of what else it may refuse the prompts will tell
+            if type(e).__name__ == "TemplateSyntaxError":
+                raise UserError(
+                    f"data.chat_template = {chat_template!r}, line {e.lineno}: no Jinja template: {e}"
+                ) from e
     return tokenizer
+
+
+def read_template(path: str) -> str:
+    """Read a chat template from a file. UserError where it cannot be one."""
+    place = f"data.chat_template = {path!r}"
+    try:
+        require_file(Path(path), "data.chat_template")
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(
+            f"{place}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}. Give a file with a Jinja template, "
+            "such as a model's chat_template.jinja."
+        ) from e
+    if "messages" not in text:
+        raise UserError(f"{place} never reads `messages`, so no prompt would be shown. Give a chat template of Jinja.")
+    return text
 
 
 def _no_tokenizer(name: str, why: Exception | str) -> UserError:

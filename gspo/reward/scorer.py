@@ -1,7 +1,8 @@
 """Score responses with the default reward function or the one in the user's file.
 
 The function is called by keyword, as in the original description and in verl:
-`compute_score(data_source=..., solution_str=..., ground_truth=..., extra_info=..., **reward_kwargs)`, plain or async.
+`compute_score(data_source=..., solution_str=..., ground_truth=..., extra_info=..., **reward_kwargs)`, plain or async;
+it is given those of them that it takes, and must take the response.
 It returns a finite number, or a dict with `score`; its other numbers are logged as `reward/<name>`, and `acc` and
 `pred` feed evaluation. Where the file defines `rank_responses(responses, ground_truth, data_source)`, that is called
 instead, once for a whole group.
@@ -30,6 +31,7 @@ from gspo.config import Reward
 from gspo.errors import UserError
 from gspo.reward import reward_func
 from gspo.reward.worker_handle import Outcome, Settings, withheld
+from gspo.reward.worker_main import trl_answer
 from gspo.reward.worker_pool import GAVE_UP, MOST_TIMEOUTS, WorkerPool
 from gspo.system.console import say, track
 from gspo.system.output import printable
@@ -116,9 +118,14 @@ class Scorer:
                 raise UserError(
                     f"reward.reward_kwargs sets {key!r}, but {what} {only}. Add it to the function, or leave it out."
                 )
-        for key in given:
-            if takes is not None and key not in takes:
-                raise UserError(f"{what} is called with {', '.join(given)}, but {only}. Add {key!r}, or `**rest`.")
+        if "completions" in self.pool.required:
+            raise UserError(f"{self.path}: {trl_answer(self.name, self.pool.required)}")
+        response = "responses" if self.pool.scores_groups else "solution_str"
+        if takes is not None and response not in takes:
+            raise UserError(
+                f"{what} is called by name with those of {', '.join(given)} that it takes, but {only}, so it does not "
+                f"see the response. Rename that argument to {response!r}."
+            )
         for key in self.pool.required:
             if key not in (*given, "extra_info", *kwargs):
                 raise UserError(
@@ -187,16 +194,20 @@ class Scorer:
         finally:
             self.pool.most_timeouts, self.pool.most_deaths, self.printed.quiet = MOST_TIMEOUTS, math.inf, False
 
+    def _taken(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return those of the arguments that the function takes."""
+        takes = self.pool.keywords
+        return given if takes is None else {name: value for name, value in given.items() if name in takes}
+
     def _submit(self, prompt: Prompt, texts: list[str], reasons: list[str]) -> "list[Future[Outcome]]":
         """Queue the calls for a group: one for each response, or one for all."""
         given = {"ground_truth": prompt.ground_truth, "data_source": prompt.data_source, **self.cfg.reward_kwargs}
         if self.pool.scores_groups:
-            if self.pool.keywords is None or "extra_info" in self.pool.keywords:
-                given["extra_info"] = {"finish_reasons": reasons, **prompt.extra_info}
-            return [self.pool.submit({"responses": texts, **given})]
+            info = {"finish_reasons": reasons, **prompt.extra_info}
+            return [self.pool.submit(self._taken({"responses": texts, **given, "extra_info": info}))]
         infos = [{"finish_reason": reason, **prompt.extra_info} for reason in reasons]
         return [
-            self.pool.submit({"solution_str": text, **given, "extra_info": info})
+            self.pool.submit(self._taken({"solution_str": text, **given, "extra_info": info}))
             for text, info in zip(texts, infos, strict=True)
         ]
 

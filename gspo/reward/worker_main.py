@@ -197,9 +197,11 @@ class Worker:
             self.send({"refused": f"{self.path} does not import: {where(e, self.path)}."})
             return None
         if not callable(function):
-            there = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+            there = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
             refused = f"{self.path} has no function {self.settings['name']!r} (reward.name); "
             refused += f"it has {', '.join(there)}." if there else "it has no function at all."
+            batched = next((name for name, f in there.items() if "completions" in _required(f)), None)
+            refused += f" {trl_answer(batched, _required(there[batched]))}" if batched else ""
             self.send({"refused": refused})
             return None
         # An object with `async def __call__` counts as well.
@@ -319,6 +321,19 @@ def _required(function: Callable[..., Any]) -> list[str]:
         return []
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p.name for p in parameters if p.kind in named and p.default is p.empty]
+
+
+def trl_answer(name: str, required: list[str]) -> str:
+    """Return how a function that TRL calls with a batch of `completions` is called here, with one response."""
+    kept = "score_batch" if name == "compute_score" else name
+    others = "".join(f", {key}=[...]" for key in required if key != "completions")
+    return (
+        f"{name} takes a batch of `completions`, as TRL calls it; here a call scores one response. "
+        + (f"Rename it to {kept} and add" if kept != name else "Add")
+        + " `def compute_score(solution_str, ground_truth, extra_info): return "
+        + f"{kept}(completions=[[{{'content': solution_str}}]]{others})[0]`, with a list of one for each column "
+        "that it reads (completions=[solution_str] where it reads texts)."
+    )
 
 
 def limit_memory(gib: float) -> None:

@@ -49,9 +49,9 @@ def test_an_objective_is_one_function_and_one_line(run_program, tmp_path):
 
 @pytest.mark.slow
 def test_a_data_source_is_one_class_and_one_line(run_program, tmp_path):
-    file = tmp_path / "rows.csv"
-    file.write_text("prompt,ground_truth\n" + "".join(f'"Solve: x + {i} = {2 * i}",{i}\n' for i in range(2, 10)))
-    code = example("gspo/data/csv_file.py")
+    file = tmp_path / "rows.tsv"
+    file.write_text("prompt\tground_truth\n" + "".join(f"Solve: x + {i} = {2 * i}\t{i}\n" for i in range(2, 10)))
+    code = example("gspo/data/tsv_file.py")
     train_a_step(run_program, tmp_path, code, f"data.train_files=[{file}]", "trainer.sample_rows=8")
     rows = [json.loads(line) for line in (tmp_path / "quick" / "samples.jsonl").read_text().splitlines()]
     assert {row["prompt"]: row["ground_truth"] for row in rows} == {

@@ -28,7 +28,7 @@ VERL_ROW = {
 
 
 def load_prompts(files, tokenizer, *, max_prompt_length, overlong="error", limit=None, vocab_size=None):
-    checker = RowChecker(Encoder(tokenizer, vocab_size=vocab_size), max_prompt_length)
+    checker = RowChecker(Encoder(tokenizer, vocab_size=vocab_size), max_prompt_length, only_texts=True)
     return load_survey(files, checker, overlong, limit=limit).prompts
 
 
@@ -56,7 +56,7 @@ def test_the_example_row_of_the_original_description(write, load, tokenizer):
 
 def test_a_verl_row(write, load, tokenizer):
     ids = ids_of(tokenizer, "<|system|>Be brief.<|user|>2 + 2?<|assistant|>")
-    extra = {"split": "train", "index": 9}
+    extra = {"ability": "math", "split": "train", "index": 9}
     assert load(write([VERL_ROW])) == [Prompt(0, ids, "2 + 2?", "4", "openai/gsm8k", extra)]
 
 
@@ -147,7 +147,7 @@ def test_ids_count_rows_over_files_and_a_limit_stops_early(write, load):
         ({"prompt": "a"}, "'ground_truth'", "got nothing"),
         ({"prompt": "a", "ground_truth": None}, "'ground_truth'", "got None"),
         ({"prompt": "a", "ground_truth": float("nan")}, "'ground_truth'", "got nan"),
-        ({"prompt": "a", "answer": "1"}, "'ground_truth'", "got nothing"),
+        ({"prompt": "a", "anwser": "1"}, "'ground_truth'", "got nothing. The row has 'prompt', 'anwser'"),
         ({"prompt": "a", "reward_model": "1"}, "'reward_model'", "got '1'"),
         ({"prompt": "a", "reward_model": {"style": "rule"}}, "'reward_model'", "got {'style': 'rule'}"),
         ({"prompt": "a", "ground_truth": "1", "data_source": 5}, "'data_source'", "got 5"),
@@ -245,7 +245,7 @@ def test_prompts_are_a_sequence_that_can_be_sent_to_another_process(write, token
 
 def test_published_rows_train_as_they_are(write, load):
     gsm8k = {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
-    path = write(f"{json.dumps(gsm8k)}\n{json.dumps({**gsm8k, 'answer': 'four'})}", "rows.jsonl")
+    path = write(f"{json.dumps(gsm8k)}\n{json.dumps({**gsm8k, 'answer': '#### four'})}", "rows.jsonl")
     prompt = load(path, limit=1)[0]
     assert (prompt.text, prompt.ground_truth, prompt.data_source) == ("2 + 2?", "4", "gsm8k")
     with pytest.raises(UserError, match="rows.jsonl, line 2: field 'answer' must end in a line like '#### 72'"):

@@ -21,7 +21,13 @@ def test_a_math_row_as_published():
     messages, truth, source, extra = parse_row({**MATH, "answer": "0.25", "unique_id": "a/1.json"}, "here")
     assert messages == [{"role": "user", "content": "Half of it?"}]
     assert (truth, source) == (r"\frac{1}{4}", "math")
-    assert extra == {"level": "Level 2", "type": "Algebra", "solution": MATH["solution"]}
+    assert extra == {
+        "level": "Level 2",
+        "type": "Algebra",
+        "solution": MATH["solution"],
+        "answer": "0.25",
+        "unique_id": "a/1.json",
+    }
 
 
 @pytest.mark.parametrize(("row", "convert"), [(GSM8K, gsm8k_row), (MATH, math_row)])
@@ -45,13 +51,16 @@ def test_null_is_absent_as_in_tables_of_mixed_rows():
 @pytest.mark.parametrize(
     ("row", "field"),
     [
-        ({"question": "q", "answer": "It is 72."}, "'answer'"),
+        ({"question": "q", "answer": "#### seventy"}, "'answer'"),
         ({"question": " ", "answer": "#### 72"}, "'question'"),
-        ({"question": "q"}, "'prompt'"),
-        ({"question": "q", "ground_truth": "72"}, "'prompt'"),
+        ({"question": "q"}, "field 'ground_truth' must be"),
+        ({"title": "q", "ground_truth": "72"}, "The row has 'title', 'ground_truth'; data.prompt_key names"),
+        ({"prompt": "q", "gold": "72"}, "The row has 'prompt', 'gold'; data.truth_key names"),
         ({"problem": "p", "solution": "no box"}, "'solution'"),
         ({"problem": 5, "solution": r"\boxed{1}"}, "'problem'"),
-        ({"problem": "p", "answer": "1"}, "'prompt'"),
+        ({"instruction": "p", "input": 5, "output": "1"}, "field 'input'"),
+        ({"conversations": "hello", "answer": "1"}, "field 'conversations' must be a list of messages"),
+        ({"conversations": [{"from": None, "value": "x"}], "answer": "1"}, "message 1 has no 'role'"),
     ],
 )
 def test_a_row_that_is_nearly_published_names_the_field(row, field):

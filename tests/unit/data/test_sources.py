@@ -135,9 +135,9 @@ def test_the_suffix_decides_the_format(tmp_path):
     for name, kind in (("a.json", JsonList), ("a.JSONL", JsonLines), ("none", JsonList)):
         (tmp_path / name).write_text("[]")
         assert type(open_source(tmp_path / name)) is kind
-    for name in ("a.csv", "a.TXT", "a.jsonl.gz"):
+    for name in ("a.tsv", "a.TXT", "a.jsonl.gz"):
         (tmp_path / name).write_text("[]")
-        with pytest.raises(UserError, match="is not read; JSON .a list of rows., JSONL and parquet are"):
+        with pytest.raises(UserError, match="is not read; JSON .a list of rows., JSONL, CSV and parquet are"):
             open_source(tmp_path / name)
 
 

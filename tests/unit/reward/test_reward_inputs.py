@@ -48,7 +48,10 @@ def scores_of(scorer, *texts, truth="7", extra=None):
         (PLAIN.format(more=", **rest"), {"ground_truth": 1}, "sets 'ground_truth', which every call is given already"),
         (PLAIN.format(more=", **rest"), {"extra_info": {}}, "sets 'extra_info', which every call"),
         (PLAIN.format(more=", *, judge"), {}, "needs 'judge', but is called with .*reward.reward_kwargs.judge=VALUE"),
-        ("def compute_score(solution_str, ground_truth):\n    return 1\n", {}, r"Add 'data_source', or `\*\*rest`"),
+        ("def compute_score(response, truth=0):\n    return 1\n", {}, "takes response, truth only, so it does not see"),
+        ("def compute_score(ground_truth):\n    return 1\n", {}, "Rename that argument to 'solution_str'"),
+        ("def rank_responses(texts, ground_truth):\n    pass\n", {}, "Rename that argument to 'responses'"),
+        ("def compute_score(solution_str, answer):\n    return 1\n", {}, "needs 'answer', but is called with"),
         ("compute_score = lambda: 1\n", {"k": 1}, "takes no keywords only"),
         ("async def compute_score(data_source, **rest):\n    return 1\n", {"data_source": 1}, "every call"),
         ("def rank_responses(responses, ground_truth, data_source):\n    pass\n", {"k": 1}, "but rank_responses of"),
@@ -71,6 +74,57 @@ def test_arguments_that_fit_are_given(scorer, more):
         [0.25],
         "",
     )
+
+
+@pytest.mark.parametrize(
+    ("takes", "value"),
+    [
+        ("solution_str, ground_truth", "float(solution_str == ground_truth)"),
+        ("ground_truth, solution_str", "float(solution_str == ground_truth)"),
+        ("solution_str", "float(solution_str == '7')"),
+        ("solution_str, extra_info", "float(extra_info['a'] + (solution_str == '8'))"),
+        ("*, solution_str, k, **rest", "k * len(rest) / 3 * (solution_str == '7')"),
+    ],
+)
+def test_a_function_gets_the_arguments_that_it_names(scorer, takes, value):
+    text, kwargs = f"def compute_score({takes}):\n    return {value}\n", {"k": 1} if "k," in takes else {}
+    assert scores_of(scorer(text, reward_kwargs=kwargs), "7", "8", extra={"a": 1}) == (
+        [1.0, 2.0 if "extra" in takes else 0.0],
+        "",
+    )
+
+
+def test_a_ranking_gets_the_arguments_that_it_names(scorer):
+    mine = scorer(
+        "def rank_responses(responses, extra_info):\n    return list(enumerate(extra_info['finish_reasons']))\n"
+    )
+    assert "returned [(0, 'stop'), (1, 'stop')]" in scores_of(mine, "a", "b")[1]
+
+
+TRL = "def {name}({takes}**kwargs):\n    return [1.0 for _ in completions]\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "takes", "said"),
+    [
+        ("compute_score", "completions, ", "Rename it to score_batch and add `def compute_score"),
+        (
+            "reward_len",
+            "completions, ",
+            r"has no function 'compute_score' .*it has reward_len. reward_len takes a batch",
+        ),
+        ("accuracy", "prompts, completions, solution, ", r"accuracy\(completions=\[\[.*prompts=\[...\], solution=\["),
+    ],
+)
+def test_a_function_of_trl_is_answered_with_what_to_add(scorer, name, takes, said):
+    with pytest.raises(UserError, match=said):
+        scorer(TRL.format(name=name, takes=takes))
+
+
+def test_what_a_function_of_trl_is_answered_with_works(scorer):
+    answered = "def compute_score(solution_str, ground_truth, extra_info): return "
+    answered += "reward_len(completions=[[{'content': solution_str}]])[0]\n"
+    assert scores_of(scorer(TRL.format(name="reward_len", takes="completions, ") + answered), "a") == ([1.0], "")
 
 
 # ---- multiprocessing ----

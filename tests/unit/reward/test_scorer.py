@@ -207,7 +207,7 @@ def test_lines_are_reported_for_a_path_relative_to_the_working_folder_too(tmp_pa
 
 
 def test_a_function_that_takes_other_keywords_is_an_error_that_names_one(scorer):
-    said = "is called with data_source, .* but takes text, gold only. Add 'data_source', or `\\*\\*rest`"
+    said = "of data_source, .* that it takes, but takes text, gold only, so .* Rename that argument to 'solution_str'"
     with pytest.raises(UserError, match=said):
         scorer("return 1.0", "def compute_score(text, gold):\n")
 
