@@ -47,14 +47,19 @@ def laid_out_bytes(model: nn.Module) -> int:
 
 
 def _taken_by_kernel(layers: list[nn.Linear], rows: int) -> set[nn.Linear]:
-    """Return the layers that our kernel multiplies: all that it can, or none where oneDNN is faster."""
-    taken = {m for m in layers if can_lay_out(m.weight)}
-    counts = Counter((m.weight.dtype, *m.weight.shape) for m in taken)
-    for dtype in {dtype for dtype, *_ in counts}:
-        shapes = tuple(sorted(Shape(n, k, count) for (kind, n, k), count in counts.items() if kind == dtype))
-        if not panels_win(shapes, dtype, rows):
-            taken -= {m for m in taken if m.weight.dtype == dtype}
-    return taken
+    """Return the layers that our kernel multiplies: those that it can, where oneDNN is not faster.
+
+    Layers of one size among several are decided together, as a step of all of them in one call needs all; a size that
+    occurs once, such as the head's, is decided by itself.
+    """
+    counts = Counter((m.weight.dtype, Shape(*m.weight.shape, 1)) for m in layers if can_lay_out(m.weight))
+    alone = {key for key, count in counts.items() if count == 1}
+    won = {(dtype, shape) for dtype, shape in alone if panels_win((shape,), dtype, rows)}
+    for dtype in {dtype for dtype, _ in counts.keys() - alone}:
+        together = {key: count for key, count in counts.items() if key[0] == dtype and key not in alone}
+        if panels_win(tuple(sorted(s._replace(count=c) for (_, s), c in together.items())), dtype, rows):
+            won |= together.keys()
+    return {m for m in layers if can_lay_out(m.weight) and (m.weight.dtype, Shape(*m.weight.shape, 1)) in won}
 
 
 def _linear_layers(model: nn.Module) -> list[nn.Linear]:

@@ -89,3 +89,11 @@ def test_both_choices_draw_the_same_tokens(monkeypatch, family):
         found.append(sampler.generate(prompts_of((3, 9, 1)), 3, Sampling(1.0, max_new_tokens=12)))
     assert found[0].tokens.equal(found[1].tokens)
     torch.testing.assert_close(found[0].logprobs, found[1].logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_that_occurs_once_is_decided_by_itself(monkeypatch):
+    model, asked = tiny_model("llama", tie_word_embeddings=False), []
+    monkeypatch.setattr(cpu_weight_layout, "panels_win", lambda shapes, *_: asked.append(shapes) or len(shapes) > 1)
+    with cpu_weight_layout.laid_out_weights(model, 4) as ours:
+        assert set(ours) == {m for m in model.model.modules() if type(m) is torch.nn.Linear}, "all but the head"
+    assert sorted(map(len, asked))[0] == 1 and model.lm_head.weight.shape == asked[0][0][:2]
