@@ -14,6 +14,7 @@ from gspo.read_yaml import plain
 
 Settings = dict[str, Any]
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "actor_rollout_ref.ref."
+MODEL = "actor_rollout_ref.model."
 OFF = (None, False, 0, -1, "none", "None", "")
 
 OBJECTIVES = {
@@ -125,8 +126,22 @@ ANSWERS = {
     "push_to_hub": "Nothing is uploaded; `hf upload NAME outputs/RUN/checkpoints/step_...` does it.",
     "deepspeed": "Weights are sharded by FSDP2; optim.offload=true keeps the optimizer in CPU memory.",
 }
+PLAIN_LORA = "Adapters are plain LoRA: model.lora={rank: 16, alpha: 32}, which is multiplied by alpha / rank."
+NOT_QUANTISED = "The base of an adapter is not quantised; model.precision=bf16 holds it in 2 bytes a weight."
+ANSWERS |= {
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_modules_to_save", f"{MODEL}exclude_modules"), PLAIN_LORA),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), NOT_QUANTISED),
+    f"{MODEL}lora_adapter_path": "Name a checkpoint of ours in trainer.resume, or merge the adapter and train that.",
+}
 FALSE_MEANS = ("algorithm.norm_adv_by_std_in_grpo", "scale_rewards")  # here it is False that needs an answer
-LATER = MINI_BATCH, USE_KL = f"{ACTOR}ppo_mini_batch_size", f"{ACTOR}use_kl_loss"  # they depend on other settings
+MINI_BATCH, USE_KL, USE_PEFT = f"{ACTOR}ppo_mini_batch_size", f"{ACTOR}use_kl_loss", "use_peft"
+LORA = {  # name -> its key in model.lora
+    **dict.fromkeys((f"{MODEL}lora_rank", "model.lora_rank", "lora_rank", "lora_r"), "rank"),
+    **dict.fromkeys((f"{MODEL}lora_alpha", "model.lora_alpha", "lora_alpha"), "alpha"),
+    **dict.fromkeys((f"{MODEL}target_modules", "target_modules", "lora_target_modules"), "targets"),
+    "lora_dropout": "dropout",
+}
+LATER = (MINI_BATCH, USE_KL, USE_PEFT, *LORA)  # they depend on other settings
 
 
 def is_foreign(typed: str) -> bool:
@@ -154,11 +169,31 @@ def translate(typed: str, value: Any, place: str, notes: list[str]) -> Settings:
 
 
 def set_later(config: Config, given: Settings) -> None:
-    """Set what those of LATER stand for, once everything else is set: mini-batches in prompts, a KL switched off."""
+    """Set what those of LATER stand for, once everything else is set: mini-batches in prompts, a KL switched off, LoRA.
+
+    UserError where they do not go together.
+    """
     if MINI_BATCH in given:
         config.optim.minibatches = steps_of_mini_batches(given[MINI_BATCH], config.data.train_batch_size)
     if given.get(USE_KL, True) in OFF:
         config.objective.kl_coef = 0.0
+    if lora := _lora(given):
+        if config.model.lora:
+            raise UserError(f"model.lora is set, and so is {', '.join(given.keys() & LORA)}; leave one of the two out.")
+        config.model.lora = lora
+
+
+def _lora(given: Settings) -> Settings:
+    """Return model.lora as verl's or TRL's names have it; empty where they switch it off: a rank of 0, no use_peft."""
+    named = {typed: key for typed, key in LORA.items() if typed in given}
+    ranks = [given[typed] for typed, key in named.items() if key == "rank"]
+    if given.get(USE_PEFT, True) in OFF or (ranks and ranks[0] in OFF):
+        return {}
+    if (named or USE_PEFT in given) and not ranks:
+        raise UserError(
+            f"{next(iter(named), USE_PEFT)} asks for an adapter without its rank. Write model.lora={{rank: 16}}."
+        )
+    return {key: given[typed] for typed, key in named.items() if given[typed] is not None}
 
 
 def steps_of_mini_batches(prompts: Any, batch: int) -> int:

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from gspo.models.kernel_layers import install_layer_kernels
 from gspo.models.loading import build_model, checkpoint_activations
+from gspo.models.lora import POLICY, Lora, adapted_layers, add_adapters
 from gspo.packing.logprobs import response_logprobs, surrogate
 from gspo.packing.pack import PackedBatch
 from gspo.packing.probe_head import Head
@@ -70,9 +71,19 @@ def _call(function: Any, args: tuple, kwargs: dict) -> Any:
 
 
 class FakeModel:
-    """A model of fake tensors, and the memory that it would need to train, to score and to sample."""
+    """A model of fake tensors, and the memory that it would need to train, to score and to sample.
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, checkpointing: bool = False):
+    With `lora` it has an adapter, which alone is trained; `products` is the dtype that its frozen linear layers have.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        checkpointing: bool = False,
+        lora: Lora | None = None,
+        products: torch.dtype = torch.float32,
+    ):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode, no_init_weights():  # fake tensors have no values to draw
             self.model = build_model(config, config.name_or_path, dtype=dtype).eval()
@@ -80,12 +91,26 @@ class FakeModel:
         install_layer_kernels(self.model).config.use_cache = False
         if checkpointing:
             checkpoint_activations(self.model)
+        if lora is not None:
+            self._add_adapter(lora, dtype, products)
         layer, cap = (
             self.model.get_output_embeddings(),
             getattr(config.get_text_config(), "final_logit_softcapping", None),
         )
         plain = type(layer).forward is nn.Linear.forward and self.model.base_model is not self.model
         self.head = Head(1.0, cap) if plain else None
+
+    def _add_adapter(self, lora: Lora, dtype: torch.dtype, products: torch.dtype) -> None:
+        """Inject the policy's adapter, in the dtype that it is gathered in; its base's linear layers get `products`."""
+        add_adapters(self.model, lora, [POLICY])
+        for layer in adapted_layers(self.model).values():
+            with self.mode:  # fake tensors are replaced, as they cannot be cast in place
+                if dtype == torch.float32:
+                    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.to(products), requires_grad=False)
+                    if layer.base_layer.bias is not None:
+                        layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.to(products), requires_grad=False)
+                for part in (layer.lora_A[POLICY], layer.lora_B[POLICY]):
+                    part.weight = nn.Parameter(torch.empty(part.weight.shape, dtype=dtype))
 
     def kv_layout(self) -> dict[int, Layer]:
         """Return for each layer the shape of the keys and values that it caches for a token."""
@@ -107,8 +132,9 @@ class FakeModel:
         accumulating: an earlier micro-batch has left gradients, to which new ones of the same size are added.
         """
         parameters = list(self.model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
         with self.mode:
-            for p in parameters:
+            for p in trained:
                 p.grad = torch.empty_like(p) if accumulating else None
             with LiveBytes(parameters) as live:
                 with autocast():
@@ -119,7 +145,7 @@ class FakeModel:
                             self.model, self.head, pack, 1.0, lambda logprob, tokens: torch.ones_like(logprob)
                         )
                 loss.backward(torch.tensor(1.0, dtype=loss.dtype))
-        gradients = sum(p.nbytes for p in parameters)
+        gradients = sum(p.nbytes for p in trained)
         return live.peak if accumulating else max(0, live.peak - gradients)
 
     def scoring_bytes(self, pack: PackedBatch, autocast: Autocast) -> int:

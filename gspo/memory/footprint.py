@@ -18,6 +18,7 @@ from gspo.distributed.tensor_parallel import check_tensor_parallel
 from gspo.errors import UserError
 from gspo.memory.activations import FakeModel
 from gspo.models.loading import load_model_config, recomputes_activations
+from gspo.models.lora import Lora, find_targets
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import DTYPES
 from gspo.packing.micro_batches import Row, micro_batches, token_budget
@@ -100,12 +101,24 @@ class _Setup:
     ranks: int  # r
     device: str
     dtype: torch.dtype  # that the model computes in
-    model: nn.Module  # of fake tensors
+    model: nn.Module  # of fake tensors, without adapters
+    lora: Lora | None
 
     @property
     def parameters(self) -> int:
         """P."""
         return sum(p.numel() for p in self.model.parameters())
+
+    def trained(self, part: nn.Module | None = None) -> int:
+        """Return how many parameters are trained, of the whole model or a part: P, or those of one adapter."""
+        part = part or self.model
+        if self.lora is None:
+            return sum(p.numel() for p in part.parameters())
+        inside = {id(m) for m in part.modules()}
+        adapted = [
+            m for name in find_targets(self.model, self.lora) if id(m := self.model.get_submodule(name)) in inside
+        ]
+        return sum(self.lora.rank * (m.in_features + m.out_features) for m in adapted)
 
     @property
     def shard_size(self) -> int:
@@ -137,21 +150,22 @@ def footprint(
     config, dtype = load_model_config(cfg.model.path), DTYPES[precision]
     check_tensor_parallel(config, ranks, cfg.rollout.tensor_model_parallel_size)
     recomputes = recomputes_activations(cfg.model.gradient_checkpointing, device)
-    trained = FakeModel(config, dtype if ranks > 1 else torch.float32, recomputes)
-    setup = _Setup(cfg, ranks, device, dtype, trained.model)
+    lora, sampler = Lora.of(cfg.model.lora), FakeModel(config, dtype)
+    trained = FakeModel(config, dtype if ranks > 1 else torch.float32, recomputes, lora, products=dtype)
+    setup = _Setup(cfg, ranks, device, dtype, sampler.model, lora)
     longest = prompt_tokens or cfg.data.max_prompt_length
     work = _LargestMicroBatches(cfg, ranks, precision, longest)
 
     resident, offloaded = _resident(setup)
     updating, scoring = {}, {}
     unsharded_gradients = cfg.optim.gradient_reduction == "step" and setup.policy_is_sharded
-    gradients = FLOAT32 * setup.parameters // (1 if unsharded_gradients else setup.shard_size)  # 4 P or 4 P / s
+    gradients = FLOAT32 * setup.trained() // (1 if unsharded_gradients else setup.shard_size)  # 4 P or 4 P / s
     (offloaded if setup.offloads_policy and not unsharded_gradients else updating)["gradients"] = gradients
     updating["gathered layers"] = _gathered_while_updating(setup) if setup.policy_is_sharded else 0
     updating["activations"] = work.training_bytes(trained)
     scoring["gathered layers"] = _gathered_while_scoring(setup)
     scoring["activations"] = work.scoring_bytes(trained)
-    sampling = _sampling(setup, FakeModel(config, dtype), longest, work.groups, free - sum(resident.values()))
+    sampling = _sampling(setup, sampler, longest, work.groups, free - sum(resident.values()))
     phases = {"updating": updating, "scoring": scoring, "sampling": sampling}
     if device == "cuda":
         for parts in phases.values():
@@ -175,28 +189,34 @@ def _beside_tensors(setup: _Setup) -> int:
 def _resident(setup: _Setup) -> tuple[dict[str, int], dict[str, int]]:
     """Return the parts that stay from step to step: (on the device, offloaded to the CPU)."""
     cfg, parameters, shard_size = setup.cfg, setup.parameters, setup.shard_size
-    weights = FLOAT32 * parameters // shard_size  # 4 P / s
-    moments = 2 * FLOAT32 * parameters // shard_size  # Adam's two: 8 P / s
-    references = _frozen_models(cfg) * _reference_bytes(setup)
+    trained = setup.trained()
+    moments = 2 * FLOAT32 * trained // shard_size  # Adam's two: 8 P / s
     on_device, offloaded = {}, {}
-    (offloaded if setup.offloads_policy else on_device).update(weights=weights, optimizer=moments)
-    (offloaded if setup.offloads_reference else on_device)["reference"] = references
+    policy_at = offloaded if setup.offloads_policy else on_device
+    if setup.lora is None:
+        references = len(_frozen_names(cfg)) * _reference_bytes(setup)
+        policy_at.update(weights=FLOAT32 * parameters // shard_size, optimizer=moments)  # 4 P / s
+        (offloaded if setup.offloads_reference else on_device)["reference"] = references
+    else:  # the initial model is the base, the opponent a second adapter
+        references = FLOAT32 * trained // shard_size * ("opponent" in _frozen_names(cfg))
+        adapters = FLOAT32 * trained // shard_size + references
+        policy_at.update(weights=_reference_bytes(setup), adapters=adapters, optimizer=moments)
     critic = 3 * FLOAT32 * parameters if _critic_has_a_body(cfg) else 0  # weights and Adam's moments: 12 P / s
     if critic:
         (offloaded if setup.offloads_policy else on_device)["critic"] = critic // shard_size
     if cfg.trainer.async_save:  # each rank's share of a copy of all that, while a thread writes it
-        share = (3 * FLOAT32 * parameters + critic) // setup.ranks + references * shard_size // setup.ranks
+        share = (3 * FLOAT32 * trained + critic) // setup.ranks + references * shard_size // setup.ranks
         (offloaded if setup.device == "cuda" else on_device)["checkpoint"] = share
-    if not shares_weights(cfg.rollout.weights, setup.policy_is_sharded, setup.dtype)[0]:
+    if not shares_weights(cfg.rollout.weights, setup.policy_is_sharded, setup.dtype, setup.lora is not None)[0]:
         tensor_parallel = cfg.rollout.tensor_model_parallel_size
         on_device["sampler's copy"] = parameters * setup.dtype.itemsize // tensor_parallel  # b P / tp
     return on_device, offloaded
 
 
-def _frozen_models(cfg: Config) -> int:
-    """Return how many frozen models the run keeps: the KL reference, and the anchor if it is another one."""
+def _frozen_names(cfg: Config) -> set[str]:
+    """Return which frozen models the run keeps: the KL reference, and the anchor if it is another one."""
     reference = "opponent" if cfg.reference.refresh == "round" else "initial"
-    return len({reference} | ({cfg.objective.anchor_model} & {"opponent", "initial"}))
+    return {reference} | ({cfg.objective.anchor_model} & {"opponent", "initial"})
 
 
 def _critic_has_a_body(cfg: Config) -> bool:
@@ -229,7 +249,9 @@ def _two_largest_units(setup: _Setup, itemsize: int) -> int:
 
 
 def _gathered_while_scoring(setup: _Setup) -> int:
-    """Return the bytes of a frozen model's weights that are gathered while it scores."""
+    """Return the bytes of a frozen model's weights that are gathered while it scores; with adapters, the policy's."""
+    if setup.lora is not None:
+        return _two_largest_units(setup, setup.dtype.itemsize) if setup.policy_is_sharded else 0
     if setup.ranks == 1 and not setup.offloads_reference:
         return 0
     if gathers_once(setup.ranks, setup.offloads_policy):
@@ -242,7 +264,7 @@ def _gathered_while_updating(setup: _Setup) -> int:
     itemsize = setup.dtype.itemsize if setup.ranks > 1 else FLOAT32  # one process computes under autocast
     reshards = setup.cfg.model.reshard_after_forward
     weights = _two_largest_units(setup, itemsize) if reshards else setup.parameters * itemsize
-    return weights + FLOAT32 * max(_unit_sizes(setup))
+    return weights + FLOAT32 * max(setup.trained(unit) for unit in sharding_units(setup.model))
 
 
 def _unit_sizes(setup: _Setup) -> list[int]:

@@ -17,7 +17,8 @@ from gspo.algorithm.update import Updater, make_optimizer
 from gspo.data.batches import Batches
 from gspo.data.prompts import load_splits
 from gspo.data.stored_rows import stored_groups
-from gspo.distributed.move_weights import full_tensor
+from gspo.distributed.adapters import Adapter
+from gspo.distributed.move_weights import full_tensor, local_shard, local_slices
 from gspo.distributed.world import process_group
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.packing.balance import balance
@@ -30,6 +31,14 @@ from gspo.system.program import end_process
 from train import gather_experience
 
 
+@torch.no_grad()
+def move_adapter(adapter: Adapter) -> None:
+    """Give an adapter values of a policy that has been trained: at the start A has no gradient."""
+    g = torch.Generator().manual_seed(0)
+    for p in adapter.parameters():
+        local_shard(p).copy_((0.02 * torch.randn(p.shape, generator=g))[local_slices(p)])
+
+
 def main() -> None:
     out, cfg = Path(sys.argv[1]), load_config("configs/quick.yaml", sys.argv[2:])
     with process_group() as world:
@@ -39,6 +48,9 @@ def main() -> None:
         batch = Batches(splits.train, cfg.data.train_batch_size, cfg.trainer.seed).take()
         trained = as_trained(cfg)
         models = SelfPlayModels(trained, world)
+        if models.lora is not None:
+            move_adapter(models.trained)
+            models.refresh_sampler()
         optimizer = make_optimizer(models.policy, cfg)
         tp = cfg.rollout.tensor_model_parallel_size
         sampler = Sampler(models.sampler, tokenizer, world.device, seed=cfg.trainer.seed, tp=tp, agree=models.agree)
@@ -55,6 +67,8 @@ def main() -> None:
 
         def keep_gradient(model: torch.nn.Module, prefix: str = "") -> None:
             for name, p in model.named_parameters():
+                if not p.requires_grad:  # the base of adapters
+                    continue
                 gradient[prefix + name] = full_tensor(p.grad).cpu().clone().contiguous()
 
         optimizer.step = lambda: keep_gradient(models.policy)

@@ -8,6 +8,7 @@ from gspo.foreign_settings import ANSWERS, FALSE_MEANS, LATER, MEANINGS, NOT_NEE
 from gspo.read_config import load_config
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "actor_rollout_ref.ref."
+MODEL = "actor_rollout_ref.model."
 
 
 def changed(*overrides, file=None):
@@ -34,6 +35,38 @@ VERL = (
     "trainer.project_name=verl_grpo", "trainer.experiment_name=qwen3_8b", "trainer.n_gpus_per_node=8",
     "trainer.nnodes=1", "trainer.save_freq=20", "trainer.test_freq=5", "trainer.total_epochs=10",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([f"{MODEL}lora_rank=32", f"{MODEL}lora_alpha=16", f"{MODEL}target_modules=all-linear"],
+         {"rank": 32, "alpha": 16, "targets": "all-linear"}),
+        ([f"{MODEL}lora_rank=0", f"{MODEL}lora_alpha=16", f"{MODEL}target_modules=all-linear"], None),
+        (["use_peft=true", "lora_r=8", "lora_target_modules=[q_proj, v_proj]", "lora_dropout=0.0"],
+         {"rank": 8, "targets": ["q_proj", "v_proj"], "dropout": 0.0}),
+        (["use_peft=false", "lora_r=8"], None),
+        (["model.lora.rank=8", "model.lora.alpha=4"], {"rank": 8, "alpha": 4}),
+    ],
+)  # fmt: skip
+def test_adapters_are_understood_and_switched_off_by_a_rank_of_zero(given, expected):
+    found, _ = changed(*given)
+    assert found == ({} if expected is None else {"model.lora": expected})
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["lora_alpha=16"], "lora_alpha asks for an adapter without its rank.*model.lora={rank: 16}"),
+        (["use_peft=true"], "use_peft asks for an adapter without its rank"),
+        (["model.lora={rank: 8}", "lora_r=4"], "model.lora is set, and so is lora_r"),
+        (["use_dora=true"], "use_dora = True is not understood. Adapters are plain LoRA"),
+        (["load_in_4bit=true"], "not quantised; model.precision=bf16"),
+    ],
+)
+def test_adapters_of_other_kinds_are_answered(given, why):
+    with pytest.raises(UserError, match=why):
+        load_config(None, given)
 
 
 def test_verls_first_example_is_understood_whole():

@@ -333,3 +333,39 @@ def test_the_report_is_within_15_percent_of_the_measured_peak(run_program, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert abs(result["reported"] / result["measured"] - 1) <= 0.15, done.stdout
+
+
+LORA = "model.lora={rank: 4}"
+ADAPTER = (
+    4 * 3 * (4 * (128 + 128) + 3 * (128 + 352))
+)  # rank x layers x (inputs + outputs) of four products and an MLP's three
+
+
+def report_of(*overrides, ranks=1, precision="fp32"):
+    return footprint(
+        load_config(None, [*SMALL, "rollout.max_new_tokens=32", *overrides]), ranks, "cpu", precision, 2**40, 20
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_with_an_adapter_the_base_is_held_once_beside_the_samplers_copy(ranks):
+    pytest.importorskip("peft")
+    whole, found = report_of(ranks=ranks), report_of(LORA, ranks=ranks)
+    assert found.parameters == whole.parameters and "reference" not in found.resident
+    assert found.resident["weights"] == 4 * found.parameters // ranks
+    assert found.resident["adapters"] == 2 * 4 * ADAPTER // ranks, "the policy's and the opponent's"
+    assert found.resident["optimizer"] == 8 * ADAPTER // ranks
+    assert found.resident["sampler's copy"] == 4 * found.parameters
+    assert found.phases["updating"]["gradients"] == 4 * ADAPTER // ranks
+    assert found.resident["checkpoint"] == 4 * 4 * ADAPTER // ranks, "moments and two adapters"
+    assert found.peak < whole.peak
+    never = report_of(LORA, "reference.refresh=never", ranks=ranks)
+    assert never.resident["adapters"] == 4 * ADAPTER // ranks, "the reference is the base"
+
+
+@pytest.mark.slow
+def test_a_base_in_bf16_takes_half_and_its_adapter_does_not():
+    pytest.importorskip("peft")
+    whole, found = report_of(precision="bf16"), report_of(LORA, precision="bf16")
+    assert found.resident["weights"] == whole.resident["reference"] < 4 * found.parameters
+    assert found.resident["adapters"] == 2 * 4 * ADAPTER
