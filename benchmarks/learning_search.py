@@ -7,7 +7,7 @@ import numpy as np
 
 LR_FACTOR, KL_FACTOR = 2.0, 10.0  # between neighbours
 FINALISTS = 3
-LR_RANGE, KL_RANGE = (1e-5, 3e-3), (1e-5, 10.0)
+LR_RANGE, KL_RANGE = (1e-6, 3e-3), (1e-5, 10.0)
 Point = tuple[float, float]  # (learning rate, KL weight)
 
 
