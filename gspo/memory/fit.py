@@ -7,11 +7,12 @@ from typing import Any
 from gspo.config import Config
 from gspo.distributed.tensor_parallel import check_tensor_parallel
 from gspo.errors import UserError
-from gspo.memory.footprint import Footprint
+from gspo.memory.footprint import GIB, Footprint
 from gspo.memory.plan import fit_settings
 from gspo.models.loading import load_model_config, recomputes_activations
 from gspo.packing.micro_batches import token_budget
 from gspo.rollout.kv_budget import most_slots
+from gspo.system.console import say
 
 FEWEST_TOKENS, FEWEST_SLOTS = 256, 8  # of a micro-batch, and of a sampler, that are tried
 
@@ -21,7 +22,9 @@ Rule = Callable[[Config, int, str], Change]  # configuration, ranks, device -> a
 
 def find_fitting(cfg: Config, ranks: int, device: str, precision: str, free: int) -> tuple[Change, Config, Footprint]:
     """Change one setting after the other, always one that makes the largest part at the peak smaller, until the run
-    fits in `free` bytes or no change is left -> the changes, the configuration with them, and its report."""
+    fits in `free` bytes or no change is left -> the changes, the configuration with them, and its report.
+
+    Each change is printed with what it comes to: a forecast of a large model takes seconds."""
     changes: Change = {}
     chosen, report = fit_settings(cfg, ranks, device, precision, free)
     settled = chosen  # with what is auto chosen, before anything is changed
@@ -29,6 +32,8 @@ def find_fitting(cfg: Config, ranks: int, device: str, precision: str, free: int
         changes |= change
         settled = _changed(settled, change)
         chosen, report = fit_settings(settled, ranks, device, precision, free)
+        settings = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+        say(f"{settings}: {report.peak / GIB:.3g} GiB while {report.peak_phase}")
     return changes, chosen, report
 
 
