@@ -8,11 +8,15 @@ hold the responses (DPO), they are read instead of sampled and scored. When a se
 a copy of the policy. This file is where the stages meet.
 """
 
-import argparse
 import math
+import sys
 from dataclasses import replace
 
 import gspo  # noqa: F401 -- before torch
+from gspo.command_line import check_command_line, training_arguments
+
+if __name__ == "__main__" or sys.argv[0].endswith("gspo-train"):
+    check_command_line(__doc__)  # before torch is imported, which takes seconds
 
 # isort: split
 import torch
@@ -48,7 +52,7 @@ from gspo.metrics.group_rows import sample_rows
 from gspo.metrics.step_metrics import Clock, Meter, observe, peak_memory_gib, training_pairs, without_sampling
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.packing.balance import balance
-from gspo.read_config import STANDARD, load_config, parse_arguments
+from gspo.read_config import load_config
 from gspo.reward.gold_check import require_gold
 from gspo.reward.scorer import Scorer
 from gspo.rollout.tree import Tree
@@ -245,13 +249,7 @@ def finish_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
-    )
-    parser.add_argument("--check", action="store_true", help="read configuration, data and reward function, then stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.parameters")
-    args = parse_arguments(parser)
+    args = training_arguments(__doc__)
     with process_group() as world:  # around all that may fail: of several ranks one says why
         train(load_config(args.config, args.overrides, note=say), world, check_only=args.check)
 

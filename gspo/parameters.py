@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from gspo.config import Config, flatten, parameters, to_dict
 from gspo.config_aliases import ALIASES
+from gspo.system.program import guarded
 
 
 def _allowed(f: dataclasses.Field) -> str:
@@ -50,4 +51,4 @@ def parameters_page() -> str:
 
 
 if __name__ == "__main__":
-    print(parameters_page(), end="")
+    guarded(lambda: print(parameters_page(), end=""))

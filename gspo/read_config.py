@@ -58,10 +58,10 @@ def find_parameter(typed: str, place: str) -> tuple[str, tuple[str, ...]]:
     raise UserError(f"{place}: unknown key {key!r}{guess} `python -m gspo.parameters` lists every key.")
 
 
-def require_known(names: list[str], place: str) -> None:
-    """Raise UserError where names are unknown: one error for all of them."""
+def require_known(names: list[tuple[str, str]]) -> None:
+    """Raise UserError where names, each with its place, are unknown: one error for all of them."""
     errors = []
-    for typed in names:
+    for typed, place in names:
         try:
             if not is_foreign(typed):
                 find_parameter(typed, place)
@@ -274,12 +274,10 @@ def ours(typed: str, value: Any, place: str, foreign: Foreign) -> list[tuple[str
     return [(name, x) for name, x in found.items() if name not in LATER]
 
 
-def _set_from_file(config: Config, path: Path, foreign: Foreign) -> dict[str, str]:
-    """Set what the file says; return {parameter: the file}. Raise UserError where it says one thing twice, by different
-    names."""
+def _set_from_file(config: Config, leaves: list[tuple[str, Any]], path: Path, foreign: Foreign) -> dict[str, str]:
+    """Set what the file says, its dotted keys with their values; return {parameter: the file}. Raise UserError where it
+    says one thing twice, by different names."""
     seen: dict[tuple[str, ...], str] = {}
-    leaves = _leaves(read_file(path))
-    require_known([typed for typed, _ in leaves], str(path))
     for typed, value in [setting for leaf in leaves for setting in ours(*leaf, str(path), foreign)]:
         key, inside = find_parameter(typed, str(path))
         names = [(key, *inside)]
@@ -356,11 +354,13 @@ def load_config(
     that the command line gives twice.
     """
     config, places, foreign = Config(), {}, Foreign()
-    if path is not None:
-        path = find_config(path)
-        places = _set_from_file(config, path, foreign)
+    path = None if path is None else find_config(path)
+    leaves = _leaves(read_file(path)) if path else []
+    typed = [(item.partition("=")[0], "command line") for item in overrides if "=" in item]
+    require_known([*((name, str(path)) for name, _ in leaves), *typed])
+    if path:
+        places = _set_from_file(config, leaves, path, foreign)
         config.trainer.run_name = config.trainer.run_name or path.stem
-    require_known([item.partition("=")[0] for item in overrides if "=" in item], "command line")
     for item in overrides:
         for setting in ours(*_typed(item), "command line", foreign):
             _set_from_command_line(config, *setting, places, foreign.notes)

@@ -20,6 +20,7 @@ from gspo.metrics.tracker_packages import PACKAGES
 from gspo.metrics.tracker_process import TrackerProcess
 from gspo.metrics.trackers import MetricsFile, Samples, SamplesFile, Tracker, read_rows
 from gspo.system.console import say
+from gspo.system.program import guarded
 from gspo.system.torchrun import is_main
 
 
@@ -199,6 +200,5 @@ class RunLog:
 
 
 if __name__ == "__main__":
-    print(
-        "\n".join(["| metric | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in GLOSSARY.items())])
-    )
+    rows = (f"| `{name}` | {text} |" for name, text in GLOSSARY.items())
+    guarded(lambda: print("\n".join(["| metric | meaning |", "|---|---|", *rows])))

@@ -7,7 +7,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from gspo.errors import UserError
 from gspo.system.language import translate_help, translated
@@ -16,29 +17,36 @@ from gspo.system.torchrun import agent_address, is_main, world_size
 
 
 def guarded(main: Callable[[], None], interrupted: str = "interrupted") -> None:
-    """Run `main`. UserError, and errors of the system with a file: one paragraph on stderr and exit code
-    2. Ctrl-C: one line and exit code 130."""
+    """Run `main`. A user's mistake ends the program as `mistakes_said` does; Ctrl-C with one line and exit code 130."""
     with kept_output():
         try:
-            translate_help()
-            end_with_torchrun()
-            main()
-            end_process()
-        except UserError as e:
-            if is_main():
-                print(translated(f"error: {e}"), file=sys.stderr, flush=True)
-            sys.exit(2)
-        except OSError as e:
-            if not (text := failed_file(e)):
-                raise
-            if is_main():
-                print(translated(text), file=sys.stderr, flush=True)
-            sys.exit(2)
+            with mistakes_said():
+                end_with_torchrun()
+                main()
+                end_process()
         except KeyboardInterrupt:
             if is_main():
                 print(f"\n{translated(interrupted)}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(130)
+
+
+@contextmanager
+def mistakes_said() -> Iterator[None]:
+    """End the program at a UserError, or an error of the system with a file: one paragraph on stderr, exit code 2."""
+    translate_help()
+    try:
+        yield
+    except UserError as e:
+        if is_main():
+            print(translated(f"error: {e}"), file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as e:
+        if not (text := failed_file(e)):
+            raise
+        if is_main():
+            print(translated(text), file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def failed_file(error: Exception) -> str:

@@ -162,3 +162,8 @@ def test_all_unknown_names_are_one_error(tmp_path):
         "command line: unknown key 'optim.learning_rat'; did you mean 'optim.learning_rate'? "
         "command line: unknown key 'zzz.qqq'. `python -m gspo.parameters` lists every key."
     )
+    file = tmp_path / "own.yaml"
+    file.write_text("rollout: {m: 4}\ntrainer: {seed: 1}\n")
+    with pytest.raises(UserError) as error:
+        load_config(file, ["zzz.qqq=2"])
+    assert str(error.value).startswith(f"{file}: unknown key 'rollout.m'; did you mean 'rollout.n'? command line: ")

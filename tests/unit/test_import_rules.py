@@ -42,7 +42,6 @@ VOCABULARY = {
     "gspo.config_objective",
     "gspo.config_option",
     "gspo.foreign_settings",
-    "gspo.parameters",
     "gspo.read_config",
     "gspo.read_paths",
     "gspo.read_yaml",

@@ -19,11 +19,7 @@ from gspo.system.program import guarded
     ("arguments", "said"),
     [
         (["rollout.nn=4"], ["'rollout.nn'", "did you mean 'rollout.n'"]),
-        pytest.param(
-            ["--config", "{tmp}/no.yaml"],
-            ["{tmp}/no.yaml: No such file", "preset in configs: "],
-            marks=pytest.mark.slow,
-        ),
+        (["--config", "{tmp}/no.yaml"], ["{tmp}/no.yaml: No such file", "preset in configs: "]),
         pytest.param(
             ["model.path={tmp}/no_model"], ["model.path = '{tmp}/no_model'", "no folder here"], marks=pytest.mark.slow
         ),
@@ -42,6 +38,14 @@ def test_a_users_mistake_is_one_paragraph_and_leaves_nothing(run_program, tmp_pa
         assert part.replace("{tmp}", str(tmp_path)) in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("argument", "code"), [("rollout.nn=4", 2), ("optim.lr=much", 2), ("--help", 0)])
+def test_what_needs_no_torch_does_not_wait_for_it(run_program, argument, code):
+    done = run_program("-X", "importtime", "train.py", argument)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == code and "gspo.read_config" in imported
+    assert not {"torch", "numpy", "transformers"} & imported
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
