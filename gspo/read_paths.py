@@ -1,6 +1,7 @@
 """Refuse in words what no path of a user may be: too long, half a character, a pipe that is waited for."""
 
 import contextlib
+import difflib
 import os
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def check_path(text: str, what: str, written: bool = False) -> str:
         if os.path.islink(text) and os.path.islink(os.path.realpath(text)):
             raise UserError(f"{what} = {text!r}: a link that leads back to itself.")
     return text
+
+
+def mistyped_path(name: str) -> str:
+    """Return why `owner/name`, which is not here, is a mistyped path rather than a name on the hub; "" where it is not.
+
+    It is one where its first part is a folder here.
+    """
+    folder, _, rest = name.partition("/")
+    if not rest or not os.path.isdir(folder):
+        return ""
+    near = difflib.get_close_matches(rest, sorted(os.listdir(folder)), n=1)
+    guess = f"; do you mean {folder}/{near[0]}?" if near else "."
+    return f"{folder} is a folder here, and has no {rest!r}{guess}"
 
 
 def require_file(path: Path, what: str) -> None:

@@ -18,7 +18,7 @@ from shlex import quote
 from typing import Any
 
 from gspo.errors import UserError
-from gspo.read_paths import check_path, require_file
+from gspo.read_paths import check_path, mistyped_path, require_file
 from gspo.read_yaml import without_repeats
 
 BOM = b"\xef\xbb\xbf"
@@ -300,6 +300,8 @@ def _open_dataset(name: str, split: str) -> Source:
     is_folder = Path(path).is_dir()
     if not is_folder and (not HUB_ID.fullmatch(path) or several_names(name)):
         raise UserError(f"data file {name}: No such file.{several_names(name) or KINDS}")
+    if not is_folder and (why := mistyped_path(path)):
+        raise UserError(f"data file {name}: No such file: {why} To read a data set of that name: `hf download` it.")
     kind = "is a folder" if is_folder else "is no file here"
     try:
         datasets = importlib.import_module("datasets")

@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
+from gspo.read_paths import mistyped_path
 from gspo.read_yaml import TwiceError, without_repeats
 from gspo.system.console import say
 
@@ -65,6 +66,8 @@ def check_folder(path: str) -> None:
                 "is no folder here, and a name on the hub is OWNER/NAME. Give a Hugging Face folder or such a name, or "
                 "leave it empty.",
             )
+        if why := mistyped_path(path):
+            raise wrong_folder(path, f"is no folder here: {why} To fetch a model of that name: `hf download {path}`.")
         _say_asking(path)
     if folder.is_dir():
         _check_pointers(folder)

@@ -216,6 +216,13 @@ def test_without_datasets_a_name_is_neither_file_nor_data_set(monkeypatch):
         open_source("openai/gsm8k")
 
 
+def test_a_mistyped_name_in_a_folder_that_is_here_is_no_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    with pytest.raises(UserError, match="data is a folder here, and has no 'gsm8'; do you mean data/gsm8k?"):
+        open_source("data/gsm8@train")
+
+
 @pytest.mark.parametrize("name", ["no.jsonl", "no/such/folder/rows", "../rows", "no.parquet", "a b"])
 def test_a_missing_file_is_not_looked_for_elsewhere(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)

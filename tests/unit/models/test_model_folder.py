@@ -36,6 +36,16 @@ def test_that_the_hub_is_asked_is_said_once(capsys):
     assert capsys.readouterr().out == "no folder owner/not-fetched here; asking the hub\n"
 
 
+def test_a_mistyped_name_in_a_folder_that_is_here_does_not_ask_the_hub(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder.parent.parent)
+    here = folder.parent.name
+    (folder.parent / "SmolLM2-135M").mkdir()
+    with pytest.raises(UserError, match=f"is no folder here: {here} is a folder here, and has no 'SmolLM-135M'") as e:
+        load_model_config(f"{here}/SmolLM-135M")
+    assert f"do you mean {here}/SmolLM2-135M?" in str(e.value) and f"`hf download {here}/SmolLM-135M`" in str(e.value)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_folder_is_never_looked_for_on_the_hub(folder, monkeypatch):
     """Its relative name could be one of the hub's."""
     asked = []
