@@ -302,7 +302,8 @@ class Trainer:
     seed: int = opt(0, "random seed of sampling and data order", ge=0, lt=10**18)
     resume: str = opt(
         "auto",
-        "auto: go on where the run stopped; never: start anew; a checkpoint folder: start a run from that checkpoint",
+        "auto: go on where the run stopped; force: ... with other step sizes and coefficients; never: start anew; a "
+        "checkpoint folder: start a run from that checkpoint",
         path=True,
     )
     sample_rows: int = opt(8, "groups per step written to samples.jsonl", ge=0)

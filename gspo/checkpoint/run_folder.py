@@ -5,10 +5,8 @@ import difflib
 import errno
 import fcntl
 import os
-import re
 import time
 from pathlib import Path
-from shlex import quote
 
 import yaml
 
@@ -18,6 +16,7 @@ from gspo.checkpoint.adapter_checkpoints import check_kind
 from gspo.checkpoint.evaluations import NAMES, remove_evaluations
 from gspo.checkpoint.find_runs import latest_checkpoint, list_checkpoints
 from gspo.checkpoint.fingerprints import Fingerprints
+from gspo.checkpoint.same_experiment import HISTORY, check_same_content, check_same_experiment, keep_history
 from gspo.config import Config
 from gspo.distributed.world import World
 from gspo.errors import UserError
@@ -27,19 +26,8 @@ from gspo.system.console import say
 from gspo.system.files import PART, point_link, remove, write_text
 from gspo.system.torchrun import restart_count
 
-# Settings that a resumed run may change. To change any other is to start another experiment. The text of the reward
-# function is kept, and compared by `save_reward_function`, whatever its file is called.
-FREE_TO_CHANGE = re.compile(
-    r"trainer\.(max_steps|total_epochs|save_freq|keep_last|keep_best|async_save|resume|sample_rows|output_dir|run_name)$"
-    r"|trainer\.(n_gpus|nnodes|trackers|project_name|stop_when|time_limit)$|health\.|eval\.|data\.test_files$|reference\.param_offload$"
-    r"|rollout\.(engine|max_slots|kv_memory_gib|tensor_model_parallel_size|weights)$"
-    r"|optim\.(micro_batch_|gradient_reduction$|offload$)"
-    r"|model\.(gradient_checkpointing|shard_size|reshard_after_forward)$"
-    r"|reward\.(path|workers|timeout_s|memory_gib|concurrency|check_rows)$"
-)
-CONTENT = ("model.path", "data.train_files", "data.val_files")  # compared by content, where fingerprints are kept
 FILES = (
-    *("config.yaml", "fingerprints.json", "metrics.jsonl", "samples.jsonl", "reward_func.py"),
+    *("config.yaml", HISTORY, "fingerprints.json", "metrics.jsonl", "samples.jsonl", "reward_func.py"),
     *(f"{name}{end}" for name in NAMES for end in (".json", "_answers.jsonl")),
 )  # in the run's folder
 DAMAGED = ".damaged"
@@ -72,6 +60,7 @@ def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[P
     if folder.exists():
         _lock(folder)  # first: another process may have written checkpoints until it released the lock
     own, resume = list_checkpoints(folder / "checkpoints"), cfg.trainer.resume
+    resume = "auto" if resume == "force" else resume  # what may differ is another matter (same_experiment.py)
     if resume == "never" and restart_count():
         resume = "auto"  # torchrun restarted the command: this folder is its own run
     _require_named(folder, own, resume)
@@ -85,8 +74,8 @@ def _candidates(folder: Path, cfg: Config, prints: Fingerprints) -> tuple[list[P
     if resume == "never" and folder.exists():
         _rename_old_run(folder)
     if resume == "auto" and own:
-        _check_same_experiment(folder / "config.yaml", cfg, prints)
-        _check_same_content(folder, cfg, prints, own[-1])
+        check_same_experiment(folder, own[-1], cfg, prints)
+        check_same_content(folder, cfg, prints, own[-1])
         return own[::-1], False
     if resume == "auto" and (damaged := sorted((folder / "checkpoints").glob(f"step_*{DAMAGED}"))):
         raise UserError(
@@ -105,10 +94,11 @@ def check_run(cfg: Config, prints: Fingerprints) -> None:
     """
     folder, resume = Path(cfg.trainer.output_dir) / cfg.trainer.run_name, cfg.trainer.resume
     own = list_checkpoints(folder / "checkpoints")
+    resume = "auto" if resume == "force" else resume
     _require_named(folder, own, resume)
     if own and resume != "never":
-        _check_same_experiment(folder / "config.yaml", cfg, prints)
-        _check_same_content(folder, cfg, prints, own[-1])
+        check_same_experiment(folder, own[-1], cfg, prints)
+        check_same_content(folder, cfg, prints, own[-1])
 
 
 def _require_named(folder: Path, own: list[Path], resume: str) -> None:
@@ -130,10 +120,10 @@ def _require_checkpoint(resume: str) -> None:
     if (Path(resume) / "trainer" / "state.json").exists():
         return
     if not Path(resume).exists():
-        near = difflib.get_close_matches(resume, ("auto", "never"), n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(resume, ("auto", "never", "force"), n=1, cutoff=0.0)[0]
         raise UserError(
-            f"trainer.resume = {resume!r} is neither auto nor never, and there is no such folder. Do you mean {near}, "
-            "or a checkpoint's folder?"
+            f"trainer.resume = {resume!r} is neither auto, never nor force, and there is no such folder. Do you mean "
+            f"{near}, or a checkpoint's folder?"
         )
     found = latest_checkpoint(Path(resume))
     raise UserError(
@@ -180,7 +170,10 @@ def _prepare(folder: Path, checkpoint: Path | None, cfg: Config, prints: Fingerp
         _remove_unfinished(folder)
         if checkpoint is None or checkpoint.parent != folder / "checkpoints":  # an earlier attempt may have left these
             remove(folder / "tensorboard")
+            remove(folder / HISTORY)
             remove_evaluations(folder)
+        else:
+            keep_history(folder, int(checkpoint.name[5:]), cfg)
         write_text(folder / "config.yaml", configuration.dump(cfg))
         fingerprints.write(folder, prints)
         _link_latest_run(folder)
@@ -261,70 +254,6 @@ def save_reward_function(folder: Path, source: str, step: int) -> None:
     write_text(kept, source)
 
 
-def _check_same_experiment(stored: Path, cfg: Config, prints: Fingerprints) -> None:
-    """Raise UserError if a setting of the stored config.yaml has changed that a resumed run must keep.
-
-    Names of the model and of data files may be written in another way; without fingerprints, of the same place.
-    """
-    try:
-        before = configuration.flatten(yaml.safe_load(stored.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as e:
-        raise UserError(
-            f"{stored} cannot be read ({' '.join(str(e).split())}), so it is not known what run this folder holds. Put "
-            "it back, or start anew with trainer.resume=never, which renames the folder."
-        ) from e
-    now = configuration.flatten(configuration.to_dict(cfg))
-    before = configuration.flatten(configuration.to_dict(Config())) | before  # the file may end before its end
-    kept = fingerprints.read(stored.parent)
-    changed = [k for k in now if before[k] != now[k] and not FREE_TO_CHANGE.match(k)]
-    changed = [k for k in changed if not (k in CONTENT and (_comparable(k, kept, prints) or _same(before[k], now[k])))]
-    if changed:
-        k = changed[0]
-        raise UserError(
-            f"{stored.parent} holds a run with {k} = {before[k]!r}, but this command has {now[k]!r}"
-            f"{f' (and {len(changed) - 1} more differences)' if len(changed) > 1 else ''}. "
-            "Give another trainer.run_name, or trainer.resume=never, which renames the old folder and starts anew."
-        )
-
-
-def _same(before: list[str] | str | None, now: list[str] | str | None) -> bool:
-    """Return whether two names, or two lists of them, are of the same files."""
-    absolute = [
-        [os.path.abspath(name) for name in ([names] if isinstance(names, str) else names or [])]
-        for names in (before, now)
-    ]
-    return absolute[0] == absolute[1]
-
-
-def _comparable(key: str, kept: Fingerprints, prints: Fingerprints) -> bool:
-    """Return whether both fingerprints are known, and are of as many held-out rows (eval.round_prompts may change)."""
-    both = bool(kept.get(key) and prints.get(key))
-    return both and (key != "data.val_files" or kept[key].split()[0] == prints[key].split()[0])
-
-
-def _check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest: Path) -> None:
-    """Raise UserError, which names the ways to go on, if model or rows are not those that the run began with."""
-    kept, now = fingerprints.read(folder), configuration.flatten(configuration.to_dict(cfg))
-    for key in CONTENT:
-        if not _comparable(key, kept, prints) or kept[key] == prints[key]:
-            continue
-        anew = "trainer.resume=never renames the folder and starts anew"
-        if key == "model.path":
-            raise UserError(
-                f"model.path = {now[key]!r} does not hold the model that the run in {folder} began with. Give that "
-                f"model, or this run another trainer.run_name; {anew}."
-            )
-        rows = [text[key].split()[0] for text in (kept, prints)]
-        start = quote(f"trainer.resume={newest}" if rows[0] == rows[1] else f"model.path={newest}")
-        if cfg.model.lora and rows[0] != rows[1]:
-            start = f"model.path=FOLDER, exported by python -m gspo.export {quote(str(newest))} FOLDER,"
-        raise UserError(
-            f"{key} = {now[key]!r} does not hold the rows that the run in {folder} began with ({rows[0]} rows then, "
-            f"{rows[1]} now). Give those rows; or go on with these in a run of another name: {start} "
-            f"trainer.run_name=OTHER; {anew}."
-        )
-
-
 def _check_same_model(checkpoint: Path, cfg: Config) -> None:
     """Raise UserError unless the checkpoint's architecture, or its adapter, is that of model.path and model.lora."""
     if check_kind(checkpoint, cfg):
@@ -340,7 +269,7 @@ def _check_same_model(checkpoint: Path, cfg: Config) -> None:
 
 
 def _link_latest_run(folder: Path) -> None:
-    """Point the link `outputs/checkpoints`, where the seed task expects the model, to this run's checkpoints."""
+    """Point the link `outputs/checkpoints`, where the original description expects the model, to those of this run."""
     link = folder.parent / "checkpoints"
     if link.exists() and not link.is_symlink():
         say(f"{link} is not a link and is not replaced; this run's checkpoints are in {folder / 'checkpoints'}")

@@ -214,7 +214,9 @@ def test_the_check_looks_at_what_is_resumed_and_changes_nothing(tmp_path, tokeni
     train(cfg := load_config("configs/quick.yaml", fast), ALONE, check_only=True)
     assert list(tmp_path.iterdir()) == []
     for resume in ("nowhere", str(tmp_path)):
-        with pytest.raises(UserError, match="trainer.resume = .*(neither auto nor never|not a checkpoint folder)"):
+        with pytest.raises(
+            UserError, match="trainer.resume = .*(neither auto, never nor force|not a checkpoint folder)"
+        ):
             train(load_config("configs/quick.yaml", [*fast, f"trainer.resume={resume}"]), ALONE, check_only=True)
     a_run(tmp_path, tokenizer, *fast).save(1)
     files = sorted(tmp_path.rglob("*"))

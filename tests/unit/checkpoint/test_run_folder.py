@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+import yaml
 from saved_run import ALONE, a_run
 
 from gspo.checkpoint import manifest, run_folder
@@ -37,6 +38,51 @@ def test_the_same_run_goes_on_and_another_is_refused(run):
     for other in ("trainer.seed=1", "optim.learning_rate=1", "rollout.n=5", "objective.margin=0.2", "model.path=x"):
         with pytest.raises(UserError, match=other.split("=")[0]):
             again(run, other)
+
+
+def test_a_refusal_names_all_differences_and_the_ways_to_go_on(run):
+    step = run.folder / "checkpoints" / "step_000004"
+    with pytest.raises(UserError) as e:
+        again(run, "optim.learning_rate=1e-5", "objective.kl_coef=0.5", "trainer.max_steps=999")
+    said = str(e.value)
+    assert "objective.kl_coef = 0.001, but this command has 0.5; " in said and "max_steps" not in said
+    assert "optim.learning_rate = 0.0003, but this command has 1e-05. " in said
+    for way in (f"trainer.resume={step} trainer.run_name=NEW", "trainer.resume=force", "trainer.resume=never"):
+        assert way in said
+    with pytest.raises(UserError) as e:
+        again(run, "optim.learning_rate=1e-5", "rollout.n=6")
+    assert "rollout.n = 4" in str(e.value) and "resume=force" not in str(e.value), "a group's size is no coefficient"
+
+
+def test_force_goes_on_with_other_step_sizes_and_keeps_what_held_before(run, capsys):
+    step, history = run.folder / "checkpoints" / "step_000004", run.folder / "config_history.yaml"
+    assert again(run, "trainer.resume=force")[1] == step and not history.exists(), "nothing has changed"
+    forced = ("trainer.resume=force", "optim.learning_rate=1e-5", "health.patience=7")
+    assert again(run, *forced) == (run.folder, step)
+    assert f"from step 5 on: optim.learning_rate = 1e-05 (was 0.0003); {history} keeps" in capsys.readouterr().out
+    rate, patience = {"from": 0.0003, "to": 1e-05}, {"from": 5, "to": 7}
+    first = {"after_step": 4, "changed": {"optim.learning_rate": rate, "health.patience": patience}}
+    assert yaml.safe_load(history.read_text()) == [first]
+    assert again(run, *forced[1:])[1] == step, "the run has these settings now"
+    with pytest.raises(UserError, match="optim.learning_rate = 1e-05, but this command has 0.0003"):
+        again(run, forced[2])
+    run.save(6)
+    again(run, "trainer.resume=force", forced[2])
+    second = {"after_step": 6, "changed": {"optim.learning_rate": {"from": 1e-05, "to": 0.0003}}}
+    assert yaml.safe_load(history.read_text()) == [first, second]
+    again(run, "trainer.resume=never")
+    assert not history.exists()
+
+
+@pytest.mark.parametrize("setting", ["rollout.n=6", "trainer.seed=3", "objective.anchor=initial"])
+def test_force_changes_no_other_settings(run, setting):
+    with pytest.raises(UserError, match=f"{setting.split('=')[0]} = .*this command has"):
+        again(run, "trainer.resume=force", "optim.learning_rate=1e-5", setting)
+    assert not (run.folder / "config_history.yaml").exists()
+
+
+def test_force_begins_a_run_where_there_is_none(run):
+    assert again(run, "trainer.resume=force", "trainer.run_name=other")[1] is None
 
 
 def test_resume_never_renames_the_folder_of_the_old_run(run):
@@ -72,7 +118,7 @@ def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own(run):
 
 @pytest.mark.parametrize(("typed", "near"), [("nevr", "never"), ("atuo", "auto"), ("step_000099", "a checkpoint")])
 def test_a_resume_that_is_neither_a_word_nor_a_folder_is_refused_beside_an_existing_run_too(run, typed, near):
-    with pytest.raises(UserError, match=rf"resume = '{typed}' is neither auto nor never.*Do you mean .*{near}"):
+    with pytest.raises(UserError, match=rf"resume = '{typed}' is neither auto, never nor force.*Do you mean .*{near}"):
         again(run, f"trainer.resume={typed}")
 
 
@@ -141,7 +187,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_checkpoint_before_is_used(r
 
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         assert again(run)[1].name == "step_000004"
-        (warning,) = capsys.readouterr().out.splitlines()
+        (warning,) = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("checkpoint ")]
         assert warning.startswith(f"warning: {newest} is damaged: {file.relative_to(newest)}")
         assert run.names() == ["step_000004", "step_000006.damaged"], "and the next step 6 has room"
         (newest.with_name("step_000006.damaged")).rename(newest)
