@@ -1,7 +1,10 @@
 """A run that is started again: with another length, with other held-out prompts, and as it was."""
 
+import io
 import json
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -27,6 +30,44 @@ def run(folder, *overrides):
 def state(folder, step):
     file = folder / "quick" / "checkpoints" / f"step_{step:06d}" / "trainer" / "state.json"
     return json.loads(file.read_text())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_one_waits_for_is_printed_on_a_terminal_and_elsewhere(tmp_path, monkeypatch, capsys, terminal):
+    """Two rounds of a step each, whose responses have three tokens at most: they are all cut off."""
+    screen = Terminal()
+    if terminal:
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setenv("COLUMNS", "200")
+    own = ("eval.before_and_after=true", "eval.prompts=2", "eval.n=2", "rollout.max_new_tokens=3")
+    run(tmp_path, *own, "trainer.max_steps=2")
+    lines = re.split(r"[\r\n]+", screen.getvalue() if terminal else capsys.readouterr().out)
+    order = [
+        r"CPU, \d threads?.*, fp32 \| model: the embedded model \| .* \| kept in .*quick$",
+        r"before training: 2 prompts x 2 responses and a greedy one; eval.before_and_after=false skips it",
+        r"before training: greedy 0.000, pass@1 0.000, reward_mean .*, 100% cut off",
+        r"warning, before training: 100% of the responses are cut off: raise rollout.max_new_tokens",
+        r"before step 1: held-out accuracy 0.000, reward",
+        r"warning, step 1: 100% of the responses are cut off: raise rollout.max_new_tokens",
+        r" +1 +1/2 +\d" if terminal else r"step 1/2  round 1  .*no pair .*  cut off 1.00  .*left",
+        r"round 1 ends, step 1: held-out accuracy 0.000 \(was 0.000\).*win rate .*; the best checkpoint so far",
+        r"round 2 begins: the opponent is now the policy of step 1",
+        r" +2 +2/2 +\d" if terminal else r"step 2/2  round 2  ",
+        r"round 2 ends, step 2: held-out",
+        r"after training: 2 prompts",
+        r"done in .* s; the last checkpoint: .*step_000002",
+        r"the best: .*best, step \d, held-out accuracy 0.000",
+    ]
+    places = [next((k for k, line in enumerate(lines) if re.match(pattern, line)), -1) for pattern in order]
+    assert -1 not in places, order[places.index(-1)]
+    assert places == sorted(places)
+    saved = [re.search(r"step_\d+(, the best)?$", line)[0] for line in lines if line.startswith("checkpoint ")]
+    assert saved[0] == "step_000001, the best" and saved[1].startswith("step_000002") and len(saved) == 2
 
 
 @pytest.mark.slow
