@@ -1,6 +1,7 @@
 """Failures that really happen on the embedded model are told; a healthy run is told nothing."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ ANCHORED = ("objective.anchor=opponent", "objective.after_fork=0.3", "objective.
 # Updates that are far too large, on a reward that can be had by anything but thought.
 GREEDY = ("optim.learning_rate=2e-3", "objective.kl_coef=0", "objective.margin=0", "rollout.n=8",
           "optim.epochs_per_rollout=3", *ANCHORED)  # fmt: skip
+CUT_OFF = r"more than 10% of the responses|\d+% of the responses are cut off"  # at once where it is more than half
 PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, words told)])
     "the literal form": (
         3, ("objective.anchor=none", "objective.preference_beta=5"), None, None,
@@ -51,7 +53,7 @@ PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, w
         ("rollout.max_new_tokens=12",),
         "everything",
         None,
-        [(5, "warning", "fewer than 20% of the prompts give a pair"), (5, "warning", "more than 10% of the responses")],
+        [(5, "warning", "fewer than 20% of the prompts give a pair"), (5, "warning", CUT_OFF)],
     ),
     "a function that fails": (
         5,
@@ -79,7 +81,7 @@ SLOW = {
         (*GREEDY, "rollout.max_new_tokens=64"),
         "length",
         ONE_STEP,
-        [(10, "warning", "responses are more than 1.5 times"), (10, "warning", "more than 10% of the responses")],
+        [(10, "warning", "responses are more than 1.5 times"), (10, "warning", CUT_OFF)],
     ),
 }  # fmt: skip
 
@@ -108,8 +110,8 @@ def train(run_program, folder, steps, settings=(), reward=None, prompts=None):
 
 def assert_warned(news, expected):
     for latest, level, words in expected:
-        found = [step for step, given, text in news if given == level and text.startswith(words)]
-        assert len(found) == 1 and found[0] <= latest, (level, words, news)
+        found = [step for step, given, text in news if given == level and re.match(words, text)]
+        assert 1 <= len(found) <= 1 + words.count("|") and found[0] <= latest, (level, words, news)
 
 
 LESS_OFTEN = {
@@ -151,7 +153,7 @@ def test_a_model_that_bf16_cannot_hold_gives_a_warning(run_program, tmp_path):
         "rollout.temperature=1.5",
         "optim.learning_rate=1e-6",
     ]
-    news, rows = train(run_program, tmp_path, 5, [*settings, "model.precision=bf16"])
+    news, rows = train(run_program, tmp_path, 5, [*settings, "model.precision=bf16", "health.mismatch_max=0.02"])
     assert [text for _, _, text in news if text.startswith("sampler and trainer disagree") and "fp32" in text]
     assert all(row["mismatch"] > 0.02 for row in rows)
 
