@@ -44,6 +44,32 @@ def _if_on(key: str, value: Any) -> Callable[[Any], Settings]:
     return lambda given: {key: value} if given not in OFF else {}
 
 
+def _only(name: str, *values: Any, otherwise: str) -> Callable[[Any], Settings]:
+    """Return the meaning of a setting that can have these values only, and then needs nothing."""
+
+    def meaning(given: Any) -> Settings:
+        if given not in values and given not in OFF:
+            raise UserError(f"{name} = {given!r} is not understood. {otherwise}")
+        return {}
+
+    return meaning
+
+
+def _path_to_resume(value: Any) -> Settings:
+    return {} if value in OFF else {"trainer.resume": value}
+
+
+def _trackers(value: Any) -> Settings:
+    return {"trainer.trackers": [] if value in OFF or value == ["none"] else value}
+
+
+ONE_COPY = (
+    "A sequence is not split over ranks; model.shard_size shards the weights, optim.micro_batch_tokens bounds a pass."
+)
+SOURCE_NAME = "The name of a row's source is in its field data_source; rename the field."
+NO_PENALTY = "There is no such penalty: the policy is trained as it samples."
+REWARD_MANAGER = "One function scores every row, reward.path (docs/reward.md); it sees data_source."
+
 # name -> the settings that a value of it stands for
 MEANINGS: dict[str, Callable[[Any], Settings]] = {
     "algorithm.adv_estimator": _objective,
@@ -55,11 +81,44 @@ MEANINGS: dict[str, Callable[[Any], Settings]] = {
     "data.filter_overlong_prompts": _if_on("data.overlong", "drop"),
     f"{ACTOR}fsdp_config.param_offload": _if_on("optim.offload", True),
     f"{ACTOR}fsdp_config.optimizer_offload": _if_on("optim.offload", True),
+    "critic.model.fsdp_config.param_offload": _if_on("optim.offload", True),
+    "trainer.resume_mode": lambda value: {} if value == "resume_path" else {"trainer.resume": value},
+    "trainer.resume_from_path": _path_to_resume,
+    "report_to": _trackers,
+    "mask_truncated_completions": _if_on("rollout.on_cutoff", "skip"),
+    "data.reward_fn_key": _only("data.reward_fn_key", "data_source", otherwise=SOURCE_NAME),
+    "reward_model.reward_manager": _only("reward_model.reward_manager", "naive", otherwise=REWARD_MANAGER),
+    "repetition_penalty": _only("repetition_penalty", 1, otherwise=NO_PENALTY),
+    f"{ACTOR}ulysses_sequence_parallel_size": _only(f"{ACTOR}ulysses_sequence_parallel_size", 1, otherwise=ONE_COPY),
+}
+# what the page says of each
+WORDS = {
+    "algorithm.adv_estimator": "`objective.algorithm`: grpo, rloo, or ppo for gae",
+    f"{ACTOR}optim.lr_scheduler_type": "`optim.schedule`",
+    f"{ACTOR}optim.warmup_style": "`optim.schedule`",
+    "lr_scheduler_type": "`optim.schedule`",
+    f"{ACTOR}clip_ratio": "`objective.clip_low` and `objective.clip_high`",
+    "epsilon": "`objective.clip_low` and `objective.clip_high`",
+    "data.filter_overlong_prompts": "`data.overlong=drop` where it is true",
+    f"{ACTOR}fsdp_config.param_offload": "`optim.offload=true` where it is true",
+    f"{ACTOR}fsdp_config.optimizer_offload": "`optim.offload=true` where it is true",
+    "critic.model.fsdp_config.param_offload": "`optim.offload=true` where it is true",
+    "trainer.resume_mode": "`trainer.resume`: auto, or never for disable; resume_path leaves it to the path",
+    "trainer.resume_from_path": "`trainer.resume`",
+    "report_to": "`trainer.trackers`; none: none",
+    "mask_truncated_completions": "`rollout.on_cutoff=skip` where it is true",
+    "data.reward_fn_key": f"data_source is what it can be. {SOURCE_NAME}",
+    "reward_model.reward_manager": f"naive is what it can be. {REWARD_MANAGER}",
+    "repetition_penalty": f"1 is what it can be. {NO_PENALTY}",
+    f"{ACTOR}ulysses_sequence_parallel_size": f"1 is what it can be. {ONE_COPY}",
 }
 
 # name -> why it needs no setting
 PACKED = "micro-batches are filled by tokens, in every forward (optim.micro_batch_tokens)"
 ENGINE = "this project's engine samples"
+EVALUATION = "evaluation samples as training does, and shows greedy accuracy beside"
+CRITIC = "the critic is cut into passes and recomputed as the policy is, and opened from model.path"
+KEPT = "checkpoints are kept by trainer.keep_last and trainer.keep_best, the critic's inside them"
 NOT_NEEDED = {
     **dict.fromkeys((f"{ROLLOUT}name", f"{ROLLOUT}mode", "use_vllm", "vllm_mode"), ENGINE),
     **{
@@ -82,6 +141,40 @@ NOT_NEEDED = {
     "data.truncation": "a prompt that is too long is an error, or left out (data.overlong)",
     "data.return_raw_chat": "the chat template is applied here",
     "trainer.critic_warmup": "the warm-up of a critic is its own",
+    **{f"{ROLLOUT}val_kwargs.{name}": EVALUATION for name in ("temperature", "top_p", "top_k", "do_sample")},
+    **dict.fromkeys(
+        (
+            *("critic.model.path", "critic.model.use_remove_padding", "critic.model.enable_gradient_checkpointing"),
+            *("critic.ppo_micro_batch_size_per_gpu", "critic.ppo_mini_batch_size", "critic.ppo_epochs"),
+            *("critic.model.fsdp_config.optimizer_offload", "critic.use_dynamic_bsz", "critic.strategy"),
+        ),
+        CRITIC,
+    ),
+    **dict.fromkeys(("trainer.max_critic_ckpt_to_keep", "trainer.remove_previous_ckpt_in_save"), KEPT),
+    **dict.fromkeys((f"{ROLLOUT}max_num_batched_tokens", f"{ROLLOUT}enable_prefix_caching"), ENGINE),
+    **dict.fromkeys((f"{ROLLOUT}dtype", f"{ROLLOUT}disable_log_stats", f"{ROLLOUT}max_model_len"), ENGINE),
+    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length"), ENGINE),
+    f"{ROLLOUT}do_sample": "training always samples",
+    f"{ACTOR}use_torch_compile": "kernels of this project do what is compiled there",
+    f"{ACTOR}checkpoint.save_contents": "a checkpoint holds the model, the optimizer and all that a run goes on with",
+    "data.val_batch_size": "held-out prompts are sampled all at once, as far as memory goes",
+    "data.filter_overlong_prompts_workers": "prompts are bounded before they are tokenized",
+    "data.dataloader_num_workers": "prompts are read when they are needed",
+    "algorithm.kl_ctrl.type": "the weight of the KL term is fixed",
+    "trainer.log_val_generations": "trainer.sample_rows groups of each step are in samples.jsonl",
+    "trainer.rollout_data_dir": "trainer.sample_rows groups of each step are in samples.jsonl",
+    "trainer.validation_data_dir": "answers to the test prompts are in eval_before.json and eval_after.json",
+    "trainer.default_hdfs_dir": "a run's folder is on a file system that is mounted here (trainer.output_dir)",
+    "trainer.device": "CUDA where there is a GPU, else the CPU",
+    "per_device_eval_batch_size": "held-out prompts are sampled all at once, as far as memory goes",
+    "gradient_checkpointing_kwargs": "activations are recomputed layer by layer",
+    "remove_unused_columns": "further columns of a row go into extra_info",
+    "save_strategy": "trainer.save_freq counts steps",
+    "eval_strategy": "eval.freq counts steps",
+    "logging_strategy": "every step is logged",
+    "do_train": "train.py trains, eval.py evaluates",
+    "do_eval": "eval.freq and eval.before_and_after say when",
+    "disable_dropout": "a policy is trained without dropout",
     "trainer.balance_batch": "groups are always balanced over the ranks",
     "bf16": "model.precision=auto takes bf16 where it is faster",
     "logging_steps": "every step is logged",
@@ -133,6 +226,20 @@ ANSWERS |= {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), NOT_QUANTISED),
     f"{MODEL}lora_adapter_path": "Name a checkpoint of ours in trainer.resume, or merge the adapter and train that.",
 }
+ANSWERS |= {
+    "generation_batch_size": (
+        "Set the prompts of a step, data.train_batch_size, and the optimizer steps, optim.minibatches."
+    ),
+    "steps_per_generation": "optim.minibatches says how many optimizer steps a pass over the responses takes.",
+    "importance_sampling_level": "objective.algorithm names an objective; each has its ratio (docs/algorithm.md).",
+    f"{ROLLOUT}ignore_eos": "A response ends at an end token; rollout.max_new_tokens bounds it.",
+    "reward_weights": "Return the weighted sum as score, and the parts beside it in a dict (docs/reward.md).",
+    "sync_ref_model": "reference.refresh=round makes the reference the opponent of each self-play round.",
+    "fp16": "Half precision is bf16: model.precision=bf16, or auto.",
+    f"{ACTOR}policy_loss.loss_mode": "Name an objective, objective.algorithm (docs/algorithm.md).",
+    f"{ACTOR}clip_ratio_c": "There is no second clip; objective.clip_low and objective.clip_high are the bounds.",
+    "reward_model.launch_reward_fn_async": "Responses are always scored while others are sampled; leave it out.",
+}
 FALSE_MEANS = ("algorithm.norm_adv_by_std_in_grpo", "scale_rewards")  # here it is False that needs an answer
 MINI_BATCH, USE_KL, USE_PEFT = f"{ACTOR}ppo_mini_batch_size", f"{ACTOR}use_kl_loss", "use_peft"
 LORA = {  # name -> its key in model.lora
@@ -142,6 +249,13 @@ LORA = {  # name -> its key in model.lora
     "lora_dropout": "dropout",
 }
 LATER = (MINI_BATCH, USE_KL, USE_PEFT, *LORA)  # they depend on other settings
+
+LATER_WORDS = {
+    MINI_BATCH: "`optim.minibatches` = `data.train_batch_size` / it, which it must divide",
+    USE_KL: "`objective.kl_coef=0` where it is false",
+    USE_PEFT: "`model.lora`",
+    **{name: f"`model.lora.{key}`" for name, key in LORA.items()},
+}
 
 
 def is_foreign(typed: str) -> bool:

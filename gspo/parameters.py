@@ -1,11 +1,16 @@
-"""Print docs/parameters.md from the parameters themselves: `python -m gspo.parameters > docs/parameters.md`."""
+"""Print docs/parameters.md from the parameters themselves: `python -m gspo.parameters > docs/parameters.md`.
+
+With `--foreign`: docs/coming-from-verl-or-trl.md, the settings of verl and TRL.
+"""
 
 import dataclasses
+import sys
 import typing
 from typing import Any, Literal
 
 from gspo.config import Config, flatten, parameters, to_dict
 from gspo.config_aliases import ALIASES
+from gspo.foreign_settings import ANSWERS, LATER_WORDS, NOT_NEEDED, WORDS
 from gspo.system.program import guarded
 
 
@@ -50,5 +55,36 @@ def parameters_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def foreign_rows() -> list[tuple[str, str]]:
+    """Return every setting of verl and TRL that is known, with what it comes to here."""
+    names = list(ALIASES)
+    theirs = [*names[names.index("actor_rollout_ref.model.path") :], "learning_rate", "output_dir", "run_name"]
+    rows = [(name, f"`{ALIASES[name]}`") for name in theirs]  # what stands before is the original description's
+    rows += WORDS.items()
+    rows += LATER_WORDS.items()
+    rows += ((name, f"needs no setting: {why}") for name, why in NOT_NEEDED.items())
+    rows += ((name, f"an error, where it is on: {answer}") for name, answer in ANSWERS.items())
+    return sorted(rows, key=lambda row: ("." not in row[0], row[0]))
+
+
+def foreign_page() -> str:
+    """Return docs/coming-from-verl-or-trl.md: a table of verl's settings and one of TRL's."""
+    lines = [
+        "# Coming from verl or TRL",
+        "",
+        "[中文](zh/coming-from-verl-or-trl.md) · code: [gspo/foreign_settings.py](../gspo/foreign_settings.py), "
+        "[gspo/config_aliases.py](../gspo/config_aliases.py); this page: "
+        "`python -m gspo.parameters --foreign > docs/coming-from-verl-or-trl.md`",
+        "",
+        "Settings of verl and TRL can be given as they are, on the command line or in a file. What needs no setting "
+        "here is said in a line and passed over; what has no counterpart is an error with what to do instead. Rows and "
+        "reward functions: [data.md](data.md#rows), [reward.md](reward.md#your-own-function).",
+    ]
+    for title, dotted in (("verl", True), ("TRL", False)):
+        lines += ["", f"## {title}", "", "| setting | here |", "|---|---|"]
+        lines += [f"| `{name}` | {here} |" for name, here in foreign_rows() if ("." in name) == dotted]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    guarded(lambda: print(parameters_page(), end=""))
+    guarded(lambda: print(foreign_page() if "--foreign" in sys.argv[1:] else parameters_page(), end=""))
