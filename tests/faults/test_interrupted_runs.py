@@ -54,6 +54,21 @@ def test_a_run_killed_in_the_middle_ends_bit_for_bit_the_same(uninterrupted, run
 
 
 @pytest.mark.slow
+def test_a_run_of_an_adapter_killed_in_its_second_round_ends_bit_for_bit_the_same(run_program, tmp_path):
+    pytest.importorskip("peft")
+    small = (*SMALL, "model.lora={rank: 4}", "optim.learning_rate=3e-3", "eval.before_and_after=false")
+    finished(run_program, *small, f"trainer.output_dir={tmp_path / 'whole'}")
+    program = Program("train.py", *small, f"trainer.output_dir={tmp_path}", log=tmp_path / "log")
+    assert wait_until((tmp_path / "quick/checkpoints/step_000004").exists, every_s=0.0005)
+    program.kill(program.process.pid)
+    assert not (tmp_path / "quick/checkpoints/step_000006").exists(), "killed too late to test anything"
+    assert "of 6 steps done" in finished(run_program, *small, f"trainer.output_dir={tmp_path}").stdout
+    found, expected = (final(folder / "quick") for folder in (tmp_path, tmp_path / "whole"))
+    assert_equal_bits(found, expected)
+    assert not all(found["opponent"][name].equal(x) for name, x in found["policy"].items())
+
+
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_leave_ends_its_step_saves_and_goes_on_later_bit_for_bit(
     uninterrupted, run_program, start, tmp_path
 ):

@@ -17,8 +17,9 @@ def finished(run_program, *args):
 
 def final(folder):
     step = folder / "checkpoints" / "step_000006"
+    adapter = step / "adapter_model.safetensors"  # of a run with model.lora
     return {
-        "policy": load_file(step / "model.safetensors"),
+        "policy": load_file(adapter if adapter.exists() else step / "model.safetensors"),
         "optimizer": load_file(step / "trainer" / "optimizer.safetensors"),
         "opponent": load_file(step / "trainer" / "opponent.safetensors"),
     }

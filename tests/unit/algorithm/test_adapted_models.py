@@ -136,6 +136,18 @@ def test_in_bf16_the_base_is_held_in_it_and_the_adapter_in_float32():
     assert models.head is not None
 
 
+def test_in_bf16_the_sampler_is_the_policy_but_for_rounding(tokenizer):
+    models = adapted(f"rollout.temperature={T}", "reference.refresh=never", dtype=torch.bfloat16)
+    move(models)
+    models.refresh_sampler()
+    rollout = Sampler(models.sampler, tokenizer, WORLD.device).generate(
+        prompts_of(tokenizer), 4, Sampling(T, max_new_tokens=12)
+    )
+    policy, base = (models.logprobs_under(model, rollout) for model in (models.policy, models.initial()))
+    apart = (policy - rollout.logprobs)[rollout.mask].abs().mean()
+    assert apart < 0.05 * (base - rollout.logprobs)[rollout.mask].abs().mean()
+
+
 def test_the_weights_cannot_be_shared_with_the_sampler(capsys):
     with pytest.raises(
         UserError, match=r"rollout.weights = 'share'.*adapter.*merged.*copy, or auto, or leave model.lora"
