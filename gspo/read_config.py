@@ -218,7 +218,10 @@ def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        is_leaf = key in PARAMETERS or key in ALIASES
+        parameter = ALIASES.get(key, key)
+        is_leaf = parameter in PARAMETERS
+        if isinstance(value, dict) and key in ALIASES and typing.get_origin(PARAMETERS[parameter].type) is not dict:
+            is_leaf = False  # verl's section `algorithm`, whose name is also one of the original description's
         if isinstance(value, dict) and not is_leaf:
             found += _leaves(value, f"{key}.")
         elif value is None and not is_leaf and any(k.startswith(f"{key}.") for k in known_keys()):

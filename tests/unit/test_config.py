@@ -144,7 +144,6 @@ def test_yaml_beats_defaults_and_overrides_beat_yaml_the_last_one_winning(write)
         ("rollout.kv_memory_gib", "1.5", 1.5),
         ("rollout.stop", "['\\n\\n', </answer>]", ["\\n\\n", "</answer>"]),
         ("rollout.top_k", "-1", 0),  # verl's "off"
-        ("trainer.resume_mode", "disable", "never"),
         ("objective.use_ranking_loss", "false", False),
         ("trainer.max_steps", "null", None),
         ("model.path", "7", "7"),
