@@ -30,7 +30,7 @@ def parse_with_settings(parser: argparse.ArgumentParser, read: re.Pattern[str], 
     given = sys.argv[1:]
     settings = [text for before, text in zip(["", *given], given, strict=False) if _is_setting(text, before)]
     args = parser.parse_args([text for text in given if text not in settings])
-    require_known([text.partition("=")[0] for text in settings], "command line")
+    require_known([(text.partition("=")[0], "command line") for text in settings])
     for text in settings:
         for key in keys_of([text]):
             if not read.fullmatch(key):
