@@ -156,6 +156,9 @@ def write_tables(
     """Write the tables of a stage as markdown, and its curves as a picture."""
     stem = "learning" if stage == "report" else "learning_variants"
     text = [heading(title, f"python benchmarks/learning.py {stage}")]
+    text += [
+        "Runs that were kept are among them, from other days and processors (learning.jsonl): CPU seconds differ.\n"
+    ]
     if len(by_task) > 1:
         text += ["### All tasks\n", whole_table(by_task, ours)]
     for task, runs in by_task.items():
