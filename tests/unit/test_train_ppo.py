@@ -14,14 +14,14 @@ CURVES = ("critic/loss", "critic/explained_variance", "critic/clip_share", "crit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [False, True])
-def test_two_ranks_have_the_gradients_of_one(run_program, tmp_path, shared):
+@pytest.mark.parametrize(("shared", "ranks"), [(False, 2), (True, 2), (False, 4)])
+def test_several_ranks_have_the_gradients_of_one(run_program, tmp_path, shared, ranks):
     """The policy's and the critic's; seven groups, an uneven share; one response a forward."""
     ppo = ("objective.algorithm=ppo", "optim.minibatches=1", "optim.epochs_per_rollout=1", f"critic.shared={shared}",
            "objective.kl_in=reward", "objective.kl_coef=0.05", "optim.micro_batch_responses=3",
            "rollout.max_new_tokens=16")  # fmt: skip
     one, texts = gradient(run_program, tmp_path, 1, *ppo)
-    two, same = gradient(run_program, tmp_path, 2, *ppo)
+    two, same = gradient(run_program, tmp_path, ranks, *ppo)
     assert same == texts and one.keys() == two.keys()
     assert sum(name.startswith("critic.body") for name in one) == (0 if shared else (len(one) - 2) // 2)
     for name in one:

@@ -92,11 +92,11 @@ def test_a_run_from_rows_learns_their_order_and_resumes_bit_for_bit(run_program,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("optim.micro_batch_responses=3",)])
-def test_two_ranks_have_the_gradient_of_one(run_program, files, tmp_path, more):
+@pytest.mark.parametrize(("ranks", "more"), [(2, ()), (2, ("optim.micro_batch_responses=3",)), (3, ()), (4, ())])
+def test_several_ranks_have_the_gradient_of_one(run_program, files, tmp_path, ranks, more):
     rows = (*settings(files, "pairs", *more), "objective.algorithm=dpo", "objective.anchor=initial")
     one, texts = gradient(run_program, tmp_path, 1, *rows)
-    two, same = gradient(run_program, tmp_path, 2, *rows)
+    two, same = gradient(run_program, tmp_path, ranks, *rows)
     assert same == texts and len(texts) == 6
     for name in one:
         scale = one[name].abs().max()
