@@ -98,7 +98,7 @@ def open_adapter(name: str | None) -> StoredAdapter | None:
     if name is None or not (folder / CONFIG).exists() or (folder / "config.json").exists():
         return None
     config = read_json(name, CONFIG)
-    if odd := [key for key, value in PLAIN.items() if (config.get(key) or None) != (value or None)]:
+    if odd := [key for key, value in PLAIN.items() if key in config and (config[key] or None) != (value or None)]:
         raise _cannot_merge(name, f"{CONFIG} and {odd[0]} = {config[odd[0]]!r}")
     base, rank, alpha = (config.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in (rank, alpha))

@@ -37,6 +37,8 @@ def with_config(key, also=()):
         cfg = load_config("configs/quick.yaml", [f"{key}={path}", "eval.round_prompts=1", *also])
         if key == "model.path":
             return load_model_config(cfg.model.path) and load_tokenizer(cfg.model.path)
+        if key == "data.chat_template":
+            return load_tokenizer(None, cfg.data.chat_template)
         if key.startswith("data."):
             return load_splits(cfg, TOKENIZER, load_model_config(None))
         if key.startswith("reward."):

@@ -267,10 +267,10 @@ def test_a_folder_without_a_tokenizer_is_refused_in_words(spoiled, folder):
         load_tokenizer(str(folder))
 
 
-def test_an_adapter_is_refused_before_its_tokenizer_is_missed(folder):
+def test_half_an_adapter_is_refused_before_its_tokenizer_is_missed(folder):
     an_adapter(folder)
     remove(folder, "tokenizer.json")
-    with pytest.raises(UserError, match="is an adapter of Qwen"):
+    with pytest.raises(UserError, match="does not name its base, rank and alpha"):
         sample(str(folder), ["Solve: x = 1"])
 
 
