@@ -24,7 +24,7 @@ from gspo.data.encoding import Encoder
 from gspo.data.prompts import survey
 from gspo.data.row_checker import RowChecker
 from gspo.errors import UserError
-from gspo.launch_checks import check_launch, check_steps, say_notes, say_progress, say_what_changed
+from gspo.launch_checks import check_launch, say_notes, say_progress, say_what_changed
 from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 from gspo.reward.gold_check import gold_texts
@@ -155,9 +155,8 @@ def test_configurations(tmp_path_factory, capsys, data):
         return
     file.with_suffix(".yaml").write_text(dump(cfg), encoding="utf-8")
     assert load_config(file.with_suffix(".yaml")) == cfg, "config.yaml holds what was read"
-    read_or_refused(lambda: check_launch(cfg, load_model_config(None), ALONE, started=False))
-    say_notes(cfg)
-    check_steps(cfg, cfg.trainer.max_steps or cfg.trainer.total_epochs)
+    steps = cfg.trainer.max_steps or cfg.trainer.total_epochs
+    read_or_refused(lambda: (check_launch(cfg, load_model_config(None), ALONE, started=False), say_notes(cfg, steps)))
 
 
 # ---- checkpoints ----
