@@ -20,7 +20,7 @@ def test_the_notebook_is_kept_with_its_outputs_and_without_a_path_of_its_writer(
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in ran)
     assert not [out for cell in ran for out in cell.outputs if out.output_type == "error"]
-    assert "/home/" not in str(notebook) and "/work/" not in str(notebook) and "/tmp/" not in str(notebook)
+    assert "/home/" not in str(notebook) and "/root/" not in str(notebook) and "/tmp/" not in str(notebook)
 
 
 @pytest.mark.slow
