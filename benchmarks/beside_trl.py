@@ -25,13 +25,13 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import heading, table
+from benchmarks.beside_trl_report import Result, at_fastest, draw, lines_of, search_lines
+from benchmarks.common import heading
 from gspo.config import Config
 from gspo.read_config import load_config
 
@@ -39,7 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 TUNING_SEED = 100  # of the runs that choose step sizes; no run of a table has it
 OURS, TRL = "GSPO", "TRL GRPOTrainer"
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -221,17 +220,26 @@ def make_job(name: str, method: str, lr: float, seed: int, split: str, args: arg
     return Job(name, method, lr, seed, split, args.steps, args.every, settings, flags)
 
 
-def chosen_rate(name: str, method: str, results: Results, args: argparse.Namespace) -> float:
-    """Return a contestant's step size; TRL's is that of the highest dev accuracy, mean over halfway and the end."""
-    first = args.first or WORKLOADS[name].first
-    if args.fast or method != TRL or not WORKLOADS[name].search:
-        return first
+def tune(name: str, results: Results, args: argparse.Namespace) -> tuple[float, dict[float, Result]]:
+    """Return TRL's own best step size, and the runs that chose it: {step size: run}.
+
+    It is that of the highest dev accuracy, mean over halfway and the end of a run of half the steps.
+    """
     tuning = argparse.Namespace(**vars(args) | {"steps": args.steps // 2, "every": args.steps // 4})
+    tried: dict[float, Result] = {}
 
     def accuracy(lr: float) -> float:
-        return statistics.mean(results.of(make_job(name, method, lr, TUNING_SEED, "dev", tuning))["pass@1"])
+        tried[lr] = results.of(make_job(name, TRL, lr, TUNING_SEED, "dev", tuning))
+        return statistics.mean(tried[lr]["pass@1"])
 
-    return climb(first, accuracy)
+    return climb(args.first or WORKLOADS[name].first, accuracy), tried
+
+
+def chosen_rate(name: str, method: str, results: Results, args: argparse.Namespace) -> float:
+    """Return a contestant's step size."""
+    if args.fast or method != TRL or not WORKLOADS[name].search:
+        return args.first or WORKLOADS[name].first
+    return tune(name, results, args)[0]
 
 
 def climb(first: float, accuracy: Callable[[float], float]) -> float:
@@ -247,6 +255,22 @@ def climb(first: float, accuracy: Callable[[float], float]) -> float:
                 break
         else:
             return float(f"{first * 2.0**best:.4g}")
+
+
+def compare_search(name: str, args: argparse.Namespace) -> None:
+    """Choose TRL's step size, and show the runs that chose it beside one of ours, all on the dev split."""
+    results = Results(args.out / "beside_trl.jsonl", ROOT / "outputs" / "beside_trl")
+    first = args.first or WORKLOADS[name].first
+    start = results.of(make_job(name, "start", first, 0, "dev", args))["start"]
+    _, tried = tune(name, results, args)
+    ours = results.of(make_job(name, OURS, first, TUNING_SEED, "dev", args))
+    runs = {f"{OURS}, step size {first:g}": ours} | {f"{TRL}, step size {lr:g}": tried[lr] for lr in sorted(tried)}
+    title = heading(f"The search for TRL's step size: {name}", f"python benchmarks/beside_trl.py {name} --search")
+    text = "\n".join([title, search_lines(runs, start["pass@1"])])
+    (args.out / f"beside_trl_{name}_search.md").write_text(text, encoding="utf-8")
+    quiet = {label: [at_fastest(run)] for label, run in runs.items()}
+    draw(args.out / f"beside_trl_{name}_search.png", quiet, start)
+    print(text)
 
 
 def compare(name: str, methods: Iterable[str], args: argparse.Namespace) -> None:
@@ -267,72 +291,6 @@ def compare(name: str, methods: Iterable[str], args: argparse.Namespace) -> None
     print(text)
 
 
-def clock(run: Result) -> tuple[list[float], list[float]]:
-    """Return a run's seconds of training at each evaluation, and the accuracies there."""
-    spent = np.cumsum(run["seconds"])
-    return [float(spent[step - 1]) for step in run["steps"]], run["pass@1"]
-
-
-def seconds_to(accuracy: float, run: Result, start: float) -> float:
-    """Return after how many seconds of training a run reaches an accuracy, by lines between evaluations; inf: never."""
-    seconds, values = clock(run)
-    points = [(0.0, start), *zip(seconds, values, strict=True)]
-    for (t, a), (u, b) in zip(points, points[1:], strict=False):
-        if b >= accuracy:
-            return t if a >= accuracy else t + (u - t) * (accuracy - a) / (b - a)
-    return float("inf")
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Return mean ± standard deviation over seeds."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def lines_of(runs: dict[str, list[Result]], start: Result) -> str:
-    """Return the table, one line a contestant: means and deviations over seeds."""
-    goal = start["pass@1"] + 0.35
-    rows = [["before", "", f"{start['pass@1']:.3f}", f"{start['greedy']:.3f}", f"{start['pass@8']:.3f}", *[""] * 5]]
-    for method, of_seeds in runs.items():
-        last = {key: [r[key][-1] for r in of_seeds] for key in ("pass@1", "greedy", "pass@8")}
-        reached = [seconds_to(goal, r, start["pass@1"]) for r in of_seeds]
-        said = spread(reached, 0) if all(np.isfinite(reached)) else "not all seeds reach it"
-        rows.append(
-            [
-                *(method, f"{of_seeds[0]['lr']:g}", *(spread(last[key]) for key in last)),
-                *(f"{np.mean([sum(r['tokens']) for r in of_seeds]) / 1000:.1f}",),
-                *(spread([statistics.median(r["seconds"]) for r in of_seeds], 2),),
-                *(spread([sum(r["seconds"]) for r in of_seeds], 0), said),
-                *(f"{np.mean([r['cpu_seconds'] for r in of_seeds]):.0f}",),
-            ]
-        )
-    costs = ["tokens, thousands", "seconds a step", "seconds in all", f"seconds to {goal:.2f}", "CPU s"]
-    return table(["", "lr", "pass@1", "greedy", "pass@8", *costs], rows)
-
-
-def draw(path: Path, runs: dict[str, list[Result]], start: Result) -> None:
-    """Plot accuracy against seconds of training, one line a run."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no picture: it needs matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for (method, of_seeds), color in zip(runs.items(), ("tab:blue", "tab:orange"), strict=False):
-        for k, result in enumerate(of_seeds):
-            seconds, values = clock(result)
-            label = f"{method}, {len(of_seeds)} seeds" if k == 0 else None
-            axis.plot([0, *seconds], [start["pass@1"], *values], color=color, marker=".", label=label)
-    axis.set(xlabel="seconds of training", ylabel="held-out pass@1", ylim=(0, 1))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    return None
-
-
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", choices=WORKLOADS)
@@ -341,6 +299,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps a run (default: the workload's)")
     parser.add_argument("--every", type=int, help="steps between evaluations (default: the workload's)")
     parser.add_argument("--first", type=float, help="our step size, and the first that is tried of TRL's")
+    parser.add_argument("--search", action="store_true", help="only choose TRL's step size: a run of ours beside those")
     parser.add_argument("--only", choices=("ours", "trl"), help="only this contestant")
     parser.add_argument("--out", type=Path, help="folder of results and tables (default: benchmarks/)")
     args = parser.parse_args()
@@ -350,6 +309,8 @@ def options() -> argparse.Namespace:
     args.seeds = seeds if args.seeds is None else args.seeds
     if args.seeds < 1 or args.every < 1 or args.steps % args.every:
         parser.error("--seeds and --every: at least 1, and --steps a multiple of --every.")
+    if args.search and (args.fast or not work.search):
+        parser.error(f"--search: not with --fast, and no step size is searched for {args.workload}.")
     args.out = (args.out or (ROOT / "outputs" / "beside_trl_fast" if args.fast else HERE)).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     return args
@@ -366,8 +327,11 @@ def main() -> None:
     args = options()
     os.chdir(ROOT)
     write_rows(args.workload)
+    if args.search:
+        return compare_search(args.workload, args)
     names = {"ours": OUR_NAMES[args.workload], "trl": TRL}
     compare(args.workload, [name for key, name in names.items() if args.only in (None, key)], args)
+    return None
 
 
 if __name__ == "__main__":
