@@ -95,7 +95,7 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
         say_inputs(cfg.model.path, splits, describe_reward(scorer), f"{world.devices()}, {cfg.model.precision}")
         say(first_prompt(splits.train, tokenizer))
         say_notes(cfg, total)
-        check_run(cfg, fingerprints_of(cfg, splits, scorer))
+        check_run(cfg, fingerprints_of(cfg, splits, scorer, tokenizer))
         return say_fine(cfg, len(splits.train), total, group_size(cfg, splits.train))
 
     run = start_run(cfg, world, model_config, tokenizer, splits, batches, scorer, total)

@@ -16,7 +16,7 @@ from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, ro
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, Trained
 from gspo.checkpoint.evaluations import settings_of, write_evaluation
-from gspo.checkpoint.fingerprints import of_model, of_source
+from gspo.checkpoint.fingerprints import of_model, of_source, of_template
 from gspo.checkpoint.restore import load_held_out, load_order, load_state, restore
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import Config
@@ -72,10 +72,10 @@ class Run:
     held_out: HeldOutPairs | None = None  # of this round
 
 
-def fingerprints_of(cfg: Config, splits: Splits, scorer: Scorer) -> dict[str, str]:
-    """Return the fingerprints of a run's model, reward function and data."""
-    found = {"model.path": of_model(cfg.model.path), "reward.path": of_source(scorer.pool.source)}
-    return found | splits.fingerprints
+def fingerprints_of(cfg: Config, splits: Splits, scorer: Scorer, tokenizer: Any) -> dict[str, str]:
+    """Return the fingerprints of a run's model, chat template, reward function and data."""
+    found = {"model.path": of_model(cfg.model.path), "data.chat_template": of_template(tokenizer)}
+    return found | {"reward.path": of_source(scorer.pool.source)} | splits.fingerprints
 
 
 def start_run(
@@ -89,7 +89,7 @@ def start_run(
     total_steps: int,
 ) -> Run:
     """Open the run's folder, and the models: as they are at its latest checkpoint, if there is one."""
-    prints = fingerprints_of(cfg, splits, scorer) if world.is_main else {}
+    prints = fingerprints_of(cfg, splits, scorer, tokenizer) if world.is_main else {}
     folder, resume = open_run(cfg, world, prints)
     state, held_out = load_state(resume) if resume else State(), None
     if world.is_main:

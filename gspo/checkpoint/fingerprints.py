@@ -1,8 +1,9 @@
-"""Recognize the data and the model of a run by their content, wherever they are and however their names are written."""
+"""Recognize data, model and chat template of a run by their content, wherever they are and however their names are written."""
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import cached_file
 
@@ -40,6 +41,12 @@ def of_model(path: str | None) -> str:
 def of_source(text: str) -> str:
     """Return the fingerprint of a reward function's source text."""
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def of_template(tokenizer: Any) -> str:
+    """Return the fingerprint of the chat template that a tokenizer has, its own or a file's; "" where it has none."""
+    template = tokenizer.chat_template
+    return of_source(template if isinstance(template, str) else repr(template)) if template else ""
 
 
 def _add_content(digest: "hashlib._Hash", file: Path) -> None:

@@ -26,7 +26,7 @@ FREE_TO_CHANGE = re.compile(
     r"|model\.(gradient_checkpointing|shard_size|reshard_after_forward)$"
     r"|reward\.(path|workers|timeout_s|memory_gib|concurrency|check_rows)$"
 )
-CONTENT = ("model.path", "data.train_files", "data.val_files")  # compared by content, where fingerprints are kept
+CONTENT = ("model.path", "data.chat_template", "data.train_files", "data.val_files")  # compared by content, where fingerprints are kept
 # Step sizes and coefficients: `trainer.resume=force` may change them as well.
 FORCED = re.compile(
     r"(optim|critic)\.(learning_rate|schedule|min_lr_ratio|warmup_steps|weight_decay|beta1|beta2|grad_clip)$"
@@ -112,7 +112,8 @@ def _comparable(key: str, kept: Fingerprints, prints: Fingerprints) -> bool:
 
 
 def check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest: Path) -> None:
-    """Raise UserError, which names the ways to go on, if model or rows are not those that the run began with."""
+    """Raise UserError, which names the ways to go on, if model, chat template or rows are not those that the run began
+    with."""
     kept, now = fingerprints.read(folder), configuration.flatten(configuration.to_dict(cfg))
     for key in CONTENT:
         if not _comparable(key, kept, prints) or kept[key] == prints[key]:
@@ -123,6 +124,8 @@ def check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest: 
                 f"model.path = {now[key]!r} does not hold the model that the run in {folder} began with. Give that "
                 f"model, or this run another trainer.run_name; {anew}."
             )
+        if key == "data.chat_template":
+            raise _other_template(folder, cfg, newest, anew)
         rows = [text[key].split()[0] for text in (kept, prints)]
         start = quote(f"trainer.resume={newest}" if rows[0] == rows[1] else f"model.path={newest}")
         if cfg.model.lora and rows[0] != rows[1]:
@@ -132,3 +135,13 @@ def check_same_content(folder: Path, cfg: Config, prints: Fingerprints, newest: 
             f"{rows[1]} now). Give those rows; or go on with these in a run of another name: {start} "
             f"trainer.run_name=OTHER; {anew}."
         )
+
+
+def _other_template(folder: Path, cfg: Config, newest: Path, anew: str) -> UserError:
+    """Return the error of a chat template whose text has changed since the run began; `anew` says how to start anew."""
+    file, start = cfg.data.chat_template, quote(f"trainer.resume={newest}")
+    place = f"data.chat_template = {file!r}" if file else f"data.chat_template = None, model.path = {cfg.model.path!r}"
+    return UserError(
+        f"{place}: the chat template has another text than when the run in {folder} began. Put that text back; or go on "
+        f"with this one in a run of another name: {start} trainer.run_name=OTHER; {anew}."
+    )

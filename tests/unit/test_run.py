@@ -11,6 +11,8 @@ import torch
 from quick_run import rows
 
 from gspo.distributed.world import World
+from gspo.embedded import MODEL_DIR
+from gspo.errors import UserError
 from gspo.read_config import load_config
 from gspo.system import time_limit
 from train import train
@@ -167,3 +169,28 @@ def test_a_run_leaves_with_a_checkpoint_before_its_time_is_up(tmp_path, capsys, 
     said = capsys.readouterr().out
     assert "trainer.time_limit = 1h leaves no time for another step: left after step 2 of 4" in said
     assert (tmp_path / "quick" / "checkpoints" / "step_000002").is_dir()
+
+
+TEMPLATE = "{% for m in messages %}Q: {{ m.content }}\nA:{% endfor %}"
+
+
+def test_a_run_does_not_go_on_with_another_chat_template(tmp_path):
+    """Of a file, wherever it is, or of the model itself: it is known by its text."""
+    file, model = tmp_path / "t.jinja", tmp_path / "m"
+    file.write_text(TEMPLATE)
+    shutil.copytree(MODEL_DIR, model)
+    given = ("trainer.max_steps=1", "trainer.run_name=quick", f"data.chat_template={file}")
+    run(tmp_path / "a", *given)
+    file.rename(tmp_path / "moved.jinja")
+    moved = f"data.chat_template={tmp_path / 'moved.jinja'}"
+    run(tmp_path / "a", *given[:2], moved)
+    (tmp_path / "moved.jinja").write_text(TEMPLATE.replace("Q", "Question"))
+    with pytest.raises(UserError, match=r"data.chat_template = .*moved.jinja.: the chat template has another .*=never"):
+        run(tmp_path / "a", *given[:2], moved)
+    with pytest.raises(UserError, match="data.chat_template = None, model.path = None: the chat template has another text"):
+        run(tmp_path / "a", *given[:2])
+    own = (f"model.path={model}", "data.train_files=embedded", "data.val_files=embedded", *given[:2])
+    run(tmp_path / "b", *own)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    with pytest.raises(UserError, match="model.path = .*m': the chat template has another text than .*trainer.run_name"):
+        run(tmp_path / "b", *own)
