@@ -4,8 +4,9 @@
     python eval.py Qwen/Qwen2.5-0.5B-Instruct --data data/gsm8k/train_test.json --max_new_tokens 256
 
 Prints greedy accuracy, unbiased pass@k, maj@k and the mean reward with 95 % intervals, by data source where there are
-several. For a checkpoint of a run, data, reward function, system prompt and sampling are the run's unless given here,
-as flags or as settings: data.system_prompt="Be brief." rollout.top_p=0.9 ... (python -m gspo.parameters).
+several. For a checkpoint of a run, data, reward function, system prompt, chat template and sampling are the run's
+unless given here, as flags or as settings: data.system_prompt="Be brief." data.chat_template=FILE rollout.top_p=0.9 ...
+(python -m gspo.parameters).
 """
 
 import argparse
@@ -85,6 +86,8 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
         cfg.rollout.max_new_tokens = 64  # the embedded task
     if from_run and not args.reward_func and "reward.path" not in given:
         _refuse_code_of_the_run(run_config.parent, cfg.reward.path)
+    if from_run and "data.chat_template" not in given:
+        _take_chat_template(cfg, model)
     for flag, key in FLAGS.items():
         value = getattr(args, flag)
         if value is not None and key in given:
@@ -134,9 +137,15 @@ def check_model(name: str, place: str) -> None:
         raise UserError(str(e).replace("model.path =", f"{place} =", 1)) from e
 
 
+def _take_chat_template(cfg: Config, model: Path) -> None:
+    """Set the run's own chat template, as its checkpoint keeps it: the file may have changed since, or be gone."""
+    kept = model / "chat_template.jinja"
+    cfg.data.chat_template = str(kept) if cfg.data.chat_template and kept.is_file() else None
+
+
 def evaluate(name: str | None, cfg: Config, world: World) -> Answers:
     """Sample and score responses of one model to the test prompts."""
-    config, tokenizer = load_model_config(base_of(name)), load_tokenizer(name)
+    config, tokenizer = load_model_config(base_of(name)), load_tokenizer(name, cfg.data.chat_template)
     precision, _ = world.broadcast_from_main(lambda: choose_precision(cfg.model.precision, world.device, config))
     model = load_policy(name, DTYPES[precision]).to(world.device)
     splits = world.main_process_first(lambda: load_splits(cfg, tokenizer, model.config, only_test=True))

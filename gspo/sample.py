@@ -10,9 +10,9 @@ messages; `embedded`, `embedded@val` and `embedded@test` are the embedded equati
 (rollout.source=rows). --pairs writes `chosen` and `rejected`, the best and the worst response of each prompt whose
 rewards differ by more than --margin (objective.algorithm=dpo).
 
-Settings may be given as well: data.system_prompt="Be brief." data.chat_template_kwargs.enable_thinking=false
-reward.reward_kwargs.k=3 (python -m gspo.parameters). A checkpoint of a run is given its run's system prompt and
-template arguments unless they are set here.
+Settings may be given as well: data.system_prompt="Be brief." data.chat_template=FILE reward.reward_kwargs.k=3
+data.chat_template_kwargs.enable_thinking=false (python -m gspo.parameters). A checkpoint of a run is given its run's
+system prompt, chat template and template arguments unless they are set here.
 """
 
 import argparse
@@ -35,8 +35,9 @@ from gspo.config import Config
 from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.messages import Messages, question_of, read_messages, read_tools
 from gspo.data.prompts import EMBEDDED, EMBEDDED_FILE
+from gspo.data.row_checker import NO_LIMIT, RowChecker, say_fields
 from gspo.data.schemas import parse_row, published_row
-from gspo.data.shapes import parsed, with_our_fields
+from gspo.data.shapes import RenamedRows, parsed, with_our_fields
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
@@ -57,7 +58,7 @@ from gspo.types import Prompt, Rollout
 Rows = Iterator[dict[str, Any]]
 ROWS_AT_ONCE = 1024  # rows that are sampled, and then written, together
 SETTINGS = re.compile(  # what the command reads
-    rf"data\.(system_prompt|chat_template_kwargs)|reward\..*|{SAMPLING}|eval\.n|model\.precision|trainer\.seed"
+    rf"data\.(system_prompt|chat_template|chat_template_kwargs|prompt_key|truth_key)|reward\..*|{SAMPLING}|eval\.n|model\.precision|trainer\.seed"
     r"|objective\.margin"
 )
 FLAGS = {  # flag -> the parameter that it stands for
@@ -122,7 +123,8 @@ def _open(model: str | nn.Module | None, tokenizer: Any, device: str | None, cfg
     """Open the model and its tokenizer. Raise UserError."""
     on = torch.device(device) if device else choose_device()
     if not isinstance(model, nn.Module):
-        config, tokenizer = load_model_config(base_of(model)), tokenizer or load_tokenizer(model)
+        config = load_model_config(base_of(model))
+        tokenizer = tokenizer or load_tokenizer(model, cfg.data.chat_template)
         chosen, _ = choose_precision(cfg.model.precision, on, config)
         model = load_policy(model, DTYPES[chosen]).to(on)
     elif tokenizer is None:
@@ -189,8 +191,8 @@ def _prompt_of_row(encoder: Encoder, number: int, row: dict[str, Any], place: st
 
 
 def _scored_prompt(encoder: Encoder, number: int, row: dict[str, Any], place: str) -> Prompt:
-    """Encode the prompt of a row with all that a reward function needs. Raise UserError, which names the place."""
-    messages, truth, data_source, extra = parse_row(row, place)
+    """Encode the prompt of a row with all that a reward function gets. Raise UserError, which names the place."""
+    messages, truth, data_source, extra = parse_row(row, place, needs_truth=False)
     ids = encoder.ids(messages, place, read_tools(row.get("tools"), place))
     return Prompt(number, ids, question_of(messages), truth, data_source, extra)
 
@@ -202,6 +204,14 @@ def _answers(rollout: Rollout) -> list[list[Answer]]:
         [Answer(text, ids[:length], logprob, reason) for text, ids, length, logprob, reason in zip(*group, strict=True)]
         for group in zip(rollout.texts, tokens, lengths, sums, rollout.finish_reasons, strict=True)
     ]
+
+
+def _check_scored(source: Source, encoder: Encoder, cfg: Config) -> None:
+    """Check all rows as training does, before anything is sampled, and say what is read of them. Raise UserError."""
+    checker = RowChecker(encoder, NO_LIMIT, only_texts=cfg.reward.path is None)
+    for i, row in enumerate(source.rows()):
+        checker(row, source.place(i))
+    say_fields([checker], own_function=cfg.reward.path is not None)
 
 
 def open_prompts(name: str) -> Source:
@@ -318,13 +328,16 @@ def main() -> None:
     cfg, scores, written = _configure(a, model), a.score or a.pairs, 0
     _check_number(cfg.eval.n)
     sampling, source = Sampling.of(cfg.rollout), open_prompts(a.prompts)
+    named = RenamedRows(source, cfg.data.prompt_key, cfg.data.truth_key if scores else None)
     scorer = Scorer(cfg.reward) if scores else None
     with _open_answers(a.answers, a.prompts) as out:
         sampler, encoder = _open(model, None, None, cfg)
+        if scores:
+            _check_scored(named, encoder, cfg)
         for at in range(0, len(source), ROWS_AT_ONCE):
             rows = [_row(source, i) for i in range(at, min(at + ROWS_AT_ONCE, len(source)))]
             read = _scored_prompt if scores else _prompt_of_row
-            prompts = [read(encoder, at + k, row, source.place(at + k)) for k, row in enumerate(rows)]
+            prompts = [read(encoder, i, _row(named, i), source.place(i)) for i in range(at, at + len(rows))]
             rollout = sampler.generate(prompts, cfg.eval.n, sampling, purpose=EVAL)
             margin = cfg.objective.margin if a.pairs else None
             for row in _written_rows(rows, rollout, scorer, margin, sampler.tokenizer):

@@ -1,4 +1,4 @@
-"""Recognize data, model and chat template of a run by their content, wherever they are and however their names are written."""
+"""Recognize data, model and chat template of a run by their content, wherever they are and however they are named."""
 
 import hashlib
 import json

@@ -26,7 +26,8 @@ FREE_TO_CHANGE = re.compile(
     r"|model\.(gradient_checkpointing|shard_size|reshard_after_forward)$"
     r"|reward\.(path|workers|timeout_s|memory_gib|concurrency|check_rows)$"
 )
-CONTENT = ("model.path", "data.chat_template", "data.train_files", "data.val_files")  # compared by content, where fingerprints are kept
+# Compared by content, where fingerprints are kept.
+CONTENT = ("model.path", "data.chat_template", "data.train_files", "data.val_files")
 # Step sizes and coefficients: `trainer.resume=force` may change them as well.
 FORCED = re.compile(
     r"(optim|critic)\.(learning_rate|schedule|min_lr_ratio|warmup_steps|weight_decay|beta1|beta2|grad_clip)$"
@@ -142,6 +143,6 @@ def _other_template(folder: Path, cfg: Config, newest: Path, anew: str) -> UserE
     file, start = cfg.data.chat_template, quote(f"trainer.resume={newest}")
     place = f"data.chat_template = {file!r}" if file else f"data.chat_template = None, model.path = {cfg.model.path!r}"
     return UserError(
-        f"{place}: the chat template has another text than when the run in {folder} began. Put that text back; or go on "
-        f"with this one in a run of another name: {start} trainer.run_name=OTHER; {anew}."
+        f"{place}: the chat template has another text than when the run in {folder} began. Put that text back; or go "
+        f"on with this one in a run of another name: {start} trainer.run_name=OTHER; {anew}."
     )

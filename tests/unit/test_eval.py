@@ -9,6 +9,7 @@ from saved_run import ALONE, a_run
 import eval as evaluation
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
+from gspo.models.loading import load_tokenizer
 
 
 def evaluate(monkeypatch, *given):
@@ -62,6 +63,30 @@ def test_a_setting_goes_before_the_runs_own(monkeypatch, tmp_path, tokenizer):
     step = run.save(4)
     assert configured(monkeypatch, model=step).data.system_prompt == "long"
     assert configured(monkeypatch, "data.system_prompt=short", model=step).data.system_prompt == "short"
+
+
+def test_a_chat_template_is_the_files_or_the_runs_for_both_models(monkeypatch, tmp_path, tokenizer, capsys):
+    """The run's is read from its checkpoint: the file may have changed since, or be gone."""
+    asked = []
+    monkeypatch.setattr(evaluation, "answer", lambda sampler, scorer, prompts, *rest: asked.append(prompts[0].ids))
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}Q: {{ m.content }}{% endfor %}")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1 + 1?", "ground_truth": "2"}')
+    given = ["data.test_files=" + str(tmp_path / "p.jsonl"), f"data.chat_template={tmp_path / 't.jinja'}"]
+
+    def ask(name, cfg):
+        evaluation.evaluate(None if name is None else str(name), cfg, ALONE)
+        return tokenizer.decode(asked[-1])
+
+    cfg = configured(monkeypatch, *given)
+    assert ask(None, cfg) == "Q: 1 + 1?"
+    shaped = load_tokenizer(None, str(tmp_path / "t.jinja"))
+    step = a_run(tmp_path / "out", shaped, given[1]).save(4)
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}Other: {{ m.content }}{% endfor %}")
+    cfg = configured(monkeypatch, given[0], model=step)
+    assert ask(step, cfg) == ask(None, cfg) == "Q: 1 + 1?"
+    assert ask(step, configured(monkeypatch, *given, model=step)) == "Other: 1 + 1?"
+    (tmp_path / "t.jinja").unlink()
+    assert ask(step, configured(monkeypatch, given[0], model=step)) == "Q: 1 + 1?"
 
 
 @pytest.mark.parametrize(

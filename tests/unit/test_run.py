@@ -187,10 +187,10 @@ def test_a_run_does_not_go_on_with_another_chat_template(tmp_path):
     (tmp_path / "moved.jinja").write_text(TEMPLATE.replace("Q", "Question"))
     with pytest.raises(UserError, match=r"data.chat_template = .*moved.jinja.: the chat template has another .*=never"):
         run(tmp_path / "a", *given[:2], moved)
-    with pytest.raises(UserError, match="data.chat_template = None, model.path = None: the chat template has another text"):
+    with pytest.raises(UserError, match="data.chat_template = None, model.path = None: the chat template has another"):
         run(tmp_path / "a", *given[:2])
     own = (f"model.path={model}", "data.train_files=embedded", "data.val_files=embedded", *given[:2])
     run(tmp_path / "b", *own)
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    with pytest.raises(UserError, match="model.path = .*m': the chat template has another text than .*trainer.run_name"):
+    with pytest.raises(UserError, match="model.path = .*m': the chat template has another text .*trainer.run_name"):
         run(tmp_path / "b", *own)

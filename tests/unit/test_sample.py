@@ -127,6 +127,55 @@ def test_a_runs_checkpoint_is_given_its_runs_system_prompt(monkeypatch, tmp_path
     assert "6 + 6" in seen and "5 + 5" not in seen
 
 
+def test_a_chat_template_is_the_files_or_the_runs(monkeypatch, tmp_path):
+    """The run's lies in its checkpoint: the file may be gone."""
+    file, given = tmp_path / "t.jinja", [tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--n", 1, "--max_new_tokens", 2]
+    file.write_text("{% for m in messages %}Q: {{ m.content }}{% endfor %}")
+    assert sampled(monkeypatch, tmp_path, "embedded", *given, f"data.chat_template={file}")[1] == "Q: x + 5 = 12"
+    step = a_run(tmp_path / "out", load_tokenizer(None, str(file)), f"data.chat_template={file}").save(4)
+    file.unlink()
+    assert sampled(monkeypatch, tmp_path, step, *given)[1] == "Q: x + 5 = 12"
+
+
+def scored(monkeypatch, tmp_path, row, *given):
+    """The row that is written with --score."""
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--score", "--n", 2, "--max_new_tokens", 3, *given)
+    main()
+    return json.loads((tmp_path / "a.jsonl").read_text())
+
+
+def test_a_function_of_ones_own_scores_rows_without_a_truth_as_in_training(monkeypatch, tmp_path, capsys):
+    source = "def compute_score(solution_str, ground_truth):\n    return float(ground_truth is None)"
+    (tmp_path / "r.py").write_text(source)
+    own = ("--reward_func", tmp_path / "r.py")
+    row = scored(monkeypatch, tmp_path, {"prompt": "1 + 1?", "length": 3}, *own)
+    assert row["rewards"] == [1.0, 1.0] and row["length"] == 3
+    said = capsys.readouterr().out
+    assert "p.jsonl, line 1: there is no ground truth; the reward function gets None" in said
+    assert "'length' (first: " in said and "go into extra_info" in said
+    assert scored(monkeypatch, tmp_path, {"prompt": "1 + 1?", "ground_truth": [2]}, *own)["rewards"] == [0.0, 0.0]
+    for row, says in (
+        ({"prompt": "1 + 1?"}, "field 'ground_truth' must be"),
+        ({"prompt": "1 + 1?", "ground_truth": [2]}, "the default reward function compares texts"),
+        ({"prompt": "1 + 1?", "ground_truth": " "}, "'ground_truth' is empty"),
+    ):
+        with pytest.raises(UserError, match=says):
+            scored(monkeypatch, tmp_path, row)
+
+
+def test_fields_are_named_as_in_training_and_written_as_they_were(monkeypatch, tmp_path, capsys):
+    row = {"q": "1 + 1?", "a": "2"}
+    keys = ("data.prompt_key=q", "data.truth_key=a")
+    assert scored(monkeypatch, tmp_path, row, *keys).items() >= row.items()
+    command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--n", 1, "--max_new_tokens", 3, keys[0])
+    main()
+    written = json.loads((tmp_path / "a.jsonl").read_text())
+    assert written.items() >= row.items() and "1 + 1?" in written["model_input"]
+    with pytest.raises(UserError, match="the row has no field 'b' .data.truth_key."):
+        scored(monkeypatch, tmp_path, row, keys[0], "data.truth_key=b")
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
