@@ -7,11 +7,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def cpu_name() -> str:
-    """Return the processor's name as Linux has it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def cpu_name(info: str | None = None) -> str:
+    """Return the processor's name as Linux has it (/proc/cpuinfo), with its family and model.
+
+    Virtual machines often hide the rest of the name; the numbers still tell one generation from another.
+    """
+    lines = [line.partition(":") for line in (info or Path("/proc/cpuinfo").read_text()).splitlines()]
+    found = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # the first processor's stays
+    numbers = [f"{word} {found[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in found]
+    name = found.get("model name") or platform.processor()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def heading(title: str, command: str, packages: tuple[str, ...] = ("torch", "transformers")) -> str:
