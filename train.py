@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 
 import gspo  # noqa: F401 -- before torch
-from gspo.command_line import check_command_line, training_arguments
+from gspo.training_arguments import check_command_line, training_arguments
 
 if __name__ == "__main__" or sys.argv[0].endswith("gspo-train"):
     check_command_line(__doc__)  # before torch is imported, which takes seconds

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gspo.algorithm.objective import find_algorithm, learns_from_rows
+from gspo.command_line import EVERY, parse_arguments
 from gspo.config import Config
 from gspo.data.encoding import check_template_kwargs
 from gspo.data.prompts import (
@@ -30,7 +31,7 @@ from gspo.data.row_checker import TooLong, say_fields
 from gspo.errors import UserError
 from gspo.launch_checks import first_prompt
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
-from gspo.read_config import STANDARD, load_config, parse_arguments
+from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
 from gspo.system.program import guarded
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     amount.add_argument("--rows", type=int, default=1000, metavar="K", help="rows sampled (default: %(default)s)")
     amount.add_argument("--all", action="store_true", help="count tokens and score answers of every row")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="see python -m gspo.parameters")
-    args = parse_arguments(parser, argv)
+    args = parse_arguments(parser, argv, EVERY)
     if args.rows < 1:
         raise UserError(f"--rows {args.rows}: it must be at least 1.")
     cfg = load_config(args.config, args.overrides)

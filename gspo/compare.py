@@ -15,6 +15,7 @@ from typing import Any
 from gspo.checkpoint import fingerprints
 from gspo.checkpoint.evaluations import WORDS, comparable_evaluations, figure
 from gspo.checkpoint.find_runs import run_folder_of
+from gspo.command_line import parse_arguments
 from gspo.errors import UserError
 from gspo.read_paths import check_path
 from gspo.report.page import differing_settings
@@ -141,7 +142,7 @@ def main() -> None:
         prog="python -m gspo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="outputs/NAME; at least two")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     folders = [run_folder_of(check_path(name, "RUN")) for name in args.runs]
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise UserError("name at least two runs, each once. python -m gspo.report shows a single one.")

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gspo.command_line import parse_arguments
 from gspo.data.schemas import FORMATS, Row
 from gspo.data.sources import open_source
 from gspo.errors import UserError
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--limit", metavar="K", type=_count, help="read only the first K rows")
     parser.add_argument("--holdout", metavar="K", type=_count, default=0, help="put the last K rows into OUT_test.json")
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     try:
         written = convert(args.kind, args.source, args.out, args.limit, args.holdout)
     except UserError as e:

@@ -25,6 +25,7 @@ from gspo.checkpoint import manifest
 from gspo.checkpoint.adapter_checkpoints import CONFIG, MergedWeights, open_adapter
 from gspo.checkpoint.find_runs import BEST, best_checkpoint, checkpoint_of
 from gspo.checkpoint.hf_folder import index_json, json_bytes, shard_files
+from gspo.command_line import parse_arguments
 from gspo.distributed.adapters import FILE
 from gspo.distributed.world import World
 from gspo.errors import UserError
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--adapter", action="store_true", help="write the adapter of model.lora itself, as peft's folder, not merged"
     )
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     if args.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {args.dtype}: must be fp32, bf16 or fp16.")
     if not 0 < args.max_shard_gb < math.inf:

@@ -3,11 +3,12 @@
 With `--foreign`: docs/coming-from-verl-or-trl.md, the settings of verl and TRL.
 """
 
+import argparse
 import dataclasses
-import sys
 import typing
 from typing import Any, Literal
 
+from gspo.command_line import parse_arguments
 from gspo.config import Config, flatten, parameters, to_dict
 from gspo.config_aliases import ALIASES
 from gspo.foreign_settings import ANSWERS, LATER_WORDS, NOT_NEEDED, WORDS
@@ -86,5 +87,13 @@ def foreign_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gspo.parameters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--foreign", action="store_true", help="the settings of verl and TRL, and what they come to")
+    print(foreign_page() if parse_arguments(parser).foreign else parameters_page(), end="")
+
+
 if __name__ == "__main__":
-    guarded(lambda: print(foreign_page() if "--foreign" in sys.argv[1:] else parameters_page(), end=""))
+    guarded(main)

@@ -13,6 +13,7 @@ from typing import Any
 
 from gspo.checkpoint.evaluations import comparable_evaluations
 from gspo.checkpoint.find_runs import run_folder_of
+from gspo.command_line import parse_arguments
 from gspo.config import Health
 from gspo.errors import UserError
 from gspo.metrics.health import healthy_range
@@ -128,7 +129,7 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="outputs/NAME; several share the panels")
     parser.add_argument("out", type=Path, metavar="PICTURE", help="the file to write: .png, .svg or .pdf")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     check_path(str(args.out), "PICTURE", written=True)
     draw([run_folder_of(check_path(name, "RUN")) for name in args.runs], args.out.expanduser())
     say(f"wrote {args.out}")

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+from gspo.command_line import parse_arguments
 from gspo.config import known_keys
 from gspo.errors import UserError
 from gspo.foreign_settings import is_foreign
@@ -29,7 +30,7 @@ def parse_with_settings(parser: argparse.ArgumentParser, read: re.Pattern[str], 
     """
     given = sys.argv[1:]
     settings = [text for before, text in zip(["", *given], given, strict=False) if _is_setting(text, before)]
-    args = parser.parse_args([text for text in given if text not in settings])
+    args = parse_arguments(parser, [text for text in given if text not in settings], read)
     require_known([(text.partition("=")[0], "command line") for text in settings])
     for text in settings:
         for key in keys_of([text]):

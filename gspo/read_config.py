@@ -4,19 +4,16 @@
 `objective.form` is one setting for several: they are set last, and nothing else may set them otherwise.
 """
 
-import argparse
 import dataclasses
 import difflib
 import math
 import operator
 import os
 import re
-import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import Any, Literal
 
 import yaml
@@ -51,11 +48,17 @@ def find_parameter(typed: str, place: str) -> tuple[str, tuple[str, ...]]:
     inside = [known for known in PARAMETERS if known.startswith(f"{key}.")]
     if inside:
         raise UserError(f"{place}: {key!r} is a section; name a parameter in it: {', '.join(inside[:3])}, ...")
+    near = near_parameters(key)
+    guess = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    raise UserError(f"{place}: unknown key {key!r}{guess} `python -m gspo.parameters` lists every key.")
+
+
+def near_parameters(key: str) -> list[str]:
+    """Return up to three names that an unknown one may be meant for."""
     near = [known for known in PARAMETERS if known.split(".")[1] == key]  # only its section was left out
     near = near or difflib.get_close_matches(key, known_keys(), n=1, cutoff=LIKELY)
-    near = near or [known for known in PARAMETERS if parts[-1] in known.split(".")[1].split("_")]
-    guess = f"; did you mean {' or '.join(map(repr, near[:3]))}?" if near else "."
-    raise UserError(f"{place}: unknown key {key!r}{guess} `python -m gspo.parameters` lists every key.")
+    near = near or [known for known in PARAMETERS if key.split(".")[-1] in known.split(".")[1].split("_")]
+    return near[:3]
 
 
 def require_known(names: list[tuple[str, str]]) -> None:
@@ -72,21 +75,6 @@ def require_known(names: list[tuple[str, str]]) -> None:
         raise UserError(" ".join(e.removesuffix(lists) for e in errors) + lists)
     if errors:
         raise UserError(errors[0])
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse flags and `section.key=value` settings, in any order. UserError where a parameter is written as a flag."""
-    given = sys.argv[1:] if argv is None else argv
-    args, unknown = parser.parse_known_intermixed_args(given)
-    for flag in unknown:
-        name, equals, value = flag.lstrip("-").partition("=")
-        key, inside = find_parameter(name.replace("-", "_"), f"command line: {flag}")
-        following = given[given.index(flag) + 1 :][:1]
-        if not equals:
-            value = next((text for text in following if not text.startswith("-")), "VALUE")
-        written = quote(f"{'.'.join((key, *inside))}={value}")
-        raise UserError(f"command line: {flag}: parameters are no flags here (but of train.sh); write {written}.")
-    return args
 
 
 def _type_name(kind: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from gspo.checkpoint.evaluations import answers_file
 from gspo.checkpoint.find_runs import run_folder_of
+from gspo.command_line import parse_arguments
 from gspo.errors import UserError
 from gspo.read_paths import check_path, require_file
 from gspo.report.read_run import is_group, read_lines
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="the step (default: the last)")
     parser.add_argument("--worst", type=int, metavar="N", help="only the N prompts with the lowest mean reward")
     parser.add_argument("--eval", choices=("before", "after"), help="the answers of this evaluation instead")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     if args.worst is not None and args.worst < 1:
         raise UserError(f"--worst {args.worst}: it must be at least 1. Leave it out to see every prompt.")
     rows, path = open_groups(args.run, args.eval)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from gspo.command_line import parse_arguments
 from gspo.errors import UserError
 from gspo.system.console import say, track
 from gspo.system.files import replacing
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m gspo.smollm2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", metavar="OUT", nargs="?", type=Path, default=OUT, help=f"default: {OUT}")
-    out = parser.parse_args(argv).out
+    out = parse_arguments(parser, argv).out
     try:
         if all((out / name).is_file() for name in FILES):
             say(f"{out} is already complete")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gspo.command_line import EVERY, parse_arguments
 from gspo.errors import UserError
 from gspo.memory.fit import find_fitting
 from gspo.memory.footprint import GIB, Footprint, available_bytes
@@ -21,7 +22,7 @@ from gspo.memory.plan import fit_settings
 from gspo.models.loading import check_weights, load_model_config
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import choose_precision
-from gspo.read_config import STANDARD, load_config, parse_arguments
+from gspo.read_config import STANDARD, load_config
 from gspo.system.console import say
 from gspo.system.program import guarded
 
@@ -66,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fit", action="store_true", help="find settings that cost time, and change no result, with which it fits"
     )
-    args = parse_arguments(parser)
+    args = parse_arguments(parser, parameters=EVERY)
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: must be 1 or more.")
     if args.have is not None and not 0 < args.have < math.inf:

@@ -14,6 +14,7 @@ import gspo  # noqa: F401 -- before torch
 
 # isort: split
 from gspo.checkpoint.find_runs import run_folder_of
+from gspo.command_line import parse_arguments
 from gspo.errors import UserError
 from gspo.read_paths import check_path
 from gspo.report.page import page_of
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="outputs/NAME; several are drawn over each other")
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the first run's folder)")
     parser.add_argument("--lang", choices=("en", "zh"), help="the page's language (default: the browser's)")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     write_report(args.runs, args.out.expanduser() if args.out else None, args.lang)
 
 

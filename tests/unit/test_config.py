@@ -1,6 +1,5 @@
 """Configuration: defaults, precedence, aliases, and mistakes that are reported with value, place and cure."""
 
-import argparse
 import re
 
 import pytest
@@ -10,7 +9,7 @@ from repository import ROOT
 from gspo.config import Objective, dump, flatten, to_dict
 from gspo.config_aliases import ALIASES
 from gspo.errors import UserError
-from gspo.read_config import load_config, parse_arguments
+from gspo.read_config import load_config
 
 
 @pytest.fixture()
@@ -314,26 +313,6 @@ def test_the_original_yaml_for_offloading_the_reference(write, offload):
 
 
 # ---- mistakes ----
-
-
-@pytest.mark.parametrize(
-    ("given", "written"),
-    [
-        (["--rollout_n", "4"], "write rollout.n=4."),
-        (["--rollout.n=4", "--check"], "write rollout.n=4."),
-        (["trainer.seed=1", "--learning-rate", "1e-5"], "write optim.learning_rate=1e-5."),
-        (["--rollout_n", "--check"], "write rollout.n=VALUE."),
-        (["--rollout_m", "4"], "did you mean 'rollout_n'"),
-        (["--n", "4"], "did you mean 'rollout.n'"),
-    ],
-)
-def test_a_parameter_that_is_written_as_a_flag_is_named_as_it_is_written_here(given, written):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("overrides", nargs="*")
-    assert parse_arguments(parser, ["a=1", "--check", "b=2"]).overrides == ["a=1", "b=2"]
-    with pytest.raises(UserError, match=re.escape(written)):
-        parse_arguments(parser, given)
 
 
 MISTAKES = {  # override: what the message must say

@@ -35,6 +35,7 @@ ORDER = {
 }
 VOCABULARY = {
     "gspo",
+    "gspo.command_line",
     "gspo.config",
     "gspo.config_aliases",
     "gspo.config_critic",

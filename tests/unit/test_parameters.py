@@ -16,7 +16,8 @@ def test_a_reader_that_leaves_after_three_lines_gets_no_traceback():
     assert len(done.stdout.splitlines()) == 3 and "Traceback" not in done.stderr
 
 
-def test_the_printed_page_has_one_line_per_parameter_and_per_alias(capsys):
+def test_the_printed_page_has_one_line_per_parameter_and_per_alias(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["parameters"])
     runpy.run_path(str(ROOT / "gspo/parameters.py"), run_name="__main__")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == [*PARAMETERS, *ALIASES]
