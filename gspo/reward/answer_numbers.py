@@ -22,7 +22,11 @@ _NUMBER = re.compile(
 )
 _CJK = r"\u4e00-\u9fff"
 # ---- words before a number ----
-_WORDS_BEFORE = re.compile(rf"(?:[A-Za-z][a-z']+(?:-[a-z]+)*|[IaA]|[{_CJK}]+|[:,'\"“”]|[€£¥￥]|\s)*")
+# A text can be taken apart into words in one way only. With more, a text that fails would be tried in all of them, which
+# are 2 ** 40 for 40 letters.
+_WORDS_BEFORE = re.compile(
+    rf"(?:[A-Za-z][a-z']+(?![a-z'])(?:-[a-z][a-z']*(?![a-z']))*|[IaA](?![a-z'])|[{_CJK}:,'\"“”€£¥￥\s])*"
+)
 # These change a number that follows at once.
 _CHANGES_NEXT = re.compile(
     any_of(
@@ -79,7 +83,7 @@ _BOUNDS = re.compile(
     ),
     re.IGNORECASE,
 )
-_WORDS_AFTER = re.compile(rf"(?:[ /-]?[A-Za-z]+(?:'[a-z]+|-[a-z]+)*|[{_CJK}]+|[.,:;'\"“”?\s-])*")
+_WORDS_AFTER = re.compile(rf"(?:[A-Za-z{_CJK}.,:;'\"“”?\s-]|/(?=[A-Za-z]))*")
 _ADJACENT_LETTER = re.compile(r"(?: ?[A-Za-z]\b(?<! a)(?<! I)|[A-Za-z])")
 HALF = re.compile(r" and (?:a|one) (half|quarter|third)\b", re.IGNORECASE)
 _HALVES = {"half": Fraction(1, 2), "quarter": Fraction(1, 4), "third": Fraction(1, 3)}

@@ -89,7 +89,7 @@ _UNITS = {
     )
     for name in names.split()
 }
-_UNIT = re.compile(r"(?:(?<=[\w)}])\\text\{([^{}]*)\}|(?<=[\d)}]) ?((?:[a-z]{2,}[ /]?)+))(?:\^\{?([23])\}?)?$")
+_UNIT = re.compile(r"(?:(?<=[\w)}])\\text\{([^{}]*)\}|(?<=[\d)}]) ?((?:[a-z]{2,}(?![a-z])[ /]?)+))(?:\^\{?([23])\}?)?$")
 # What is compared as text: \text that is no unit, and words outside of commands and environments.
 _WORD = re.compile(r"\\text|(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)[A-Za-z]{4}")
 

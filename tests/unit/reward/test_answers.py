@@ -5,6 +5,7 @@ from answer_cases import CASES, CUT_OFF
 from answer_exploits import EXPLOITS
 from repository import ROOT
 
+from gspo.reward.answer_numbers import read_number
 from gspo.reward.latex import available
 from gspo.reward.reward_func import compute_score, score_parts
 
@@ -62,3 +63,28 @@ def test_the_table_of_the_docs_counts_these_cases():
         name = f"{kind} (is the answer right)" if kind == "calculations" else kind
         assert f"| {name} | {count} | {count} |" in page, kind
     assert f"has {len(EXPLOIT_PAIRS)} strings" in page
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("words", ["a" * 70, "so on " * 12, "是" * 70, "an apple " * 12, "It's far-off. " * 8])
+@pytest.mark.parametrize("form", ["7 {}_", "{}_ 7"])
+def test_words_beside_a_number_that_are_no_answer_are_read_once(form, words):
+    """... not in every way in which 70 letters can be taken apart into words, which would never end."""
+    text = form.format(words)
+    assert read_number(text) is None
+    assert compute_score("any", text, "8") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "is_seven"),
+    [
+        ("I am a 7", True),
+        ("it's the far-off 7", True),
+        ("x 7", False),
+        ("a-b 7", False),
+        ("7 is it/", False),
+        ("7 cups, 'of' tea? 是", True),
+    ],
+)
+def test_which_words_may_stand_beside_a_number(text, is_seven):
+    assert (read_number(text) is not None) == is_seven

@@ -102,6 +102,14 @@ def test_long_answers_are_not_compared():
     assert equivalent(fits + "1", fits + "1") is False
 
 
+@needs_library
+@pytest.mark.timeout(60)
+def test_a_long_word_after_a_number_is_no_unit_and_is_read_once():
+    """... not in every way in which 60 letters can be taken apart into words, which would never end."""
+    assert latex._split_unit("7 " + "a" * 60 + "=") == ("7 " + "a" * 60 + "=", "")
+    assert latex._split_unit("7 cubic meters") == ("7", "^3 m")
+
+
 def test_without_the_library_nothing_is_equivalent(monkeypatch):
     monkeypatch.setattr(latex, "find_spec", lambda name: None)
     assert not available()
