@@ -34,6 +34,7 @@ from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
+from gspo.system.console import say
 from gspo.system.program import guarded
 
 BAD, LONG, TWICE, IN_TRAIN = "bad rows", "too long", "duplicates", "also in train"
@@ -113,6 +114,8 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
         train = seen if configured.name == "train" else train
         scorer = scorer or Scorer(cfg.reward)
         gold = check_gold(scorer, seen.prompts, rows)
+        if unchecked := gold.no_right_answer():
+            say(f"{configured.name}: {unchecked}")
         for kind, examples in ((NOT_FULL, gold.not_full), (NOT_ABOVE, gold.not_above)):
             found.first |= {kind: [str(e) for e in examples]} if examples else {}
         found.counts |= {NOT_FULL: gold.rows - gold.full, NOT_ABOVE: gold.compared - gold.above}
@@ -150,8 +153,8 @@ def _cells(seen: Survey, rows: int | None, found: Found, name: str, gold: GoldCh
         f"{np.median(lengths):.0f} / {max(lengths)}",
         str(found.counts[TWICE]),
         "-" if name == "train" else str(found.counts.get(IN_TRAIN, 0)),
-        f"{gold.gold_mean:.3f}",
-        f"{gold.full / gold.rows:.3f}",
+        f"{gold.gold_mean:.3f}" if gold.rows else "-",
+        f"{gold.full / gold.rows:.3f}" if gold.rows else "-",
         f"{gold.wrong_mean:.3f}" if gold.compared else "-",
         f"{gold.above / gold.compared:.3f}" if gold.compared else "-",
     ]

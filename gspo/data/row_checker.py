@@ -155,7 +155,10 @@ def say_fields(checkers: list[RowChecker], own_function: bool) -> None:
             "and data.truth_key name other fields."
         )
     if without := next((checker.without_truth for checker in checkers if checker.without_truth), ""):
-        say(f"note: {without}: there is no ground truth; the reward function gets None, here and in rows like this.")
+        say(
+            f"note: {without}: there is no ground truth; the reward function gets None, here and in rows like this. "
+            "If another field holds it, name that field by data.truth_key."
+        )
     unread: dict[str, str] = {}
     for checker in checkers:
         unread = checker.unread | unread

@@ -11,6 +11,7 @@ from gspo.system.console import say
 from gspo.types import Prompt, Scores
 
 RENDERINGS = (r"\boxed{{{}}}", "#### {}", "The answer is {}", "答案：{}", "{}")
+NO_ANSWER = "No idea."  # a response to a row whose right answer is not known
 TOLERANCE = 1e-6  # of float32 rewards, relative
 SHOWN = 5  # examples shown of each kind of problem
 CHUNK = 256  # rows whose texts are scored together
@@ -84,6 +85,15 @@ class GoldCheck:
         )
         return said + (f"\n{split}: it failed on every wrong answer to {self.unscored} rows" if self.unscored else "")
 
+    def no_right_answer(self) -> str:
+        """Return a note that the function was not checked, as no right answer is known; "" where one was."""
+        if self.rows or not self.calls:
+            return ""
+        return (
+            "note: whether the reward function tells right from wrong is not checked: the sampled rows have no ground "
+            "truth that is a text, so no right answer is known. Give them a `solution`."
+        )
+
     def verdict(self) -> str | None:
         """Return one paragraph that is an error where `refused`, else a warning; None where nothing is wrong."""
         if self.faults and self.faults == self.calls:
@@ -140,8 +150,21 @@ def sample(count: int, rows: int | None, seed: int = 0) -> list[int]:
 
 
 def check_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int | None, seed: int = 0) -> GoldCheck:
-    """Score right and wrong answers to a sample of the prompts (None: all)."""
-    places = [i for i in sample(len(prompts), rows, seed) if gold_texts(prompts[i])]
+    """Score right and wrong answers to a sample of the prompts (None: all).
+
+    Where no right answer is known, a wrong one is scored to the first few, to see whether the function fails.
+    """
+    sampled = sample(len(prompts), rows, seed)
+    places = [i for i in sampled if gold_texts(prompts[i])]
+    if sampled and not places:
+        scores = scorer.score_texts([prompts[i] for i in sampled[:SHOWN]], [[NO_ANSWER] * 2] * len(sampled[:SHOWN]))
+        return GoldCheck(
+            f"{scorer.path}: {scorer.name}",
+            correct_at=correct_from(scorer, 1.0),
+            calls=scores.calls,
+            faults=scores.faults,
+            first_fault=scores.first_fault,
+        )
     first = prompts[places[0]].ground_truth if places else ""
     examples: list[Example] = []
     faults, calls, first_fault = 0, 0, ""
@@ -188,11 +211,8 @@ def require_gold(scorer: ScoresTexts, prompts: Sequence[Prompt], rows: int) -> f
     UserError where no right answer scores above a wrong one.
     """
     check = check_gold(scorer, prompts, rows)
-    if rows and not check.rows:
-        say(
-            "note: the reward function is not checked: the ground truths of the "
-            f"{min(rows, len(prompts))} sampled rows are no texts, so no right answer is known. Give them a `solution`."
-        )
+    if unchecked := check.no_right_answer():
+        say(unchecked)
     if check.refused:
         raise UserError(check.verdict())
     if check.verdict():

@@ -223,6 +223,20 @@ def test_a_function_that_fails_is_named_first_with_the_call_that_failed(check):
     assert "(ground truth '" in first and second == "train: it failed on every wrong answer to 5 rows"
 
 
+def test_rows_without_a_known_right_answer_are_checked_as_far_as_they_can_be(check):
+    """Columns of one's own, whose answer nobody has named: the function gets None, and that it fails on it is said."""
+    own = [{"text": f"Send {i} cups.", "order": f"cups={i}"} for i in range(3)]
+    half = "def compute_score(solution_str, ground_truth):\n    return float(solution_str.endswith(ground_truth))\n"
+    takes_none = "def compute_score(solution_str, ground_truth):\n    return float(ground_truth is None)\n"
+    code, _, out = check({"train": own}, "data.prompt_key=text", reward=takes_none)
+    assert code == 0 and "no right answer is known" in out and "name that field by data.truth_key" in out
+    assert "train  3     0    0" in out and "failed" not in out
+    code, _, out = check({"train": own}, "data.prompt_key=text", reward=half)
+    assert "train: the reward function failed on 6 of 6 calls; the first raised TypeError" in out
+    code, table, out = check({"train": own}, "data.prompt_key=text", "data.truth_key=order", reward=half)
+    assert code == 0 and table["train"]["rows"] == "3" and "no right answer" not in out
+
+
 def test_only_what_training_reads_is_looked_at(check):
     splits = {"train": rows(0, 3), "val": [*rows(50, 2), "{"]}
     assert check(splits, "eval.round_prompts=2", "eval.prompts=1")[0] == 0
