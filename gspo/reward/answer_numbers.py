@@ -22,8 +22,8 @@ _NUMBER = re.compile(
 )
 _CJK = r"\u4e00-\u9fff"
 # ---- words before a number ----
-# A text can be taken apart into words in one way only. With more, a text that fails would be tried in all of them, which
-# are 2 ** 40 for 40 letters.
+# A text can be taken apart into words in one way only. With more, a text that fails would be tried in all of them:
+# 2 ** 40 for 40 letters.
 _WORDS_BEFORE = re.compile(
     rf"(?:[A-Za-z][a-z']+(?![a-z'])(?:-[a-z][a-z']*(?![a-z']))*|[IaA](?![a-z'])|[{_CJK}:,'\"“”€£¥￥\s])*"
 )
