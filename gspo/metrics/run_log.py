@@ -99,7 +99,7 @@ GLOSSARY = {
     "tokens_per_second": "sampled tokens a second, over the whole step",
     "tokens_per_second/rollout": "... over the seconds of sampling alone",
     "tokens_sampled": "sampled tokens since the start; what a branch copies from its trunk is not counted",
-    "tokens_prefilled": "tokens that this step's sampling computed as prompts: prompts, and beginnings of branches",
+    "tokens_prefilled": "tokens this step's sampling computed as prompts: prompts, and beginnings of trunks not kept",
     "branches/copied": "tokens that a branch has from its trunk (rollout.trunks)",
     "branches/without_place": "share of branches that copy all of their trunk, as it ended before their place",
     "time/rollout": "seconds sampling",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gspo.rollout.draw_tokens import Sampling
+from gspo.rollout.kept_keys import KeptKeys
 from gspo.rollout.stop_strings import StopStrings
 
 
@@ -23,7 +24,8 @@ class Requests:
 
     A prompt may end in tokens that its responses begin with, drawn earlier (branches of a trunk): its last max(begun)
     tokens, of which each response has the first `begun`, and sees no further ones. They stand in the results, count as
-    tokens of the response, and the next token drawn has position `begun`.
+    tokens of the response, and the next token drawn has position `begun`. What was `kept` of their trunks spares an
+    engine that computation; it may as well ignore it.
     """
 
     prompts: list[tuple[int, ...]]  # G, token ids
@@ -35,6 +37,8 @@ class Requests:
     end_ids: Tensor  # [E] int64: tokens that end a response
     pad_id: int  # fills `Results.tokens` behind a response
     stop: StopStrings | None  # texts that end a response
+    kept: KeptKeys | None = None  # of a tree: where an engine may keep keys and values of trunks for their branches
+    trunks: tuple[int, ...] = ()  # G: whose prompt and beginning each prompt is, as a row of `kept`; (): no branches
 
     def rows(self, g: int) -> range:
         """Return the rows of the responses to prompt g."""

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gspo.rollout.kept_keys import Tokens
+
 PAGE = 64  # tokens
 FAR = 2**62  # start position of a page that must not be read
 
@@ -40,6 +42,10 @@ class Plan:
     page: int = PAGE
     prompt_page: int = PAGE
 
+    @property
+    def tokens(self) -> int:
+        return self.prompt_pages * self.prompt_page + self.response_pages * self.page
+
 
 class Pages:
     """A pool of `count` pages with their owners. Attention reads the first `reach`, which hold all pages in use."""
@@ -48,7 +54,8 @@ class Pages:
         def allocate(layer: Layer, width: int) -> Tensor:  # zeros: memory that was never written must not be NaN
             return torch.zeros(count, layer.heads, page, width, dtype=layer.dtype, device=device)
 
-        self.page, self.count = page, count
+        self.page, self.count, self.device = page, count, device
+        self.token_bytes = sum(layer.token_bytes for layer in layout.values())
         self.keys = {i: allocate(layer, layer.key_dim) for i, layer in layout.items()}
         self.values = {i: allocate(layer, layer.value_dim) for i, layer in layout.items()}
         self.owner = np.full(count, -1)  # number of a prompt or slot; -1: free
@@ -97,6 +104,27 @@ class Pages:
         """Return the rows of [count * Hk * page] that belong to `offsets` [T] of `pages` [T]: [T * Hk]."""
         head = torch.arange(heads, device=pages.device)
         return ((pages[:, None] * heads + head) * self.page + offsets[:, None]).flatten()
+
+    def copies(self, owners: list[int], sizes: list[int]) -> list[Tokens]:
+        """Copy keys and values of the first `sizes` tokens of each of these owners."""
+        pages = []
+        for owner, size in zip(owners, sizes, strict=True):
+            mine = np.flatnonzero(self.owner == owner)
+            pages.append(mine[self.start[mine].argsort()].repeat(self.page)[:size])
+        where = self.tokens_at(np.concatenate(pages), sizes)
+        parts: list[Tokens] = [{} for _ in owners]
+        for layer, keys in self.keys.items():
+            heads = keys.shape[1]
+            places = self.places(*where, heads)
+            rows = (x.view(-1, x.shape[3])[places].view(-1, heads, x.shape[3]) for x in (keys, self.values[layer]))
+            for part, *pair in zip(parts, *(x.split(sizes) for x in rows), strict=True):
+                part[layer] = tuple(pair)
+        return parts
+
+    def tokens_at(self, pages: np.ndarray, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        """Return page and offset of each token of sequences of these sizes, on the device; pages [T]."""
+        offsets = np.concatenate([np.arange(size) % self.page for size in sizes])
+        return tuple(torch.from_numpy(x).to(self.device) for x in (pages, offsets))
 
     def read(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of the first `count` pages, [count, Hk, page, D]."""

@@ -21,10 +21,12 @@ from gspo.rollout.cuda_graphs import Replay
 from gspo.rollout.decoder_stack import fused_decoder_stack
 from gspo.rollout.draw_tokens import draw
 from gspo.rollout.engine_interface import EngineOptions, Requests, Results
+from gspo.rollout.kept_keys import KeptKeys
 from gspo.rollout.kv_budget import SHARE, free_bytes, most_slots, plan_slots, response_page_size
 from gspo.rollout.shared_products import join_weights, shared_products
 from gspo.rollout.slot_attention import check_slots, forward
 from gspo.rollout.slots import Slots
+from gspo.system.console import say
 
 DRAWN_AT_ONCE = 256  # first tokens
 
@@ -55,24 +57,44 @@ class PagedEngine:
 
     def __init__(self, model: nn.Module, device: torch.device, options: EngineOptions):
         self.model, self.device, self.options = model, device, options
+        self._said = False
         join_weights(model, device)
         with shared_products(model):
             self.layout = check_slots(model, device, fixed=pace_of(device).steps > 0)
 
     def start(self, requests: Requests) -> "PagedGeneration":
         """Plan slots and pages for as many responses at a time as the memory holds, and allocate them."""
-        options, longest = self.options, requests.sampling.max_new_tokens
+        options, longest, budget = self.options, requests.sampling.max_new_tokens, self._kv_bytes()
         plan = plan_slots(
             self.layout,
             [len(ids) for ids in requests.prompts],
             min(requests.counts),
             longest,
             most_slots(options.max_slots, self.device.type),
-            self._kv_bytes(),
+            budget,
             options.page or response_page_size(longest),
             rows=len(requests.keys),
         )
+        if requests.kept is not None:
+            room = budget - plan.tokens * sum(layer.token_bytes for layer in self.layout.values())
+            self._share_memory(requests.kept, requests.trunks, room)
         return PagedGeneration(self.model, Slots(self.layout, plan, self.device), plan.slots, requests, options.agree)
+
+    def _share_memory(self, kept: KeptKeys, trunks: tuple[int, ...], room: int) -> None:
+        """Give what slots and pages leave of the memory to trunks that will be kept, or to those that were.
+
+        So no trunk costs a slot. Branches of one that finds no room begin with a prompt, which a line says once.
+        """
+        kept.room = room
+        if kept.bytes > room:
+            kept.drop()
+        missing = sum(row not in kept for row in trunks)
+        if missing and not self._said:
+            self._said = True
+            say(
+                f"note: rollout.kv_memory_gib has no room for the keys and values of {missing} of {len(trunks)} trunks "
+                "beside the responses: the beginnings of their branches are computed once more."
+            )
 
     def _kv_bytes(self) -> int:
         """Return the bytes that keys and values may take; the same on all ranks that share a tensor-parallel model."""
@@ -104,6 +126,12 @@ class PagedGeneration:
         self.tokens, self.lengths, self.finished = start.tokens, start.lengths, start.finished
         self.logprobs, self.entropy = start.logprobs, start.entropy
         self.begun = start.lengths.clone()  # tokens of each response that its prompt's pages hold
+        self.kept = requests.kept
+        self.trunks = {g: row for g, row in enumerate(requests.trunks) if row in requests.kept}
+        if self.trunks:  # the last token of these beginnings goes through the first step, and is in no prompt's page
+            held = np.isin(self.prompt_of_row, list(self.trunks))
+            self.seen[held] -= 1
+            self.begun[:-1] -= torch.from_numpy(held).to(self.begun)
         self.keys, self.limits = (F.pad(x, (0, 1)) for x in (requests.keys, requests.limits))
         self.pace = pace_of(device)
         if self.pace.steps:
@@ -131,7 +159,7 @@ class PagedGeneration:
 
     def progress(self) -> tuple[int, int]:
         """Return (responses that have ended, tokens sampled so far)."""
-        return len(self.requests.keys) - int(self.unfinished.sum()), int((self.lengths - self.begun).sum())
+        return len(self.requests.keys) - int(self.unfinished.sum()), int(self.lengths.sum()) - sum(self.requests.begun)
 
     def results(self) -> Results:
         """Return the results as they stand, without a copy and without the spare row."""
@@ -144,7 +172,8 @@ class PagedGeneration:
         while (room := self.max_slots - len(self.slots)) and (self.waiting_rows or self.queue):
             short = room - len(self.waiting_rows)
             if self._prefill_is_due(short) and (numbers := self._take_prompts(short)):
-                yield from self._prefill(numbers)
+                if numbers := self._begin_like_trunks(numbers):
+                    yield from self._prefill(numbers)
             elif self.waiting_rows:
                 rows = [self.waiting_rows.popleft() for _ in range(min(room, len(self.waiting_rows)))]
                 self.slots.seat(rows, self.prompt_of_row[rows].tolist(), self.seen[rows].tolist())
@@ -174,6 +203,15 @@ class PagedGeneration:
             numbers.append(self.queue.popleft())
             sizes.append(size)
         return numbers
+
+    def _begin_like_trunks(self, numbers: list[int]) -> list[int]:
+        """Begin the responses to prompts whose trunks are kept: nothing is computed for them -> the other prompts."""
+        like = [g for g in numbers if g in self.trunks]
+        if like:
+            sizes = [len(self.prompts[g]) - 1 for g in like]
+            self.slots.begin_like([self.trunks[g] for g in like], self.kept, like, sizes)
+            self.waiting_rows.extend(row for g in like for row in self.requests.rows(g))
+        return [g for g in numbers if g not in self.trunks]
 
     def _prefill(self, numbers: list[int]) -> Iterator[int]:
         """Run the model over prompts, and draw the first token of all their responses."""
@@ -273,6 +311,8 @@ class PagedGeneration:
         if not ended.any():
             return []
         rows = self.slots.rows[ended]
+        if self.kept is not None and not self.requests.trunks:
+            self.slots.copy_ended(ended, self.kept)
         self.slots.keep(~ended)
         return self._count_ended(rows)
 

@@ -19,6 +19,7 @@ from gspo.models.loading import end_and_pad_ids
 from gspo.rollout.draw_tokens import Sampling, sample_keys
 from gspo.rollout.engine_interface import EngineOptions, Requests, Results
 from gspo.rollout.engines import engine_class
+from gspo.rollout.kept_keys import KeptKeys
 from gspo.rollout.response_text import GroupTexts, decode, special_tags, tags_note
 from gspo.rollout.stop_strings import StopStrings
 from gspo.rollout.tree import Tree, grow_branches
@@ -126,6 +127,7 @@ class Sampler:
     ) -> tuple[Results, Tensor, Tensor]:
         """Sample trunks, then what their branches do not copy -> all leaves, the tokens each leaf copied [R], and the
         tokens computed as prompts for each group [G]."""
+        whole = replace(whole, kept=KeptKeys())
         groups, leaves = len(whole.prompts), Results.begin(whole, self.device)
         trunks = tree.trunk_rows(groups).to(self.device)
         requests = replace(
@@ -145,8 +147,7 @@ class Sampler:
         copied = leaves.lengths.clone()
         copied[trunks] = 0
         prefilled, to_come = [len(ids) for ids in whole.prompts], [0] * groups
-        for g, ids in zip(branches.group, branches.requests.prompts, strict=True):
-            prefilled[g] += len(ids)
+        for g in branches.group:
             to_come[g] += 1
 
         def branch_ended(k: int, results: Results) -> None:
@@ -161,6 +162,8 @@ class Sampler:
             group_ended(g, leaves)
         if branches.group:
             self._sample("sampling branches", branches.requests, branch_ended)
+        for g, ids, trunk in zip(branches.group, branches.requests.prompts, branches.requests.trunks, strict=True):
+            prefilled[g] += 0 if trunk in whole.kept.used else len(ids)
         return leaves, copied, torch.tensor(prefilled, device=self.device)
 
     def generate_share(

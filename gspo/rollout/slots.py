@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gspo.rollout.attention_inputs import Prefill, Step, pack_prompts
+from gspo.rollout.kept_keys import KeptKeys
 from gspo.rollout.kv_pages import FAR, Layer, Pages, Plan, pages_for
 
 
@@ -35,15 +36,43 @@ class Slots:
     def prefill(self, numbers: list[int], prompts: list[tuple[int, ...]]) -> Prefill:
         """Prepare the forward over these prompts, which writes keys and values to pages owned by `numbers`."""
         prefill, page = pack_prompts(prompts, self.device), self.prompts.page
-        pages = []
-        for number, ids in zip(numbers, prompts, strict=True):
-            starts = np.arange(0, len(ids), page)
-            mine = self.prompts.take(np.full(len(starts), number), starts)
-            pages.append(mine.repeat(page)[: len(ids)])
-            self.sizes[number] = len(ids)
-        prefill.pages, prefill.offsets = self._tensor(np.concatenate(pages)), prefill.positions[0] % page
+        pages = self._take_pages(numbers, prefill.sizes)
+        prefill.pages, prefill.offsets = self._tensor(pages), prefill.positions[0] % page
         prefill.pool = self.prompts
         return prefill
+
+    def begin_like(self, trunks: list[int], kept: KeptKeys, numbers: list[int], sizes: list[int]) -> None:
+        """Copy the first `sizes` tokens of kept trunks, their prompts included, to pages owned by `numbers`."""
+        where = self.prompts.tokens_at(self._take_pages(numbers, sizes), sizes)
+        for layer, keys in self.prompts.keys.items():
+            places = self.prompts.places(*where, keys.shape[1])
+            pairs = [kept.read(row, layer, size) for row, size in zip(trunks, sizes, strict=True)]
+            self.prompts.write(layer, places, *(torch.cat(x).flatten(0, 1) for x in zip(*pairs, strict=True)))
+        kept.used.update(trunks)
+        self.prompts.attention_kinds_seen |= kept.attention_kinds_seen
+
+    def copy_ended(self, ended: np.ndarray, kept: KeptKeys) -> None:
+        """Copy keys and values of the responses in slots `ended` [S], and of their prompts, if `kept` has room."""
+        slots = np.flatnonzero(ended)
+        numbers, lengths = self.prompt[slots].tolist(), self.length[slots].tolist()
+        new = [number for number in dict.fromkeys(numbers) if not kept.has_prompt(number)]
+        sizes = [self.sizes[number] for number in new]
+        if kept.bytes + (sum(sizes) + sum(lengths)) * self.responses.token_bytes > kept.room:
+            return
+        prompts = dict(zip(new, self.prompts.copies(new, sizes), strict=True)) if new else {}
+        responses = self.responses.copies(slots.tolist(), lengths)
+        kept.add(prompts, self.rows[slots].tolist(), numbers, responses)
+        kept.attention_kinds_seen |= self.prompts.attention_kinds_seen
+
+    def _take_pages(self, numbers: list[int], sizes: list[int]) -> np.ndarray:
+        """Take pages for prompts of these sizes -> the page of each of their tokens [T]."""
+        pages, page = [], self.prompts.page
+        for number, size in zip(numbers, sizes, strict=True):
+            starts = np.arange(0, size, page)
+            mine = self.prompts.take(np.full(len(starts), number), starts)
+            pages.append(mine.repeat(page)[:size])
+            self.sizes[number] = size
+        return np.concatenate(pages)
 
     def forget(self, numbers: list[int]) -> None:
         """Free the pages of prompts all of whose responses have ended."""

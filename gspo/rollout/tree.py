@@ -141,5 +141,6 @@ def grow_branches(tree: Tree, whole: Requests, leaves: Results, places: Tensor) 
         begun=[place for found in branches.values() for _, place in found],
         keys=whole.keys[order],
         limits=whole.limits[order],
+        trunks=tuple(t // (1 + tree.branches) for t in branches),
     )
     return Branches(requests, order.to(places.device), group)

@@ -79,6 +79,7 @@ def test_it_grows_the_same_trees(monkeypatch):
     )
     assert ours.tokens.equal(theirs.tokens) and ours.lengths.equal(theirs.lengths)
     assert ours.finished.equal(theirs.finished) and ours.copied.equal(theirs.copied) and (ours.copied == 4).any()
+    assert ours.prefilled.tolist() == [3, 7] and (theirs.prefilled > ours.prefilled).all(), "which keeps no trunks"
     torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-4, atol=1e-5)
 

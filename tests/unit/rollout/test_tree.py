@@ -1,5 +1,7 @@
 """Groups that are trees: where trunks branch, and that a branch is the response it would be by itself."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from gspo.errors import UserError
 from gspo.packing.micro_batches import group_tokens, micro_batches
 from gspo.packing.pack import pack_rows
 from gspo.rollout.draw_tokens import Sampling
-from gspo.rollout.paged_engine import PACES
+from gspo.rollout.paged_engine import PACES, PagedEngine
 from gspo.rollout.sampler import Sampler
 from gspo.rollout.tree import Tree
 from gspo.types import Prompt
@@ -138,18 +140,84 @@ def test_a_branch_depends_on_nothing_but_its_key_and_its_trunk(monkeypatch):
     assert leaves(other) != leaves(whole)
 
 
-def test_the_beginning_of_a_trunk_is_prefilled_once():
-    """Tokens computed as prompts: each group's prompt, and with it each trunk up to its last place."""
-    tree = Tree(2, 3, "entropy", 0.1)  # every token is a place, and a large entropy is several
-    rollout = grown(tree=tree)
-    expected = []
+def computed_again(rollout):
+    """For each trunk that has branches: its prompt's tokens, and its own up to the last place. [G][T]"""
+    found = []
     for g, prompt in enumerate(rollout.prompts):
-        expected.append(len(prompt.ids))
-        for trunk in (0, 4):
-            places = rollout.copied[g, trunk + 1 : trunk + 4]
-            places = places[places < rollout.lengths[g, trunk]].tolist()
-            expected[g] += len(prompt.ids) + max(places) if places else 0
-    assert rollout.prefilled.tolist() == expected and (rollout.copied == 1).sum() > 8
+        places = [rollout.copied[g, t + 1 : t + 4] for t in (0, 4)]
+        places = [x[x < rollout.lengths[g, t]].tolist() for t, x in zip((0, 4), places, strict=True)]
+        found.append([len(prompt.ids) + max(x) if x else 0 for x in places])
+    return found
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma2", "deepseek_v3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen3", "mistral", "phi"))],
+)
+def test_branches_compute_nothing_that_their_trunk_has_computed(family, steps, monkeypatch):
+    """Only the prompts of the groups are prefilled. Without memory to keep trunks, beginnings are prefilled, too,
+    each once, and the leaves are the same."""
+    if steps:
+        monkeypatch.setitem(PACES, "cpu", replace(PACES["cuda"], steps=steps))
+    model, tree = tiny_model(family), Tree(2, 3, "entropy", 0.1)  # every token is a place, a large entropy is several
+    rollout, sizes = grown(model, tree=tree), [3, 11, 1, 7]
+    assert rollout.prefilled.tolist() == sizes and (rollout.copied == 1).sum() > 8
+    token_bytes = sum(layer.token_bytes for layer in sampler_for(model).engine.layout.values())
+    again = grown(model, tree=tree, page=4, kv_memory_gib=44 * token_bytes / 2**30)
+    assert_same(again, rollout)
+    assert again.prefilled.tolist() == [a + sum(b) for a, b in zip(sizes, computed_again(again), strict=True)]
+
+
+@pytest.fixture
+def generations(monkeypatch):
+    """What the engine has started, for a look behind."""
+    found, start = [], PagedEngine.start
+    monkeypatch.setattr(PagedEngine, "start", lambda *a: found.append(start(*a)) or found[-1])
+    return found
+
+
+TOKEN = 2 * 2 * (8 + 8) * 4  # bytes: layers x KV heads x (key + value) x float32
+
+
+@pytest.mark.parametrize("tokens", [44, 100, 230, 280, 330, 400, 1000])
+def test_trunks_are_kept_in_what_slots_and_pages_leave_of_the_memory(tokens, generations, capsys):
+    """Some of them, where it holds no more; the leaves are the same, no slot is lost, and every page is freed."""
+    model = tiny_model("llama")
+    whole = grown(model)
+    generations.clear()
+    rollout = grown(model, page=4, kv_memory_gib=tokens * TOKEN / 2**30)
+    assert_same(rollout, whole)
+    trunks, branches = generations
+    kept = trunks.requests.kept
+    for generation in generations:
+        pools = generation.slots.prompts, generation.slots.responses
+        assert all(pool.free == pool.count for pool in pools) and not generation.slots.sizes
+        assert sum(pool.bytes for pool in pools) + kept.bytes <= tokens * TOKEN
+    expected = [len(p.ids) for p in rollout.prompts]
+    for i, found in enumerate(computed_again(rollout)):
+        expected[i] += sum(n for t, n in enumerate(found) if 2 * i + t not in kept.used)
+    assert rollout.prefilled.tolist() == expected
+    missing = sum(row not in kept.used for row in branches.requests.trunks)
+    count = len(branches.requests.trunks)
+    assert {44: missing == count, 1000: missing == 0}.get(tokens, True)
+    said = f"no room for the keys and values of {missing} of {count} trunks"
+    assert (said in capsys.readouterr().out) == (missing > 0)
+
+
+def test_keys_of_trunks_are_kept_until_their_branches_have_ended(generations):
+    """Each trunk's but of its last token, each prompt's once. The branches' steps run as the trunks' have."""
+    rollout = grown()
+    kept, branched = (x.requests.kept for x in generations)
+    tokens = sum(len(p.ids) for p in rollout.prompts) + int((rollout.lengths[:, ::4] - 1).sum())
+    assert kept is branched and kept.bytes == tokens * TOKEN
+    kinds = [x.slots.prompts.attention_kinds_seen for x in generations]
+    assert kinds[0] == kinds[1] == {(8**-0.5, None, None)}, "which the compiled layers ask for"
+    held = weakref.ref(kept)
+    generations.clear()
+    del kept, branched
+    gc.collect()
+    assert held() is None
 
 
 def test_packed_tokens_are_prompt_trunks_and_suffixes():
