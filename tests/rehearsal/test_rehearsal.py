@@ -77,6 +77,16 @@ def test_a_training_step_on_the_device_is_that_of_the_cpu(trained):
         assert mine["mismatch"] < 1e-5
 
 
+def test_branches_on_the_device_begin_with_the_keys_of_their_trunks(run_program, tmp_path):
+    tree = ("rollout.n=4", "rollout.trunks=2", "rollout.max_new_tokens=16", "trainer.max_steps=2")
+    found = []
+    for name, program in (("gpu", (RUN, "train.py")), ("cpu", ("train.py",))):
+        checked(run_program(*program, *TINY, *tree, f"trainer.output_dir={tmp_path / name}"))
+        names = ("tokens_sampled", "tokens_prefilled", "branches/copied", "reward_mean")
+        found.append([[row[k] for k in names] for row in rows(tmp_path / name / "quick" / "metrics.jsonl")])
+    assert found[0] == found[1] and all(prefilled == 24 and copied > 0 for _, prefilled, copied, _ in found[0])
+
+
 @pytest.mark.parametrize("further", [(), ("optim.offload=true",)], ids=["on the GPU", "offloaded"])
 def test_the_same_command_goes_on_from_the_checkpoint(run_program, trained, tmp_path, further):
     shutil.copytree(trained[0].parent, tmp_path, dirs_exist_ok=True)
