@@ -59,6 +59,7 @@ from gspo.rollout.tree import Tree
 from gspo.run import (
     Run,
     StopReason,
+    asked_to_leave,
     end_round_if_over,
     evaluate_run,
     evaluation_settings,
@@ -107,12 +108,14 @@ def train(cfg: Config, world: World, check_only: bool = False) -> None:
     else:
         measure_at_first(run, evaluates)
 
-    with run.checkpoints as checkpoints:  # when something fails, a checkpoint that is being written is finished
+    # when something fails, a checkpoint that is being written is finished
+    with run.checkpoints as checkpoints, run.preemption.finishing_steps():
         stop = take_steps(run)
         if state.step:
             save_checkpoint(run, at_once=True)
             checkpoints.require(state.step)
         run.log.close()
+        stop = stop or asked_to_leave(run)  # while the last step was taken
     if stop and stop.kind == "alarm":
         raise UserError(f"stopped after step {state.step}, with a checkpoint: {stop.text}")
     if stop and stop.kind == "goal":
@@ -256,7 +259,7 @@ def main() -> None:
 
 def program() -> None:
     """Run `main` as the program train.py or gspo-train."""
-    guarded(main, "interrupted; the same command goes on from the last checkpoint")
+    guarded(main, "interrupted; the same command goes on from the last checkpoint, if any (SIGTERM saves one first)")
 
 
 if __name__ == "__main__":

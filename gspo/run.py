@@ -174,6 +174,12 @@ def stop_reason(run: Run) -> StopReason | None:
 def save_checkpoint(run: Run, at_once: bool = False) -> None:
     """Begin a checkpoint; a run that resumes from it goes on as if it had not stopped."""
     models, optimizer = run.models, run.updater.optimizer
+def asked_to_leave(run: Run) -> StopReason | None:
+    """Return the signal that came to a rank, the same on every rank."""
+    name = max(run.world.gather(run.preemption.signal_name))
+    return StopReason("signal", name) if name else None
+
+
     small_files = {"order": run.batches.state(), "held_out": run.held_out.tensors() if run.held_out else {}}
     critic = _critic_of(run.critic)
     run.checkpoints.save(run.state, models.trained, optimizer, models.frozen_to_keep(), small_files, at_once, critic)

@@ -182,15 +182,18 @@ def test_a_line_says_what_is_waited_for(tmp_path, monkeypatch, capsys):
     )
 
 
+WAITS = "SIGTERM: the step is finished and saved first; another SIGTERM or Ctrl-C ends the run at once\n"
 STUCK = """
 import ctypes, sys, threading, time
 from gspo.system import preemption
 preemption.REPEATED_S = 0.05
 p = preemption.Preemption()
+steps = p.finishing_steps()
+steps.__enter__()
 print("ready", flush=True)
 if sys.argv[1] == "Python":
     while not p.signal_name: time.sleep(0.01)
-    print(p.signal_name, flush=True)
+    print("asked by", p.signal_name, file=sys.stderr, flush=True)
     threading.Event().wait()
 mutex = ctypes.create_string_buffer(64)  # a library waits for what never comes: no handler of Python's runs
 for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -204,23 +207,38 @@ def test_a_second_request_to_end_ends_the_process(where, second):
     process = subprocess.Popen([sys.executable, "-c", STUCK, where], cwd=ROOT, text=True, **pipes)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    if where == "Python":
-        assert process.stdout.readline() == "SIGTERM\n", "the first one is only a request"
+    assert process.stdout.readline() == WAITS, "the first one is only a request"
     time.sleep(0.2)
     assert process.poll() is None
     process.send_signal(second)
     out, err = process.communicate(timeout=PATIENCE_S)
     by_hand = where == "Python" and second == signal.SIGINT
     assert process.returncode == 128 + second or by_hand, (out, err)
+    assert where != "Python" or "asked by SIGTERM" in err
     assert f"{second.name} came again: ended at once" in err or by_hand
 
 
 def test_a_signal_sent_twice_at_once_is_one_request():
     """As `timeout` does: to the process, and to its group."""
-    program = STUCK.replace("0.05", "3.0").replace("threading.Event().wait()", "time.sleep(0.3); sys.exit(7)")
+    program = STUCK.replace("0.05", "3.0").replace("threading.Event().wait()", "time.sleep(1); sys.exit(7)")
     process = subprocess.Popen([sys.executable, "-c", program, "Python"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "SIGTERM\n"
+    assert process.stdout.readline() == WAITS
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 7
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_ends_a_run_at_once_when_there_is_no_step_to_finish(name, when):
+    """Its first evaluation may take hours, and nothing of it is lost by ending."""
+    other = {"before": "", "after": "steps.__enter__()\nsteps.__exit__(None, None, None)"}[when]
+    program = STUCK.replace("steps.__enter__()", other)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program, "a library"], cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert err == f"{name}: ended at once, as there is no step to finish\n"

@@ -15,7 +15,7 @@ from gspo.system.language import CATALOGUE, ERROR, PLACE, fill, to_chinese, tran
 
 ENTRIES = json.loads(CATALOGUE.read_text(encoding="utf-8"))
 PROGRAMS = [*sorted((ROOT / "gspo").rglob("*.py")), ROOT / "train.py", ROOT / "eval.py"]
-SAYING = {"UserError", "say", "wrong_folder"}  # functions whose texts a user reads
+SAYING = {"UserError", "say", "wrong_folder", "end_at_once"}  # functions whose texts a user reads
 FORMATTED = re.compile(r"\{(limit|value)(:[^}]*)?\}")  # what str.format puts in
 CONSTANT, SENTENCE = re.compile(r"[A-Z][A-Z_]+"), re.compile(r"(\w+ ){3}\w+")
 
