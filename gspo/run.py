@@ -11,7 +11,8 @@ from torch import Tensor
 from gspo.algorithm.critic import CriticUpdater
 from gspo.algorithm.gold_solutions import add_solutions
 from gspo.algorithm.held_out_pairs import HeldOutPairs
-from gspo.algorithm.objective import as_trained, find_algorithm
+from gspo.algorithm.objective import as_trained, find_algorithm, learns_from_rows
+from gspo.algorithm.pairs import has_contrast
 from gspo.algorithm.self_play_models import SelfPlayModels, kl_divergence_to, round_of, win_rate
 from gspo.algorithm.update import Updater, make_optimizer
 from gspo.checkpoint.checkpoints import Checkpoints, State, Trained
@@ -38,6 +39,8 @@ from gspo.system.malloc import return_freed_memory
 from gspo.system.preemption import Preemption
 from gspo.system.time_limit import TimeLimit
 from gspo.types import Rollout
+
+FEW_PROMPTS = 8  # of fewer one cannot tell whether a policy learns from prompts like these
 
 
 @dataclass(frozen=True)
@@ -171,15 +174,15 @@ def stop_reason(run: Run) -> StopReason | None:
     return next((StopReason(kind, text) for kind, text in said.items() if text), None)
 
 
-def save_checkpoint(run: Run, at_once: bool = False) -> None:
-    """Begin a checkpoint; a run that resumes from it goes on as if it had not stopped."""
-    models, optimizer = run.models, run.updater.optimizer
 def asked_to_leave(run: Run) -> StopReason | None:
     """Return the signal that came to a rank, the same on every rank."""
     name = max(run.world.gather(run.preemption.signal_name))
     return StopReason("signal", name) if name else None
 
 
+def save_checkpoint(run: Run, at_once: bool = False) -> None:
+    """Begin a checkpoint; a run that resumes from it goes on as if it had not stopped."""
+    models, optimizer = run.models, run.updater.optimizer
     small_files = {"order": run.batches.state(), "held_out": run.held_out.tensors() if run.held_out else {}}
     critic = _critic_of(run.critic)
     run.checkpoints.save(run.state, models.trained, optimizer, models.frozen_to_keep(), small_files, at_once, critic)
@@ -203,6 +206,26 @@ def measure_at_first(run: Run, evaluates: bool) -> None:
     with phase("before round 1"):
         metrics = evaluate_held_out(run, round_ended=False, round_begins=True)
     run.log.before_training(metrics)
+    if text := _without_contrast(run):
+        say(text)
+
+
+def _without_contrast(run: Run) -> str:
+    """Return what to say where nearly all held-out prompts teach nothing, or "": a run on such prompts cannot learn."""
+    rewards, algorithm = run.state.round_rewards or [], find_algorithm(run.cfg.objective.algorithm)
+    if len(rewards) < FEW_PROMPTS or algorithm.needs_solutions or learns_from_rows(run.cfg):
+        return ""
+    margin = run.cfg.objective.margin if algorithm.uses_margin else 0.0
+    differing = int(has_contrast(torch.tensor(rewards), margin).sum())
+    if differing >= run.cfg.health.paired_groups_min * len(rewards):
+        return ""
+    apart = f", by more than objective.margin = {margin:g}" if algorithm.uses_margin else ""
+    return (
+        f"warning, before step 1: only {differing} of {len(rewards)} held-out prompts have responses that are "
+        f"rewarded differently{apart}. Nothing is learned from the others: if the training prompts are like these, "
+        "take easier ones (harder ones where the reward is near 1), raise rollout.n, or have the reward function "
+        "tell wrong answers apart."
+    )
 
 
 def evaluate_run(run: Run, name: Literal["eval_before", "eval_after"]) -> None:

@@ -86,7 +86,7 @@ class Progress:
             "no pair": f"{seen['pairs/groups_without']:.2f}",
             "cut off": f"{seen['response/cutoff']:.2f}",
             "kl": f"{row['kl_divergence']:.4f}",
-            "ordered": f"{seen['preference_accuracy']:.2f}",
+            "ordered": _ordered(row),
             "top": f"{seen['reward_max']:.3f}",
             "length": f"{row['response/length_mean']:.1f}",
             "tok/s": f"{seen['tokens_per_second']:.0f}",
@@ -107,10 +107,15 @@ def step_line(step: int, row: dict[str, float], total_steps: int, remaining: flo
     cut = f"cut off {row['response/cutoff']:.2f}  " if "response/cutoff" in row else ""
     return (
         f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  {learned}  "
-        f"no pair {seen['pairs/groups_without']:.2f}  {cut}ordered {seen['preference_accuracy']:.2f}  "
+        f"no pair {seen['pairs/groups_without']:.2f}  {cut}ordered {_ordered(row)}  "
         f"kl {row['kl_divergence']:.4f}  length {row['response/length_mean']:.1f}  {rate}{row['time/step']:.2f} s  "
         f"left {time_left(remaining)}"
     )
+
+
+def _ordered(row: dict[str, float]) -> str:
+    """Return the share of pairs that are ordered as their rewards; a dash where there is no pair."""
+    return f"{row['preference_accuracy']:.2f}" if "preference_accuracy" in row else "-"
 
 
 def held_out_line(step: int, row: dict[str, float], accuracy_before: float, best: bool) -> str:

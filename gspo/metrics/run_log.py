@@ -61,7 +61,7 @@ GLOSSARY = {
     "loss/kl": "its KL term, weighted",
     "loss/nll": "its winners' likelihood term, weighted (off by default)",
     "pairs/per_group": "preference pairs per prompt",
-    "pairs/groups_without": "share of prompts whose responses give no pair: nothing to learn from them",
+    "pairs/groups_without": "share of prompts that teach nothing: rewarded alike, or within the margin if it counts",
     "pairs/within_margin": "of two differently rewarded responses to a prompt: how often the margin makes them no pair",
     "pairs/accuracy_train": "the same on the training batch's pairs: the better the policy, the harder they are",
     "pairs/ranking_train": "ranking_loss of the training batch's pairs: it may rise as they get harder",

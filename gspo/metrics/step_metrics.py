@@ -161,10 +161,10 @@ def _observe_pairs(meter: Meter, exp: Experience, update: Update, cfg: config.Ob
     are before the update."""
     sampled = exp.rollout.sampled
     beats = exp.groups.beats & _both(sampled)
-    pairs = beats.sum((1, 2))
-    meter.mean("pairs/per_group", float(pairs.sum()), len(beats))
-    meter.mean("pairs/groups_without", float((pairs == 0).sum()), len(beats))
     algorithm = find_algorithm(cfg.algorithm)
+    teaching = beats if algorithm.uses_margin else preferences(exp.groups.rewards, 0.0) & _both(sampled)
+    meter.mean("pairs/per_group", float(beats.sum()), len(beats))
+    meter.mean("pairs/groups_without", float((~teaching.flatten(1).any(1)).sum()), len(beats))
     if algorithm.uses_margin:
         differing, apart = (preferences(exp.groups.rewards, least)[_both(sampled)] for least in (0.0, cfg.margin))
         meter.mean("pairs/within_margin", float((differing & ~apart).sum()), int(differing.sum()))

@@ -194,3 +194,28 @@ def test_a_run_does_not_go_on_with_another_chat_template(tmp_path):
     (model / "chat_template.jinja").write_text(TEMPLATE)
     with pytest.raises(UserError, match="model.path = .*m': the chat template has another text .*trainer.run_name"):
         run(tmp_path / "b", *own)
+
+
+TWO_LEVELS = """
+import zlib
+
+def compute_score(solution_str):
+    return {low} * (zlib.crc32(solution_str.encode()) % 2)
+"""
+
+
+@pytest.mark.parametrize(("algorithm", "low", "said"), [("gspo", 0.1, True), ("grpo", 0.1, False), ("grpo", 0.0, True)])
+def test_held_out_prompts_whose_responses_are_rewarded_alike_are_told_before_the_first_step(
+    tmp_path, capsys, algorithm, low, said
+):
+    """Rewards of 0.1 and 0 are within GSPO's margin; GRPO, which has none, learns from them, but not from 0 and 0."""
+    (tmp_path / "reward.py").write_text(TWO_LEVELS.format(low=low))
+    own = (f"reward.path={tmp_path / 'reward.py'}", f"objective.algorithm={algorithm}", "eval.round_prompts=8")
+    run(tmp_path, *own, "rollout.n=4", "rollout.max_new_tokens=12", "trainer.max_steps=1", "selfplay.rounds=1")
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("warning, before step 1: only ")]
+    assert len(lines) == said, out
+    if said:
+        margin = ", by more than objective.margin = 0.1" if algorithm == "gspo" else ""
+        assert f"only 0 of 8 held-out prompts have responses that are rewarded differently{margin}." in lines[0]
+        assert out.index("before step 1: held-out") < out.index(lines[0]) < out.index("step 1/1")

@@ -70,7 +70,7 @@ def test_a_step_of_stored_responses_has_no_rewards(clock, capsys):
 
 def test_a_step_without_pairs_has_no_share_in_order(clock, capsys):
     Progress(0).step(1, {k: x for k, x in ROW.items() if k != "preference_accuracy"}, total_steps=1)
-    assert "ordered nan" in capsys.readouterr().out
+    assert "ordered -  kl" in capsys.readouterr().out
 
 
 def test_steps_in_quick_succession_share_a_line_but_the_first_and_the_last(monkeypatch, capsys):

@@ -100,6 +100,17 @@ def test_of_differing_rewards_those_within_the_margin_are_counted_where_it_is_us
     assert m.get("pairs/within_margin") == share
 
 
+@pytest.mark.parametrize(("algorithm", "without"), [("gspo", 1.0), ("grpo", 0.5)])
+def test_a_prompt_teaches_nothing_by_the_margin_only_where_the_algorithm_has_one(algorithm, without):
+    """Rewards of 0.1 and 0, and of 0.1 and 0.1, at a margin of 0.1: GRPO's advantages of the first are not 0."""
+    exp, update = an_experience([0, 1])
+    rewards = torch.tensor([[0.1, 0.0], [0.1, 0.1]])
+    groups = replace(exp.groups, rewards=rewards, beats=preferences(rewards, 0.1))
+    cfg = Objective(algorithm=algorithm, margin=0.1)
+    m = Meter.merge([observe(replace(exp, groups=groups), Scores(rewards), update, cfg).state()])
+    assert (m["pairs/groups_without"], m["pairs/per_group"]) == (without, 0.0)
+
+
 def test_winners_count_once_however_many_they_beat():
     exp, update = an_experience([0, 1])
     beats = torch.zeros(2, 4, 4, dtype=torch.bool)
