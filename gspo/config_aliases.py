@@ -59,6 +59,14 @@ ALIASES = {
     "actor_rollout_ref.rollout.val_kwargs.n": "eval.n",
     "trainer.max_actor_ckpt_to_keep": "trainer.keep_last",
     "trainer.val_before_train": "eval.before_and_after",
+    "data.val_max_samples": "eval.prompts",
+    "actor_rollout_ref.actor.optim.min_lr_ratio": "optim.min_lr_ratio",
+    "actor_rollout_ref.actor.optim.clip_grad": "optim.grad_clip",
+    "reward.custom_reward_function.path": "reward.path",
+    "reward.custom_reward_function.name": "reward.name",
+    "reward.custom_reward_function.reward_kwargs": "reward.reward_kwargs",
+    "reward.num_workers": "reward.workers",
+    "reward_model.num_workers": "reward.workers",
     # TRL's, and transformers' for its trainers
     "model_name_or_path": "model.path",
     "num_generations": "rollout.n",
@@ -86,6 +94,9 @@ ALIASES = {
     "num_generations_eval": "eval.n",
     "resume_from_checkpoint": "trainer.resume",
     "seed": "trainer.seed",
+    "chat_template_kwargs": "data.chat_template_kwargs",
+    "shuffle_dataset": "data.shuffle",
+    "tf32": "model.tf32",
 }
 # objective.form -> the settings that it stands for
 FORMS = {
@@ -102,10 +113,13 @@ FORMS = {
         "data.spaced": False,  # every prompt once an epoch
     },
 }
-# (parameter, value as verl writes it) -> value
+# (parameter, value as verl or TRL writes it) -> value
 VALUE_ALIASES = {
     ("trainer.resume", "disable"): "never",
     ("rollout.top_k", -1): 0,
+    ("rollout.top_k", None): 0,
+    ("rollout.min_p", None): 0.0,
+    ("trainer.keep_last", None): 0,
     ("eval.freq", -1): 0,
     ("eval.prompts", -1): None,
     ("optim.micro_batch_responses", -1): None,

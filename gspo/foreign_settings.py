@@ -1,8 +1,8 @@
 """Understand settings as users of verl and TRL write them, or answer what to do here instead.
 
 `translate` is asked before a name is looked up. Names that stand for one parameter with the same values are ALIASES
-(config_aliases.py). Here are those whose value means something else, those that need no setting, and those that have no
-counterpart; a switch of the last kind that is off is passed over.
+(config_aliases.py), those that need no setting are in foreign_not_needed.py. Here are those whose value means something
+else, and those that have no counterpart; a switch of the last kind that is off is passed over.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,10 @@ from typing import Any
 
 from gspo.config import Config
 from gspo.errors import UserError
+from gspo.foreign_not_needed import ACTOR, MODEL, ROLLOUT, why_not_needed
 from gspo.read_yaml import plain
 
 Settings = dict[str, Any]
-ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "actor_rollout_ref.ref."
-MODEL = "actor_rollout_ref.model."
 OFF = (None, False, 0, -1, "none", "None", "")
 
 OBJECTIVES = {
@@ -37,6 +36,19 @@ def _objective(value: Any) -> Settings:
 
 def _schedule(value: Any) -> Settings:
     return {"optim.schedule": SCHEDULES.get(value, value)}
+
+
+def _loss_type(value: Any) -> Settings:
+    """TRL's loss_type: GRPO's two that are here, by the same names."""
+    if value not in ("grpo", "dr_grpo", *OFF):
+        raise UserError(f"loss_type = {value!r} is not understood. {LOSS_TYPE}")
+    return {} if value in OFF else {"objective.algorithm": value}
+
+
+def _betas(value: Any) -> Settings:
+    if not isinstance(value, list) or len(value) != 2:
+        raise UserError(f"{ACTOR}optim.betas = {value!r} must be two numbers, [0.9, 0.99].")
+    return {"optim.beta1": value[0], "optim.beta2": value[1]}
 
 
 def _if_on(key: str, value: Any) -> Callable[[Any], Settings]:
@@ -68,6 +80,14 @@ ONE_COPY = (
 )
 SOURCE_NAME = "The name of a row's source is in its field data_source; rename the field."
 NO_PENALTY = "There is no such penalty: the policy is trained as it samples."
+LOSS_TYPE = (
+    "Of TRL's losses grpo and dr_grpo are here; objective.algorithm names the others that are (docs/algorithm.md)."
+)
+OTHER_GSPO = (
+    "verl's and TRL's GSPO is Group Sequence Policy Optimization, another method; objective.algorithm names those that "
+    "are here (docs/algorithm.md)."
+)
+ADAMW = "The optimizer is AdamW; the section optim has its settings: optim.learning_rate, optim.schedule, ..."
 REWARD_MANAGER = "One function scores every row, reward.path (docs/reward.md); it sees data_source."
 
 # name -> the settings that a value of it stands for
@@ -87,6 +107,12 @@ MEANINGS: dict[str, Callable[[Any], Settings]] = {
     "report_to": _trackers,
     "mask_truncated_completions": _if_on("rollout.on_cutoff", "skip"),
     "data.reward_fn_key": _only("data.reward_fn_key", "data_source", otherwise=SOURCE_NAME),
+    f"{ACTOR}optim.betas": _betas,
+    "loss_type": _loss_type,
+    f"{ACTOR}policy_loss.loss_mode": _only(f"{ACTOR}policy_loss.loss_mode", "vanilla", otherwise=OTHER_GSPO),
+    "importance_sampling_level": _only("importance_sampling_level", "token", otherwise=OTHER_GSPO),
+    "optim": _only("optim", "adamw_torch", "adamw_torch_fused", "adamw_hf", otherwise=ADAMW),
+    "reward.reward_manager.name": _only("reward.reward_manager.name", "naive", otherwise=REWARD_MANAGER),
     "reward_model.reward_manager": _only("reward_model.reward_manager", "naive", otherwise=REWARD_MANAGER),
     "repetition_penalty": _only("repetition_penalty", 1, otherwise=NO_PENALTY),
     f"{ACTOR}ulysses_sequence_parallel_size": _only(f"{ACTOR}ulysses_sequence_parallel_size", 1, otherwise=ONE_COPY),
@@ -108,77 +134,15 @@ WORDS = {
     "report_to": "`trainer.trackers`; none: none",
     "mask_truncated_completions": "`rollout.on_cutoff=skip` where it is true",
     "data.reward_fn_key": f"data_source is what it can be. {SOURCE_NAME}",
+    f"{ACTOR}optim.betas": "`optim.beta1` and `optim.beta2`",
+    "loss_type": f"`objective.algorithm` for grpo and dr_grpo. {LOSS_TYPE}",
+    f"{ACTOR}policy_loss.loss_mode": f"vanilla is what it can be. {OTHER_GSPO}",
+    "importance_sampling_level": f"token is what it can be. {OTHER_GSPO}",
+    "optim": f"adamw_torch is what it can be. {ADAMW}",
+    "reward.reward_manager.name": f"naive is what it can be. {REWARD_MANAGER}",
     "reward_model.reward_manager": f"naive is what it can be. {REWARD_MANAGER}",
     "repetition_penalty": f"1 is what it can be. {NO_PENALTY}",
     f"{ACTOR}ulysses_sequence_parallel_size": f"1 is what it can be. {ONE_COPY}",
-}
-
-# name -> why it needs no setting
-PACKED = "micro-batches are filled by tokens, in every forward (optim.micro_batch_tokens)"
-ENGINE = "this project's engine samples"
-EVALUATION = "evaluation samples as training does, and shows greedy accuracy beside"
-CRITIC = "the critic is cut into passes and recomputed as the policy is, and opened from model.path"
-KEPT = "checkpoints are kept by trainer.keep_last and trainer.keep_best, the critic's inside them"
-NOT_NEEDED = {
-    **dict.fromkeys((f"{ROLLOUT}name", f"{ROLLOUT}mode", "use_vllm", "vllm_mode"), ENGINE),
-    **{
-        f"{part}{name}": PACKED
-        for part in (ACTOR, ROLLOUT, REF)
-        for name in (
-            *("use_dynamic_bsz", "log_prob_micro_batch_size", "log_prob_micro_batch_size_per_gpu"),
-            *("log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
-        )
-    },
-    "actor_rollout_ref.model.use_remove_padding": "responses are always packed, without padding",
-    f"{ACTOR}strategy": "weights are sharded by FSDP2 where there are several ranks",
-    f"{ACTOR}kl_loss_type": "docs/algorithm.md has the KL term that is trained, and the one that is shown",
-    f"{ACTOR}loss_agg_mode": "each objective has its normaliser (docs/algorithm.md)",
-    f"{ROLLOUT}gpu_memory_utilization": "keys and values get what the forecast leaves (rollout.kv_memory_gib)",
-    f"{ROLLOUT}enforce_eager": "CUDA graphs are used where they can be",
-    f"{ROLLOUT}free_cache_engine": "keys and values are freed before the update",
-    f"{ROLLOUT}enable_chunked_prefill": "prompts are read in bounded pieces",
-    f"{ROLLOUT}load_format": "the sampler has the policy's weights",
-    "data.truncation": "a prompt that is too long is an error, or left out (data.overlong)",
-    "data.return_raw_chat": "the chat template is applied here",
-    "trainer.critic_warmup": "the warm-up of a critic is its own",
-    **{f"{ROLLOUT}val_kwargs.{name}": EVALUATION for name in ("temperature", "top_p", "top_k", "do_sample")},
-    **dict.fromkeys(
-        (
-            *("critic.model.path", "critic.model.use_remove_padding", "critic.model.enable_gradient_checkpointing"),
-            *("critic.ppo_micro_batch_size_per_gpu", "critic.ppo_mini_batch_size", "critic.ppo_epochs"),
-            *("critic.model.fsdp_config.optimizer_offload", "critic.use_dynamic_bsz", "critic.strategy"),
-        ),
-        CRITIC,
-    ),
-    **dict.fromkeys(("trainer.max_critic_ckpt_to_keep", "trainer.remove_previous_ckpt_in_save"), KEPT),
-    **dict.fromkeys((f"{ROLLOUT}max_num_batched_tokens", f"{ROLLOUT}enable_prefix_caching"), ENGINE),
-    **dict.fromkeys((f"{ROLLOUT}dtype", f"{ROLLOUT}disable_log_stats", f"{ROLLOUT}max_model_len"), ENGINE),
-    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length"), ENGINE),
-    f"{ROLLOUT}do_sample": "training always samples",
-    f"{ACTOR}use_torch_compile": "kernels of this project do what is compiled there",
-    f"{ACTOR}checkpoint.save_contents": "a checkpoint holds the model, the optimizer and all that a run goes on with",
-    "data.val_batch_size": "held-out prompts are sampled all at once, as far as memory goes",
-    "data.filter_overlong_prompts_workers": "prompts are bounded before they are tokenized",
-    "data.dataloader_num_workers": "prompts are read when they are needed",
-    "algorithm.kl_ctrl.type": "the weight of the KL term is fixed",
-    "trainer.log_val_generations": "trainer.sample_rows groups of each step are in samples.jsonl",
-    "trainer.rollout_data_dir": "trainer.sample_rows groups of each step are in samples.jsonl",
-    "trainer.validation_data_dir": "answers to the test prompts are in eval_before.json and eval_after.json",
-    "trainer.default_hdfs_dir": "a run's folder is on a file system that is mounted here (trainer.output_dir)",
-    "trainer.device": "CUDA where there is a GPU, else the CPU",
-    "per_device_eval_batch_size": "held-out prompts are sampled all at once, as far as memory goes",
-    "gradient_checkpointing_kwargs": "activations are recomputed layer by layer",
-    "remove_unused_columns": "further columns of a row go into extra_info",
-    "save_strategy": "trainer.save_freq counts steps",
-    "eval_strategy": "eval.freq counts steps",
-    "logging_strategy": "every step is logged",
-    "do_train": "train.py trains, eval.py evaluates",
-    "do_eval": "eval.freq and eval.before_and_after say when",
-    "disable_dropout": "a policy is trained without dropout",
-    "trainer.balance_batch": "groups are always balanced over the ranks",
-    "bf16": "model.precision=auto takes bf16 where it is faster",
-    "logging_steps": "every step is logged",
-    "log_completions": "trainer.sample_rows groups of each step are in samples.jsonl",
 }
 
 # name -> what to do instead; a switch that is off is passed over
@@ -196,7 +160,6 @@ ANSWERS = {
     f"{ACTOR}entropy_coeff": "There is no entropy term; watch the curve `entropy`, and raise rollout.temperature.",
     "algorithm.norm_adv_by_std_in_grpo": "GRPO without the deviation is objective.algorithm=dr_grpo.",
     "scale_rewards": "GRPO divides by the deviation; objective.algorithm=dr_grpo does not.",
-    "loss_type": "Name an objective, objective.algorithm (docs/algorithm.md).",
     "reward_model.enable": REWARD_MODEL,
     "reward_model.model.path": REWARD_MODEL,
     "reward_funcs": "Give a Python file, reward.path=reward.py (docs/reward.md).",
@@ -231,14 +194,23 @@ ANSWERS |= {
         "Set the prompts of a step, data.train_batch_size, and the optimizer steps, optim.minibatches."
     ),
     "steps_per_generation": "optim.minibatches says how many optimizer steps a pass over the responses takes.",
-    "importance_sampling_level": "objective.algorithm names an objective; each has its ratio (docs/algorithm.md).",
     f"{ROLLOUT}ignore_eos": "A response ends at an end token; rollout.max_new_tokens bounds it.",
     "reward_weights": "Return the weighted sum as score, and the parts beside it in a dict (docs/reward.md).",
     "sync_ref_model": "reference.refresh=round makes the reference the opponent of each self-play round.",
     "fp16": "Half precision is bf16: model.precision=bf16, or auto.",
-    f"{ACTOR}policy_loss.loss_mode": "Name an objective, objective.algorithm (docs/algorithm.md).",
     f"{ACTOR}clip_ratio_c": "There is no second clip; objective.clip_low and objective.clip_high are the bounds.",
     "reward_model.launch_reward_fn_async": "Responses are always scored while others are sampled; leave it out.",
+}
+TOO_LONG = "Lower the reward in your function, extra_info has finish_reason; or set rollout.on_cutoff=lose, or skip."
+ANSWERS |= {
+    "trainer.val_only": "eval.py evaluates without training: python eval.py MODEL --data FILE.",
+    "data.train_max_samples": "Put fewer rows into the file; trainer.max_steps bounds the run.",
+    "data.seed": "The order of the prompts and the sampling have one seed, trainer.seed.",
+    "algorithm.filter_groups.enable": (
+        "Nothing is sampled in the place of prompts whose responses are rewarded alike; data.spaced=true puts them off."
+    ),
+    "reward_model.overlong_buffer.enable": TOO_LONG,
+    "reward_model.reward_kwargs.overlong_buffer_cfg.enable": TOO_LONG,
 }
 FALSE_MEANS = ("algorithm.norm_adv_by_std_in_grpo", "scale_rewards")  # here it is False that needs an answer
 MINI_BATCH, USE_KL, USE_PEFT = f"{ACTOR}ppo_mini_batch_size", f"{ACTOR}use_kl_loss", "use_peft"
@@ -261,7 +233,7 @@ LATER_WORDS = {
 def is_foreign(typed: str) -> bool:
     """Return whether `translate` knows the name."""
     name = typed.lstrip("+")
-    return name in MEANINGS or name in NOT_NEEDED or name in ANSWERS or name in LATER
+    return name in MEANINGS or name in ANSWERS or name in LATER or bool(why_not_needed(name))
 
 
 def translate(typed: str, value: Any, place: str, notes: list[str]) -> Settings:
@@ -276,8 +248,8 @@ def translate(typed: str, value: Any, place: str, notes: list[str]) -> Settings:
         if (given in OFF) == (name in FALSE_MEANS):
             raise UserError(f"{place}: {typed} = {given!r} is not understood. {ANSWERS[name]}")
         return {}
-    if name in NOT_NEEDED:
-        notes.append(f"note, {place}: {typed} needs no setting: {NOT_NEEDED[name]}.")
+    if why := why_not_needed(name):
+        notes.append(f"note, {place}: {typed} needs no setting: {why}.")
         return {}
     return MEANINGS[name](given)
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from gspo.command_line import parse_arguments
 from gspo.config import Config, flatten, parameters, to_dict
 from gspo.config_aliases import ALIASES
-from gspo.foreign_settings import ANSWERS, LATER_WORDS, NOT_NEEDED, WORDS
+from gspo.foreign_not_needed import NOT_NEEDED, NOT_NEEDED_SECTIONS
+from gspo.foreign_settings import ANSWERS, LATER_WORDS, WORDS
 from gspo.system.program import guarded
 
 
@@ -63,13 +64,26 @@ def foreign_rows() -> list[tuple[str, str]]:
     rows = [(name, f"`{ALIASES[name]}`") for name in theirs]  # what stands before is the original description's
     rows += WORDS.items()
     rows += LATER_WORDS.items()
-    rows += ((name, f"needs no setting: {why}") for name, why in NOT_NEEDED.items())
+    sections = {f"{section}*": why for section, why in NOT_NEEDED_SECTIONS.items()}
+    rows += ((name, f"needs no setting: {why}") for name, why in (NOT_NEEDED | sections).items())
     rows += ((name, f"an error, where it is on: {answer}") for name, answer in ANSWERS.items())
     return sorted(rows, key=lambda row: ("." not in row[0], row[0]))
 
 
+# what their scripts do not say, as it is their default -> what it is here -> the setting that makes it theirs
+OTHER_DEFAULTS = (
+    ("TRL's GRPOTrainer trains GRPO", "GSPO, unless an algorithm is named", "`objective.algorithm=grpo`"),
+    ("responses are sampled at temperature 1", "0.9", "`rollout.temperature=1`"),
+    ("the ratio is clipped at 0.2 on both sides", "0.2 and 0.28", "`objective.clip_high=0.2`"),
+    ("the KL term's reference is the initial model", "each round's first policy", "`reference.refresh=never`"),
+    ("TRL: no KL term; the learning rate falls", "0.001; constant", "`objective.kl_coef=0`, `optim.schedule=linear`"),
+    ("verl rewards GSM8K's rows with 1 or 0", "also 0.1 and 0.5 ([reward.md](reward.md))", "your own `reward.path`"),
+    ("verl validates with one greedy answer", "`eval.n` sampled answers, and a greedy one", "the row `greedy`"),
+)
+
+
 def foreign_page() -> str:
-    """Return docs/coming-from-verl-or-trl.md: a table of verl's settings and one of TRL's."""
+    """Return docs/coming-from-verl-or-trl.md: where defaults differ, a table of verl's settings and one of TRL's."""
     lines = [
         "# Coming from verl or TRL",
         "",
@@ -79,7 +93,16 @@ def foreign_page() -> str:
         "",
         "Settings of verl and TRL can be given as they are, on the command line or in a file. What needs no setting "
         "here is said in a line and passed over; what has no counterpart is an error with what to do instead. Rows and "
-        "reward functions: [data.md](data.md#rows), [reward.md](reward.md#your-own-function).",
+        "reward functions: [data.md](data.md#rows), [reward.md](reward.md#your-own-function). To evaluate a model "
+        "without training (verl's `trainer.val_only`): `python eval.py MODEL --data FILE`.",
+        "",
+        "## What a script does not say",
+        "",
+        "A script sets what differs from its trainer's defaults. The defaults here differ in this:",
+        "",
+        "| verl and TRL | here | to have theirs |",
+        "|---|---|---|",
+        *(f"| {theirs} | {here} | {setting} |" for theirs, here, setting in OTHER_DEFAULTS),
     ]
     for title, dotted in (("verl", True), ("TRL", False)):
         lines += ["", f"## {title}", "", "| setting | here |", "|---|---|"]

@@ -56,9 +56,17 @@ def find_parameter(typed: str, place: str) -> tuple[str, tuple[str, ...]]:
 def near_parameters(key: str) -> list[str]:
     """Return up to three names that an unknown one may be meant for."""
     near = [known for known in PARAMETERS if known.split(".")[1] == key]  # only its section was left out
-    near = near or difflib.get_close_matches(key, known_keys(), n=1, cutoff=LIKELY)
-    near = near or [known for known in PARAMETERS if key.split(".")[-1] in known.split(".")[1].split("_")]
+    parts = key.split(".")
+    alike = [known for known in known_keys() if _like(parts[-1], known.rpartition(".")[2])]
+    near = near or difflib.get_close_matches(key, alike, n=1, cutoff=LIKELY)
+    if len(parts) < 3:  # of verl's long names a word is no hint
+        near = near or [known for known in PARAMETERS if parts[-1] in known.split(".")[1].split("_")]
     return near[:3]
+
+
+def _like(typed: str, known: str) -> bool:
+    """Return whether the last part of a name may be the other misspelt; two letters are too few to compare."""
+    return len(typed) < 3 or difflib.SequenceMatcher(None, typed, known).ratio() >= LIKELY
 
 
 def require_known(names: list[tuple[str, str]]) -> None:
@@ -174,6 +182,8 @@ def set_value(config: Config, typed: str, value: Any, place: str) -> str:
                 raise UserError(f"{place}: {typed}: {part!r} is set to {inner!r:.60}, so nothing can be set inside it.")
         inner[inside[-1]] = plain(value)
         return key
+    if plain(value) is None and (key, None) in VALUE_ALIASES:
+        value = VALUE_ALIASES[key, None]
     value = coerce(value, f.type, key, place)
     if isinstance(value, str | int | float):
         value = VALUE_ALIASES.get((key, value), value)

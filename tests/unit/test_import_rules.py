@@ -42,6 +42,7 @@ VOCABULARY = {
     "gspo.config_health",
     "gspo.config_objective",
     "gspo.config_option",
+    "gspo.foreign_not_needed",
     "gspo.foreign_settings",
     "gspo.read_config",
     "gspo.read_paths",
