@@ -119,7 +119,7 @@ class Scorer:
                     f"reward.reward_kwargs sets {key!r}, but {what} {only}. Add it to the function, or leave it out."
                 )
         if "completions" in self.pool.required:
-            raise UserError(f"{self.path}: {trl_answer(self.name, self.pool.required)}")
+            raise UserError(f"{self.path}: {trl_answer(self.name, self.pool.required, self.name != 'compute_score')}")
         response = "responses" if self.pool.scores_groups else "solution_str"
         if takes is not None and response not in takes:
             raise UserError(

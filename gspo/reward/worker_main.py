@@ -323,16 +323,26 @@ def _required(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in named and p.default is p.empty]
 
 
-def trl_answer(name: str, required: list[str]) -> str:
-    """Return how a function that TRL calls with a batch of `completions` is called here, with one response."""
+NOT_GIVEN = ("prompts", "completion_ids", "prompt_ids", "trainer_state")  # TRL gives these besides a row's columns
+
+
+def trl_answer(name: str, required: list[str], named: bool = False) -> str:
+    """Return how a function that TRL calls with a batch of `completions` is called here, with one response.
+
+    `named`: reward.name names it, which is then to be left out.
+    """
     kept = "score_batch" if name == "compute_score" else name
-    others = "".join(f", {key}=[...]" for key in required if key != "completions")
+    columns = {key: f"extra_info['{key}']" for key in required if key != "completions"}
+    columns |= {key: "..." for key in NOT_GIVEN if key in columns}
+    if "ground_truth" in columns:
+        columns["ground_truth"] = "ground_truth"
+    others = "".join(f", {key}=[{value}]" for key, value in columns.items())
     return (
         f"{name} takes a batch of `completions`, as TRL calls it; here a call scores one response. "
         + (f"Rename it to {kept} and add" if kept != name else "Add")
         + " `def compute_score(solution_str, ground_truth, extra_info): return "
-        + f"{kept}(completions=[[{{'content': solution_str}}]]{others})[0]`, with a list of one for each column "
-        "that it reads (completions=[solution_str] where it reads texts)."
+        + f"{kept}(completions=[[{{'content': solution_str}}]]{others})[0]`: a list of one for each column that it "
+        "reads, completions=[solution_str] where it reads texts." + named * " Leave reward.name out."
     )
 
 

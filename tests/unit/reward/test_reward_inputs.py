@@ -20,8 +20,8 @@ def scorer(tmp_path):
     """Make a scorer from the text of a file."""
     made = []
 
-    def scorer(text, name="my_reward.py", **settings):
-        path = tmp_path / name
+    def scorer(text, file="my_reward.py", **settings):
+        path = tmp_path / file
         path.write_text(text, encoding="utf-8")
         made.append(Scorer(Reward(path=str(path), **{"on_error": "stop", "workers": 1, "timeout_s": 60, **settings})))
         return made[-1]
@@ -113,7 +113,11 @@ TRL = "def {name}({takes}**kwargs):\n    return [1.0 for _ in completions]\n"
             "completions, ",
             r"has no function 'compute_score' .*it has reward_len. reward_len takes a batch",
         ),
-        ("accuracy", "prompts, completions, solution, ", r"accuracy\(completions=\[\[.*prompts=\[...\], solution=\["),
+        (
+            "accuracy",
+            "prompts, completions, solution, ground_truth, ",
+            r", prompts=\[\.\.\.\], solution=\[extra_info\['solution'\]\], ground_truth=\[ground_truth\]\)\[0\]",
+        ),
     ],
 )
 def test_a_function_of_trl_is_answered_with_what_to_add(scorer, name, takes, said):
@@ -121,10 +125,18 @@ def test_a_function_of_trl_is_answered_with_what_to_add(scorer, name, takes, sai
         scorer(TRL.format(name=name, takes=takes))
 
 
+TRL_OF_COLUMNS = """
+def accuracy(completions, ground_truth, level, **kwargs):
+    return [float(c[0]["content"] == g) + n for c, g, n in zip(completions, ground_truth, level)]
+"""
+
+
 def test_what_a_function_of_trl_is_answered_with_works(scorer):
-    answered = "def compute_score(solution_str, ground_truth, extra_info): return "
-    answered += "reward_len(completions=[[{'content': solution_str}]])[0]\n"
-    assert scores_of(scorer(TRL.format(name="reward_len", takes="completions, ") + answered), "a") == ([1.0], "")
+    """Its message is followed to the letter: the line is added, and the setting left out."""
+    with pytest.raises(UserError, match=r"where it reads texts\. Leave reward\.name out\.$") as error:
+        scorer(TRL_OF_COLUMNS, name="accuracy")
+    line = str(error.value).split("`")[3]
+    assert scores_of(scorer(f"{TRL_OF_COLUMNS}\n{line}\n"), "7", "8", extra={"level": 2}) == ([3.0, 2.0], "")
 
 
 # ---- multiprocessing ----
