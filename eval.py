@@ -2,11 +2,13 @@
 
     python eval.py outputs/checkpoints [--json FILE] [--compare OTHER]
     python eval.py Qwen/Qwen2.5-0.5B-Instruct --data data/gsm8k/train_test.json --max_new_tokens 256
+    python eval.py --config my.yaml --limit 32 --n 4
 
 Prints greedy accuracy, unbiased pass@k, maj@k and the mean reward with 95 % intervals, by data source where there are
 several. For a checkpoint of a run, data, reward function, system prompt, chat template and sampling are the run's
 unless given here, as flags or as settings: data.system_prompt="Be brief." data.chat_template=FILE rollout.top_p=0.9 ...
-(python -m gspo.parameters).
+(python -m gspo.parameters). --config takes them from the file of a run that has not begun, and so its model, where none
+is named, and its data.test_files, or else its data.val_files: what can the model do before it is trained?
 """
 
 import argparse
@@ -62,6 +64,7 @@ SETTINGS = re.compile(  # what an evaluation reads
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="checkpoint, run, HF folder or name (default: embedded)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, or a preset's name, of a run that has not begun")
     parser.add_argument("--compare", metavar="OTHER", help="a second model; prints the first one's win rate against it")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="JSON, JSONL or parquet prompts")
     parser.add_argument("--n", type=int, help="samples per prompt (default 8)")
@@ -80,9 +83,16 @@ def configure(args: argparse.Namespace, model: Path | None) -> Config:
     """Return the configuration: the run's where the model is a run's checkpoint, changed by the command line."""
     run_config = config_of(model) if model else None
     from_run = run_config is not None
-    cfg, given = load_config(run_config if from_run else None, args.settings, note=say), keys_of(args.settings)
-    has_data = bool(args.data) or "data.test_files" in given
-    if not from_run and not has_data and "rollout.max_new_tokens" not in given:
+    if from_run and args.config:
+        raise UserError(
+            f"--config {args.config}: {model} is a checkpoint of a run, which is evaluated by the run's own settings. "
+            "Leave --config out; settings beside the flags change them (section.key=value)."
+        )
+    source = run_config if from_run else args.config
+    cfg, given = load_config(source, args.settings, note=say), keys_of(args.settings)
+    cfg.data.test_files = cfg.data.test_files or (cfg.data.val_files if args.config else [])
+    has_data = bool(args.data) or "data.test_files" in given or bool(args.config and cfg.data.test_files)
+    if not source and not has_data and "rollout.max_new_tokens" not in given:
         cfg.rollout.max_new_tokens = 64  # the embedded task
     if from_run and not args.reward_func and "reward.path" not in given:
         _refuse_code_of_the_run(run_config.parent, cfg.reward.path)
@@ -179,7 +189,8 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
     written = {"--json": args.json, "--answers": args.answers}
     for place, text in {"MODEL": args.model, "--compare": args.compare, **written}.items():
         check_path(str(text or ""), place, written=place in written)
-    name, other = (checkpoint_of(text) if text else None for text in (args.model, args.compare))
+    model = args.model or (load_config(args.config).model.path if args.config else None)
+    name, other = (checkpoint_of(text) if text else None for text in (model, args.compare))
     for flag, file in written.items():
         if file and not file.expanduser().parent.is_dir():
             raise UserError(f"{flag} {file}: the folder {file.parent} does not exist.")

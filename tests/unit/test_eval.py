@@ -58,6 +58,29 @@ def test_settings_stand_among_flags_and_change_what_is_evaluated(monkeypatch, ca
     assert configured(monkeypatch, "data.test_files=[x.json]", model=MODEL_DIR).data.test_files == ["x.json"]
 
 
+def test_the_model_that_a_run_would_train_is_evaluated_by_the_file_of_that_run(monkeypatch, tmp_path, tokenizer):
+    """... before it begins: what can the model do already?"""
+    text = "model: {path: %s}\ndata: {%s, system_prompt: Be brief., truth_key: gold}\nrollout: {max_new_tokens: 9}\n"
+    files = "train_files: [t.json], val_files: [v.json]"
+    (file := tmp_path / "mine.yaml").write_text(text % (MODEL_DIR, files))
+    with pytest.raises(pytest.fail.Exception, match=f"sampled: {MODEL_DIR}"):
+        evaluate(monkeypatch, "--config", file)
+    cfg = configured(monkeypatch, "--config", str(file), "--n", "3", "data.system_prompt=null", model=MODEL_DIR)
+    assert (cfg.data.test_files, cfg.data.truth_key, cfg.data.system_prompt) == (["v.json"], "gold", None)
+    assert (cfg.rollout.max_new_tokens, cfg.eval.n) == (9, 3)
+    file.write_text(text % (MODEL_DIR, files + ", test_files: [x.json]"))
+    assert configured(monkeypatch, "--config", str(file), model=MODEL_DIR).data.test_files == ["x.json"]
+    assert configured(monkeypatch, "--config", str(file), "--data", "y", model=MODEL_DIR).data.test_files == ["y"]
+    file.write_text(text % (MODEL_DIR, "train_files: [t.json]"))
+    with pytest.raises(UserError, match="give --data FILE"):
+        configured(monkeypatch, "--config", str(file), model=MODEL_DIR)
+    step = a_run(tmp_path, tokenizer).save(4)
+    with pytest.raises(
+        UserError, match=rf"--config {file}: .*step_000004 is a checkpoint of a run.* Leave --config out"
+    ):
+        configured(monkeypatch, "--config", str(file), model=step)
+
+
 def test_a_setting_goes_before_the_runs_own(monkeypatch, tmp_path, tokenizer):
     run = a_run(tmp_path, tokenizer, "data.system_prompt=long")
     step = run.save(4)
