@@ -16,6 +16,7 @@ from gspo.system.torchrun import is_main, world_size
 T = TypeVar("T")
 DELAY_S, SHOW_EVERY_S, LINE_EVERY_S = 2.0, 0.5, 15.0
 FIRST_LINE_S = 4.0  # after which a phase that has a name says how long it takes
+TELLING = 1 / 8  # share of the responses that tell the time left; those that end before are the shortest
 SAMPLING = "{l_bar}{bar}| {n_fmt}/{total_fmt} responses{postfix} [{elapsed}<{remaining}]"
 
 
@@ -134,7 +135,8 @@ def track_sampling(what: str, total: int, progress: Callable[[], tuple[int, int]
         if world_size() > 1:
             rate += " on this rank"
         if bar is None:
-            left = f", about {time_left((now - began) / done * (total - done))} left" if named and done else ""
+            told = named and done >= TELLING * total
+            left = f", about {time_left((now - began) / done * (total - done))} left" if told else ""
             print(f"{what}: {done} / {total} responses, {rate}, {now - began:.0f} s{left}", flush=True)
         else:
             bar.set_postfix_str(rate, refresh=False)

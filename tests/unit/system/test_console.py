@@ -78,6 +78,18 @@ def test_a_phase_has_its_name_and_says_soon_how_long_it_takes(monkeypatch, capsy
     assert capsys.readouterr().out == "sampling: 1 / 8 responses, 0 tok/s, 20 s\n", "what has no name is a step's"
 
 
+def test_the_time_left_is_not_told_by_the_first_few_responses(monkeypatch, capsys):
+    """1,152 responses are generated at the same time: after 36 s 5 short ones are there, but no 2 hours are left."""
+    clock = iter(range(0, 10_000, 18))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    progress_of = iter([(5, 400), (143, 2_000), (144, 3_000)])
+    with progress.phase("before training"), progress.track_sampling("x", 1_152, lambda: next(progress_of)) as tick:
+        for _ in range(3):
+            tick()
+    said = [line.partition(" s, ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["", "", "about 6 min left"]
+
+
 def test_times_that_have_passed():
     assert [progress.duration(s) for s in (3.4, 59.7, 329.2, 3600, 11_100)] == [
         *("3 s", "1 min 00 s", "5 min 29 s", "1 h 00 min", "3 h 05 min")
