@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.beside_trl_report import Result, at_fastest, draw, lines_of, search_lines
+from benchmarks.beside_trl_report import Result, at_pace, draw, lines_of, search_lines
 from benchmarks.common import heading
 from gspo.config import Config
 from gspo.read_config import load_config
@@ -264,12 +264,12 @@ def compare_search(name: str, args: argparse.Namespace) -> None:
     start = results.of(make_job(name, "start", first, 0, "dev", args))["start"]
     _, tried = tune(name, results, args)
     ours = results.of(make_job(name, OURS, first, TUNING_SEED, "dev", args))
-    runs = {f"{OURS}, step size {first:g}": ours} | {f"{TRL}, step size {lr:g}": tried[lr] for lr in sorted(tried)}
+    runs = {f"{OURS}, step size {first:g}": at_pace(ours, [ours])}
+    runs |= {f"{TRL}, step size {lr:g}": at_pace(tried[lr], tried.values()) for lr in sorted(tried)}
     title = heading(f"The search for TRL's step size: {name}", f"python benchmarks/beside_trl.py {name} --search")
     text = "\n".join([title, search_lines(runs, start["pass@1"])])
     (args.out / f"beside_trl_{name}_search.md").write_text(text, encoding="utf-8")
-    quiet = {label: [at_fastest(run)] for label, run in runs.items()}
-    draw(args.out / f"beside_trl_{name}_search.png", quiet, start)
+    draw(args.out / f"beside_trl_{name}_search.png", {label: [run] for label, run in runs.items()}, start)
     print(text)
 
 

@@ -1,6 +1,7 @@
 """Read off what runs of benchmarks/beside_trl.py took, and write their tables and pictures."""
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,16 @@ def draw(path: Path, runs: dict[str, list[Result]], start: Result) -> None:
     return None
 
 
-def at_fastest(run: Result) -> Result:
-    """Return a run as if each step had taken as long as the fastest: what else the machine did is left out."""
-    return run | {"seconds": [min(run["seconds"])] * len(run["seconds"])}
+def at_pace(run: Result, of: Iterable[Result]) -> Result:
+    """Return a run as if each step had taken as long as the fastest of those runs.
+
+    What else the machine did meanwhile is left out.
+    """
+    return run | {"seconds": [min(min(other["seconds"]) for other in of)] * len(run["seconds"])}
 
 
 def search_lines(runs: dict[str, Result], start: float) -> str:
-    """Return the table of single runs, a line each; seconds are those of the fastest step times the steps.
+    """Return the table of single runs, a line each, whose steps all take equally long.
 
     How long each takes to an accuracy is said for the last of the first run and for the best of the others.
     """
@@ -93,13 +97,10 @@ def search_lines(runs: dict[str, Result], start: float) -> str:
     goals = (ours["pass@1"][-1], max(value for run in others for value in run["pass@1"]))
     rows = []
     for name, run in runs.items():
-        quiet = at_fastest(run)
-        total = sum(quiet["seconds"])
+        total = sum(run["seconds"])
         values = ", ".join(f"{value:.3f} after {step}" for step, value in zip(run["steps"], run["pass@1"], strict=True))
-        reached = [seconds_to(goal, quiet, start) for goal in goals]
+        reached = [seconds_to(goal, run, start) for goal in goals]
         said = [f"{seconds:.0f}" if np.isfinite(seconds) else f"not in {total:.0f}" for seconds in reached]
-        rows.append(
-            [name, values, f"{quiet['seconds'][0]:.3g}", *said, f"{run['cpu_seconds']:.0f}", f"{run['gib']:.1f}"]
-        )
+        rows.append([name, values, f"{run['seconds'][0]:.3g}", *said, f"{run['cpu_seconds']:.0f}", f"{run['gib']:.1f}"])
     costs = ["seconds of the fastest step", *(f"of such to {goal:.3f}" for goal in goals), "CPU s in all", "peak GiB"]
     return table(["", "dev pass@1", *costs], rows)
