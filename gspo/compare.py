@@ -47,6 +47,11 @@ def read_figures(folder: Path) -> RunFigures:
     """Read a run's folder, but for its samples. UserError where it holds no steps, or is damaged."""
     notes: list[str] = []
     rows = read_steps(folder, notes)
+    if rows[0]["step"] > 1:
+        notes.append(
+            f"it begins with step {rows[0]['step']}: tokens sampled and rounds count what came before, the time "
+            "does not"
+        )
     settings, _, _ = read_settings(folder / "config.yaml")
     evaluations, note = comparable_evaluations(folder, rows[-1]["step"])
     return RunFigures(

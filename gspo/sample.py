@@ -36,7 +36,7 @@ from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.messages import Messages, question_of, read_messages, read_tools
 from gspo.data.prompts import EMBEDDED, EMBEDDED_FILE
 from gspo.data.row_checker import NO_LIMIT, RowChecker, say_fields
-from gspo.data.schemas import parse_row, published_row
+from gspo.data.schemas import parse_row, published_row, require_prompt
 from gspo.data.shapes import RenamedRows, parsed, with_our_fields
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
@@ -187,6 +187,7 @@ def _prompt(encoder: Encoder, number: int, prompt: str | Messages, place: str, t
 def _prompt_of_row(encoder: Encoder, number: int, row: dict[str, Any], place: str) -> Prompt:
     """Encode the prompt of a row. Raise UserError, which names the place."""
     row = with_our_fields(published_row(row, place), place, guess_truth=False)
+    require_prompt(row, place)
     return _prompt(encoder, number, parsed(row.get("prompt")), place, row.get("tools"))
 
 

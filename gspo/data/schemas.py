@@ -47,11 +47,7 @@ def parse_row(row: Any, place: str, needs_truth: bool = True, stored: bool = Fal
     refuse_half_characters(row, place)
     refuse_other_media(row, place)
     row = with_our_fields(published_row(row, place), place, guess_truth=not stored)
-    if row.get("prompt") is None:
-        raise UserError(
-            f"{place}: field 'prompt' must be a text, or a list of {{role, content}} messages, got nothing. The row "
-            f"has {keys_of(row)}; data.prompt_key names the one that is meant."
-        )
+    require_prompt(row, place)
     messages = read_messages(parsed(row["prompt"]), place)
     if row.get("reward_model") is not None:
         model = parsed(row["reward_model"])
@@ -87,6 +83,15 @@ def parse_row(row: Any, place: str, needs_truth: bool = True, stored: bool = Fal
     if row.get("solution") is not None:
         extra = {**extra, "solution": row["solution"]}
     return messages, truth, source, extra
+
+
+def require_prompt(row: Row, place: str) -> None:
+    """Raise UserError, which says how another field is named as the prompt, where a row has none."""
+    if row.get("prompt") is None:
+        raise UserError(
+            f"{place}: field 'prompt' must be a text, or a list of {{role, content}} messages, got nothing. The row "
+            f"has {keys_of(row)}; data.prompt_key names the one that is meant."
+        )
 
 
 def ground_truth_of(value: Any) -> Any:

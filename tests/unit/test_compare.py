@@ -59,6 +59,18 @@ def test_figures_that_do_not_compare_are_said(two):
     assert "evaluated with different numbers of samples (eval.n): those do not compare" in text
 
 
+def test_a_run_that_began_in_the_middle_is_said_to_have_cost_more_than_its_time(two):
+    """... as a branch from another run's checkpoint: its tokens are counted from the first step on."""
+    one, other = two
+    steps = (other / "metrics.jsonl").read_text().splitlines()
+    (other / "metrics.jsonl").write_text("\n".join(steps[2:]) + "\n")
+    _, text = lines_of(one, other)
+    assert (
+        "note: two: it begins with step 3: tokens sampled and rounds count what came before, the time does not." in text
+    )
+    assert "note: one" not in text
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     rows, _ = lines_of(*(write_run(tmp_path / where / "a") for where in ("x", "y")))
     assert [name[-3:] for name in rows["cost"]] == ["x/a", "y/a"]

@@ -174,6 +174,11 @@ def test_fields_are_named_as_in_training_and_written_as_they_were(monkeypatch, t
     assert written.items() >= row.items() and "1 + 1?" in written["model_input"]
     with pytest.raises(UserError, match="the row has no field 'b' .data.truth_key."):
         scored(monkeypatch, tmp_path, row, keys[0], "data.truth_key=b")
+    row = {"sentence": "1 + 1?"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--n", 1, "--max_new_tokens", 3)
+    with pytest.raises(UserError, match=r"p.jsonl, line 1: field 'prompt' .* has 'sentence'; data.prompt_key names"):
+        main()
 
 
 @pytest.mark.parametrize(
