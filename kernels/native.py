@@ -32,7 +32,7 @@ from torch.nn import Parameter
 from gspo.kernels.native_signatures import SIGNATURES
 
 SOURCES = Path(__file__).resolve().parent / "cpu"
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 TYPES = (torch.float32, torch.bfloat16)
 LIMIT = 120  # seconds for the compiler
 
@@ -107,7 +107,7 @@ def _reason(error: Exception) -> str:
 def _open(compiler: list[str]) -> ctypes.CDLL:
     files = sorted(SOURCES.glob("*.cpp"))
     texts = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    what = "\0".join([_run([*compiler, "--version"]), processor(), *FLAGS]).encode()
+    what = "\0".join([*compiler, _run([*compiler, "--version"]), processor(), *flags()]).encode()
     name = f"kernels-{hashlib.sha256(texts + what).hexdigest()[:16]}"
     folder = cache_folder()
     _remove_leftovers(folder)
@@ -167,29 +167,48 @@ def _named(name: str, path: Path) -> str:
     return f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
+def flags(machine: str | None = None) -> list[str]:
+    """Return the compiler's flags, for this very processor: on ARM compilers have another name for that."""
+    arm = (machine or platform.machine()) in ("aarch64", "arm64")
+    return [*FLAGS, "-mcpu=native" if arm else "-march=native"]  # Apple's clang for ARM knows the former only
+
+
+def openmp(system: str) -> tuple[list[str], list[str]]:
+    """Return the flags that compile with OpenMP, and those that link it.
+
+    On macOS Apple's clang takes OpenMP by another name. Header and library are PyTorch's own there, because a process
+    with two of LLVM's libraries for threads is ended by them.
+    """
+    if system != "darwin":
+        return ["-fopenmp"], ["-fopenmp"]
+    folder = Path(torch.__file__).parent
+    library = str(folder / "lib")
+    return ["-Xclang", "-fopenmp", f"-I{folder / 'include'}"], [f"-L{library}", "-lomp", f"-Wl,-rpath,{library}"]
+
+
 def _compile(compiler: list[str], files: list[Path], folder: Path) -> Path:
     """Compile and link, with OpenMP if there is one: PyTorch's own, whose threads this process has already."""
-    objects = [folder / f"{path.stem}.o" for path in files]
-    for threads in (["-fopenmp"], []):
-        try:
-            _run(
-                *(
-                    [*compiler, *FLAGS, *threads, "-c", str(a), "-o", str(b)]
-                    for a, b in zip(files, objects, strict=True)
-                )
-            )
-            break
-        except subprocess.CalledProcessError:
-            if not threads:
-                raise
-    library = folder / "kernels.so"
-    undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    link = [*compiler, "-shared", *undefined, *map(str, objects), "-o", str(library)]
-    _run(link)
     try:
-        ctypes.CDLL(str(library))
-    except OSError:  # PyTorch's OpenMP is not visible, or is another one
-        _run([*link, "-fopenmp"])
+        return _compile_with(compiler, files, folder, *openmp(sys.platform))
+    except (subprocess.CalledProcessError, OSError):
+        library = _compile_with(compiler, files, folder, [], [])
+    if torch.get_num_threads() > 1:
+        _say(f"{compiler[0]} has no OpenMP that works here, so kernels run on one thread; CXX names another compiler")
+    return library
+
+
+def _compile_with(compiler: list[str], files: list[Path], folder: Path, threads: list[str], runtime: list[str]) -> Path:
+    """Compile with the flags `threads`, link with `runtime` where need be, and return a library that can be loaded."""
+    library, objects = folder / "kernels.so", [folder / f"{path.stem}.o" for path in files]
+    _run(*([*compiler, *flags(), *threads, "-c", str(a), "-o", str(b)] for a, b in zip(files, objects, strict=True)))
+    link = [*compiler, "-shared", *map(str, objects), "-o", str(library)]
+    if sys.platform != "darwin":  # which wants to know where each symbol is
+        _run(link)
+        with contextlib.suppress(OSError):  # PyTorch's OpenMP is not visible, or is another one
+            ctypes.CDLL(str(library))
+            return library
+    _run([*link, *runtime])
+    ctypes.CDLL(str(library))
     return library
 
 
@@ -220,6 +239,7 @@ def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.platform() + platform.processor()
+        sysctl = shutil.which("sysctl")  # of macOS, where one home folder may meet several processors
+        return platform.platform() + (_run([sysctl, "-n", "machdep.cpu.brand_string"]) if sysctl else "")
     wanted = ("flags", "Features", "model name", "CPU part")
     return "".join(sorted({line for line in lines if line.startswith(wanted)}))

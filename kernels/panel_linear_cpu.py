@@ -4,23 +4,17 @@ In bfloat16 on two Zen 4 cores, timed by hand, the layers of SmolLM2-135M take 4
 oneDNN's own layout 48 and 29.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from gspo.kernels.native import call, cpu_kernels_take, is_bf16, library
+from gspo.kernels.native import call, cpu_kernels_take, is_bf16
 
 PANEL = 48  # outputs whose weights are stored together
 
 
 def can_lay_out(weight: Tensor) -> bool:
-    """Return whether `laid_out_linear` takes this weight [N, K]: float32, or bfloat16 where the processor multiplies
-    bfloat16 pairs (AVX512-BF16)."""
-    if not cpu_kernels_take(weight):
-        return False
-    pairs = ctypes.c_int.in_dll(library(), "gspo_has_pairs").value
-    return weight.dtype == torch.float32 or (bool(pairs) and weight.shape[1] % 2 == 0)
+    """Return whether `laid_out_linear` takes this weight [N, K]: float32, or bfloat16 that comes in pairs."""
+    return cpu_kernels_take(weight) and (weight.dtype == torch.float32 or weight.shape[1] % 2 == 0)
 
 
 def lay_out(weight: Tensor) -> Tensor:

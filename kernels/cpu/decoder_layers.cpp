@@ -44,11 +44,11 @@ inline void rotate(float* x, const float* cos, const float* sin, int width) {
 // Write every row of x, normalized, as T.
 template <typename T>
 void norms(const float* x, const float* weight, long rows, int width, float eps, T* y) {
+    std::vector<float> line(width);
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; ++r) {
-        float line[width];
-        normalize(x + r * width, weight, width, eps, line);
-        narrow(line, width, y + r * width);
+        normalize(x + r * width, weight, width, eps, line.data());
+        narrow(line.data(), width, y + r * width);
     }
 }
 

@@ -1,5 +1,5 @@
 // Attention by online softmax: queries meet their keys tile by tile, with a running maximum, and only sums are kept
-// (Milakov and Gimelshein 2018; Dao et al. 2022). Queries are columns, sixteen to a vector; a column's result does not
+// (Milakov and Gimelshein 2018; Dao et al. 2022). Queries are columns, W to a vector; a column's result does not
 // depend on the other columns.
 #pragma once
 #include <vector>
@@ -77,7 +77,7 @@ inline const Pair* as_factors(const float* weights, int size, int lanes, Pair* m
     return memory;
 }
 
-// Overwrite products [size] of sixteen columns with scores to base 2; the keys begin at `start`, and a column sees those
+// Overwrite products [size] of W columns with scores to base 2; the keys begin at `start`, and a column sees those
 // in [from, to). Returns the largest score, or `best` where that is larger.
 inline Vec score(float* s, int size, int start, const int32_t* from, const int32_t* to, const Scores& how, Vec best) {
     const IVec first = *(const IVecAt*)from - start, last = *(const IVecAt*)to - start;

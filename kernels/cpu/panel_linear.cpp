@@ -22,13 +22,15 @@ void linear(const T* x, const void* laid_out, const T* bias, T* y, long m, long 
     }
 }
 
+constexpr long LINE = 16;  // inputs in a cache line
+
 // Copy a weight [n, k] to panels. An input is four bytes here: one float32, or a pair of bfloat16.
 void lay_out(const uint32_t* weight, uint32_t* to, long n, long k, int threads) {
     const long panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long p = 0; p < panels; ++p)
-        for (long first = 0; first < k; first += W) {  // cache lines stay in the L1 cache until they are complete
-            const long last = first + W < k ? first + W : k;
+        for (long first = 0; first < k; first += LINE) {  // cache lines stay in the L1 cache until they are complete
+            const long last = first + LINE < k ? first + LINE : k;
             for (long c = 0; c < PANEL; ++c) {
                 const long row = p * PANEL + c;
                 uint32_t* at = to + p * k * PANEL + c;
@@ -40,12 +42,6 @@ void lay_out(const uint32_t* weight, uint32_t* to, long n, long k, int threads) 
 }  // namespace gspo
 
 extern "C" {
-
-#ifdef __AVX512BF16__
-int gspo_has_pairs = 1;
-#else
-int gspo_has_pairs = 0;
-#endif
 
 void gspo_lay_out(const void* weight, void* to, int64_t n, int64_t k, int threads) {
     gspo::lay_out((const uint32_t*)weight, (uint32_t*)to, n, k, threads);

@@ -1,22 +1,38 @@
 // Small matrix products and elementwise functions in float32, on a CPU's vector registers.
 //
-// They use the vector extensions of GCC and Clang: sixteen numbers at a time, as one AVX-512 register, two of AVX or four of
-// NEON. The same source compiles on every machine; the only intrinsic is the product of bfloat16 pairs, where it exists.
+// They use the vector extensions of GCC and Clang, at the width of a register: sixteen numbers with AVX-512, eight with AVX,
+// four with NEON and SSE. The same source compiles on every machine; the only intrinsics are the products of bfloat16
+// pairs, where they exist.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
+#define GSPO_HAS_PAIRS 1
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define GSPO_HAS_PAIRS 1
+#include <arm_neon.h>
+#else
+#define GSPO_HAS_PAIRS 0
 #endif
 
 namespace gspo {
 
-constexpr int W = 16;  // numbers in a vector
+#if defined(__AVX512F__)
+constexpr int W = 16, REGISTERS = 32;  // numbers in a vector; vectors that a processor holds
+#elif defined(__AVX__)
+constexpr int W = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int W = 4, REGISTERS = 32;
+#else
+constexpr int W = 4, REGISTERS = 16;
+#endif
 typedef float Vec __attribute__((vector_size(W * 4)));
 typedef int32_t IVec __attribute__((vector_size(W * 4)));
 typedef uint32_t UVec __attribute__((vector_size(W * 4)));
@@ -59,16 +75,12 @@ inline void store1(BF16* p, float x) {
     p->bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-inline float sum(Vec x) {  // in halves, the same order on every machine
-    typedef float Half __attribute__((vector_size(W * 2)));
-    typedef float Quarter __attribute__((vector_size(W)));
-    Half h[2];
-    std::memcpy(h, &x, sizeof x);
-    h[0] += h[1];
-    Quarter q[2];
-    std::memcpy(q, h, sizeof q);
-    q[0] += q[1];
-    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+inline float sum(Vec x) {  // in halves
+    float y[W];
+    std::memcpy(y, &x, sizeof x);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) y[i] += y[i + half];
+    return y[0];
 }
 
 // 2^x for x <= 127, to 2e-7 of its value; 0 below -126.
@@ -124,9 +136,13 @@ typedef uint32_t Pair;
 inline Vec right(const float* b) { return load(b); }
 inline Vec times(Vec sum, float a, Vec b) { return sum + splat(a) * b; }
 inline UVec right(const Pair* b) { return *(const UVecAt*)b; }
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
 inline Vec times(Vec sum, Pair a, UVec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+}
+#elif GSPO_HAS_PAIRS
+inline Vec times(Vec sum, Pair a, UVec b) {
+    return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)(a - UVec{}), (bfloat16x8_t)b);
 }
 #else
 inline Vec times(Vec sum, Pair a, UVec b) {
@@ -161,11 +177,18 @@ inline int rows_of(int at, int rows, int inner, const E* a, long ar, long ai, co
     return at;
 }
 
+// How many rows a block has, so that its sums, the row of B and a number of A stay in registers.
+template <int V, typename E>
+constexpr int rows_at_once() {
+    constexpr bool apart = sizeof(E) == 4 && !GSPO_HAS_PAIRS && !std::is_same<E, float>::value;  // pairs take twice the room
+    constexpr int fit = (REGISTERS - (apart ? 2 * V + 2 : V + 1)) / V;
+    return fit >= 8 ? 8 : fit >= 6 ? 6 : 4;
+}
+
 template <int V, typename E>
 inline void columns(int rows, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
                     bool add) {
-    constexpr int R = V == 4 ? 6 : 8;
-    int at = rows_of<R, V>(0, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+    int at = rows_of<rows_at_once<V, E>(), V>(0, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
     at = rows_of<4, V>(at, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
     rows_of<1, V>(at, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
 }
@@ -175,11 +198,13 @@ template <typename E>
 inline void product(int rows, int cols, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
                     bool add) {
     int at = 0;
-    if (cols % (4 * W) == 3 * W) {
-        columns<3>(rows, inner, a, ar, ai, b, ldb, c, ldc, add);
-        at = 3 * W;
+    if constexpr (REGISTERS == 32) {
+        if (cols % (4 * W) == 3 * W) {
+            columns<3>(rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+            at = 3 * W;
+        }
+        for (; at + 4 * W <= cols; at += 4 * W) columns<4>(rows, inner, a, ar, ai, b + at, ldb, c + at, ldc, add);
     }
-    for (; at + 4 * W <= cols; at += 4 * W) columns<4>(rows, inner, a, ar, ai, b + at, ldb, c + at, ldc, add);
     for (; at + 2 * W <= cols; at += 2 * W) columns<2>(rows, inner, a, ar, ai, b + at, ldb, c + at, ldc, add);
     for (; at < cols; at += W) columns<1>(rows, inner, a, ar, ai, b + at, ldb, c + at, ldc, add);
 }

@@ -10,6 +10,7 @@ from pack_cases import LARGE, PACKS, a_pack, draw, outcome
 
 from gspo.kernels import draw_token_cpu, logprob_chunk, logprob_chunk_cpu, native
 from gspo.kernels.decode_attention_cpu import Pool, Sequences, decode_step
+from gspo.kernels.decoder_layers_cpu import LayerPages, LayerWeights, Sizes, Stack
 from gspo.kernels.logprob_chunk import LogitTransform
 from gspo.kernels.norm_gate_rotary import rms_norm, rotate, silu_product
 from gspo.kernels.packed_attention_cpu import rows_attention, rows_kernel_takes
@@ -154,6 +155,80 @@ def test_a_step_attends_to_prompt_and_answer(dtype, softcap, window, heads, kv_h
     assert pools[1].keys[page_of, :, offset].equal(new[0]) and pools[1].values[page_of, :, offset].equal(new[1])
 
 
+# ---- a step through all layers ----
+
+
+def layers_of(count, dtype, g):
+    """Weights of layers of 40 numbers, 4 heads, 2 of keys, of 16 and 12 numbers; the first without optional parts."""
+    n, heads, kv, width, value, between = 40, 4, 2, 16, 12, 50
+
+    def weight(outputs, inputs):
+        return (torch.randn(outputs, inputs, generator=g) / inputs**0.5).to(dtype)
+
+    for i in range(count):
+        matrices = {
+            "q": weight(heads * width, n), "k": weight(kv * width, n), "v": weight(kv * value, n),
+            "o": weight(n, heads * value), "gate": weight(between, n), "up": weight(between, n),
+            "down": weight(n, between),
+        }  # fmt: skip
+        sizes = {"norm": n, "mlp_norm": n, "q_norm": width, "k_norm": width} | {
+            f"{name}_bias": len(matrices[name]) for name in "qkvo"
+        }
+        vectors = {name: 1 + 0.3 * torch.randn(size, generator=g) for name, size in sizes.items()}
+        optional = {"q_norm", "k_norm", *(f"{name}_bias" for name in "qkvo")} if i == 0 else set()
+        yield matrices | {name: None if name in optional else x for name, x in vectors.items()}
+
+
+def through_layer(x, w, cos, sin, prompt_keys, prompt_values):
+    """A layer in float64: x [S, 40] of one new token a slot behind a prompt of keys [P, 2, 16], values [P, 2, 12]."""
+    w = {name: None if y is None else y.double() for name, y in w.items()}
+
+    def norm(y, weight):
+        return y if weight is None else F.rms_norm(y, (y.shape[-1],), weight, 1e-5)
+
+    def heads(name, count):
+        return F.linear(norm(x, w["norm"]), w[name], w[f"{name}_bias"]).view(len(x), count, -1)
+
+    def turned(y):
+        low, high = y.chunk(2, -1)
+        return y * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+    q, k = turned(norm(heads("q", 4), w["q_norm"])), turned(norm(heads("k", 2), w["k_norm"]))
+    attended = []
+    for s in range(len(x)):
+        keys, values = torch.cat([prompt_keys, k[s, None]]), torch.cat([prompt_values, heads("v", 2)[s, None]])
+        scores = torch.einsum("hd,khd->hk", q[s], keys.repeat_interleave(2, 1)) * 0.3
+        attended.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values.repeat_interleave(2, 1)).flatten())
+    x = x + F.linear(torch.stack(attended), w["o"], w["o_bias"])
+    n = norm(x, w["mlp_norm"])
+    return x + F.linear(F.silu(F.linear(n, w["gate"])) * F.linear(n, w["up"]), w["down"])
+
+
+@needed
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_a_token_goes_through_all_layers_as_in_float64(dtype):
+    g, slots, prompt = torch.Generator().manual_seed(0), 5, 7
+    weights = list(layers_of(3, dtype, g))
+    x, cos, sin = (torch.randn(slots, size, generator=g) for size in (40, 16, 16))
+    pages, wanted = [], x.double()
+    for w in weights:
+        keys, values = (torch.randn(prompt, 2, size, generator=g).to(dtype) for size in (16, 12))
+        page = [torch.full((1, 2, 8, size), 7.0).to(dtype) for size in (16, 12)]
+        page[0][0, :, :prompt], page[1][0, :, :prompt] = keys.transpose(0, 1), values.transpose(0, 1)
+        pages.append(LayerPages(*page, *(torch.full((slots, 2, 4, size), 7.0).to(dtype) for size in (16, 12))))
+        wanted = through_layer(wanted, w, cos.double(), sin.double(), keys.double(), values.double())
+    layers = [
+        LayerWeights(**{name: lay_out(y) if y is not None and y.ndim == 2 else y for name, y in w.items()})
+        for w in weights
+    ]
+    every, none = np.arange(slots), np.zeros(slots, dtype=int)
+    shared = Sequences.of(none[:1], np.array([1]), np.array([prompt]), none, none)
+    own = Sequences.of(every, none + 1, none + 1, every, none)
+    stack = Stack(layers, pages, Sizes(4, 2, 16, 12, 40, 50), 0.3, 1e-5)
+    found = stack(x[:, None], cos[:, None], sin[:, None], (shared, own), torch.arange(slots), torch.zeros(slots).long())
+    assert (found[:, 0] - wanted).abs().max() <= SLACK[dtype] * (1 + wanted.abs().max())
+
+
 # ---- the draw of a token ----
 
 
@@ -241,8 +316,6 @@ def test_a_chunk_of_logits_gives_what_pytorch_makes_of_it(dtype, softcap, width)
 def test_laid_out_weights_multiply_as_linear_layers(dtype, m, n, k, bias):
     g = torch.Generator().manual_seed(0)
     x, weight, b = (torch.randn(shape, generator=g).to(dtype) for shape in ((2, m, k), (n, k), (n,)))
-    if not can_lay_out(weight):
-        pytest.skip("this processor does not multiply pairs")
     b = b if bias else None
     exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
     near(laid_out_linear(lay_out(weight), n, b, x), exact, dtype)
@@ -252,8 +325,6 @@ def test_laid_out_weights_multiply_as_linear_layers(dtype, m, n, k, bias):
 @pytest.mark.parametrize("dtype, pair", [(FULL, 1), (HALF, 2)])
 def test_what_a_panel_holds(dtype, pair):
     weight = torch.arange(50 * 38.0).view(50, 38).to(dtype)
-    if not can_lay_out(weight):
-        pytest.skip("this processor does not multiply pairs")
     padded = F.pad(weight, (0, 0, 0, 46))
     assert lay_out(weight).equal(padded.view(2, 48, 38 // pair, pair).transpose(1, 2))
 

@@ -17,11 +17,10 @@ PROBE = """
 import torch
 from gspo.kernels.native import library
 from gspo.kernels.norm_gate_rotary import silu_product
-from gspo.kernels.panel_linear_cpu import can_lay_out
 if library() is not None:
     x = torch.linspace(-9, 9, 200).bfloat16()
     assert torch.allclose(silu_product(x, x).float(), torch.nn.functional.silu(x.float()) * x.float(), rtol=1e-2)
-print("yes" if library() else "no", can_lay_out(torch.zeros(4, 4).bfloat16()))
+print("yes" if library() else "no")
 """
 
 
@@ -88,12 +87,44 @@ def test_no_compiler_outlives_the_one_who_waits_for_it(tmp_path, monkeypatch):
 
 @needed
 @pytest.mark.slow
-def test_another_processor_has_another_file_and_no_special_instructions(tmp_path):
-    """What is compiled for any x86-64 gives the same numbers (PROBE), and leaves products of pairs to PyTorch."""
+def test_what_is_compiled_for_any_x86_64_gives_the_same_numbers(tmp_path):
     if not sys.platform.startswith("linux") or os.uname().machine != "x86_64":
         pytest.skip("-march=x86-64 is for others")
     body = 'for x in "$@"; do shift; [ "$x" = -march=native ] && x=-march=x86-64; set -- "$@" "$x"; done; exec c++ "$@"'
     assert probe(tmp_path, CXX=compiler(tmp_path, body)) == ("yes", COMPILING)
+
+
+@needed
+@pytest.mark.slow
+def test_a_compiler_with_other_flags_has_a_library_of_its_own(tmp_path):
+    for cxx in ("c++", "c++ -DOTHER"):
+        assert probe(tmp_path, CXX=cxx) == ("yes", COMPILING)
+    assert len(list((tmp_path / "cache" / "gspo").glob("*.so"))) == 2
+
+
+@needed
+@pytest.mark.slow
+def test_a_compiler_without_openmp_compiles_for_one_thread_and_a_line_says_so(tmp_path):
+    """As Apple's clang is where PyTorch brings no header for it: it does not know the flag."""
+    refuse = 'for x in "$@"; do case "$x" in *openmp) echo "error: unsupported option" >&2; exit 1;; esac; done'
+    cxx = compiler(tmp_path, f'{refuse}; exec c++ "$@"')
+    said, errors = probe(tmp_path, CXX=cxx, OMP_NUM_THREADS="2")
+    assert said == "yes" and errors.startswith(COMPILING)
+    (line,) = errors.removeprefix(COMPILING).splitlines()
+    assert "one thread" in line and cxx in line and "CXX" in line
+
+
+def test_a_processor_is_named_as_its_compilers_do():
+    assert "-mcpu=native" in native.flags("arm64") and "-march=native" not in native.flags("aarch64")
+    assert "-march=native" in native.flags("x86_64")
+
+
+def test_on_macos_threads_are_pytorchs_own():
+    """A process with two of LLVM's OpenMP libraries is ended by them."""
+    compile_flags, link_flags = native.openmp("darwin")
+    folder = Path(torch.__file__).parent
+    assert "-fopenmp" not in link_flags and f"-L{folder / 'lib'}" in link_flags
+    assert compile_flags[:2] == ["-Xclang", "-fopenmp"] and compile_flags[2] == f"-I{folder / 'include'}"
 
 
 @pytest.mark.parametrize("environment", [{"GSPO_NATIVE": "0"}, {"CXX": "", "PATH": ""}])
