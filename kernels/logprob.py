@@ -24,6 +24,7 @@ from gspo.kernels.amx_nan_guard import columns_of, whole_tiles
 from gspo.kernels.dispatch import Implementation, always, choose, on_cuda, triton_kernel
 from gspo.kernels.logprob_chunk import LogitTransform
 from gspo.kernels.native import TYPES, cpu_kernels_take
+from gspo.kernels.training_choice_cpu import kernel_wins
 
 MIB = 2**20
 CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 128 * MIB}  # one chunk of raw products
@@ -121,7 +122,7 @@ def _plan(hidden: Tensor, weight: Tensor, targets: Tensor, transform: LogitTrans
 
 
 def _compiled(hidden: Tensor, dtype: torch.dtype) -> bool:
-    return dtype in TYPES and cpu_kernels_take(hidden)
+    return dtype in TYPES and cpu_kernels_take(hidden) and kernel_wins("log-probs", dtype)
 
 
 IMPLEMENTATIONS = (  # of a chunk's processing, for `hidden` and products in `dtype`

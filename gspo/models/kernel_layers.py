@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gspo.kernels.norm_gate_rotary import add_rms_norm, kernels_take, rms_norm, rotate, silu_product
+from gspo.kernels.training_choice_cpu import kernel_wins
 from gspo.models.patching import replace
 
 ROTARY = "apply_rotary_pos_emb"
@@ -56,11 +57,16 @@ def install_layer_kernels(model: nn.Module) -> nn.Module:
     return model
 
 
+def _served(operation: str, *tensors: Tensor) -> bool:
+    """Return whether there are kernels for these tensors; on a CPU, whether they were found to be the faster."""
+    return kernels_take(*tensors) and (tensors[0].device.type != "cpu" or kernel_wins(operation, tensors[0].dtype))
+
+
 def _norm(m: nn.Module, eps: float, offset: float, widens: bool, in_layer: bool, x: Tensor) -> Tensor:
     """Compute a norm. In layers of a model under autocast on CUDA results have the dtype to which the next matrix
     product would round them."""
     on_cpu = x.device.type == "cpu"
-    if not _forwards_of_ours or (on_cpu and x.dtype != m.weight.dtype) or not kernels_take(x, m.weight):
+    if not _forwards_of_ours or (on_cpu and x.dtype != m.weight.dtype) or not _served("norm", x, m.weight):
         return type(m).forward(m, x)
     return rms_norm(x, m.weight, eps, offset, _norm_dtype(x.dtype, m.weight, widens, in_layer and not on_cpu))
 
@@ -92,13 +98,13 @@ def _gated_mlp(m: nn.Module, x: Tensor) -> Tensor:
     if not _forwards_of_ours:
         return type(m).forward(m, x)
     gate, up = m.gate_proj(x), m.up_proj(x)
-    return m.down_proj(silu_product(gate, up) if kernels_take(gate, up) else m.act_fn(gate) * up)
+    return m.down_proj(silu_product(gate, up) if _served("gate", gate, up) else m.act_fn(gate) * up)
 
 
 def _rotary(plain: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
     fits = not args and not kwargs and q.ndim == 4 and cos.ndim == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]
     fits = fits and q.dtype == k.dtype and not cos.requires_grad
-    if not _forwards_of_ours or not fits or not kernels_take(q, k, cos, sin):
+    if not _forwards_of_ours or not fits or not _served("rotary", q, k, cos, sin):
         return plain(q, k, cos, sin, *args, **kwargs)
     return rotate(q, k, cos, sin)
 

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from gspo.kernels.native import has_storage
 from gspo.kernels.packed_attention_cpu import NO_ROWS, rows_attention, rows_kernel_takes
 from gspo.kernels.segment_attention import backend_for
+from gspo.kernels.training_choice_cpu import kernel_wins
 from gspo.models.attention_support import check_attention_arguments
 from gspo.packing.pack import PackedBatch
 from gspo.packing.shared_prefix_attention import shared_prefix_attention
@@ -75,18 +76,23 @@ def _padded_attention(
 def _cast_alike(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Cast query, key and value to one dtype; under autocast rotary embeddings leave the first two in float32.
 
-    On CUDA to the dtype that autocast gives PyTorch's own attention. On a CPU to the value's where our kernels serve
-    it, and else to float32: there PyTorch's attention is faster than in bf16, its backward three times, and its
+    On CUDA to the dtype that autocast gives PyTorch's own attention. On a CPU to the value's where our kernel serves
+    it best, and else to float32: there PyTorch's attention is faster than in bf16, its backward three times, and its
     products read no further than their rows (kernels/amx_nan_guard.py).
     """
     device, value = tensors[0].device.type, tensors[2]
     if device == "cpu":
-        served = rows_kernel_takes(*tensors, dtype=value.dtype)
+        served = _kernel_serves(*tensors, dtype=value.dtype)
         dtype = value.dtype if served else torch.promote_types(value.dtype, torch.float32)
         return tuple(x.to(dtype) for x in tensors)
     if torch.is_autocast_enabled(device):
         return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
     return tensors
+
+
+def _kernel_serves(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether our kernel for CPUs takes tensors, as they are or in `dtype`, and was found to be the faster."""
+    return rows_kernel_takes(q, k, v, dtype=dtype) and kernel_wins("attention", dtype or q.dtype)
 
 
 def packed_attention(
@@ -119,7 +125,7 @@ def packed_attention(
     if backend is not None:
         q, k, v = (x.contiguous() for x in tokens)
         return shared_prefix_attention(q, k, v, pack, backend, scale, softcap, window)[None], None
-    if rows_kernel_takes(*tokens):
+    if _kernel_serves(*tokens):
         rows = pack.rows if has_storage(query) else NO_ROWS
         return rows_attention(*tokens, rows, scale, softcap, window)[None].to(wanted), None
     with torch.autocast(query.device.type, enabled=False):
