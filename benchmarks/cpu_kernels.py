@@ -1,6 +1,6 @@
 """Time every compiled kernel for CPUs beside its PyTorch form, in turns, at the sizes of SmolLM2-135M.
 
-    python benchmarks/cpu_kernels.py   # a minute
+    python benchmarks/cpu_kernels.py [--turns N]   # a minute
 
 Each line is one operation of a training or a decoding step: milliseconds of ours and of PyTorch's, and how many times
 as fast ours is. The PyTorch form is what runs with GSPO_NATIVE=0: the module of transformers, scaled dot product
@@ -35,14 +35,13 @@ from gspo.rollout.draw_tokens import Sampling, choose, uniforms
 TOKENS, WIDTH, BETWEEN, HEADS, KV_HEADS, HEAD, VOCABULARY = 1200, 576, 1536, 9, 3, 64, 49_152
 CHUNK = 4096  # entries of the vocabulary at a time
 RESPONSES, PROMPT, NEW = 8, 60, 64  # a pack: responses of NEW tokens to one prompt
-REPEATS = 7
 Work = Callable[[], object]
 
 
-def seconds(*works: Work) -> list[float]:
-    """Return the shortest time of each, in turns, so that a busy moment meets all."""
+def seconds(turns: int, *works: Work) -> list[float]:
+    """Return the shortest time of each in so many turns, so that a busy moment meets all."""
     best = [float("inf")] * len(works)
-    for _ in range(REPEATS):
+    for _ in range(turns):
         for i, work in enumerate(works):
             began = time.perf_counter()
             work()
@@ -88,7 +87,8 @@ def in_layers(dtype: torch.dtype) -> Iterator[tuple[str, Work, Work]]:
 
 
 def attention(dtype: torch.dtype) -> tuple[str, Work, Work]:
-    """Return attention over a pack whose responses share a prompt; PyTorch's computes the prompt for each."""
+    """Return attention over a pack whose responses share a prompt; PyTorch's computes the prompt for each,
+    in float32, as packs do without our kernel."""
     sizes = [PROMPT + NEW] * RESPONSES
     rows, tokens = Rows.apart(sizes), sum(sizes)
     q = torch.randn(tokens, HEADS, HEAD).to(dtype)
@@ -98,7 +98,10 @@ def attention(dtype: torch.dtype) -> tuple[str, Work, Work]:
         f"attention, {RESPONSES} x {PROMPT + NEW} tokens",
         there_and_back(lambda q, k, v: rows_attention(q, k, v, rows, HEAD**-0.5), q, k, v),
         there_and_back(
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), *batch
+            lambda q, k, v: F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True
+            ),
+            *batch,
         ),
     )
 
@@ -140,15 +143,17 @@ def while_sampling(dtype: torch.dtype) -> Iterator[tuple[str, Work, Work]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7, metavar="N", help="of each operation; the shortest counts")
+    turns = parser.parse_args().turns
     print(heading("Compiled kernels for CPUs beside PyTorch", "python benchmarks/cpu_kernels.py"))
     print(f"Instruction sets: {instruction_sets()}; {torch.get_num_threads()} threads.\n")
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         cases = [*in_layers(dtype), attention(dtype), *in_head(dtype)]
-        timed = [(name, *seconds(ours, theirs)) for name, ours, theirs in cases]
+        timed = [(name, *seconds(turns, ours, theirs)) for name, ours, theirs in cases]
         with torch.no_grad():
-            timed += [(name, *seconds(ours, theirs)) for name, ours, theirs in while_sampling(dtype)]
+            timed += [(name, *seconds(turns, ours, theirs)) for name, ours, theirs in while_sampling(dtype)]
         rows += [
             [str(dtype)[6:], name, f"{1e3 * ours:.3g}", f"{1e3 * theirs:.3g}", f"{theirs / ours:.2f}"]
             for name, ours, theirs in timed

@@ -4,7 +4,8 @@
 
 The third step of a run is profiled in this process. Each operation counts with the time that it spends itself, our
 compiled kernels by name; what remains of a stage's wall-clock is Python and waiting. The processor's instruction sets
-stand above the table, because they decide which products are fast.
+stand above the table, because they decide which products are fast. Below it stands what a step would take with more
+threads: by a model, not measured.
 """
 
 import argparse
@@ -94,6 +95,19 @@ def profiled(found: dict[str, tuple[float, dict[str, float]]]) -> Iterator[None]
         yield
 
 
+def with_threads(found: dict[str, tuple[float, dict[str, float]]], threads: int) -> float:
+    """Return the seconds of all stages with so many threads, by Amdahl's law: a model, not a measurement.
+
+    Operations are divided by the threads, Python and waiting are not. It is a bound: memory has the same bandwidth for
+    all threads, which the model leaves out.
+    """
+    share, total = torch.get_num_threads() / threads, 0.0
+    for wall, kinds in found.values():
+        computed = min(wall, sum(kinds.values()))
+        total += wall - computed + computed * share
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="SmolLM2-135M, bf16, short prompts", metavar="NAME")
@@ -112,6 +126,8 @@ def main() -> None:
     title = heading(f"Where a step goes: {args.case}", f"python benchmarks/step_stages.py --case '{args.case}'")
     print(f"{title}\nInstruction sets: {instruction_sets()}; {torch.get_num_threads()} threads.\n")
     print(table(["stage", "seconds", *COLUMNS, "Python, waiting"], rows))
+    model = ", ".join(f"{n} threads {with_threads(found, n):.2f} s" for n in (torch.get_num_threads(), 4, 8))
+    print(f"\nBy a model (Amdahl's law; memory bandwidth left out), not measured: {model}.")
 
 
 if __name__ == "__main__":

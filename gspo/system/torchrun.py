@@ -71,6 +71,18 @@ def agent_address() -> tuple[str, int] | None:
 
 
 def cpu_cores() -> int:
-    """Return how many CPU cores this process may use: those of its machine, shared equally by the ranks on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size())
+    """Return how many CPU cores this process may use: those of its machine, shared equally by the ranks on it.
+
+    A rank that is bound to fewer cores than torchrun, its parent, has those for itself.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # macOS
+        return max(1, (os.cpu_count() or 1) // local_world_size())
+    try:
+        return cores_of(os.sched_getaffinity(0), os.sched_getaffinity(os.getppid()), local_world_size())
+    except OSError:  # the parent has ended, or is another user's
+        return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
+def cores_of(own: set[int], parents: set[int], ranks: int) -> int:
+    """Return how many of its cores a rank uses: all where it is bound to less than its parent, else its share."""
+    return len(own) if own < parents else max(1, len(own) // ranks)
