@@ -42,7 +42,8 @@ class Guard:
 GUARDS = (
     Guard(
         "literal-form collapse", "pairs/gap_std", "above", "gap_std_max", "gap_std_alarm",
-        "pairs/gap_std is above {limit:g} (the implicit rewards saturate the sigmoid)",
+        "pairs/gap_std is above {limit:g} (chosen and rejected responses lie so far apart in log-prob that the loss "
+        "hardly learns from most pairs)",
         "use objective.anchor=opponent, lower objective.preference_beta or set objective.length_norm=mean",
     ),
     Guard(
@@ -50,7 +51,6 @@ GUARDS = (
         "the chosen responses have lost more than {limit:g} nats a token since the round began (the rejected ones "
         "sink, and take them along)",
         f"set objective.nll_coef=0.05, {LOWER_LR} or raise objective.kl_coef",
-        at_once=True,
     ),
     Guard(
         "length explosion", "response/length_ratio", "above", "length_ratio_max", None,

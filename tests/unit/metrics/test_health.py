@@ -33,10 +33,10 @@ ILL = {  # metric: (value out of range, words of the warning; the seed's FAQ is 
     "pairs/groups_without": (0.81, ["20%", "raise rollout.n", "lower objective.margin", "harder"]),
     "pairs/gap_std": (0.71, ["0.7", "objective.anchor=opponent", "lower objective.preference_beta"]),
     "response/length_mean": (31.0, ["1.5 times", "objective.length_norm=mean", "reward function"]),
+    "winner_logprob": (-0.71, ["0.2 nats", "objective.nll_coef=0.05", "lower optim.learning_rate"]),
     "entropy": (0.23, ["0.3", "lower optim.learning_rate", "objective.kl_coef"]),
 }
 AT_ONCE = {
-    "winner_logprob": (-0.71, ["0.2 nats", "objective.nll_coef=0.05", "lower optim.learning_rate"]),
     "skipped_updates": (1.0, ["not finite", "skipped", "lower optim.learning_rate", "model.precision=fp32"]),
     "response/cutoff": (0.79, ["79% of the responses are cut off", "raise rollout.max_new_tokens"]),
     "pairs/within_margin": (0.6, ["60% of the differing responses", "objective.margin", "lower objective.margin"]),
@@ -110,6 +110,12 @@ def test_what_is_slow_or_never_harmless_is_told_at_once(metric):
     news = told(Health(), [{}, {metric: value}, {}, {metric: value}])
     assert levels(news) == [[], ["warning"], [], []]
     assert [word for word in words if word not in news[1][0].text] == []
+
+
+def test_winners_of_other_prompts_are_no_displacement():
+    """With few prompts a step their winners' log-probs differ by more than 0.2 nats, as in a run whose KL was 0.002."""
+    drops = [0.0, -0.30, 0.14, 0.29, -0.06, 0.12, 0.54, 0.42, 0.05]
+    assert not any(told(Health(), [{"winner_logprob": -0.5 - drop} for drop in drops]))
 
 
 def test_the_ranges_bounds_are_healthy_and_so_is_a_step_without_pairs():
