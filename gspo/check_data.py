@@ -18,7 +18,7 @@ import numpy as np
 from gspo.algorithm.objective import find_algorithm, learns_from_rows
 from gspo.command_line import EVERY, parse_arguments
 from gspo.config import Config
-from gspo.data.encoding import check_template_kwargs
+from gspo.data.encoding import Encoder, check_template_kwargs
 from gspo.data.prompts import (
     Survey,
     check_positions,
@@ -114,8 +114,7 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
         train = seen if configured.name == "train" else train
         scorer = scorer or Scorer(cfg.reward)
         gold = check_gold(scorer, seen.prompts, rows)
-        if unchecked := gold.no_right_answer():
-            say(f"{configured.name}: {unchecked}")
+        _say_of_right_answers(seen, checker.encoder, rows, configured.name, gold, cfg.rollout.max_new_tokens)
         for kind, examples in ((NOT_FULL, gold.not_full), (NOT_ABOVE, gold.not_above)):
             found.first |= {kind: [str(e) for e in examples]} if examples else {}
         found.counts |= {NOT_FULL: gold.rows - gold.full, NOT_ABOVE: gold.compared - gold.above}
@@ -125,6 +124,22 @@ def check_splits(cfg: Config, rows: int | None) -> Iterator[Report]:
         cells = [str(total), str(bad), str(long), *_cells(seen, rows, found, configured.name, gold)]
         shown = first_prompt(seen.prompts, tokenizer) if configured.name == "train" else ""
         yield Report(configured.name, cells, found, blocked, gold.fault_lines(configured.name), shown)
+
+
+def _say_of_right_answers(
+    seen: Survey, encoder: Encoder, rows: int | None, name: str, gold: GoldCheck, most: int
+) -> None:
+    """Say in a line each that no right answer is known, or that one would be cut off at `most` tokens."""
+    if unchecked := gold.no_right_answer():
+        say(f"{name}: {unchecked}")
+    truths = [(i, seen.prompts[i].ground_truth) for i in sample(len(seen.prompts), rows)]
+    lengths = [(encoder.response_length(truth, most), -i) for i, truth in truths if isinstance(truth, str)]
+    if lengths and max(lengths)[0] > most:
+        length, place = max(lengths)
+        say(
+            f"note: {seen.prompts.place(-place)}: the ground truth has {length} tokens, its end included, and responses "
+            f"are cut off after {most}: to say it whole takes a larger rollout.max_new_tokens."
+        )
 
 
 def _find_repeats(seen: Survey, train: Survey | None, found: Found) -> None:

@@ -237,6 +237,16 @@ def test_rows_without_a_known_right_answer_are_checked_as_far_as_they_can_be(che
     assert code == 0 and table["train"]["rows"] == "3" and "no right answer" not in out
 
 
+def test_a_right_answer_that_would_be_cut_off_is_named(check, tmp_path):
+    """The embedded tokenizer has a token a character and one for the end."""
+    train = [{"prompt": f"Say {i}", "ground_truth": str(i)} for i in (7, 123456789, 12)]
+    code, _, out = check({"train": train}, "rollout.max_new_tokens=9")
+    file = tmp_path / "train.jsonl"
+    assert code == 0 and f"note: {file}, line 2: the ground truth has 10 tokens, its end included" in out
+    assert "are cut off after 9: to say it whole takes a larger rollout.max_new_tokens" in out
+    assert "to say it whole" not in check({"train": train}, "rollout.max_new_tokens=10")[2]
+
+
 def test_only_what_training_reads_is_looked_at(check):
     splits = {"train": rows(0, 3), "val": [*rows(50, 2), "{"]}
     assert check(splits, "eval.round_prompts=2", "eval.prompts=1")[0] == 0
