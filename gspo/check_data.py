@@ -137,8 +137,8 @@ def _say_of_right_answers(
     if lengths and max(lengths)[0] > most:
         length, place = max(lengths)
         say(
-            f"note: {seen.prompts.place(-place)}: the ground truth has {length} tokens, its end included, and responses "
-            f"are cut off after {most}: to say it whole takes a larger rollout.max_new_tokens."
+            f"note: {seen.prompts.place(-place)}: the ground truth has {length} tokens, its end included, and "
+            f"responses are cut off after {most}: to say it whole takes a larger rollout.max_new_tokens."
         )
 
 
