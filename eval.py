@@ -43,6 +43,7 @@ from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
 from gspo.system.console import say
 from gspo.system.files import write_json, write_json_lines
+from gspo.system.help_text import HelpText
 from gspo.system.program import guarded
 
 FLAGS = {  # flag -> the parameter that it sets
@@ -62,7 +63,7 @@ SETTINGS = re.compile(  # what an evaluation reads
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpText)
     parser.add_argument("model", nargs="?", help="checkpoint, run, HF folder or name (default: embedded)")
     parser.add_argument("--config", metavar="FILE", help="YAML file, or a preset's name, of a run that has not begun")
     parser.add_argument("--compare", metavar="OTHER", help="a second model; prints the first one's win rate against it")

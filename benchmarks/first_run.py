@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("docs/first-run.md", "docs/zh/first-run.md")
+PAGES = {"en": "docs/first-run.md", "zh": "docs/zh/first-run.md"}
 SHOWN_STEPS = (1, 2, 3, 25, 50, 51, 75, 100)
 # train.py as it is, but with a line for every step: elsewhere than on a terminal it prints one in two seconds
 PROGRAM = """
@@ -25,23 +25,26 @@ import train
 train.program()
 """
 SPEED = (  # what depends on the machine -> what stands for it
-    (r"\d+ tok/s  [\d.]+ s  left .*", "… tok/s  … s  left …"),
+    (r"\d+ tok/s  [\d.]+ (s|秒)  (left|剩余) .*", r"… tok/s  … \1  \2 …"),
     (
         r"takes about .*?: (\d+ more steps) of .* s and .* of evaluation",
         r"takes about …: \1 of … s and … of evaluation",
     ),
-    (r"done in .*?;", "done in …;"),
+    (r"约需 .*?：(还有 \d+ 步)，每步 .* 秒，另加评估 .*", r"约需 …：\1，每步 … 秒，另加评估 …"),
+    (r"(done in|用时) .*?([;；])", r"\1 …\2"),
     (r"CPU, \d+ threads?", "CPU, … threads"),
+    (r"CPU，\d+ 线程", "CPU，… 线程"),
     (r"\S+/bin/python\S* |(?<=  )python ", ".venv/bin/python "),
 )
 
 
-def quick_run(*settings: str) -> str:
+def quick_run(*settings: str, language: str = "en") -> str:
     """Run `make train-quick` in a folder of its own; return what it prints, a line for every step."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", PROGRAM, "--config", "configs/quick.yaml", f"trainer.output_dir={folder}"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*command, *settings], cwd=ROOT, env=environment, capture_output=True, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GSPO_LANG": language, "PYTHONIOENCODING": "utf-8"}
+        run = [*command, *settings]
+        done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")
         if done.returncode:
             sys.exit(done.stderr[-2000:])
         return done.stdout.replace(folder, "outputs")
@@ -52,24 +55,27 @@ def transcript(printed: str) -> str:
     kept: list[str] = []
     saved: dict[int, str] = {}  # step -> the line of its checkpoint
     for line in printed.splitlines():
-        step, checkpoint = re.match(r"step (\d+)/", line), re.match(r"checkpoint .*step_0*(\d+)", line)
+        step = re.match(r"(?:step|步) (\d+)/", line)
+        checkpoint = re.match(r"(?:checkpoint|检查点) .*step_0*(\d+)", line)
         if checkpoint:
             saved[int(checkpoint[1])] = line
-        elif not re.match(r".*: \d+ / \d+ responses, ", line) and not (step and int(step[1]) not in SHOWN_STEPS):
+        elif not re.match(r".*[:：] ?\d+ / \d+ (responses|个回复)", line) and not (
+            step and int(step[1]) not in SHOWN_STEPS
+        ):
             for pattern, mark in SPEED:
                 line = re.sub(pattern, mark, line)
             kept.append(line)
     for step, line in saved.items():
-        place = next(k for k, other in enumerate(kept) if other.startswith(f"step {step}/"))
-        while re.match(r"round \d+ (ends|begins)", kept[place + 1]):
+        place = next(k for k, other in enumerate(kept) if other.startswith((f"step {step}/", f"步 {step}/")))
+        while re.match(r"round \d+ (ends|begins)|第 \d+ 轮(结束|开始)", kept[place + 1]):
             place += 1
         kept.insert(place + 1, line)
     return "\n".join(kept)
 
 
 def main() -> None:
-    shown = transcript(quick_run())
-    for page in PAGES:
+    for language, page in PAGES.items():
+        shown = transcript(quick_run(language=language))
         text = (ROOT / page).read_text(encoding="utf-8")
         before, _, rest = text.partition("```text\n")
         after = rest.partition("\n```\n")[2]

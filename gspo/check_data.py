@@ -34,7 +34,10 @@ from gspo.models.loading import check_weights, load_model_config, load_tokenizer
 from gspo.read_config import STANDARD, load_config
 from gspo.reward.gold_check import SHOWN, GoldCheck, check_gold, sample
 from gspo.reward.scorer import Scorer
+from gspo.system.cells import columns
 from gspo.system.console import say
+from gspo.system.help_text import HelpText
+from gspo.system.language import translated, word
 from gspo.system.program import guarded
 
 BAD, LONG, TWICE, IN_TRAIN = "bad rows", "too long", "duplicates", "also in train"
@@ -180,21 +183,19 @@ TITLES = ["", "rows", "bad", "too long", "tokens", "twice", "in train", "gold", 
 
 def show(reports: list[Report]) -> str:
     """Return the faults of the reward function first, the table, and the first problems of each kind."""
-    table = [TITLES] + [[r.name, *r.cells, *[""] * (len(TITLES) - 1 - len(r.cells))] for r in reports]
-    widths = [max(len(line[i]) for line in table) for i in range(len(TITLES))]
-    lines = [report.faults for report in reports if report.faults]
-    lines += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+    table = [[*map(word, TITLES)]] + [[r.name, *r.cells, *[""] * (len(TITLES) - 1 - len(r.cells))] for r in reports]
+    lines = [translated(report.faults) for report in reports if report.faults]
+    lines.append(columns(table))
     for report in reports:
         for kind, count in report.found.counts.items():
             if count:
-                lines += [f"\n{report.name}: {count} {kind}", *[f"  {text}" for text in report.found.first[kind]]]
+                problems = [f"  {translated(text)}" for text in report.found.first[kind]]
+                lines += [f"\n{report.name}: {count} {word(kind)}", *problems]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.check_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.check_data", description=__doc__, formatter_class=HelpText)
     parser.add_argument(
         "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
     )
@@ -208,11 +209,11 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_config(args.config, args.overrides)
     reports = list(check_splits(cfg, None if args.all else args.rows))
     print(show(reports))
-    print("".join(f"\n{report.first_prompt}" for report in reports if report.first_prompt))
+    print("".join(f"\n{translated(report.first_prompt)}" for report in reports if report.first_prompt))
     reasons = [reason for report in reports for reason in report.blocked]
-    print("\ntraining would start" if not reasons else "\ntraining would not start:", flush=True)
+    say("\ntraining would start" if not reasons else "\ntraining would not start:")
     for reason in reasons:
-        print(f"  {reason}")
+        print(f"  {translated(reason)}")
     return 2 if reasons else 0
 
 

@@ -41,6 +41,8 @@ def parse_arguments(
         if near or flag[0] == "-":  # what begins with a long dash may be anything
             unknown.append(flag + near)
     _refuse(unknown, written, parameters is not None)
+    prefix = argparse._("usage: ")  # in the user's language; argparse itself takes off as much as `usage: ` is long
+    parser.usage = parser.format_usage().removeprefix(prefix).rstrip()
     return parser.parse_intermixed_args(given)
 
 

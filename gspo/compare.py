@@ -20,7 +20,10 @@ from gspo.errors import UserError
 from gspo.read_paths import check_path
 from gspo.report.page import differing_settings
 from gspo.report.read_run import read_settings, read_steps, shown
+from gspo.system.cells import columns
 from gspo.system.console import say, time_left
+from gspo.system.help_text import HelpText
+from gspo.system.language import translated, word
 from gspo.system.program import guarded
 
 HELD_OUT = {  # curve -> its words; larger is better
@@ -62,27 +65,31 @@ def read_figures(folder: Path) -> RunFigures:
 def comparison(runs: list[RunFigures]) -> str:
     """Return the tables of settings, figures and cost, a column a run."""
     names = [run.name for run in runs]
-    columns = [run.name if names.count(run.name) == 1 else shown(str(run.folder)) for run in runs]
+    titles = [run.name if names.count(run.name) == 1 else shown(str(run.folder)) for run in runs]
     parts = {
         "settings that differ": differing_settings([run.settings for run in runs]),
         "held out": [row for curve, words in HELD_OUT.items() for row in _held_out_rows(runs, curve, words)],
         "test prompts": _evaluation_rows(runs),
         "cost": _cost_rows(runs),
     }
-    blocks = [_table([[title, *columns], *rows]) for title, rows in parts.items() if rows]
+    blocks = [_table([[word(title), *titles], *rows]) for title, rows in parts.items() if rows]
     notes = [f"note: {run.name}: {note}." for run in runs for note in run.notes] + _differences(runs)
     return "\n\n".join([*blocks, *notes])
 
 
 def _held_out_rows(runs: list[RunFigures], curve: str, words: str) -> list[list[str | None]]:
     """Return the row of the last value of a curve and the row of its best, each with its step."""
-    last, best = [f"{words}, last"], [f"{words}, best"]
+    last, best = ([f"{word(words)}{word(which)}"] for which in (", last", ", best"))
     for run in runs:
         points = [(row[curve], row["step"]) for row in run.rows if math.isfinite(row.get(curve, math.nan))]
-        last.append(f"{points[-1][0]:.3f} (step {points[-1][1]})" if points else None)
+        last.append(f"{points[-1][0]:.3f} {_at(points[-1][1])}" if points else None)
         value, step = max(points, key=lambda point: (point[0], -point[1])) if points else (math.nan, 0)
-        best.append(f"{value:.3f} (step {step})" if points else None)
+        best.append(f"{value:.3f} {_at(step)}" if points else None)
     return [row for row in (last, best) if any(row[1:])]
+
+
+def _at(step: int) -> str:
+    return translated(f"(step {step})")
 
 
 def _evaluation_rows(runs: list[RunFigures]) -> list[list[str | None]]:
@@ -93,7 +100,7 @@ def _evaluation_rows(runs: list[RunFigures]) -> list[list[str | None]]:
     for metric in metrics:
         for when in ("before", "after"):
             cells = [figure(run.evaluations.get(when, {}), metric) for run in runs]
-            rows.append([f"{shown(metric)} {when}", *cells])
+            rows.append([f"{word(shown(metric))} {word(when)}", *cells])
     return [row for row in rows if any(row[1:])]
 
 
@@ -107,12 +114,12 @@ def _cost_rows(runs: list[RunFigures]) -> list[list[str | None]]:
             f"{last['step']}",
             f"{last['round'] + 1:.0f}",
             None if tokens is None else f"{tokens:,.0f}",
-            time_left(seconds),
+            translated(time_left(seconds)),
             f"{peak:.2f} GiB" if peak else None,
         ]
 
     titles = ("steps", "rounds", "tokens sampled", "time of the steps", "peak memory of a process")
-    rows = [list(row) for row in zip(titles, *map(column, runs), strict=True)]
+    rows = [list(row) for row in zip(map(word, titles), *map(column, runs), strict=True)]
     return [row for row in rows if any(row[1:])]
 
 
@@ -138,14 +145,11 @@ def _table(rows: list[list[str | None]]) -> str:
     """Return rows as lines of aligned columns; a dash where there is nothing."""
     cells = [["-" if x is None else shown(str(x)).replace("\n", " ") for x in row] for row in rows]
     cells[1:] = [[x if len(x) <= WIDEST else f"{x[: WIDEST - 3]}..." for x in row] for row in cells[1:]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return columns(cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.compare", description=__doc__, formatter_class=HelpText)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="outputs/NAME; at least two")
     args = parse_arguments(parser)
     folders = [run_folder_of(check_path(name, "RUN")) for name in args.runs]

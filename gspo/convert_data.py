@@ -10,7 +10,6 @@ to OUT.json. Training also reads both formats as they are published.
 import argparse
 import contextlib
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from gspo.command_line import parse_arguments
 from gspo.data.schemas import FORMATS, Row
 from gspo.data.sources import open_source
 from gspo.errors import UserError
-from gspo.system.console import track
+from gspo.system.console import say, track
 from gspo.system.files import replacing
+from gspo.system.help_text import HelpText
+from gspo.system.program import guarded
 
 
 def write_files(files: dict[Path, list[Row]]) -> None:
@@ -67,25 +68,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.convert_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gspo.convert_data", description=__doc__, formatter_class=HelpText)
     parser.add_argument("kind", choices=FORMATS, help="what IN holds")
     parser.add_argument("source", metavar="IN", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--limit", metavar="K", type=_count, help="read only the first K rows")
     parser.add_argument("--holdout", metavar="K", type=_count, default=0, help="put the last K rows into OUT_test.json")
     args = parse_arguments(parser, argv)
-    try:
-        written = convert(args.kind, args.source, args.out, args.limit, args.holdout)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    for path, rows in written.items():
-        print(f"{path}: {rows} rows")
-    return 0
+    for path, rows in convert(args.kind, args.source, args.out, args.limit, args.holdout).items():
+        say(f"{path}: {rows} rows")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(main)

@@ -37,6 +37,7 @@ from gspo.models.stored_weights import refuse_non_finite
 from gspo.read_paths import check_path
 from gspo.system.console import say
 from gspo.system.files import replacing, write_text
+from gspo.system.help_text import HelpText
 from gspo.system.program import guarded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -216,9 +217,7 @@ def _verify(part: Path, parts: _Parts) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.export", description=__doc__, formatter_class=HelpText)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: unchanged)")

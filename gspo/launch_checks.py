@@ -33,7 +33,9 @@ from gspo.reward.scorer import Scorer
 from gspo.rollout.engines import engine_class
 from gspo.rollout.sampler import shares_weights
 from gspo.rollout.tree import Tree
+from gspo.system.cells import flush_left
 from gspo.system.console import duration, say
+from gspo.system.language import word
 from gspo.system.output import printable
 from gspo.system.time_limit import STARTED, TimeLimit
 from gspo.types import Prompt
@@ -254,14 +256,12 @@ def final_words(folder: Path, checkpoint: Path, state: State | None = None) -> s
     if state and state.best_step and best.exists():
         lines.append(f"the best: {best}, step {state.best_step}, held-out accuracy {state.best_accuracy:.3f}")
     evaluate = os.path.relpath(Path(__file__).parent.parent / "eval.py")
-    return "\n".join(
-        [
-            *lines,
-            "\nnext:",
-            f"  report     {quote(PYTHON)} -m gspo.report {quote(str(folder))}",
-            f"  curves     {quote(PYTHON)} -m tensorboard.main --logdir {quote(str(folder.parent))}",
-            f"  evaluate   {quote(PYTHON)} {quote(evaluate)} {quote(str(checkpoint))}",
-            f"  use        transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
-            f"  samples    {quote(PYTHON)} -m gspo.samples {quote(str(folder))}",
-        ]
-    )
+    following = {
+        "report": f"{quote(PYTHON)} -m gspo.report {quote(str(folder))}",
+        "curves": f"{quote(PYTHON)} -m tensorboard.main --logdir {quote(str(folder.parent))}",
+        "evaluate": f"{quote(PYTHON)} {quote(evaluate)} {quote(str(checkpoint))}",
+        "use": f"transformers.AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})",
+        "samples": f"{quote(PYTHON)} -m gspo.samples {quote(str(folder))}",
+    }
+    lines += ["\nnext:", *(f"  {flush_left(word(name), 9)}  {what}" for name, what in following.items())]
+    return "\n".join(lines)

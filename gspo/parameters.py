@@ -13,6 +13,7 @@ from gspo.config import Config, flatten, parameters, to_dict
 from gspo.config_aliases import ALIASES
 from gspo.foreign_not_needed import NOT_NEEDED, NOT_NEEDED_SECTIONS
 from gspo.foreign_settings import ANSWERS, LATER_WORDS, WORDS
+from gspo.system.help_text import HelpText
 from gspo.system.program import guarded
 
 
@@ -111,9 +112,7 @@ def foreign_page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.parameters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.parameters", description=__doc__, formatter_class=HelpText)
     parser.add_argument("--foreign", action="store_true", help="the settings of verl and TRL, and what they come to")
     print(foreign_page() if parse_arguments(parser).foreign else parameters_page(), end="")
 

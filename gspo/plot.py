@@ -21,6 +21,7 @@ from gspo.metrics.run_log import SEED_FIVE
 from gspo.read_paths import check_path
 from gspo.report.read_run import read_steps, shown
 from gspo.system.console import say
+from gspo.system.help_text import HelpText
 from gspo.system.program import guarded
 
 COLOURS = (("#1f4e79", "#9db8d2"), ("#a1481f", "#dfb49d"), ("#3c6e2f", "#b1cfa6"), ("#6a3d85", "#c7b0d4"))
@@ -124,9 +125,7 @@ def _plain(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.plot", description=__doc__, formatter_class=HelpText)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="outputs/NAME; several share the panels")
     parser.add_argument("out", type=Path, metavar="PICTURE", help="the file to write: .png, .svg or .pdf")
     args = parse_arguments(parser)

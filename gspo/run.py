@@ -28,13 +28,14 @@ from gspo.distributed.world import World
 from gspo.launch_checks import describe_reward, say_inputs, say_what_changed
 from gspo.memory.plan import plan_memory
 from gspo.metrics.evaluation import answer, correct_of, report, summary_line
-from gspo.metrics.health import MOSTLY_CUT_OFF
+from gspo.metrics.health import MOSTLY_CUT_OFF, advice
 from gspo.metrics.run_log import RunLog
 from gspo.models.precision import DTYPES, allow_tf32, choose_precision
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import phase, say
+from gspo.system.language import word
 from gspo.system.malloc import return_freed_memory
 from gspo.system.preemption import Preemption
 from gspo.system.time_limit import TimeLimit
@@ -242,7 +243,8 @@ def evaluate_run(run: Run, name: Literal["eval_before", "eval_after"]) -> None:
         if name == "eval_before":
             say(f"{when}: {summary_line(result)}")
         if answers.cut_off > limit:
-            say(f"warning, {when}: {MOSTLY_CUT_OFF.says.format(value=answers.cut_off)}: {MOSTLY_CUT_OFF.cure}.")
+            said = advice(MOSTLY_CUT_OFF.says.format(value=answers.cut_off), MOSTLY_CUT_OFF.cure)
+            say(f"warning, {word(when)}: {said}.")
         try:
             write_evaluation(run.folder, name, run.state.step, evaluation_settings(run), result, answers.rows)
         except OSError as e:

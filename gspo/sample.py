@@ -52,6 +52,7 @@ from gspo.rollout.sampler import EVAL, Sampler
 from gspo.system.console import say
 from gspo.system.devices import choose_device
 from gspo.system.files import replacing
+from gspo.system.help_text import HelpText
 from gspo.system.program import guarded
 from gspo.types import Prompt, Rollout
 
@@ -262,9 +263,7 @@ def _written_rows(
 
 def _arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.sample", description=__doc__, formatter_class=HelpText)
     parser.add_argument("model", help="checkpoint, run, HF folder or name; embedded: the embedded model")
     parser.add_argument("prompts", help="file of rows, or a data set owner/name[:config][@split]")
     parser.add_argument("answers", type=Path, help="JSONL file to write")

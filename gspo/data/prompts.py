@@ -24,6 +24,7 @@ from gspo.data.stored_rows import split_row
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
 from gspo.system.console import say, track
+from gspo.system.language import word
 from gspo.types import Prompt
 
 EMBEDDED = "embedded"  # in place of a file's name: the embedded equations
@@ -58,7 +59,7 @@ class Prompts(Sequence[Prompt]):
 
     def files(self) -> str:
         """Return the names of the sources with their numbers of rows: `a.jsonl (1,200 rows), b.jsonl (7 rows)`."""
-        return ", ".join(f"{s.name} ({len(s):,} row{'s' * (len(s) != 1)})" for s in self._sources)
+        return ", ".join(f"{s.name} ({len(s):,} {word('row' if len(s) == 1 else 'rows')})" for s in self._sources)
 
     def place(self, i: int) -> str:
         """Return where prompt `i` is, for messages: file and row or line."""

@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from gspo.embedded import brackets, equations, sorting, systems, weekdays  # noqa: E402
 from gspo.embedded.task import LANGUAGES, Task  # noqa: E402
+from gspo.system.help_text import HelpText  # noqa: E402
 
 SPECIALS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, END = 0, 1
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gspo.embedded.build_models",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.add_argument("--task", choices=WARM_STARTS, default="equations")
     parser.add_argument("--out", type=Path, help="default: where the model ships")

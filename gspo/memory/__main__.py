@@ -23,7 +23,10 @@ from gspo.models.loading import check_weights, load_model_config
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import choose_precision
 from gspo.read_config import STANDARD, load_config
+from gspo.system.cells import flush_left
 from gspo.system.console import say
+from gspo.system.help_text import HelpText
+from gspo.system.language import word
 from gspo.system.program import guarded
 
 
@@ -31,20 +34,22 @@ def report_text(report: Footprint, free: int | None) -> str:
     """Return the report as a table in GiB; `free`: bytes that a device has, or None if that is not known."""
 
     def line(indent: int, name: str, size: int, note: str = "") -> str:
-        return f"{' ' * indent + name:<20}{size / GIB:9.3f}{note}"
+        return f"{flush_left(' ' * indent + word(name), 20)}{size / GIB:9.3f}{note}"
 
-    title = f"{report.model}: {report.parameters / 1e9:.3g} billion parameters, {report.precision}"
-    lines = [f"{title}, {report.ranks} x {report.device}; GiB on each rank"]
+    many, unit = (1e9, "billion") if report.parameters >= 1e8 else (1e6, "million")
+    on = f"{report.precision}, {report.ranks} x {report.device}"
+    lines = [f"{report.model}: {report.parameters / many:.3g} {unit} parameters, {on}; GiB on each rank"]
     lines += [line(2, name, size) for name, size in report.resident.items()]
     for phase, parts in report.phases.items():
         total = sum(report.resident.values()) + sum(parts.values())
-        lines.append(line(2, f"while {phase}", total, "  <- the peak" if phase == report.peak_phase else ""))
+        lines.append(line(2, f"while {phase}", total, f"  <- {word('the peak')}" if phase == report.peak_phase else ""))
         lines += [line(4, name, size) for name, size in parts.items() if size]
     if report.offloaded:
-        lines.append(line(2, "in CPU memory", sum(report.offloaded.values()), f"  ({', '.join(report.offloaded)})"))
+        parts = ", ".join(map(word, report.offloaded))
+        lines.append(line(2, "in CPU memory", sum(report.offloaded.values()), f"  ({parts})"))
     if free is not None:
         fits = report.peak <= free
-        lines.append(line(2, "available", free, ": it fits" if fits else ": it does not fit"))
+        lines.append(line(2, "available", free, f": {word('it fits' if fits else 'it does not fit')}"))
         if not fits:
             lines.append(f"change {report.cure()}")
     return "\n".join(lines)
@@ -52,9 +57,7 @@ def report_text(report: Footprint, free: int | None) -> str:
 
 def _arguments() -> argparse.Namespace:
     """Parse the command line. UserError for a number that is out of range."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.memory", description=__doc__, formatter_class=HelpText)
     parser.add_argument(
         "--config", default=STANDARD, help="YAML file, or a preset's name: quick, seed (default: %(default)s)"
     )

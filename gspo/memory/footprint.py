@@ -27,6 +27,7 @@ from gspo.rollout.cpu_weight_layout import laid_out_bytes
 from gspo.rollout.kv_budget import SHARE, free_bytes, most_slots, plan_slots, response_page_size
 from gspo.rollout.paged_engine import PACES
 from gspo.rollout.sampler import shares_weights
+from gspo.system.language import word
 from gspo.types import Prompt, Rollout
 
 GIB = 2**30
@@ -88,7 +89,7 @@ class Footprint:
     def summary(self) -> str:
         """Return one line: the peak, its phase, and its five largest parts in GiB."""
         parts = sorted(self.parts_at_peak.items(), key=lambda part: -part[1])
-        largest = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts[:5] if size)
+        largest = ", ".join(f"{word(name)} {size / GIB:.3g}" for name, size in parts[:5] if size)
         cpu = f"; CPU {sum(self.offloaded.values()) / GIB:.3g}" if self.offloaded else ""
         return f"memory of each rank: {self.peak / GIB:.3g} GiB at most, while {self.peak_phase} ({largest}{cpu})"
 

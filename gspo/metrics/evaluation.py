@@ -17,6 +17,8 @@ from gspo.reward.reward_func import extract_answer
 from gspo.reward.scorer import Scorer
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import EVAL, GREEDY, Sampler
+from gspo.system.cells import columns
+from gspo.system.language import word
 from gspo.types import Prompt, Rollout, Scores
 
 TOLERANCE = 1e-6  # of float32 rewards, relative
@@ -210,14 +212,12 @@ def summary_line(result: dict[str, Any]) -> str:
     return ", ".join([*found, f"{result['cut_off']:.0%} cut off"])
 
 
-def table(columns: dict[str, dict[str, Any]]) -> str:
-    """Format reports side by side: a line a metric, each value with its interval."""
-    metrics = [k for k in next(iter(columns.values()))["interval"]]
-    cells = [["", *columns]]
-    for m in metrics:
-        row = [m]
-        for r in columns.values():
+def table(reports: dict[str, dict[str, Any]]) -> str:
+    """Format reports side by side, {title: report}: a line a metric, each value with its interval."""
+    cells = [["", *map(word, reports)]]
+    for m in next(iter(reports.values()))["interval"]:
+        row = [word(m)]
+        for r in reports.values():
             row.append(f"{r[m]:.3f} [{r['interval'][m][0]:.3f}, {r['interval'][m][1]:.3f}]" if m in r else "")
         cells.append(row)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return columns(cells)

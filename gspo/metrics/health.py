@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gspo.config import Health
+from gspo.system.language import language, translated
 
 INITIAL_STEPS = 3  # the initial value is the mean over this many first steps of the run
 RATIOS = {"response/length_ratio": "response/length_mean", "entropy_ratio": "entropy"}  # a metric, now / initially
@@ -137,6 +138,12 @@ GUARDS = (
 MOSTLY_CUT_OFF = next(guard for guard in GUARDS if guard.kind == "mostly cut-off responses")
 
 
+def advice(said: str, cure: str) -> str:
+    """Return what has happened and what to do about it, in the user's language."""
+    between = ": " if language() == "en" else "："
+    return f"{translated(said)}{between}{translated(cure)}"
+
+
 def limit_of(name: str, cfg: Health, precision: str = "fp32") -> float:
     """Return a limit of the configuration; one that is `auto` by the precision, fp32 or bf16."""
     limit = getattr(cfg, name)
@@ -205,7 +212,7 @@ class HealthCheck:
                         said += f" (not finite first: {cause})"
                     if level == "alarm":
                         said += f", now {value:.3g}; what is learned from here on is likely lost"
-                    news.append(News(level, f"{said}: {guard.cure}"))
+                    news.append(News(level, advice(said, guard.cure)))
         alarms = [text for level, text in news if level == "alarm"]
         if self.cfg.on_alarm == "stop" and alarms and self.alarmed is None:
             self.alarmed = f"{alarms[0]}. health.on_alarm=warn goes on regardless."

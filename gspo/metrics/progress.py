@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 
 from gspo.system.console import LiveTable, say, time_left
+from gspo.system.language import translated, word
 from gspo.system.time_limit import STARTED
 
 LINE_EVERY_S = 2.0  # least time between the lines of two steps
@@ -57,9 +58,12 @@ class Progress:
     def _estimate(self, now: float, left: int) -> None:
         """Say once how long the whole run will take; the first step counts as what it was, not as what steps take."""
         pace = (self.ended[-1] - self.ended[1]) / (len(self.ended) - 2)
-        after = f" and {time_left(self.after_s)} of evaluation" if self.after_s else ""
-        total = now - STARTED + pace * left + self.after_s
-        say(f"the whole run takes about {time_left(total)}: {left} more steps of {pace:.2g} s{after}")
+        total = time_left(now - STARTED + pace * left + self.after_s)
+        if self.after_s:
+            after = time_left(self.after_s)
+            say(f"the whole run takes about {total}: {left} more steps of {pace:.2g} s and {after} of evaluation")
+        else:
+            say(f"the whole run takes about {total}: {left} more steps of {pace:.2g} s")
 
     def looked(self, step: int, row: dict[str, float], best: bool) -> None:
         """Show what a look at the held-out prompts has found, and whether the policy was never better."""
@@ -96,21 +100,24 @@ class Progress:
 
 
 def step_line(step: int, row: dict[str, float], total_steps: int, remaining: float) -> str:
-    """Return a step's line. `remaining` is in seconds; a step may have no pairs, and no rewards where rows hold the
-    responses."""
+    """Return a step's line, in the user's language. `remaining` is in seconds; a step may have no pairs, and no rewards
+    where rows hold the responses."""
     seen = defaultdict(lambda: math.nan, row)
-    if "tokens_per_second" in row:
-        learned = f"reward {seen['reward_mean']:.3f}  top {seen['reward_max']:.3f}"
-        rate = f"{row['tokens_per_second']:.0f} tok/s  "
+    sampled = "tokens_per_second" in row
+    if sampled:
+        learned = {"reward": f"{seen['reward_mean']:.3f}", "top": f"{seen['reward_max']:.3f}"}
     else:
-        learned, rate = f"loss {row['loss/total']:.4f}  margin {seen['pairs/gap_mean']:.3f}", ""
-    cut = f"cut off {row['response/cutoff']:.2f}  " if "response/cutoff" in row else ""
-    return (
-        f"step {step}/{total_steps}  round {row['round'] + 1:.0f}  {learned}  "
-        f"no pair {seen['pairs/groups_without']:.2f}  {cut}ordered {_ordered(row)}  "
-        f"kl {row['kl_divergence']:.4f}  length {row['response/length_mean']:.1f}  {rate}{row['time/step']:.2f} s  "
-        f"left {time_left(remaining)}"
-    )
+        learned = {"loss": f"{row['loss/total']:.4f}", "margin": f"{seen['pairs/gap_mean']:.3f}"}
+    cut = {"cut off": f"{row['response/cutoff']:.2f}"} if "response/cutoff" in row else {}
+    figures = {
+        **{"step": f"{step}/{total_steps}", "round": f"{row['round'] + 1:.0f}", **learned},
+        **{"no pair": f"{seen['pairs/groups_without']:.2f}", **cut},
+        **{"ordered": _ordered(row), "kl": f"{row['kl_divergence']:.4f}"},
+        "length": f"{row['response/length_mean']:.1f}",
+    }
+    speed = [f"{row['tokens_per_second']:.0f} tok/s"] if sampled else []
+    speed += [translated(f"{row['time/step']:.2f} s"), f"{word('left')} {translated(time_left(remaining))}"]
+    return "  ".join([*(f"{word(name)} {value}" for name, value in figures.items()), *speed])
 
 
 def _ordered(row: dict[str, float]) -> str:

@@ -21,6 +21,7 @@ from gspo.report.page import page_of
 from gspo.report.read_run import fit, read_run
 from gspo.system.console import say
 from gspo.system.files import write_text
+from gspo.system.help_text import HelpText
 from gspo.system.program import guarded
 
 
@@ -50,9 +51,7 @@ def _resolved(folders: list[Path]) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gspo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m gspo.report", description=__doc__, formatter_class=HelpText)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="outputs/NAME; several are drawn over each other")
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the first run's folder)")
     parser.add_argument("--lang", choices=("en", "zh"), help="the page's language (default: the browser's)")

@@ -1,6 +1,7 @@
 """Show progress: a bar on a terminal, a line every 15 seconds elsewhere; on a terminal nothing for the first two."""
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -10,14 +11,15 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from gspo.system.language import translated
+from gspo.system.cells import flush_right, fold, width
+from gspo.system.language import translated, word
 from gspo.system.torchrun import is_main, world_size
 
 T = TypeVar("T")
 DELAY_S, SHOW_EVERY_S, LINE_EVERY_S = 2.0, 0.5, 15.0
 FIRST_LINE_S = 4.0  # after which a phase that has a name says how long it takes
 TELLING = 1 / 8  # share of the responses that tell the time left; those that end before are the shortest
-SAMPLING = "{l_bar}{bar}| {n_fmt}/{total_fmt} responses{postfix} [{elapsed}<{remaining}]"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
 
 
 _phase = ""  # what the sampling that goes on now is for, where that is not a step
@@ -34,12 +36,30 @@ def phase(name: str) -> Iterator[None]:
         _phase = before
 
 
+class Line(tqdm):
+    """A line that is rewritten in place: the row of a table, and below it a bar."""
+
+    def moveto(self, n: int) -> None:
+        """Move the cursor up or down, by characters that output.py would show in a text."""
+        getattr(self.fp, "write_as_is", self.fp.write)("\n" * n + "\x1b[A" * -n)
+        self.fp.flush()
+
+
 def say(text: str) -> None:
-    """Print a line from the main process, above any bar."""
+    """Print a line from the main process, above any bar; on a terminal, long sentences are broken between words."""
     if is_main():
         with contextlib.suppress(OSError):  # the run goes on if its output goes to a full disk
-            tqdm.write(translated(text), file=sys.stdout)
+            Line.write(_laid_out(translated(text)), file=sys.stdout)
             sys.stdout.flush()
+
+
+def _laid_out(text: str) -> str:
+    """Fold sentences at the width of the terminal, if there is one; commands and tables, which are indented or have
+    several spaces in a row, are left as they are."""
+    if not sys.stdout.isatty():
+        return text
+    columns = shutil.get_terminal_size((200, 24)).columns
+    return "\n".join(line if "  " in line else fold(line, columns) for line in text.split("\n"))
 
 
 class LiveTable:
@@ -48,18 +68,19 @@ class LiveTable:
     def __init__(self, titles: dict[str, int]):
         """Print the titles, {title: width of its column}, of the first columns that the terminal has room for."""
         room, self.widths, self.row = shutil.get_terminal_size((200, 24)).columns, {}, None
-        for title, width in titles.items():
-            if sum(self.widths.values()) + 2 * len(self.widths) + width >= room:
+        for title, cells in titles.items():
+            needed = max(cells, width(word(title)))
+            if sum(self.widths.values()) + 2 * len(self.widths) + needed >= room:
                 break
-            self.widths[title] = width
-        say(self._aligned({title: title for title in titles}))
+            self.widths[title] = needed
+        say(self._aligned({title: word(title) for title in titles}))
 
     def show(self, cells: dict[str, str], new_row: bool = False) -> None:
         """Show a row, {title: cell}: in place of the last one, or below it, which then stays as it is."""
         if new_row:
             self.close()
         if self.row is None:
-            self.row = tqdm(bar_format="{desc}", leave=True, file=sys.stdout, dynamic_ncols=True)
+            self.row = Line(bar_format="{desc}", leave=True, file=sys.stdout, dynamic_ncols=True)
         self.row.set_description_str(self._aligned(cells))
 
     def close(self) -> None:
@@ -69,7 +90,7 @@ class LiveTable:
         self.row = None
 
     def _aligned(self, cells: dict[str, str]) -> str:
-        return "  ".join(cells[title].rjust(width) for title, width in self.widths.items())
+        return "  ".join(flush_right(translated(cells[title]), needed) for title, needed in self.widths.items())
 
 
 def time_left(seconds: float) -> str:
@@ -88,21 +109,33 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _bar(what: str, total: int | None, bar_format: str = BAR, **options: int) -> Line | None:
+    """Return a bar on the terminal: below the row of a table, if there is one; None where it cannot go back up."""
+    if Line._instances and os.environ.get("TERM", "dumb") == "dumb":
+        return None
+    shown = {"delay": DELAY_S, "leave": False, "file": sys.stdout, "dynamic_ncols": True, **options}
+    return Line(desc=what, total=total, bar_format=bar_format, **shown)
+
+
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Iterate over `items` and show how many are done."""
     if not is_main():
         yield from items
         return
-    if sys.stdout.isatty():
-        yield from tqdm(items, what, total=total, delay=DELAY_S, leave=False, file=sys.stdout, dynamic_ncols=True)
-        return
+    what = translated(what)
     total = total if total is not None else len(items) if hasattr(items, "__len__") else None
+    if sys.stdout.isatty() and (bar := _bar(what, total)) is not None:
+        with bar:
+            for item in items:
+                yield item
+                bar.update()
+        return
     started = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
         if now - last > LINE_EVERY_S:
             last = now
-            print(f"{what}: {done}{f' / {total}' if total else ''}, {now - started:.0f} s", flush=True)
+            say(f"{what}: {f'{done} / {total}' if total else done}, {now - started:.0f} s")
         yield item
 
 
@@ -116,10 +149,9 @@ def track_sampling(what: str, total: int, progress: Callable[[], tuple[int, int]
     if not is_main():
         yield lambda: None
         return
-    bar, what, named = None, _phase or what, bool(_phase)
+    bar, what, named = None, word(_phase or what), bool(_phase)
     if sys.stdout.isatty():
-        shown = {"delay": DELAY_S, "leave": False, "file": sys.stdout, "dynamic_ncols": True, "miniters": 0}
-        bar = tqdm(desc=what, total=total, bar_format=SAMPLING, **shown)
+        bar = _bar(what, total, BAR.replace("{postfix}", f" {word('responses')}{{postfix}}"), miniters=0, mininterval=0)
     every = LINE_EVERY_S if bar is None else SHOW_EVERY_S
     began = last = time.monotonic()
     if named and bar is None:
@@ -133,14 +165,15 @@ def track_sampling(what: str, total: int, progress: Callable[[], tuple[int, int]
         last, (done, tokens) = now, progress()
         rate = f"{tokens / (now - began):,.0f} tok/s"
         if world_size() > 1:
-            rate += " on this rank"
-        if bar is None:
-            told = named and done >= TELLING * total
-            left = f", about {time_left((now - began) / done * (total - done))} left" if told else ""
-            print(f"{what}: {done} / {total} responses, {rate}, {now - began:.0f} s{left}", flush=True)
-        else:
+            rate += f" {word('on this rank')}"
+        if bar is not None:
             bar.set_postfix_str(rate, refresh=False)
             bar.update(done - bar.n)
+        elif named and done >= TELLING * total:
+            left = time_left((now - began) / done * (total - done))
+            say(f"{what}: {done} / {total} responses, {rate}, {now - began:.0f} s, about {left} left")
+        else:
+            say(f"{what}: {done} / {total} responses, {rate}, {now - began:.0f} s")
 
     try:
         yield tick

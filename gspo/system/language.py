@@ -16,6 +16,7 @@ from typing import NamedTuple
 CATALOGUE = Path(__file__).with_name("messages_zh.json")
 PLACE = re.compile(r"\{([1-9]?)\}")
 ERROR = "error: "
+WORD = "[word] "  # before the words of tables and step lines: alone, they could be what varies in a message
 DEEPEST = 8  # messages inside messages
 
 
@@ -39,6 +40,11 @@ def language() -> str:
 def translated(text: str) -> str:
     """Return a message in the user's language."""
     return text if language() == "en" else to_chinese(text)
+
+
+def word(text: str) -> str:
+    """Return a word of a table, a line of figures or a progress bar in the user's language."""
+    return text if language() == "en" else _catalogue()[0].get(WORD + text, text)
 
 
 def to_chinese(text: str, depth: int = 0) -> str:

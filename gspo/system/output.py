@@ -38,6 +38,10 @@ class KeptStream:
         self._attempt(lambda: self.stream.write(text.translate(_SHOWN_OF_PROGRAMS)))
         return len(text)
 
+    def write_as_is(self, text: str) -> None:
+        """Pass on what no text says: the movements of a progress bar."""
+        self._attempt(lambda: self.stream.write(text))
+
     def flush(self) -> None:
         self._attempt(self.stream.flush)
 

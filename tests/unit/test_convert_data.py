@@ -87,7 +87,7 @@ def test_limit_is_taken_first_then_the_last_rows_are_held_out(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(5)]
     source = write_jsonl(tmp_path / "in.jsonl", *rows, "not read: beyond the limit")
     argv = ["gsm8k", str(source), str(tmp_path / "d.json"), "--limit", "5", "--holdout", "2"]
-    assert main(argv) == 0
+    main(argv)
     assert [row["prompt"] for row in read(tmp_path / "d.json")] == ["q0", "q1", "q2"]
     assert [row["prompt"] for row in read(tmp_path / "d_test.json")] == ["q3", "q4"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.json", "d_test.json", "in.jsonl"]
@@ -107,13 +107,13 @@ def test_limit_is_taken_first_then_the_last_rows_are_held_out(tmp_path):
         ("gsm8k", '{"question": ', "JSON"),
     ],
 )
-def test_malformed_row_is_named_and_nothing_is_written(kind, row, field, tmp_path, capsys):
+def test_malformed_row_is_named_and_nothing_is_written(kind, row, field, tmp_path):
     good = {**NATALIA, **MATH}
     source = write_jsonl(tmp_path / "in.jsonl", good, "", row)
-    assert main([kind, str(source), str(tmp_path / "new" / "out.json"), "--holdout", "1"]) == 2
-    error = capsys.readouterr().err
-    assert f"{source}, line 3" in error and field in error
-    assert error.count("\n") == 1
+    with pytest.raises(UserError) as failed:
+        main([kind, str(source), str(tmp_path / "new" / "out.json"), "--holdout", "1"])
+    error = str(failed.value)
+    assert f"{source}, line 3" in error and field in error and "\n" not in error
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -139,7 +139,7 @@ def test_impossible_requests(out, holdout, message, tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_missing_file_is_one_paragraph(tmp_path, capsys):
-    assert main(["math", str(tmp_path / "none.jsonl"), str(tmp_path / "out.json")]) == 2
-    assert "none.jsonl" in capsys.readouterr().err
+def test_a_missing_file_is_one_paragraph(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        main(["math", str(tmp_path / "none.jsonl"), str(tmp_path / "out.json")])
     assert not list(tmp_path.iterdir())

@@ -2,11 +2,12 @@
 
 import json
 import random
+import re
 
 import pytest
 
 from gspo.config import Health, parameters
-from gspo.metrics.health import GUARDS, ROUND_GRACE, HealthCheck, limit_of
+from gspo.metrics.health import GUARDS, ROUND_GRACE, HealthCheck, advice, limit_of
 from gspo.metrics.run_log import GLOSSARY
 
 WELL = {
@@ -341,3 +342,16 @@ def test_replaying_what_was_seen_leaves_the_same_check(seed):
     replayed = [resumed.check(json.loads(json.dumps(row))) for row in rows[:cut]]
     assert replayed + [resumed.check(row) for row in rows[cut:]] == news
     assert vars(resumed) == vars(whole)
+
+
+def test_a_warning_is_in_chinese_from_its_first_word_to_its_last(monkeypatch):
+    """But for the names of settings and curves, and the words that the Chinese documentation has in English, too."""
+    monkeypatch.setenv("GSPO_LANG", "zh")
+    names = (
+        r"[a-z_]+[./=][\w./=]*|[a-z]+_[a-z_]+|sigmoid|nats|prompt|token|chosen|rejected|fp32|gold|reward|margin|entropy"
+    )
+    for guard in GUARDS:
+        said = advice(guard.says.format(limit=0.5, value=0.5), guard.cure)
+        assert "：" in said and re.findall(r"[A-Za-z]{2,}", re.sub(names, "", said)) == [], said
+    alarm = advice("kl_divergence is above 1, now 3; what is learned from here on is likely lost", GUARDS[5].cure)
+    assert alarm.startswith("kl_divergence 高于 1，现在是 3；")

@@ -4,11 +4,14 @@ import io
 import re
 
 import pytest
+from screen import Screen
 from tqdm import tqdm
 
 import gspo.system.console as progress
 from gspo.rollout.draw_tokens import Sampling
 from gspo.rollout.sampler import Sampler
+from gspo.system.cells import width
+from gspo.system.output import KeptStream
 from gspo.types import Prompt
 
 
@@ -106,12 +109,16 @@ def test_other_ranks_and_short_sampling_are_silent(monkeypatch, capsys, environm
     assert capsys.readouterr().out == ""
 
 
+def _in_ascii(line, **options):
+    tqdm.__init__(line, **options, ascii=True)
+
+
 def test_a_terminal_shows_one_line_that_is_removed_at_the_end(monkeypatch, embedded_model, tokenizer):
     terminal = Terminal()
     monkeypatch.setattr(progress.sys, "stdout", terminal)
     monkeypatch.setattr(progress, "DELAY_S", 1e-9)
     monkeypatch.setattr(progress, "SHOW_EVERY_S", 0.0)
-    monkeypatch.setattr(progress, "tqdm", lambda *a, **k: tqdm(*a, **k, mininterval=0.0, ascii=True))
+    monkeypatch.setattr(progress, "Line", type("Ascii", (progress.Line,), {"__init__": _in_ascii}))
     prompts = [Prompt(i, tuple(tokenizer(t)["input_ids"]), t, "", "") for i, t in enumerate(("1 + 1 =", "2 - 3 ="))]
     sampler = Sampler(embedded_model, tokenizer, embedded_model.device, max_slots=2)
     rollout = sampler.generate(prompts, 4, Sampling(1.0, max_new_tokens=10))
@@ -119,6 +126,80 @@ def test_a_terminal_shows_one_line_that_is_removed_at_the_end(monkeypatch, embed
     done = [int(re.search(r"(\d+)/8 responses, [\d,]+ tok/s", frame)[1]) for frame in frames]
     assert len(frames) >= int((rollout.lengths - 1).sum()) // 2 and done == sorted(done) and done[-1] == 8
     assert "\n" not in terminal.getvalue() and terminal.getvalue().split("\r")[-2].strip() == ""
+
+
+# ---- a bar below the row of a table ----
+
+
+def a_screen(monkeypatch, columns=60):
+    """Return a terminal behind the stream of our programs, which shows control characters instead of passing them on;
+    a fixture would be undone before the test."""
+    shown = Screen(columns)
+    monkeypatch.setattr(progress.sys, "stdout", KeptStream(shown))
+    monkeypatch.setattr(progress, "DELAY_S", 1e-9)
+    monkeypatch.setattr(progress, "SHOW_EVERY_S", 0.0)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("GSPO_LANG", "en")
+    return shown
+
+
+def test_a_bar_below_a_table_leaves_nothing_behind(monkeypatch):
+    screen = a_screen(monkeypatch, 80)
+    table = progress.LiveTable({"step": 6, "reward": 6})
+    table.show({"step": "1/9", "reward": "0.500"})
+    with progress.track_sampling("sampling", 8, lambda: (2, 180)) as tick:
+        tick()
+        during = screen.lines
+        progress.say("warning: something")
+    table.show({"step": "2/9", "reward": "0.600"})
+    table.close()
+    assert during[:2] == ["  step  reward", "   1/9   0.500"] and "2/8 responses, " in during[2] and len(during) == 3
+    assert [line for line in screen.lines if line] == [
+        "  step  reward",
+        "warning: something",
+        "   2/9   0.600",
+    ]
+
+
+def test_a_terminal_without_movements_shows_no_bar_below_a_table(monkeypatch):
+    screen = a_screen(monkeypatch)
+    monkeypatch.setenv("TERM", "dumb")
+    table = progress.LiveTable({"step": 6})
+    table.show({"step": "1/9"})
+    with progress.track_sampling("sampling", 8, lambda: (2, 180)) as tick:
+        tick()
+    assert list(progress.track([1, 2], "scoring")) == [1, 2]
+    table.close()
+    assert "\x1b" not in screen.getvalue() and [line for line in screen.lines if line] == ["  step", "   1/9"]
+
+
+def test_what_a_text_says_moves_no_cursor(monkeypatch):
+    screen = a_screen(monkeypatch)
+    progress.say("up \x1b[A")
+    assert screen.lines[0] == "up \\x1b[A"
+
+
+def test_chinese_titles_stand_above_their_columns(monkeypatch):
+    screen = a_screen(monkeypatch)
+    monkeypatch.setenv("GSPO_LANG", "zh")
+    table = progress.LiveTable({"step": 9, "reward": 2, "left": 10})
+    table.show({"step": "1/9", "reward": "1", "left": "3 h 05 min"})
+    table.close()
+    assert screen.lines[:2] == ["       步  奖励        剩余", "      1/9     1  3 时 05 分"]
+    assert [width(line) for line in screen.lines[:2]] == [9 + 2 + 4 + 2 + 10] * 2
+
+
+def test_sentences_are_broken_between_words_on_a_terminal_and_commands_are_not(monkeypatch):
+    screen = a_screen(monkeypatch)
+    command = "  evaluate   .venv/bin/python eval.py outputs/quick/checkpoints/step_000100"
+    progress.say("the best checkpoint so far is that of the step before the last one\n" + command)
+    assert screen.getvalue() == (f"the best checkpoint so far is that of the step before the\nlast one\n{command}\n")
+
+
+def test_elsewhere_no_line_is_broken(capsys):
+    progress.say("word " * 60)
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,12 @@ import sys
 import pytest
 from repository import ROOT
 
+from gspo import compare
+from gspo.check_data import TITLES
+from gspo.memory.footprint import CHANGE
+from gspo.metrics.progress import COLUMNS
 from gspo.system import language
-from gspo.system.language import CATALOGUE, ERROR, PLACE, fill, to_chinese, translated
+from gspo.system.language import CATALOGUE, ERROR, PLACE, WORD, fill, to_chinese, translated
 
 ENTRIES = json.loads(CATALOGUE.read_text(encoding="utf-8"))
 PROGRAMS = [*sorted((ROOT / "gspo").rglob("*.py")), ROOT / "train.py", ROOT / "eval.py"]
@@ -66,6 +70,14 @@ ALL = sorted(
 def test_every_message_has_an_entry():
     missing = [text for text in ALL if text not in ENTRIES]
     assert not missing, f"{len(missing)} messages are not in {CATALOGUE.name}: {json.dumps(missing[:10])}"
+
+
+def test_every_word_of_a_table_or_a_line_of_figures_has_an_entry():
+    """Those that are written where they are used, and the names of columns, parts and figures."""
+    calls = re.findall(r"\bword\(([^()]*)\)", "".join(file.read_text(encoding="utf-8") for file in PROGRAMS))
+    words = {text for call in calls for text in re.findall(r'["\']([^"\']+)["\']', call)}
+    words |= {*COLUMNS, *TITLES, *compare.HELD_OUT.values(), *CHANGE, "before training", "after training"}
+    assert len(words) > 40 and [text for text in sorted(words) if text and WORD + text not in ENTRIES] == []
 
 
 def test_an_entry_keeps_what_varies():
