@@ -22,8 +22,9 @@ import torch
 from gspo.kernels.native import cache_folder, library
 
 MUCH = 1.1  # PyTorch has to be so many times as fast: ours need less memory, and fewer calls
-REPEATS = 5
-ENOUGH = 0.05  # seconds after which an operation is not repeated any more, once both have had three turns
+TURNS = 3  # at least
+ALIKE = 1.1  # a shortest time counts once there is another that is at most so many times as long
+ENOUGH = 0.15  # seconds after which an operation is not repeated any more in the hope of such a one
 PATIENCE = 60  # seconds to wait for another process that measures
 KEPT = "choices.json"  # {key: {operation: whether ours won}}
 
@@ -52,17 +53,22 @@ def decide(what: list[Any], measure: Callable[[], Times], describe: Callable[[Ti
 
 
 def seconds(*works: Callable[[], object]) -> tuple[float, ...]:
-    """Return the shortest time of each work, in turns, so that a busy moment meets all."""
-    best, end = [float("inf")] * len(works), float("inf")
-    for turn in range(REPEATS + 1):  # the first finds cold caches
-        for i, work in enumerate(works):
+    """Return the shortest time of each work, in turns, so that a busy moment meets all.
+
+    On a quiet machine three turns are enough; on a busy one they go on until no shortest time stands alone.
+    """
+    times: list[list[float]] = [[] for _ in works]
+    for work in works:  # cold caches, threads that have yet to start
+        work()
+    end = time.perf_counter() + ENOUGH
+    while True:
+        for work, mine in zip(works, times, strict=True):
             began = time.perf_counter()
             work()
-            best[i] = min(best[i], time.perf_counter() - began)
-        end = min(end, time.perf_counter() + ENOUGH)
-        if turn >= 2 and time.perf_counter() > end:
-            break
-    return tuple(best)
+            mine.append(time.perf_counter() - began)
+            mine.sort()
+        if len(times[0]) >= TURNS and (time.perf_counter() > end or all(a * ALIKE >= b for a, b, *_ in times)):
+            return tuple(shortest for shortest, *_ in times)
 
 
 def _by_itself(measure: Callable[[], Times]) -> Times:
