@@ -63,7 +63,11 @@ def _facts(run: Path, settings: dict[str, str], rows: list[dict], step: int) -> 
     files = settings.get("data.train_files", "[]")
     held_out = [row["heldout/accuracy"] for row in rows if row["step"] == step and "heldout/accuracy" in row]
     reward = settings.get("reward.path", "null")
+    first = rows[0]["step"]
     lines = {
+        "begun from": f"a checkpoint of another run, step {first - 1}; what follows is of the steps from there on"
+        if first > 1
+        else "null",
         "training prompts": ("the embedded equations" if files == "[]" else files)
         + (f" ({count} rows)" if count.isdecimal() else ""),
         "reward function": "the default of gspo" if reward == "null" else reward,

@@ -51,11 +51,20 @@ def test_the_card_says_what_the_run_was(run):
     assert "| `greedy` | 0.400 [0.300, 0.500] | 0.800 [0.700, 0.900] |" in card
     assert "python train.py --config standard" in card and "objective.algorithm=grpo" in card
     assert "rollout.max_slots" not in card and "trainer.project_name" not in card, "of a machine"
+    assert "begun from" not in card
 
 
 def test_the_card_of_another_step_has_its_held_out_accuracy_and_no_table(run):
     card = model_card(run / "checkpoints" / "step_000002")
     assert "| held-out accuracy at this step | `0.750` |" in card and "Before and after" not in card
+
+
+def test_a_branch_of_another_run_is_called_one(run):
+    """Its command alone would not make it again."""
+    steps = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(steps[2:]) + "\n")
+    card = model_card(run / "checkpoints" / "step_000006")
+    assert "| begun from | `a checkpoint of another run, step 2; what follows is of the steps from there on` |" in card
 
 
 def test_the_card_gives_no_folder_and_no_secret_away(run):
