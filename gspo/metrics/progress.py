@@ -58,12 +58,13 @@ class Progress:
     def _estimate(self, now: float, left: int) -> None:
         """Say once how long the whole run will take; the first step counts as what it was, not as what steps take."""
         pace = (self.ended[-1] - self.ended[1]) / (len(self.ended) - 2)
+        of_a_step = f"{pace:.2g}" if pace < 10 else f"{pace:.0f}"
         total = time_left(now - STARTED + pace * left + self.after_s)
         if self.after_s:
             after = time_left(self.after_s)
-            say(f"the whole run takes about {total}: {left} more steps of {pace:.2g} s and {after} of evaluation")
+            say(f"the whole run takes about {total}: {left} more steps of {of_a_step} s and {after} of evaluation")
         else:
-            say(f"the whole run takes about {total}: {left} more steps of {pace:.2g} s")
+            say(f"the whole run takes about {total}: {left} more steps of {of_a_step} s")
 
     def looked(self, step: int, row: dict[str, float], best: bool) -> None:
         """Show what a look at the held-out prompts has found, and whether the policy was never better."""

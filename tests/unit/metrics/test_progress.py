@@ -81,6 +81,18 @@ def test_steps_in_quick_succession_share_a_line_but_the_first_and_the_last(monke
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "reward" in line] == ["1/9", "9/9"]
 
 
+def test_long_steps_are_estimated_in_whole_seconds(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "STARTED", 0.0)
+    times = itertools.count(0, 380)
+    monkeypatch.setattr("gspo.metrics.progress.time.monotonic", lambda: float(next(times)))
+    shown = Progress(0)
+    shown.begin()
+    for step in range(1, 5):
+        shown.step(step, ROW, total_steps=8)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "whole run" in line]
+    assert said.endswith("5 more steps of 380 s")
+
+
 @pytest.mark.parametrize("start", [0, 40])
 def test_after_the_first_steps_the_whole_run_is_estimated_once(clock, capsys, start):
     """110 s before the first step ends, two steps of 10 s, 5 more of them and 60 s of evaluation."""

@@ -145,3 +145,27 @@ def test_a_program_speaks_chinese():
     assert wrong.returncode == 2 and wrong.stderr.startswith("错误：") and "optim.learning_rate" in wrong.stderr
     helped = run("--help")
     assert helped.returncode == 0 and "用法" in helped.stdout and "show this help" not in helped.stdout
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        (
+            "warning, step 4: 75% of the responses are cut off: raise the limit.",
+            "警告，第 4 步：75% 的回复被截断：raise",
+        ),
+        ("step 4: held-out accuracy 0.3 (was 0.1), reward 0.4", "第 4 步：留出准确率 0.3（之前 0.1）"),
+        (
+            "note, command line: bf16 needs no setting: every step is logged.",
+            "提示，命令行：bf16 不需要设置：每一步都有记录。",
+        ),
+        (
+            "error: out holds a run with a.b = 1, but this command has 2. Keep them; or go on in this folder with "
+            "other step sizes and coefficients: trainer.resume=force; or x.",
+            "错误：out 中的训练是 a.b = 1，而这条命令是 2。保持这些设置；或在这个目录里用别的步长和系数继续",
+        ),
+        ("the whole run takes about 9 s: 3 more steps of 0.8 s and 2 s of evaluation", "每步 0.8 秒，另加评估 2 秒"),
+    ],
+)
+def test_a_message_made_of_parts_is_chinese_in_all_of_them(english, chinese):
+    assert chinese in to_chinese(english)
