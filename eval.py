@@ -26,12 +26,14 @@ from gspo.checkpoint import fingerprints
 from gspo.checkpoint.adapter_checkpoints import base_of, load_policy
 from gspo.checkpoint.find_runs import checkpoint_of, config_of
 from gspo.config import Config
-from gspo.data.prompts import load_splits
+from gspo.data.prompts import EMBEDDED, load_splits
 from gspo.distributed.world import World, process_group
+from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 from gspo.launch_checks import say_inputs
 from gspo.metrics.evaluation import Answers, answer, report, table
 from gspo.models.loading import check_weights, load_model_config, load_tokenizer
+from gspo.models.model_folder import called
 from gspo.models.precision import DTYPES, allow_tf32, choose_precision
 from gspo.program_settings import SAMPLING, parse_with_settings
 from gspo.read_config import keys_of, load_config, set_value
@@ -138,14 +140,17 @@ def _say_other_reward(run: Path, path: str | None) -> None:
         say(f"note: {path or 'the default reward function'} is not what {run} was scored by: it has changed since")
 
 
+def named(model: str) -> str:
+    """Return the folder of the embedded model for the word `embedded`, unless that is a folder here."""
+    return str(MODEL_DIR) if model == EMBEDDED and not Path(model).exists() else model
+
+
 def check_model(name: str, place: str) -> None:
     """Raise UserError, which names its place on the command line, where a model cannot be opened."""
-    try:
+    with called(place):
         load_model_config(base_of(name))
         load_tokenizer(name)
         check_weights(base_of(name))
-    except UserError as e:
-        raise UserError(str(e).replace("model.path =", f"{place} =", 1)) from e
 
 
 def _take_chat_template(cfg: Config, model: Path) -> None:
@@ -191,7 +196,8 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
     for place, text in {"MODEL": args.model, "--compare": args.compare, **written}.items():
         check_path(str(text or ""), place, written=place in written)
     model = args.model or (load_config(args.config).model.path if args.config else None)
-    name, other = (checkpoint_of(text) if text else None for text in (model, args.compare))
+    name, other = (checkpoint_of(named(text)) if text else None for text in (model, args.compare))
+    name = None if model and named(model) != model else name  # which is evaluated on its own data
     for flag, file in written.items():
         if file and not file.expanduser().parent.is_dir():
             raise UserError(f"{flag} {file}: the folder {file.parent} does not exist.")

@@ -41,6 +41,7 @@ from gspo.system.language import translated, word
 from gspo.system.program import guarded
 
 BAD, LONG, TWICE, IN_TRAIN = "bad rows", "too long", "duplicates", "also in train"
+TRUTHS = "prompts with different ground truths"
 NOT_FULL, NOT_ABOVE = "gold answers that count as wrong", "gold answers not above a wrong one"
 
 
@@ -146,7 +147,11 @@ def _say_of_right_answers(
 
 
 def _find_repeats(seen: Survey, train: Survey | None, found: Found) -> None:
-    """Add the prompts that occur twice in this split, and those that are in the training split as well."""
+    """Add the prompts that occur twice in this split, with one ground truth or several, and those that are in the
+    training split as well."""
+    pairs = seen.contradictions()
+    found.counts[TRUTHS] = len(pairs)
+    found.first[TRUTHS] = [seen.contradiction(pair) for pair in pairs[:SHOWN]]
     order = np.argsort(seen.keys, kind="stable")
     same = seen.keys[order[1:]] == seen.keys[order[:-1]]
     later, earlier = order[1:][same], order[:-1][same]
@@ -206,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(parser, argv, EVERY)
     if args.rows < 1:
         raise UserError(f"--rows {args.rows}: it must be at least 1.")
-    cfg = load_config(args.config, args.overrides)
+    cfg = load_config(args.config, args.overrides, note=say)
     reports = list(check_splits(cfg, None if args.all else args.rows))
     print(show(reports))
     print("".join(f"\n{translated(report.first_prompt)}" for report in reports if report.first_prompt))

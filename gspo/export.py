@@ -31,7 +31,7 @@ from gspo.distributed.world import World
 from gspo.errors import UserError
 from gspo.model_card import model_card
 from gspo.models.loading import check_weights
-from gspo.models.model_folder import check_folder
+from gspo.models.model_folder import called, check_folder
 from gspo.models.safetensors_files import Weights, open_weights, stored_folder, write_weights
 from gspo.models.stored_weights import refuse_non_finite
 from gspo.read_paths import check_path
@@ -232,7 +232,9 @@ def main() -> None:
         raise UserError(f"--dtype {args.dtype}: must be fp32, bf16 or fp16.")
     if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max_shard_gb {args.max_shard_gb:g}: must be a number above 0.")
-    exported = export(args.checkpoint, args.folder, DTYPES.get(args.dtype), int(args.max_shard_gb * 1e9), args.adapter)
+    size, dtype = int(args.max_shard_gb * 1e9), DTYPES.get(args.dtype)
+    with called("CHECKPOINT"):
+        exported = export(args.checkpoint, args.folder, dtype, size, args.adapter)
     size = sum(file.stat().st_size for file in args.folder.iterdir())
     say(f"{exported} -> {args.folder}: {size / 1e6:.1f} MB, verified")
     best = best_checkpoint(exported.parent) if _is_checkpoint(exported) else None

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import yaml
@@ -310,7 +311,8 @@ def _typed(item: str) -> tuple[str, Any]:
     """Return key and value of `section.name=value`, the value read as YAML; a text parameter takes it as it is."""
     key, equals, text = item.partition("=")
     if not equals:
-        raise UserError(f"command line: {item!r} is not of the form section.key=value.")
+        meant = f" Is --config {item} meant?" if find_config(item).is_file() else ""
+        raise UserError(f"command line: {item!r} is not of the form section.key=value.{meant}")
     name, inside = (key, ()) if is_foreign(key) else find_parameter(key, "command line")
     kind = PARAMETERS[name].type if name in PARAMETERS else None
     if not text.strip() or text.strip() in ("''", '""') or (name == "data.train_files" and text.strip() == "[]"):
@@ -334,6 +336,14 @@ def _typed(item: str) -> tuple[str, Any]:
         return key, text
 
 
+def _refuse_spaces(overrides: list[str]) -> None:
+    """Raise UserError where a setting was cut by spaces before or after its `=`."""
+    for i, item in enumerate(overrides):
+        if item.startswith("="):
+            parts = overrides[max(i - 1, 0) : i + 1 + (item == "=")]
+            raise UserError(f"command line: {' '.join(parts)}: a setting has no spaces; write {quote(''.join(parts))}.")
+
+
 def keys_of(settings: list[str]) -> set[str]:
     """Return the parameters that texts `section.name=value` set, by our names. Raise UserError."""
     found: set[str] = set()
@@ -355,6 +365,7 @@ def load_config(
     that the command line gives twice.
     """
     config, places, foreign = Config(), {}, Foreign()
+    _refuse_spaces(list(overrides))
     path = None if path is None else find_config(path)
     leaves = _leaves(read_file(path)) if path else []
     typed = [(item.partition("=")[0], "command line") for item in overrides if "=" in item]

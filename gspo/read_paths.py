@@ -46,6 +46,20 @@ def mistyped_path(name: str) -> str:
     return f"{folder} is a folder here, and has no {rest!r}{guess}"
 
 
+def near_names(name: str) -> str:
+    """Return which names beside a missing one are like it, or that its folder is missing too; "" where none is."""
+    folder, last = os.path.split(name)
+    if folder and not os.path.isdir(folder):
+        return f" There is no folder {folder}."
+    try:
+        here = sorted(os.listdir(folder or "."))
+    except OSError:
+        return ""
+    near = [other for other in here if os.path.splitext(other)[0] == last]
+    near += [other for other in difflib.get_close_matches(last, here, n=3, cutoff=0.75) if other not in near]
+    return f" Is {' or '.join(os.path.join(folder, other) for other in near[:3])} meant?" if near else ""
+
+
 def require_file(path: Path, what: str) -> None:
     """Raise UserError where a path names a pipe, a device or a socket, of which some never end; OSError where it cannot
     be looked at."""

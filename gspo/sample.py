@@ -37,11 +37,12 @@ from gspo.data.messages import Messages, question_of, read_messages, read_tools
 from gspo.data.prompts import EMBEDDED, EMBEDDED_FILE
 from gspo.data.row_checker import NO_LIMIT, RowChecker, say_fields
 from gspo.data.schemas import parse_row, published_row, require_prompt
-from gspo.data.shapes import RenamedRows, parsed, with_our_fields
+from gspo.data.shapes import RenamedRows, prompt_of, with_our_fields
 from gspo.data.sources import Source, open_source
 from gspo.embedded import DATA_DIR, equations
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
+from gspo.models.model_folder import called
 from gspo.models.precision import DTYPES, choose_precision
 from gspo.program_settings import SAMPLING, parse_with_settings
 from gspo.read_config import keys_of, load_config
@@ -189,7 +190,7 @@ def _prompt_of_row(encoder: Encoder, number: int, row: dict[str, Any], place: st
     """Encode the prompt of a row. Raise UserError, which names the place."""
     row = with_our_fields(published_row(row, place), place, guess_truth=False)
     require_prompt(row, place)
-    return _prompt(encoder, number, parsed(row.get("prompt")), place, row.get("tools"))
+    return _prompt(encoder, number, prompt_of(row.get("prompt")), place, row.get("tools"))
 
 
 def _scored_prompt(encoder: Encoder, number: int, row: dict[str, Any], place: str) -> Prompt:
@@ -316,6 +317,24 @@ def _configure(a: argparse.Namespace, model: str | None) -> Config:
     return cfg
 
 
+def _refuse_idle(a: argparse.Namespace, n: int) -> None:
+    """Raise UserError where something was given that has no effect on what is written."""
+    reward = next((text for text in a.settings if any(key.startswith("reward.") for key in keys_of([text]))), "")
+    reward = "--reward_func" if a.reward_func else reward
+    margin = next((text for text in a.settings if "objective.margin" in keys_of([text])), "")
+    margin = "--margin" if a.margin is not None else margin
+    if reward and not (a.score or a.pairs):
+        raise UserError(
+            f"{reward} has no effect without --score or --pairs: nothing is scored. Add one, or leave it out."
+        )
+    if margin and not a.pairs:
+        raise UserError(f"{margin} has no effect without --pairs: no pairs are made. Add that, or leave it out.")
+    if a.score and a.pairs:
+        raise UserError("--score and --pairs write different rows; give one of the two.")
+    if a.pairs and n < 2:
+        raise UserError(f"--pairs with {n} response per prompt makes no pair. Give --n 2 or more.")
+
+
 def main() -> None:
     a = _arguments()
     if not a.model.strip():
@@ -327,11 +346,13 @@ def main() -> None:
     model = None if a.model == EMBEDDED and not Path(EMBEDDED).exists() else checkpoint_of(a.model)
     cfg, scores, written = _configure(a, model), a.score or a.pairs, 0
     _check_number(cfg.eval.n)
+    _refuse_idle(a, cfg.eval.n)
     sampling, source = Sampling.of(cfg.rollout), open_prompts(a.prompts)
     named = RenamedRows(source, cfg.data.prompt_key, cfg.data.truth_key if scores else None)
     scorer = Scorer(cfg.reward) if scores else None
     with _open_answers(a.answers, a.prompts) as out:
-        sampler, encoder = _open(model, None, None, cfg)
+        with called("MODEL"):
+            sampler, encoder = _open(model, None, None, cfg)
         if scores:
             _check_scored(named, encoder, cfg)
         for at in range(0, len(source), ROWS_AT_ONCE):

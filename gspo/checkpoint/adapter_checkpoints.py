@@ -75,7 +75,9 @@ class StoredAdapter:
         found = [layer for layer in ends if not layer.endswith(".weight")]
         if other := {name for layer in found for name in stored_names(layer)} ^ set(self.weights.names):
             raise _cannot_merge(self.folder, f"{FILE}.safetensors and {min(other)}")
-        refuse_non_finite(self.folder, ((name, self.weights.read(name)) for name in self.weights.names))
+        refuse_non_finite(
+            self.folder, ((name, self.weights.read(name)) for name in self.weights.names), may_be_zero=True
+        )
         return found
 
     def merge(self, layer: str, weight: Tensor) -> Tensor:

@@ -103,6 +103,20 @@ class Survey:
 
     prompts: Prompts
     keys: np.ndarray  # [len(prompts)] int64, `prompt_key` of each
+    truths: np.ndarray  # [len(prompts)] int64, a hash of each ground truth; 0 where there is none
+
+    def contradictions(self) -> list[tuple[int, int]]:
+        """Return pairs of prompts, in their order, that are one prompt with two ground truths: one pair a prompt."""
+        rows = np.flatnonzero(self.truths)
+        rows = rows[np.argsort(self.keys[rows], kind="stable")]
+        keys, truths = self.keys[rows], self.truths[rows]
+        found = np.flatnonzero((keys[1:] == keys[:-1]) & (truths[1:] != truths[:-1]))
+        found = found[np.unique(keys[found], return_index=True)[1]]
+        return sorted(zip(rows[found].tolist(), rows[found + 1].tolist(), strict=True), key=lambda pair: pair[1])
+
+    def contradiction(self, pair: tuple[int, int]) -> str:
+        """Return where the two are, and what they say."""
+        return " and ".join(f"{self.prompts.place(i)} has {self.prompts[i].ground_truth!r:.60}" for i in pair)
 
 
 def survey(
@@ -134,7 +148,8 @@ def survey(
                 break
     kept = np.delete(np.arange(number), np.frombuffer(bad, np.int64)) if bad else range(number)
     found = np.frombuffer(keys, np.int64) if keys else np.zeros(0, np.int64)
-    return Survey(Prompts(sources, checker.encoder, checker.max_length, kept, checker.stored), found)
+    prompts = Prompts(sources, checker.encoder, checker.max_length, kept, checker.stored)
+    return Survey(prompts, found, np.frombuffer(checker.truths, np.int64) if keys else np.zeros(0, np.int64))
 
 
 def load_survey(
@@ -259,6 +274,16 @@ def say_repeats(configured: SplitFiles) -> None:
         seen.setdefault(real, name)
 
 
+def say_contradictions(configured: SplitFiles, found: Survey) -> None:
+    """Say how many prompts of a split are there with several ground truths, and where the first is."""
+    if pairs := found.contradictions():
+        say(
+            f"warning: data.{configured.name}_files: {len(pairs)} prompts have different ground truths in several rows "
+            f"(first: {found.contradiction(pairs[0])}), so what is right in one row is wrong in another. python -m "
+            "gspo.check_data names more."
+        )
+
+
 def load_splits(
     cfg: Config,
     tokenizer: Any,
@@ -289,6 +314,7 @@ def load_splits(
         )
         checkers.append(checker)
         say_repeats(configured)
+        say_contradictions(configured, found[configured.name])
         check_positions(checker, cfg)
         if checker.equal_pairs:
             say(

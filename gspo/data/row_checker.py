@@ -2,12 +2,13 @@
 
 import difflib
 import hashlib
+from array import array
 from typing import Any
 
 from gspo.data.encoding import Encoder
 from gspo.data.messages import Messages, Tools, read_tools
-from gspo.data.schemas import FIELDS, Row, bytes_of, is_published, parse_row
-from gspo.data.shapes import fields_read
+from gspo.data.schemas import AS_IT_STANDS, FIELDS, Row, bytes_of, is_published, parse_row
+from gspo.data.shapes import fields_read, read_as_messages
 from gspo.data.stored_rows import split_row
 from gspo.errors import UserError
 from gspo.system.console import say
@@ -64,6 +65,8 @@ class RowChecker:
         self.only_texts, self.needs_solutions = only_texts, needs_solutions
         self.longest = 0  # of the prompts tokenized, which include all that are longer than `positions`
         self._surely_short = min(max_length, positions)  # a prompt with a bound up to this is not tokenized
+        self.truths = array("q")  # of each good row, a hash of its ground truth; 0 where there is none
+        self.json_prompts, self.first_json = 0, ""  # prompts whose text is JSON of messages, and the place of the first
         self.good, self._digest = 0, hashlib.blake2b(digest_size=16)
         self.unread: dict[str, str] = {}  # fields that only extra_info holds -> the place of the first
         self.read_as: dict[tuple[str, tuple[str, ...]], str] = {}  # (our field, those that are read for it) -> likewise
@@ -104,6 +107,9 @@ class RowChecker:
             if length > self.longest:
                 self.longest = length
                 self._surely_short = min(self.max_length, max(self.positions, length))
+        self.truths.append(0 if truth is None else hash(bytes_of(truth)))
+        if read_as_messages(row, messages):
+            self.json_prompts, self.first_json = self.json_prompts + 1, self.first_json or place
         self.good += 1
         held = () if stored is None else (stored.texts, stored.rewards, stored.finished)
         self._digest.update(bytes_of((messages, truth, source, extra, tools, *held)))
@@ -153,6 +159,12 @@ def say_fields(checkers: list[RowChecker], own_function: bool) -> None:
         say(
             f"note: of the rows are read {', '.join(words)} (first: {next(iter(read_as.values()))}); data.prompt_key "
             "and data.truth_key name other fields."
+        )
+    if count := sum(checker.json_prompts for checker in checkers):
+        first = next(checker.first_json for checker in checkers if checker.first_json)
+        say(
+            f"note: the prompts of {count:,} rows are JSON texts, read as the messages in them (first: {first}). "
+            f"{AS_IT_STANDS}"
         )
     if without := next((checker.without_truth for checker in checkers if checker.without_truth), ""):
         say(

@@ -16,12 +16,13 @@ from decimal import Decimal
 from typing import Any
 
 from gspo.data.messages import NOT_TEXT, Messages, read_messages, refuse_other_media, too_deep
-from gspo.data.shapes import keys_of, parsed, with_our_fields
+from gspo.data.shapes import keys_of, parsed, prompt_of, with_our_fields
 from gspo.errors import UserError
 
 Row = dict[str, Any]
 SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")  # begins the UTF-8 of one, if it had any
 MARSHAL = 2  # the version without references: the bytes depend on the values alone
+AS_IT_STANDS = 'To give such a text as it stands, write it as [{"role": "user", "content": TEXT}].'
 EXACT = 2**53  # a float of this size or more may not be the integer that was meant
 
 # All that is read of a row under our names.
@@ -48,7 +49,13 @@ def parse_row(row: Any, place: str, needs_truth: bool = True, stored: bool = Fal
     refuse_other_media(row, place)
     row = with_our_fields(published_row(row, place), place, guess_truth=not stored)
     require_prompt(row, place)
-    messages = read_messages(parsed(row["prompt"]), place)
+    prompt = prompt_of(row["prompt"])
+    try:
+        messages = read_messages(prompt, place)
+    except UserError as e:
+        if prompt is row["prompt"]:
+            raise
+        raise UserError(f"{e} The prompt is a JSON text of messages. {AS_IT_STANDS}") from e
     if row.get("reward_model") is not None:
         model = parsed(row["reward_model"])
         truth = ground_truth_of(model.get("ground_truth")) if isinstance(model, dict) else None

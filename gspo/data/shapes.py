@@ -98,6 +98,20 @@ def parsed(value: Any) -> Any:
     return value
 
 
+def prompt_of(value: Any) -> Any:
+    """Return a prompt: the messages that a text of JSON holds, else the value as it is."""
+    found = parsed(value)
+    return found if isinstance(found, list) else value
+
+
+def read_as_messages(row: Row, messages: list[Row]) -> bool:
+    """Return whether the prompt of a row is a text, and not the one that its messages begin with."""
+    text = row["prompt"] if row.get("prompt") is not None else next((row[x] for x in PROMPTS if row.get(x)), None)
+    if not isinstance(text, str) or text.lstrip()[:1] != "[":
+        return False
+    return not str(messages[0].get("content")).lstrip().startswith(text.strip())
+
+
 class RenamedRows(Source):
     """A source whose fields `prompt` and `ground_truth` have the names that were configured (data.prompt_key, ...)."""
 

@@ -18,7 +18,7 @@ from shlex import quote
 from typing import Any
 
 from gspo.errors import UserError
-from gspo.read_paths import check_path, mistyped_path, require_file
+from gspo.read_paths import check_path, mistyped_path, near_names, require_file
 from gspo.read_yaml import without_repeats
 
 BOM = b"\xef\xbb\xbf"
@@ -27,8 +27,8 @@ BATCH = 1024  # Arrow rows converted at a time when all rows are read
 # a folder or owner/name, then :config, then @split
 DATASET = re.compile(r"(?P<path>[^:@]+)(?::(?P<config>[^@]+))?(?:@(?P<split>.+))?")
 decode_json = json.JSONDecoder(object_pairs_hook=without_repeats).raw_decode  # json.loads without its preparations
-KINDS = " JSON, JSONL, CSV and parquet are read, and Hugging Face data sets."
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+KINDS = " JSON, JSONL, CSV and parquet are read, and data sets of the hub, named OWNER/NAME: openai/gsm8k:main."
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*|@.*)?|\w[\w.-]*[:@].*")  # OWNER/NAME; a bare name may be a mistyped file
 
 
 class Source(Sequence):
@@ -277,7 +277,9 @@ def open_source(name: str | Path, split: str = "train") -> Source:
         path.stat()  # so that a missing file is named as such: pyarrow's error is only its name
         return READERS.get(suffix, JsonList)(path)
     except OSError as e:
-        raise UserError(f"data file {path}: {e.strerror or e}.{several_names(str(name))}") from e
+        raise UserError(
+            f"data file {path}: {e.strerror or e}.{several_names(str(name)) or near_names(str(name))}"
+        ) from e
 
 
 def several_names(name: str) -> str:
@@ -298,8 +300,8 @@ def _open_dataset(name: str, split: str) -> Source:
     given = {"path": name} if Path(name).is_dir() else (m.groupdict() if (m := DATASET.fullmatch(name)) else {})
     path = given.get("path", name)
     is_folder = Path(path).is_dir()
-    if not is_folder and (not HUB_ID.fullmatch(path) or several_names(name)):
-        raise UserError(f"data file {name}: No such file.{several_names(name) or KINDS}")
+    if not is_folder and (not given or not HUB_ID.fullmatch(name) or several_names(name)):
+        raise UserError(f"data file {name}: No such file.{several_names(name) or near_names(name) + KINDS}")
     if not is_folder and (why := mistyped_path(path)):
         raise UserError(f"data file {name}: No such file: {why} To read a data set of that name: `hf download` it.")
     kind = "is a folder" if is_folder else "is no file here"

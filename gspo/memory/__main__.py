@@ -15,14 +15,18 @@ from typing import Any
 import torch
 
 from gspo.command_line import EVERY, parse_arguments
+from gspo.config import Config
 from gspo.errors import UserError
 from gspo.memory.fit import find_fitting
 from gspo.memory.footprint import GIB, Footprint, available_bytes
 from gspo.memory.plan import fit_settings
+from gspo.models.attention_support import check_length
 from gspo.models.loading import check_weights, load_model_config
 from gspo.models.model_folder import resolve_path
 from gspo.models.precision import choose_precision
 from gspo.read_config import STANDARD, load_config
+from gspo.rollout.engines import engine_class
+from gspo.rollout.tree import Tree
 from gspo.system.cells import flush_left
 from gspo.system.console import say
 from gspo.system.help_text import HelpText
@@ -92,10 +96,25 @@ def say_fitting(changes: dict[str, Any], report: Footprint, free: int | None) ->
     say("with " + " ".join(f"{key}={value}" for key, value in written.items()) if written else "no setting is needed")
 
 
+def _check(cfg: Config) -> None:
+    """Raise UserError for settings of sampling with which training would not start either."""
+    engine_class(cfg.rollout.engine)
+    Tree.of(cfg.rollout)
+    config, longest = load_model_config(cfg.model.path), cfg.rollout.max_new_tokens
+    check_length(config, cfg.data.max_prompt_length + longest)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest >= positions:
+        raise UserError(
+            f"rollout.max_new_tokens = {longest:,}, but this model has {positions:,} positions, for a prompt and its "
+            "response. Lower it."
+        )
+
+
 def main() -> None:
     args = _arguments()
-    cfg = load_config(args.config, args.overrides)
+    cfg = load_config(args.config, args.overrides, note=say)
     check_weights(cfg.model.path, required=False)
+    _check(cfg)
     ranks = args.ranks or (cfg.trainer.n_gpus or 1) * (cfg.trainer.nnodes or 1)
     this_machine = "cuda" if torch.cuda.is_available() else "cpu"
     device = args.on or this_machine

@@ -5,6 +5,8 @@ Nothing here reads weights; stored_weights.py compares those with the model.
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
-from gspo.read_paths import mistyped_path
+from gspo.read_paths import mistyped_path, near_names
 from gspo.read_yaml import TwiceError, without_repeats
 from gspo.system.console import say
 
@@ -30,6 +32,7 @@ MOST = {  # no model has more
     "num_local_experts": 2**14,
 }
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # OWNER/NAME
+FLOATS = ("float32", "bfloat16", "float16", "float64", "float", "half", "double", "auto")
 QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys of config.json
 
 
@@ -42,7 +45,27 @@ def cannot_open(path: str, error: Exception | str) -> UserError:
     """Return the error that names `path` and why transformers or the hub could not open it."""
     reason = " ".join(str(error).split())[:300].rstrip(".")
     what = "cannot be opened as a model folder" if Path(path).exists() else "is no folder here and cannot be fetched"
+    if isinstance(error, TypeError) and any("rope_theta" in x and x["rope_theta"] is None for x in _parts(path)):
+        return UserError(
+            f"model.path = {path!r} {what}: rope_theta is null in its config.json. Write the model's own base of "
+            "rotary positions there, or fetch the file again."
+        )
     return UserError(f"model.path = {path!r} {what}: {reason}. Give a Hugging Face folder or name, or leave it empty.")
+
+
+def _parts(path: str) -> list[dict[str, Any]]:
+    """Return config.json and the objects in it."""
+    config = _read(path, "config.json") or {}
+    return [config, *(part for part in config.values() if isinstance(part, dict))]
+
+
+@contextmanager
+def called(place: str) -> Iterator[None]:
+    """Name a model in errors by its place on a command line, where it is no setting."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(str(e).replace("model.path =", f"{place} =", 1)) from e
 
 
 def wrong_folder(path: str, why: str) -> UserError:
@@ -64,7 +87,7 @@ def check_folder(path: str) -> None:
             raise wrong_folder(
                 path,
                 "is no folder here, and a name on the hub is OWNER/NAME. Give a Hugging Face folder or such a name, or "
-                "leave it empty.",
+                f"leave it empty.{near_names(path)}",
             )
         if why := mistyped_path(path):
             raise wrong_folder(path, f"is no folder here: {why} To fetch a model of that name: `hf download {path}`.")
@@ -222,7 +245,22 @@ def _check_config(path: str, config: dict[str, Any]) -> None:
         if found is not None:
             kind = found.get("quant_method") or found.get("quant_algo") if isinstance(found, dict) else None
             raise quantised(path, f"{key} in config.json" + (f": {kind}" if kind else ""))
+    for part in parts:
+        _check_dtype(path, part)
     _check_code(path, "config.json", "AutoConfig", "AutoModelForCausalLM")
+
+
+def _check_dtype(path: str, config: dict[str, Any]) -> None:
+    """Raise UserError where config.json names a number format that no model is trained from."""
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    value = config.get(key)
+    if value is not None and str(value).removeprefix("torch.") not in FLOATS:
+        raise wrong_folder(
+            path,
+            f"has {key} = {value!r} in its config.json, and a model is trained from float32, bfloat16 or float16. If "
+            "its files hold weights of such a type, write that type there. If they are quantised, dequantize them with "
+            "what quantised them and save the model in bfloat16, or give the checkpoint that they were made from.",
+        )
 
 
 def quantised(path: str, sign: str) -> UserError:

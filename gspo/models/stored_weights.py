@@ -234,15 +234,28 @@ def two_heads(path: str) -> UserError:
 
 
 @torch.no_grad()
-def refuse_non_finite(path: str, tensors: Iterable[tuple[str, Callable[[], Tensor] | Tensor]]) -> None:
-    """Raise UserError where a tensor holds NaN or infinity, naming it and how many more there are."""
+def refuse_non_finite(
+    path: str, tensors: Iterable[tuple[str, Callable[[], Tensor] | Tensor]], may_be_zero: bool = False
+) -> None:
+    """Raise UserError where a tensor holds NaN or infinity, naming it and how many more there are.
+
+    Unless they `may_be_zero`, say which matrices hold nothing but zeros.
+    """
     bad: list[tuple[str, int, int]] = []
+    zero: list[str] = []
     for name, x in tensors:
         x = x() if callable(x) else x
-        if not x.is_floating_point() or x.sum(dtype=torch.float64).isfinite():  # a quick look: one pass, no copy
+        if not x.is_floating_point():
+            continue
+        total = x.sum(dtype=torch.float64)  # a quick look: one pass, no copy
+        if total == 0 and x.ndim > 1 and not may_be_zero and not x.any():
+            zero.append(name)
+        if total.isfinite():
             continue
         if count := int((~x.isfinite()).sum()):
             bad.append((name, count, x.numel()))
+    if zero:
+        _say_zero(path, tuple(sorted(zero, key=_natural_order)))
     if bad:
         name, count, size = bad[0]
         more = f", and so have {len(bad) - 1} more tensors" if len(bad) > 1 else ""
@@ -251,6 +264,14 @@ def refuse_non_finite(path: str, tensors: Iterable[tuple[str, Callable[[], Tenso
             f"has weights that are not finite: {name} has {count:,} of {size:,} (NaN or infinity){more}. They come "
             "from a training that diverged, or from a damaged file: give an earlier checkpoint, or fetch it again.",
         )
+
+
+@cache
+def _say_zero(path: str, names: tuple[str, ...]) -> None:
+    say(
+        f"warning: {path}: {_list(names)}: all weights are 0, as an export leaves them that lost a layer. What goes "
+        "through there is nothing, and no gradient may pass: fetch or export the model again."
+    )
 
 
 def state_of(model: Any) -> Iterable[tuple[str, Tensor]]:

@@ -179,6 +179,18 @@ def test_dropped_and_doubled_prompts_do_not_keep_training_from_starting(check):
     assert code == 2 and "train: no prompts in" in out
 
 
+def test_a_setting_that_is_given_twice_is_said(check):
+    _, _, out = check({"train": rows(0, 3)}, "rollout.n=6", "rollout.n=8")
+    assert "rollout.n is given twice; 8 counts, not 6" in out
+
+
+def test_prompts_with_different_truths_are_counted_and_shown(check, tmp_path):
+    file = tmp_path / "train.jsonl"
+    code, _, out = check({"train": [*rows(0, 3), {**rows(1, 1)[0], "ground_truth": "9"}]})
+    assert code == 0 and "train: 1 prompts with different ground truths" in out
+    assert f"  {file}, line 2 has '0' and {file}, line 4 has '9'" in out
+
+
 def test_the_first_five_of_a_kind_are_shown_in_the_files_order(check, tmp_path):
     _, table, out = check({"train": [*rows(0, 9), *rows(0, 9)[::-1]]})
     shown = [line.split(" repeats ")[0] for line in out.splitlines() if " repeats " in line]

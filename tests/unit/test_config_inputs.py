@@ -289,3 +289,20 @@ def test_of_a_parameter_that_the_command_line_gives_twice_the_one_that_counts_is
     notes = []
     load_config(None, overrides, notes.append)
     assert len(notes) == bool(said) and said in "".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["rollout.n", "=", "4"], "rollout.n = 4: a setting has no spaces; write rollout.n=4."),
+        (["a=1", "rollout.n", "=4"], "rollout.n =4: a setting has no spaces; write rollout.n=4."),
+        (["="], "command line: =: a setting has no spaces"),
+        (["quick"], "'quick' is not of the form section.key=value. Is --config quick meant?"),
+        (["configs/quick.yaml"], "Is --config configs/quick.yaml meant?"),
+        (["quik"], "'quik' is not of the form section.key=value."),
+    ],
+)
+def test_what_a_shell_has_cut_is_put_together(given, says):
+    with pytest.raises(UserError, match=re.escape(says)) as e:
+        load_config(None, given)
+    assert ("meant" in str(e.value)) == ("meant" in says)

@@ -32,6 +32,18 @@ def test_a_model_that_is_not_there_is_named_by_its_place_before_anything_is_samp
         evaluate(monkeypatch, *given)
 
 
+@pytest.mark.parametrize("place", ["MODEL", "--compare"])
+def test_the_word_embedded_is_the_embedded_model(monkeypatch, place):
+    """As gspo.sample has it, and as the data are named."""
+    asked = []
+    monkeypatch.setattr(sys, "argv", ["eval.py", *(["--compare"] * (place == "--compare")), "embedded"])
+    monkeypatch.setattr(evaluation, "check_model", lambda name, place: asked.append((name, place)))
+    with pytest.raises(pytest.fail.Exception, match="sampled: None"):
+        monkeypatch.setattr(evaluation, "evaluate", lambda name, cfg, world: pytest.fail(f"sampled: {name}"))
+        evaluation.run_evaluation(evaluation.options(), ALONE)
+    assert asked == ([] if place == "MODEL" else [(str(MODEL_DIR), "--compare")])
+
+
 def test_the_folder_of_a_run_is_evaluated_by_its_newest_checkpoint(monkeypatch, tmp_path, tokenizer):
     run = a_run(tmp_path, tokenizer)
     run.save(4)

@@ -182,6 +182,24 @@ def test_fields_are_named_as_in_training_and_written_as_they_were(monkeypatch, t
 
 
 @pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--reward_func", "r.py"], "--reward_func has no effect without --score or --pairs"),
+        (["reward.reward_kwargs.k=3"], "reward.reward_kwargs.k=3 has no effect without --score"),
+        (["--margin", "0", "--score"], "--margin has no effect without --pairs"),
+        (["margin=0.2"], "margin=0.2 has no effect without --pairs"),
+        (["--score", "--pairs"], "--score and --pairs write different rows"),
+        (["--pairs", "eval.n=1"], "--pairs with 1 response per prompt makes no pair"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(monkeypatch, tmp_path, given, says):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    command(monkeypatch, tmp_path / "p.jsonl", tmp_path / "a.jsonl", *given)
+    with pytest.raises(UserError, match=says):
+        main()
+
+
+@pytest.mark.parametrize(
     ("setting", "says"),
     [
         ("optim.learning_rate=1", "optim.learning_rate has no effect on sampling"),
@@ -204,3 +222,10 @@ def test_prompts_are_not_overwritten_and_a_missing_folder_is_an_error(monkeypatc
         with pytest.raises(UserError, match=says):
             main()
     assert prompts.read_text() == '{"prompt": "x"}\n' and list(tmp_path.iterdir()) == [prompts]
+
+
+def test_a_model_that_is_not_there_is_named_by_its_place(monkeypatch, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    monkeypatch.setattr("sys.argv", ["sample", "nosuchdir", str(tmp_path / "p.jsonl"), str(tmp_path / "a.jsonl")])
+    with pytest.raises(UserError, match="MODEL = 'nosuchdir' is no folder here"):
+        main()

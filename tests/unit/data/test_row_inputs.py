@@ -3,6 +3,7 @@
 import copy
 import datetime
 import json
+import re
 from decimal import Decimal
 
 import pytest
@@ -383,3 +384,23 @@ def test_a_prompt_of_which_the_template_shows_nothing_is_refused(splits, chat, t
     chat.chat_template = template
     with pytest.raises(UserError, match=f"line 1: the chat template shows nothing of this prompt, whose .* '{role}'"):
         splits([{**GOOD, "prompt": [{"role": role, "content": "x?"}]}], tokenizer=chat)
+
+
+TALK = json.dumps([{"role": "system", "content": "Be brief."}, ASKED])
+
+
+def test_a_text_of_json_is_read_as_messages_and_that_is_said_with_the_way_to_keep_it(splits, capsys):
+    texts = [TALK, " " + TALK, "[1, 2] sorted?", '{"a": 1}', "[x", ASKED["content"]]
+    found = splits([{"prompt": text, "ground_truth": "1"} for text in texts])
+    said = capsys.readouterr().out
+    assert found[0].ids == found[1].ids and [p.text for p in found] == [ASKED["content"]] * 2 + texts[2:]
+    assert re.search(r"prompts of 2 rows are JSON texts, read as the messages in them .*rows.jsonl, line 1.", said)
+    assert """write it as [{"role": "user", "content": TEXT}].""" in said
+    capsys.readouterr()
+    kept = splits([{"question": TALK, "answer": "1"}, {"prompt": [{"role": "user", "content": TALK}], "answer": "1"}])
+    assert "the prompts of 1 rows are JSON texts" in capsys.readouterr().out and kept[1].text == TALK
+    with pytest.raises(UserError, match="message 1 has no 'role', .* JSON text of messages. To give such a text as it"):
+        splits([{"prompt": '[{"x": 1}]', "ground_truth": "1"}])
+    with pytest.raises(UserError, match="message 1 has no 'role'") as e:
+        splits([{"prompt": [{"x": 1}], "ground_truth": "1"}])
+    assert "JSON" not in str(e.value)

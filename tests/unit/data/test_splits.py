@@ -141,3 +141,35 @@ def test_prompts_name_their_files_and_how_many_rows_these_have(splits, write):
     a, b = write([GOOD] * 1200, "a.json"), write([GOOD], "b.json")
     found = splits(f"data.train_files=[{a}, {b}]", f"data.val_files={b}")
     assert found.train.files() == f"{a} (1,200 rows), {b} (1 row)" and found.val.files() == f"{b} (1 row)"
+
+
+def test_a_prompt_with_different_truths_is_said_with_its_first_places(splits, write, capsys):
+    asked = [("a", "1"), ("b", "2"), ("a ", "1"), ("c", "3"), ("b", "4"), ("a", "5"), ("b", "6"), ("d", ["7"])]
+    mine = write([{**GOOD, "prompt": prompt, "ground_truth": truth} for prompt, truth in asked])
+    (Path(mine).parent / "r.py").write_text("def compute_score(solution_str, ground_truth):\n    return 1.0")
+    splits(f"data.train_files={mine}", "reward.path=r.py")
+    said = [line for line in capsys.readouterr().out.splitlines() if "different ground truths" in line]
+    assert said == [
+        f"warning: data.train_files: 2 prompts have different ground truths in several rows (first: {mine}, row 2 has "
+        f"'2' and {mine}, row 5 has '4'), so what is right in one row is wrong in another. python -m gspo.check_data "
+        "names more."
+    ]
+    alike = write([{**GOOD, "prompt": "a", "ground_truth": 1}, {**GOOD, "prompt": "a", "ground_truth": "1"}], "x.json")
+    none = write([{**GOOD, "prompt": "a", "ground_truth": None}, {**GOOD, "prompt": "a"}], "y.json")
+    splits(f"data.train_files={alike}")
+    splits(f"data.train_files={none}", "reward.path=r.py")
+    assert "different ground truths" not in capsys.readouterr().out
+
+
+def test_a_mistyped_file_is_named_by_those_beside_it_and_a_bare_name_is_no_data_set(splits, write):
+    mine = Path(write([GOOD], "train.jsonl"))
+    for given, said in {
+        "trian.jsonl": "No such file or directory. Is train.jsonl meant",
+        "train": "No such file. Is train.jsonl meant",
+        f"{mine.parent}/train.json": f"Is {mine} meant",
+        "other.jsonl": "No such file or directory.$",
+        "dta/train.jsonl": "There is no folder dta.",
+        "gsm8k": "data file gsm8k: No such file. JSON, .* data sets of the hub, named OWNER/NAME: openai/gsm8k:main",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            splits(f"data.train_files={given}")

@@ -72,6 +72,29 @@ def test_the_command_says_where_nothing_fits(monkeypatch, capsys):
     assert "it does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("rollout.max_new_tokens=10000000", "max_new_tokens = 10,000,000, but this model has 2,048 positions"),
+        ("rollout.engine=vllm", "rollout.engine = 'vllm' is no engine"),
+        ("rollout.trunks=3", "rollout.n = 8 is no multiple of rollout.trunks = 3"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(monkeypatch, setting, says):
+    monkeypatch.setattr("sys.argv", ["memory", "--on", "cuda", "--have", "80", setting])
+    with pytest.raises(UserError, match=says):
+        main()
+
+
+def test_settings_that_change_nothing_or_are_given_twice_are_said(monkeypatch, capsys):
+    given = ["rollout.n=4", "rollout.n=8", "gradient_checkpointing_kwargs={a: 1}", "rollout.trunks=3"]
+    monkeypatch.setattr("sys.argv", ["memory", *given, "--have", "80"])
+    with pytest.raises(UserError):
+        main()
+    said = capsys.readouterr().out
+    assert "rollout.n is given twice; 8 counts, not 4" in said and "gradient_checkpointing_kwargs" in said
+
+
 @pytest.mark.slow
 def test_seven_billion_parameters_on_two_gpus_of_80_gb(tmp_path):
     model = {"model_type": "qwen2", "max_position_embeddings": 32768, "hidden_size": 3584, "intermediate_size": 18944,

@@ -46,6 +46,31 @@ def test_a_mistyped_name_in_a_folder_that_is_here_does_not_ask_the_hub(folder, m
     assert capsys.readouterr().out == ""
 
 
+def test_a_mistyped_folder_is_named_by_those_beside_it(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "Qwen2.5-0.5B").mkdir()
+    for given, said in {
+        "Qwen2.5-0.5": r"leave it empty. Is Qwen2.5-0.5B meant\?",
+        str(folder.parent / "qwen2.5-0.5B"): f"Is {folder.parent}/Qwen2.5-0.5B meant",
+        "./nosuch/a/b": "There is no folder ./nosuch/a.",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            load_model_config(given)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_base_of_positions_that_is_null_is_named(folder, inside):
+    """It stands under one of two names, and where it stands under both, one may be null."""
+    config = json.loads((folder / "config.json").read_text())
+    write(folder, "config.json", {**config, "rope_theta": None})
+    load_model(str(folder))
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": None} if inside else None
+    write(folder, "config.json", {**config, "rope_theta": None} if not inside else config)
+    for opened in (load_model, check_weights):
+        with pytest.raises(UserError, match="rope_theta is null in its config.json. Write the model's own"):
+            opened(str(folder))
+
+
 def test_a_folder_is_never_looked_for_on_the_hub(folder, monkeypatch):
     """Its relative name could be one of the hub's."""
     asked = []
@@ -142,6 +167,15 @@ MODELS = {
     "AWQ": (quantised("awq"), "quantised weights .*: awq"),
     "bitsandbytes": (quantised("bitsandbytes"), "quantised weights .*: bitsandbytes"),
     "float8": (quantised("fp8"), "quantised weights .*: fp8"),
+    "float8 in config.json": (
+        lambda f: add(f, "config.json", dtype="float8_e4m3fn"),
+        "has dtype = 'float8_e4m3fn' in its config.json.*write that type there.*dequantize them",
+    ),
+    "int8 by the older name": (
+        lambda f: add(f, "config.json", dtype=None, torch_dtype="torch.int8"),
+        "has torch_dtype = 'torch.int8' in its config.json",
+    ),
+    "no dtype": (lambda f: add(f, "config.json", text_config={"dtype": 7}), "has dtype = 7 in its config.json"),
     "MLX": (
         lambda f: add(f, "config.json", quantization={"group_size": 64, "bits": 4}),
         "quantised weights .quantization in",

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -199,3 +200,22 @@ def test_pickled_weights_are_compared_as_well(tmp_path):
         (tmp_path / "m" / "config.json").write_text(json.dumps(settings))
         with pytest.raises(UserError, match=why):
             load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_matrices_of_zeros_are_said_once_whichever_way_they_are_opened(way, tmp_path, capsys):
+    """A broken export leaves them; a bias may be zero, and so may the norms of some families."""
+    tiny_model("llama", attention_bias=True).save_pretrained(tmp_path / "m")
+    load_tokenizer(None).save_pretrained(tmp_path / "m")
+    whole = {k: x * 0 if x.ndim == 1 else x for k, x in load_file(tmp_path / "m" / "model.safetensors").items()}
+    change(tmp_path / "m", lambda w: whole)
+    WAYS[way](tmp_path / "m")
+    assert "all weights are 0" not in capsys.readouterr().out
+    names = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("down", "up")]
+    broken = shutil.copytree(tmp_path / "m", tmp_path / "broken")
+    change(broken, lambda w: w | {name: w[name] * 0 for name in names})
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    for _ in range(1 if way == "export" else 2):
+        WAYS[way](broken)
+    said = capsys.readouterr().out
+    assert said.count(f"warning: {broken}: {', '.join(names)}: all weights are 0") == 1

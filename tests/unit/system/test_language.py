@@ -100,6 +100,15 @@ def test_an_entry_is_found_by_its_own_message():
     assert not wrong
 
 
+@pytest.mark.parametrize("place", ["model.path", "MODEL", "--compare", "CHECKPOINT"])
+def test_a_model_has_one_message_by_whatever_place_it_is_named(place):
+    said = to_chinese(
+        f"error: {place} = 'm' is no folder here, and a name on the hub is OWNER/NAME. Give a Hugging Face folder or "
+        "such a name, or leave it empty. Is n meant?"
+    )
+    assert said.startswith(f"错误：{place} = 'm' 在这里不是文件夹") and said.endswith("是指 n 吗？")
+
+
 def test_a_message_inside_a_message_is_translated_and_names_are_left(monkeypatch):
     found = {
         "error: ": "错误：",
