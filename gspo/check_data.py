@@ -183,7 +183,7 @@ def _cells(seen: Survey, rows: int | None, found: Found, name: str, gold: GoldCh
     ]
 
 
-TITLES = ["", "rows", "bad", "too long", "tokens", "twice", "in train", "gold", "right", "wrong", "gold > wrong"]
+TITLES = ["", "rows", "bad", "long", "tokens", "twice", "in train", "gold", "right", "wrong", "above"]
 
 
 def show(reports: list[Report]) -> str:

@@ -135,9 +135,10 @@ def _differences(runs: list[RunFigures]) -> list[str]:
     if len({fingerprints.read(run.folder).get("data.val_files") for run in runs}) > 1:
         said.append("warning: the runs have different held-out prompts: their held-out figures do not compare.")
     settings = [report["settings"] for run in runs for report in run.evaluations.values()]
-    other = [words for key, words in WORDS.items() if len({str(each.get(key)) for each in settings}) > 1]
+    other = [word(words) for key, words in WORDS.items() if len({str(each.get(key)) for each in settings}) > 1]
     if other:
-        said.append(f"warning: test prompts were evaluated with different {' and '.join(other)}: those do not compare.")
+        how = f" {word('and')} ".join(other)
+        said.append(f"warning: test prompts were evaluated with different {how}: those do not compare.")
     return said
 
 

@@ -8,6 +8,7 @@ for one; green the healthy range; dotted the rounds. One run's title has its eva
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from gspo.read_paths import check_path
 from gspo.report.read_run import read_steps, shown
 from gspo.system.console import say
 from gspo.system.help_text import HelpText
+from gspo.system.language import language, translated, word
 from gspo.system.program import guarded
 
 COLOURS = (("#1f4e79", "#9db8d2"), ("#a1481f", "#dfb49d"), ("#3c6e2f", "#b1cfa6"), ("#6a3d85", "#c7b0d4"))
 BAND = "#e6f2e6"
+CHINESE_FONTS = re.compile(r"(NotoSans.*CJK|SourceHanSans|wqy|msyh|simhei|PingFang)[^/]*$", re.IGNORECASE)  # files
+_fonts: list[str] = []  # that the picture takes beside the usual one
 SPAN, SHARE = 9, 10  # steps of a running mean: at most so many, and at most this fraction of a run's
 
 
@@ -59,6 +63,7 @@ def draw(runs: list[Path], out: Path) -> None:
         ) from e
     notes: list[str] = []
     rows_of = {run: read_steps(run, notes) for run in runs}
+    _choose_font(matplotlib)
     figure, axes = plt.subplots(1, 5, figsize=(16, 3), layout="constrained")
     for axis, name in zip(axes, SEED_FIVE, strict=True):
         _prepare(axis, name)
@@ -77,6 +82,24 @@ def draw(runs: list[Path], out: Path) -> None:
         plt.close(figure)
 
 
+def _choose_font(matplotlib: Any) -> None:
+    """Take a font that has Chinese characters, beside the usual one, where there is one; else say, to those who read
+    Chinese, that the picture is in English."""
+    manager = matplotlib.font_manager
+    files = sorted(filter(CHINESE_FONTS.search, manager.findSystemFonts()), key=lambda file: "Regular" not in file)
+    for file in files[:1]:  # by its file: matplotlib's own list may be older than the font
+        manager.fontManager.addfont(file)
+    _fonts[:] = [manager.FontProperties(fname=file).get_name() for file in files[:1]]
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_fonts]
+    if language() == "zh" and not _fonts:
+        say("note: matplotlib finds no font with Chinese characters, so the picture is in English")
+
+
+def _in_picture(text: str) -> str:
+    """Return a text of the picture in the user's language, if there is a font for it."""
+    return translated(text) if _fonts and language() == "zh" else text
+
+
 def _prepare(axis: Any, name: str) -> None:
     """Draw what a panel has without a curve: its title, its healthy range."""
     low, high = healthy_range(name, Health())
@@ -85,7 +108,7 @@ def _prepare(axis: Any, name: str) -> None:
     if name == "kl_divergence":
         axis.set_yscale("log")
     axis.set_title(name, fontsize=11)
-    axis.set_xlabel("step", fontsize=9)
+    axis.set_xlabel(word("step") if _fonts else "step", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
@@ -108,14 +131,14 @@ def _draw_curve(
 
 def _title(run: Path, rows: list[dict[str, Any]]) -> str:
     """Return a run's name, its steps and, where both were evaluated, the change of the table."""
-    title = f"{run.name}: {rows[-1]['step']} steps"
+    title = _in_picture(f"{run.name}: {rows[-1]['step']} steps")
     reports, _ = comparable_evaluations(run, rows[-1]["step"])
     if len(reports) == 2:
         before, after = reports.values()
         names = ("pass@1", "greedy") if "pass@1" in before else ("reward_mean",)  # none is right by rank_responses
         known = [name for name in names if all(isinstance(r.get(name), float) for r in (before, after))]
-        changes = [f"{name} {before[name]:.2f} to {after[name]:.2f}" for name in known]
-        title += f"; on {after['prompts']} unseen problems {', '.join(changes)}"
+        changes = [_in_picture(f"{name} {before[name]:.2f} to {after[name]:.2f}") for name in known]
+        title += "; " + _in_picture(f"on {after['prompts']} unseen problems {', '.join(changes)}")
     return title
 
 

@@ -22,6 +22,7 @@ from gspo.report.read_run import fit, read_run
 from gspo.system.console import say
 from gspo.system.files import write_text
 from gspo.system.help_text import HelpText
+from gspo.system.language import translated
 from gspo.system.program import guarded
 
 
@@ -41,7 +42,9 @@ def write_report(names: list[str], out: Path | None = None, language: str | None
         for note in run.notes:
             say(f"{run.folder}: {note.rstrip('.')}.")
     write_text(out, page_of(runs, language))
-    steps = ", ".join(f"{run.name}: {run.last_step} steps, {len(run.samples)} groups of samples" for run in runs)
+    steps = ", ".join(
+        translated(f"{run.name}: {run.last_step} steps, {len(run.samples)} groups of samples") for run in runs
+    )
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB; {steps}{'' if every == 1 else ' after thinning'})")
     return out
 

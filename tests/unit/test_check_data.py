@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from gspo.check_data import main
+from gspo.check_data import TITLES, Found, Report, main, show
 from gspo.errors import UserError
 from gspo.reward.gold_check import check_gold, gold_texts, renderings, sample
+from gspo.system.cells import width
+from gspo.system.language import word
 from gspo.types import Prompt, Scores
 
 
@@ -148,7 +150,7 @@ def rows(first, count):
 def test_good_data(check):
     code, table, out = check({"train": rows(0, 30), "val": rows(100, 5), "test": rows(200, 7)})
     assert code == 0 and out.endswith("training would start\n")
-    common = {"bad": "0", "too long": "0", "twice": "0", "gold": "1.000", "right": "1.000", "gold > wrong": "1.000"}
+    common = {"bad": "0", "long": "0", "twice": "0", "gold": "1.000", "right": "1.000", "above": "1.000"}
     for name, count, in_train in (("train", "30", "-"), ("val", "5", "0"), ("test", "7", "0")):
         assert table[name].items() >= {**common, "rows": count, "in train": in_train}.items()
 
@@ -160,7 +162,7 @@ def test_each_kind_of_problem_is_counted_and_shown_with_its_place(check, tmp_pat
         {"train": train, "val": [rows(50, 1)[0], good[2]], "test": rows(60, 2)}, "data.max_prompt_length=500"
     )
     assert code == 2
-    assert table["train"].items() >= {"rows": "20", "bad": "8", "too long": "1", "twice": "1"}.items()
+    assert table["train"].items() >= {"rows": "20", "bad": "8", "long": "1", "twice": "1"}.items()
     assert table["val"]["in train"] == "1" and table["test"]["in train"] == "0"
     file = tmp_path / "train.jsonl"
     assert f"{file}, line 11 is not valid JSON" in out and f"{file}, line 12: field 'ground_truth'" in out
@@ -174,7 +176,7 @@ def test_each_kind_of_problem_is_counted_and_shown_with_its_place(check, tmp_pat
 def test_dropped_and_doubled_prompts_do_not_keep_training_from_starting(check):
     train = [*rows(0, 5), *rows(0, 2), {"prompt": "x" * 600, "ground_truth": "1"}]
     code, table, _ = check({"train": train}, "data.max_prompt_length=500", "data.overlong=drop")
-    assert code == 0 and table["train"].items() >= {"rows": "8", "too long": "1", "twice": "2"}.items()
+    assert code == 0 and table["train"].items() >= {"rows": "8", "long": "1", "twice": "2"}.items()
     code, _, out = check({"train": train[-1:]}, "data.max_prompt_length=500", "data.overlong=drop")
     assert code == 2 and "train: no prompts in" in out
 
@@ -207,7 +209,7 @@ def test_prompts_beyond_the_models_positions(check):
 def test_a_function_that_does_not_tell_right_from_wrong(check):
     always = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
     code, table, out = check({"train": rows(0, 5)}, reward=always)
-    assert code == 2 and table["train"]["gold > wrong"] == "0.000" and "scores no right answer above a wrong" in out
+    assert code == 2 and table["train"]["above"] == "0.000" and "scores no right answer above a wrong" in out
     assert check({"train": rows(0, 5)}, "reward.check_rows=0", reward=always)[0] == 0
 
 
@@ -221,7 +223,7 @@ def test_a_function_that_ranks_a_group_is_asked_about_right_and_wrong_together(c
     ranks += "    good = [r == ground_truth for r in responses]\n"
     ranks += "    return [(i, float(g) if any(good) else 1.0) for i, g in enumerate(good)]\n"
     code, table, _ = check({"train": rows(0, 5)}, reward=ranks)
-    assert code == 0 and table["train"]["gold > wrong"] == "1.000"
+    assert code == 0 and table["train"]["above"] == "1.000"
 
 
 def test_a_function_that_fails_is_named_first_with_the_call_that_failed(check):
@@ -280,3 +282,14 @@ def test_the_program(run_program, tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(rows(0, 3)))
     done = run_program("-m", "gspo.check_data", f"data.train_files={tmp_path / 't.json'}")
     assert done.returncode == 0 and "training would start" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_table_of_a_large_file_fits_into_80_columns(monkeypatch, lang):
+    """Thousands of rows, prompts of up to 9,999 tokens."""
+    monkeypatch.setenv("GSPO_LANG", lang)
+    cells = ["7473", "12", "345", "95 / 1412", "14", "12", "1.000", "1.000", "0.100", "1.000"]
+    titles, row = show([Report("train", cells, Found(), [])]).splitlines()
+    assert width(titles) <= 80 and width(row) <= 80
+    starts = [width(titles[: titles.index(word(title), 5)]) for title in TITLES[1:]]
+    assert [row[start : start + len(cell)] for start, cell in zip(starts, cells, strict=True)] == cells

@@ -76,3 +76,14 @@ def test_a_picture_is_written_and_an_unknown_ending_is_named(tmp_path):
         draw([folder], tmp_path / "x.abc")
     with pytest.raises(UserError, match="is not a run's folder"):
         draw([tmp_path], tmp_path / "x.png")
+
+
+def test_without_a_chinese_font_the_picture_is_in_english_and_says_so(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib import font_manager
+
+    monkeypatch.setenv("GSPO_LANG", "zh")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: ["/usr/share/fonts/DejaVuSans.ttf"])
+    draw([write_run(tmp_path / "a")], tmp_path / "picture.png")
+    out = capsys.readouterr().out
+    assert out.startswith("提示：matplotlib 找不到含中文字符的字体") and out.count("\n") == 1
