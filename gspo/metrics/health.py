@@ -84,8 +84,9 @@ GUARDS = (
     Guard(
         "pair starvation", "pairs/groups_with", "below", "paired_groups_min", None,
         "fewer than {limit:.0%} of the prompts give a pair",
-        "raise rollout.n, lower objective.margin, or choose other prompts: harder ones if reward/batch_mean is near 1, "
-        "easier ones if it is near 0, unless their gold answers are wrong (read samples.jsonl)",
+        "raise rollout.n, lower objective.margin (pairs alone have one), or choose other prompts: harder ones if "
+        "reward/batch_mean is near 1, easier ones if it is near 0, unless their gold answers are wrong "
+        "(read samples.jsonl)",
         unless=("learned",),
     ),
     Guard(
