@@ -37,8 +37,13 @@ def ours_always() -> bool:
     return os.environ.get("GSPO_NATIVE") == "1"
 
 
-def decide(what: list[Any], measure: Callable[[], Times], describe: Callable[[Times, Choices], str]) -> Choices:
-    """Return the choices that are kept for this machine and `what`, or measure, say by `describe` and keep them."""
+def decide(
+    what: list[Any], measure: Callable[[], Times], describe: Callable[[Times, Choices], str], much: float = MUCH
+) -> Choices:
+    """Return the choices that are kept for this machine and `what`, or measure, say by `describe` and keep them.
+
+    Ours is chosen where PyTorch's is not more than `much` times as fast.
+    """
     asked = [Path(library()._name).stem, torch.__version__, torch.get_num_threads(), *what]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     if (kept := _read().get(key)) is not None:
@@ -46,7 +51,7 @@ def decide(what: list[Any], measure: Callable[[], Times], describe: Callable[[Ti
     with _alone():
         if (kept := _read().get(key)) is None:  # else another process has measured meanwhile
             times = _by_itself(measure)
-            kept = {name: ours <= theirs * MUCH for name, (ours, theirs) in times.items()}
+            kept = {name: ours <= theirs * much for name, (ours, theirs) in times.items()}
             _write(_read() | {key: kept})
             print(f"kernels/cpu: {describe(times, kept)}", file=sys.stderr, flush=True)
     return kept

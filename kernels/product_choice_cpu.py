@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from gspo.kernels.measured_choice_cpu import Choices, Times, decide, ours_always, seconds
+from gspo.kernels.measured_choice_cpu import MUCH, Choices, Times, decide, ours_always, seconds
 from gspo.kernels.onednn_linear_cpu import onednn_lay_out, onednn_linear, onednn_works
 from gspo.kernels.panel_linear_cpu import laid_out_linear, lay_out
 
 ENOUGH = 2**24  # weights of all layers; below, a step is made of calls more than of products, and ours take fewer
 MOST_ROWS = 256
+IN_ONE_CALL = (
+    1.5  # oneDNN has to be so many times as fast where our products come with all layers of a step in one call
+)
 
 
 class Shape(NamedTuple):
@@ -46,8 +49,9 @@ def _decide(shapes: tuple[Shape, ...], dtype: torch.dtype, rows: int, threads: i
             f"sampling uses {'ours' if found['products'] else 'those'} (GSPO_NATIVE=1: ours always)"
         )
 
-    what = ["products", str(dtype), rows, *shapes]
-    return decide(what, lambda: {"products": measure(shapes, dtype, rows)}, describe)["products"]
+    what, layers = ["products", str(dtype), rows, *shapes], sum(count for _, _, count in shapes)
+    much = IN_ONE_CALL if layers > 1 else MUCH
+    return decide(what, lambda: {"products": measure(shapes, dtype, rows)}, describe, much)["products"]
 
 
 @torch.no_grad()
