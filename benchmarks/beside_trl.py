@@ -262,8 +262,8 @@ def compare_search(name: str, args: argparse.Namespace) -> None:
     results = Results(args.out / "beside_trl.jsonl", ROOT / "outputs" / "beside_trl")
     first = args.first or WORKLOADS[name].first
     start = results.of(make_job(name, "start", first, 0, "dev", args))["start"]
-    _, tried = tune(name, results, args)
     ours = results.of(make_job(name, OURS, first, TUNING_SEED, "dev", args))
+    _, tried = tune(name, results, args)
     runs = {f"{OURS}, step size {first:g}": at_pace(ours, [ours])}
     runs |= {f"{TRL}, step size {lr:g}": at_pace(tried[lr], tried.values()) for lr in sorted(tried)}
     title = heading(f"The search for TRL's step size: {name}", f"python benchmarks/beside_trl.py {name} --search")
