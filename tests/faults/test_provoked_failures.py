@@ -40,7 +40,7 @@ PROVOKED = {  # name: (steps, settings, reward, prompts, [(step at the latest, w
     "large steps": (
         5,
         ("optim.learning_rate=2e-3", "objective.kl_coef=0", *ANCHORED, "objective.after_fork=1",
-         "data.train_batch_size=16"),
+         "data.train_batch_size=16", "health.patience=1"),  # batches are few: one speaks for all
         None, None,
         [(4, "warning", "the chosen responses have lost more than 0.2"), (3, "alarm", "kl_divergence is above 0.5")],
     ),

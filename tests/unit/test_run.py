@@ -45,7 +45,7 @@ def test_what_one_waits_for_is_printed_on_a_terminal_and_elsewhere(tmp_path, mon
     screen = Terminal()
     if terminal:
         monkeypatch.setattr(sys, "stdout", screen)
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", "400")
     own = ("eval.before_and_after=true", "eval.prompts=2", "eval.n=2", "rollout.max_new_tokens=3")
     run(tmp_path, *own, "trainer.max_steps=2")
     lines = re.split(r"[\r\n]+", screen.getvalue() if terminal else capsys.readouterr().out)
