@@ -23,6 +23,7 @@ from gspo.types import Prompt, Rollout, Scores
 
 TOLERANCE = 1e-6  # of float32 rewards, relative
 ROWS_AT_ONCE = 256  # that are sent between ranks together
+Judged = tuple[Rollout, Scores, Tensor, list[list[str]]]  # responses, scores, `correct_of`, `finals_of`
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,17 @@ def answer(
     _, best = sampler.generate_share(prompts, 1, sampling.greedy(), world, purpose=GREEDY, on_group=scorer.begin)
     greedy = scorer(best)
     right, best_right = (correct_of(each, scorer.correct_at, scorer.ranks) for each in (scores, greedy))
+    finals, best_finals = finals_of(scores, sampled), finals_of(greedy, best)
     mine = zip(
         places,
         scores.rewards.tolist(),
         right.tolist(),
         best_right.flatten().tolist(),
-        finals_of(scores, sampled),
+        finals,
         strict=True,
     )
     rows = [
-        answer_row((sampled, scores, right), (best, greedy, best_right), g, sampler.tokenizer)
+        answer_row((sampled, scores, right, finals), (best, greedy, best_right, best_finals), g, sampler.tokenizer)
         for g in range(len(places))
     ]
     calls, faults = (sum(world.gather(getattr(scores, k) + getattr(greedy, k))) for k in ("calls", "faults"))
@@ -83,16 +85,13 @@ def answer(
     )
 
 
-def answer_row(
-    sampled: tuple[Rollout, Scores, Tensor], greedy: tuple[Rollout, Scores, Tensor], g: int, tokenizer: Any
-) -> dict[str, Any]:
+def answer_row(sampled: Judged, greedy: Judged, g: int, tokenizer: Any) -> dict[str, Any]:
     """Return what is kept of the answers to a prompt: `group_row` with final answers and what is right, and the greedy
-    answer in the same form. `sampled` and `greedy` are responses, their scores and `correct_of` these."""
+    answer in the same form."""
 
-    def row(rollout: Rollout, scores: Scores, right: Tensor) -> dict[str, Any]:
+    def row(rollout: Rollout, scores: Scores, right: Tensor, finals: list[list[str]]) -> dict[str, Any]:
         known = [None if math.isnan(x) else x > 0.5 for x in right[g].tolist()]
-        found = finals_of(scores, rollout)[g]
-        return {**group_row(rollout, scores, g, tokenizer), "predictions": found, "correct": known}
+        return {**group_row(rollout, scores, g, tokenizer), "predictions": finals[g], "correct": known}
 
     shared = ("prompt", "model_input", "data_source", "ground_truth")
     return {**row(*sampled), "greedy": {name: x for name, x in row(*greedy).items() if name not in shared}}

@@ -153,6 +153,19 @@ def test_answers_end_to_end_with_acc_pred_and_a_fault(tokenizer, embedded_model,
     assert [row["ground_truth"] for row in got.rows] == ["1", "2", "3"] and got.rows[2]["correct"] == [False, False]
 
 
+def test_each_answer_is_read_once(tokenizer, embedded_model, tmp_path, monkeypatch):
+    """However many prompts there are: reading all of them for each made an evaluation take five times as long."""
+    read = []
+    monkeypatch.setattr("gspo.metrics.evaluation.extract_answer", lambda text: read.append(text) or text)
+    (tmp_path / "r.py").write_text("def compute_score(solution_str, **_):\n    return 1.0\n")
+    prompts = [Prompt(i, tuple(tokenizer("x + 1 = 2")["input_ids"]), "", "1", "s") for i in range(5)]
+    scorer = Scorer(Reward(path=str(tmp_path / "r.py"), workers=1))
+    world = World(0, 1, torch.device("cpu"), None)
+    sampler = Sampler(embedded_model, tokenizer, torch.device("cpu"))
+    answer(sampler, scorer, prompts, 2, Sampling(max_new_tokens=4), world)
+    assert len(read) == 5 * (2 + 1)  # two samples and a greedy answer
+
+
 def test_report_by_data_source_is_the_summary_of_its_rows():
     r = report(ANSWERS)
     assert list(r["by_data_source"]) == ["en", "zh"]
