@@ -37,7 +37,7 @@ from gspo.models.model_folder import called
 from gspo.models.precision import DTYPES, allow_tf32, choose_precision
 from gspo.program_settings import SAMPLING, parse_with_settings
 from gspo.read_config import keys_of, load_config, set_value
-from gspo.read_paths import check_path
+from gspo.read_paths import check_path, home_path
 from gspo.reward import reward_func
 from gspo.reward.gold_check import find_correct_at
 from gspo.reward.scorer import Scorer
@@ -199,9 +199,9 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
     name, other = (checkpoint_of(named(text)) if text else None for text in (model, args.compare))
     name = None if model and named(model) != model else name  # which is evaluated on its own data
     for flag, file in written.items():
-        if file and not file.expanduser().parent.is_dir():
+        if file and not home_path(file).parent.is_dir():
             raise UserError(f"{flag} {file}: the folder {file.parent} does not exist.")
-        if file and file.expanduser().is_dir():
+        if file and home_path(file).is_dir():
             raise UserError(f"{flag} {file} is a folder; name a file.")
     for place, model in {"MODEL": name, "--compare": other}.items():  # both before anything is sampled
         if model:
@@ -221,9 +221,9 @@ def run_evaluation(args: argparse.Namespace, world: World) -> None:
         say(f"\nwin rate against {other}: {wins:.3f} (ties count half; {ties:.3f} are ties)")
         say(table({"this": result, "other": result["compare"]}))
     if args.json and world.is_main:
-        write_json(args.json.expanduser(), {"model": str(name or "embedded"), **result})
+        write_json(home_path(args.json), {"model": str(name or "embedded"), **result})
     if args.answers and world.is_main:
-        write_json_lines(args.answers.expanduser(), mine.rows)
+        write_json_lines(home_path(args.answers), mine.rows)
         say(f"{args.answers}: the answers to {len(mine.rows)} prompts (python -m gspo.samples shows them)")
 
 

@@ -34,7 +34,7 @@ from gspo.models.loading import check_weights
 from gspo.models.model_folder import called, check_folder
 from gspo.models.safetensors_files import Weights, open_weights, stored_folder, write_weights
 from gspo.models.stored_weights import refuse_non_finite
-from gspo.read_paths import check_path
+from gspo.read_paths import check_path, home_path
 from gspo.system.console import say
 from gspo.system.files import replacing, write_text
 from gspo.system.help_text import HelpText
@@ -65,7 +65,7 @@ def export(
     check_path(str(checkpoint), "CHECKPOINT")
     check_path(str(folder), "DIR", written=True)
     source = Path(checkpoint_of(checkpoint))
-    _check_source(source, named=source == checkpoint.expanduser())
+    _check_source(source, named=source == home_path(checkpoint))
     _check_target(folder, source)
     parts = _parts_of(source, as_adapter, dtype, shard_bytes)
     try:

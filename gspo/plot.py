@@ -19,7 +19,7 @@ from gspo.config import Health
 from gspo.errors import UserError
 from gspo.metrics.health import healthy_range
 from gspo.metrics.run_log import SEED_FIVE
-from gspo.read_paths import check_path
+from gspo.read_paths import check_path, home_path
 from gspo.report.read_run import read_steps, shown
 from gspo.system.console import say
 from gspo.system.help_text import HelpText
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="PICTURE", help="the file to write: .png, .svg or .pdf")
     args = parse_arguments(parser)
     check_path(str(args.out), "PICTURE", written=True)
-    draw([run_folder_of(check_path(name, "RUN")) for name in args.runs], args.out.expanduser())
+    draw([run_folder_of(check_path(name, "RUN")) for name in args.runs], home_path(args.out))
     say(f"wrote {args.out}")
 
 

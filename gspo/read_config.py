@@ -4,6 +4,7 @@
 `objective.form` is one setting for several: they are set last, and nothing else may set them otherwise.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -23,7 +24,7 @@ from gspo.config import PARAMETERS, Config, known_keys
 from gspo.config_aliases import ALIASES, FORMS, VALUE_ALIASES
 from gspo.errors import UserError
 from gspo.foreign_settings import LATER, Settings, is_foreign, set_later, translate
-from gspo.read_paths import check_path, require_file
+from gspo.read_paths import check_path, home_path, require_file
 from gspo.read_yaml import TwiceError, Written, parse_json, parse_yaml, plain
 
 ROOM = Path(__file__).resolve().parent
@@ -162,10 +163,7 @@ def _check_text(text: str, is_path: bool, key: str, place: str) -> str:
     if re.match(r"\$\w|.*\$\{", text):
         raise UserError(f"{place}: {key} = {text!r}: variables are not replaced here; write the path itself.")
     check_path(text, f"{place}: {key}")
-    expanded = os.path.expanduser(text)
-    if re.match(r"~[\w-]+/", expanded):
-        raise UserError(f"{place}: {key} = {text!r}: there is no such user. A folder of that name is './{text}'.")
-    return expanded
+    return os.path.expanduser(text)
 
 
 def set_value(config: Config, typed: str, value: Any, place: str) -> str:
@@ -233,7 +231,7 @@ def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
 def find_config(name: str | Path) -> Path:
     """Return the file that was named: a path, or, where there is no such file, a preset's name without its .yaml."""
     check_path(str(name), "--config")
-    path, preset = Path(name).expanduser(), PRESETS / f"{name}.yaml"
+    path, preset = home_path(name), PRESETS / f"{name}.yaml"
     return preset if not path.is_file() and len(path.parts) == 1 and preset.is_file() else path
 
 
@@ -311,7 +309,9 @@ def _typed(item: str) -> tuple[str, Any]:
     """Return key and value of `section.name=value`, the value read as YAML; a text parameter takes it as it is."""
     key, equals, text = item.partition("=")
     if not equals:
-        meant = f" Is --config {item} meant?" if find_config(item).is_file() else ""
+        meant = ""
+        with contextlib.suppress(UserError):  # no path either
+            meant = f" Is --config {item} meant?" if find_config(item).is_file() else ""
         raise UserError(f"command line: {item!r} is not of the form section.key=value.{meant}")
     name, inside = (key, ()) if is_foreign(key) else find_parameter(key, "command line")
     kind = PARAMETERS[name].type if name in PARAMETERS else None

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 from pathlib import Path
 
 from gspo.errors import UserError
@@ -12,7 +13,8 @@ RESERVED = 40  # bytes of a name that we append to it, such as `.part`
 
 
 def check_path(text: str, what: str, written: bool = False) -> str:
-    """Return a path that a user gave. UserError where no system could open it: too long, a NUL, half a character.
+    """Return a path that a user gave. UserError where no system could open it (too long, a NUL, half a character), or
+    where it begins with the home folder of a user who does not exist.
 
     `what` names its place; `written`: other names are made of it by appending to it.
     """
@@ -27,10 +29,17 @@ def check_path(text: str, what: str, written: bool = False) -> str:
         raise UserError(f"{what} = {text[:40]!r}...: a name of {max(parts)} bytes is too long, {limit} is the most.")
     if sum(parts) + len(parts) > LONGEST_PATH:
         raise UserError(f"{what} = {text[:40]!r}...: a path of {sum(parts)} bytes is too long for the system.")
+    if re.match(r"~[\w-]+(/|$)", os.path.expanduser(text)):
+        raise UserError(f"{what} = {text!r}: there is no such user. A file or folder of that name is './{text}'.")
     with contextlib.suppress(OSError):
         if os.path.islink(text) and os.path.islink(os.path.realpath(text)):
             raise UserError(f"{what} = {text!r}: a link that leads back to itself.")
     return text
+
+
+def home_path(path: str | Path) -> Path:
+    """Return a path with `~` expanded; where there is no such user, as it is (pathlib's own raises RuntimeError)."""
+    return Path(os.path.expanduser(path))
 
 
 def mistyped_path(name: str) -> str:

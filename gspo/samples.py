@@ -17,7 +17,7 @@ from gspo.checkpoint.evaluations import answers_file
 from gspo.checkpoint.find_runs import run_folder_of
 from gspo.command_line import parse_arguments
 from gspo.errors import UserError
-from gspo.read_paths import check_path, require_file
+from gspo.read_paths import check_path, home_path, require_file
 from gspo.report.read_run import is_group, read_lines
 from gspo.system.console import say
 from gspo.system.help_text import HelpText
@@ -109,7 +109,7 @@ def choose(rows: list[Row], step: int | None, worst: int | None, source: Path) -
 
 def open_groups(name: str, evaluation: str | None) -> tuple[list[Row], Path]:
     """Return the groups of a run, of one of its evaluations, or of a file of answers, and their file. UserError."""
-    path = Path(check_path(name, "RUN")).expanduser()
+    path = home_path(check_path(name, "RUN"))
     require_file(path, "RUN")
     if not path.is_file():
         folder = run_folder_of(path)

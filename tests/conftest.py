@@ -1,5 +1,6 @@
 """Shared by the tests: the embedded model, tiny random architectures, and a way to run programs."""
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -16,11 +17,15 @@ os.environ["GSPO_LANG"] = "en"  # of the messages that tests look for
 import hypothesis
 import pytest
 import torch
+from processes import STACKS, abort, new_mark
 from repository import ROOT
 
 # No example fails for being slow on a busy machine, and every run tries the same ones; the fuzz targets draw new ones.
 hypothesis.settings.register_profile("the same everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("the same everywhere")
+
+GRACE_S = 60  # for pytest-timeout to come first
+REAL_STDERR = pytest.StashKey[int]()
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` ignores Ctrl-C, and so would its children
 
@@ -52,17 +57,22 @@ def kernels(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def run_program():
-    """Run `python ARGS` from the repository; returns the finished process."""
+    """Run `python ARGS` from the repository; returns the finished process. One that hangs shows where."""
 
     def run(*args, timeout=600, env=None):
-        return subprocess.run(
-            [sys.executable, *map(str, args)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, **(env or {})},
-        )
+        command, mark = [sys.executable, *map(str, args)], new_mark()
+        environment = {**os.environ, **STACKS, **(env or {}), "GSPO_TEST_MARK": mark}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            try:
+                said = process.communicate(timeout=timeout)
+            except BaseException as e:
+                told = abort(mark)
+                if not isinstance(e, subprocess.TimeoutExpired):
+                    raise
+                out, err = process.communicate(timeout=60)
+                raise AssertionError(f"hangs after {timeout} s:\n{told}\n{out[-3000:]}\n{err[-20_000:]}") from e
+        return subprocess.CompletedProcess(command, process.returncode, *said)
 
     return run
 
@@ -70,6 +80,25 @@ def run_program():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    config.stash[REAL_STDERR] = os.dup(2)  # while nothing is captured
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """End a test that hangs where pytest-timeout cannot: in compiled code, which runs no handler of a signal.
+
+    All threads' stacks go to the real stderr, the process ends, and the test counts as failed by a crash.
+    """
+    limit = item.get_closest_marker("timeout")
+    seconds = limit.args[0] if limit else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=item.config.stash[REAL_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from gspo.errors import UserError
+from gspo.read_paths import home_path
 
 BEST = "best"
 
@@ -70,7 +71,7 @@ def run_folder_of(name: str | Path) -> Path:
 
     `~` is expanded. UserError where there is no such folder, or several runs could be meant.
     """
-    folder = Path(os.path.expanduser(name))
+    folder = home_path(name)
     if folder.name == BEST and not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

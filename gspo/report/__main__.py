@@ -16,7 +16,7 @@ import gspo  # noqa: F401 -- before torch
 from gspo.checkpoint.find_runs import run_folder_of
 from gspo.command_line import parse_arguments
 from gspo.errors import UserError
-from gspo.read_paths import check_path
+from gspo.read_paths import check_path, home_path
 from gspo.report.page import page_of
 from gspo.report.read_run import fit, read_run
 from gspo.system.console import say
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the file to write (default: report.html in the first run's folder)")
     parser.add_argument("--lang", choices=("en", "zh"), help="the page's language (default: the browser's)")
     args = parse_arguments(parser)
-    write_report(args.runs, args.out.expanduser() if args.out else None, args.lang)
+    write_report(args.runs, home_path(args.out) if args.out else None, args.lang)
 
 
 if __name__ == "__main__":

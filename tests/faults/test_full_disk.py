@@ -87,7 +87,7 @@ def test_a_run_goes_on_when_its_disk_is_full_and_loses_nothing_but_a_checkpoint(
     assert wait_until(lambda: "could not be written" in said() and "they wait in memory" in said())
     assert latest_checkpoint(run / "checkpoints") is not None and program.process.poll() is None
     (small_disk / "other").unlink()
-    assert program.process.wait(1000) == 0, said()[-3000:]
+    assert program.ended() == 0, said()[-3000:]
     assert "No space left on device" in said() and "are written again, none is missing" in said()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [*range(1, 41)]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000040"]

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from fuzz_values import damaged, fuzz, nested, numbers, objects_like, read_or_refused, texts, values
+from fuzz_values import LIMIT_S, damaged, fuzz, nested, numbers, objects_like, read_or_refused, texts, values
 from hypothesis import given
 from hypothesis import strategies as st
 from saved_run import ALONE
@@ -29,7 +29,7 @@ from gspo.models.loading import load_model_config
 from gspo.read_config import load_config
 from gspo.reward.gold_check import gold_texts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
 # ---- data rows ----
 

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from fuzz_values import fuzz, nested, numbers, objects_like, read_or_refused, texts, values
+from fuzz_values import LIMIT_S, fuzz, nested, numbers, objects_like, read_or_refused, texts, values
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from gspo.config import Reward
 from gspo.reward.scorer import Scorer
 from gspo.types import Prompt, Rollout
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S)]
 
 SPEAKER = """
 import os, struct, sys

@@ -42,9 +42,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return float(solution_str.endswith(ground_truth))
 """
 
-pytestmark = pytest.mark.timeout(10_000)
+pytestmark = pytest.mark.timeout(1500)
 kills_of_each_length = pytest.mark.parametrize(
-    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.hour)]
+    "kills",
+    [pytest.param(3, marks=pytest.mark.slow), pytest.param(25, marks=[pytest.mark.hour, pytest.mark.timeout(10_000)])],
 )
 
 
@@ -62,7 +63,7 @@ def start(folder: Path, *args) -> Program:
 
 def run_through(folder: Path, steps: int, ranks: int) -> None:
     program = start(folder, *command(folder, steps, ranks))
-    assert program.process.wait(5000) == 0, (folder / "log").read_text()[-3000:]
+    assert program.ended(10 * steps + 300) == 0, (folder / "log").read_text()[-3000:]
     assert program.orphans() == {}
 
 
@@ -183,7 +184,7 @@ def test_torchrun_restarts_a_worker_that_died_and_the_run_goes_on_by_itself(tmp_
     assert wait_until(lambda: newest(tmp_path) >= "step_000004")
     workers = [pid for pid, line in program.alive().items() if "train.py" in line and pid != program.process.pid]
     program.kill(max(workers))
-    assert program.process.wait(5000) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert program.ended() == 0, (tmp_path / "log").read_text()[-3000:]
     assert program.orphans() == {} and [r["step"] for r in rows(tmp_path)] == [*range(1, 13)]
     said = (tmp_path / "log").read_text()
     assert "of 12 steps done" in said and "the earlier run is kept as" not in said
@@ -200,7 +201,7 @@ def test_a_signal_to_one_is_a_signal_to_all_ranks(tmp_path, to):
     number = signal.SIGUSR1 if to == "a worker" else signal.SIGTERM
     for pid in workers[-1:] if to == "a worker" else [program.process.pid]:
         os.kill(pid, number)
-    code = program.process.wait(600)
+    code = program.ended()
     assert code == 0 or to == "torchrun", "torchrun reports the signal that it got"
     assert program.orphans() == {} and f"{number.name}: left after step " in (tmp_path / "log").read_text()
     assert newest(tmp_path) == f"step_{lines(tmp_path):06d}"

@@ -14,7 +14,7 @@ import pytest
 from saved_run import ALONE, no_file_above
 
 import eval as evaluation
-from gspo import compare, export, sample, samples
+from gspo import compare, export, plot, sample, samples
 from gspo.algorithm.self_play_models import round_of
 from gspo.checkpoint.run_folder import open_run, save_reward_function
 from gspo.config import PARAMETERS, Reward
@@ -26,6 +26,7 @@ from gspo.embedded import MODEL_DIR
 from gspo.errors import UserError
 from gspo.models.loading import load_model_config, load_tokenizer
 from gspo.read_config import load_config
+from gspo.report.__main__ import write_report
 from gspo.reward.scorer import Scorer
 from gspo.system.program import guarded
 
@@ -66,6 +67,11 @@ def with_compare(path):
     return compare.main()
 
 
+def with_plot(path):
+    sys.argv = ["plot", str(path), "{tmp}/curves.png"]
+    return plot.main()
+
+
 def with_sample(*given):
     def read(path):
         sys.argv = ["sample", *(path if x == "PATH" else x for x in given), "--n", "1", "--max_new_tokens", "1"]
@@ -87,6 +93,8 @@ SETTINGS = {
     "eval --answers": with_eval("--answers", "PATH"),
     "samples RUN": lambda path: samples.open_groups(str(path), None),
     "compare RUN": with_compare,
+    "plot RUN": with_plot,
+    "report RUN": lambda path: write_report([str(path)], None),
     "sample MODEL": with_sample("PATH", "{tmp}/rows.jsonl", "{tmp}/answers.jsonl"),
     "sample PROMPTS": with_sample("embedded", "PATH", "{tmp}/answers.jsonl"),
     "sample ANSWERS": with_sample("embedded", "{tmp}/rows.jsonl", "PATH"),
@@ -107,6 +115,8 @@ KINDS = {
     "a pipe .py": lambda tmp: made(tmp / "pipe.py", os.mkfifo),
     "a socket": lambda tmp: made(tmp / "s.json", lambda p: socket.socket(socket.AF_UNIX).bind(str(p))),
     "a device": lambda tmp: Path("/dev/zero"),
+    "nobody's": lambda tmp: "~nobody-of-that-name/x.json",
+    "nobody": lambda tmp: "~nobody-of-that-name",
     "bytes": lambda tmp: made(tmp / "bytes.json", lambda p: p.write_bytes(bytes(range(256)))),
 }
 WORK = {  # what is made, or replaced, or takes everything

@@ -11,6 +11,7 @@ from gspo.errors import UserError
 from gspo.system.output import kept_output
 
 CASES = int(os.environ.get("GSPO_FUZZ_CASES", 2000))
+LIMIT_S = 900 * max(1, CASES // 2000)  # for a test; minutes are usual
 fuzz = settings(
     max_examples=CASES,
     derandomize=False,

@@ -94,7 +94,6 @@ def test_the_page_shows_what_the_console_is_to_tell():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("language", PAGES)
 def test_the_page_is_what_a_run_prints(language):
     """But for the numbers, which another processor may round differently."""
