@@ -15,7 +15,25 @@ template <typename T>
 inline void through(const T* x, const void* laid_out, long p, long m, long k, float* sums) {
     typedef typename Element<T>::Type E;
     const long inner = k / Element<T>::per;
-    product((int)m, PANEL, (int)inner, (const E*)x, inner, 1, (const E*)laid_out + p * inner * PANEL, PANEL, sums, PANEL, false);
+    const E *a = (const E*)x, *b = (const E*)laid_out + p * inner * PANEL, *next = b + inner * PANEL;
+    long r = 0;
+    if constexpr (PANEL == 3 * W) {
+        constexpr int ROWS = rows_at_once<3, E>();
+        const long blocks = m / ROWS;
+        for (long j = 0; j < blocks; ++j, r += ROWS) {
+            const E* mine = a + r * inner;
+            float* to = sums + r * PANEL;
+            if (blocks == 1)
+                block<ROWS, 3, 3>((int)inner, mine, inner, 1, b, PANEL, to, PANEL, false, next);
+            else if (blocks == 2 && j == 0)
+                block<ROWS, 3, 2>((int)inner, mine, inner, 1, b, PANEL, to, PANEL, false, next);
+            else if (j < 3)
+                block<ROWS, 3, 1>((int)inner, mine, inner, 1, b, PANEL, to, PANEL, false, next + (blocks == 2 ? 2 : j) * W);
+            else
+                block<ROWS, 3>((int)inner, mine, inner, 1, b, PANEL, to, PANEL, false);
+        }
+    }
+    product((int)(m - r), PANEL, (int)inner, a + r * inner, inner, 1, b, PANEL, sums + r * PANEL, PANEL, false);
 }
 
 }  // namespace gspo

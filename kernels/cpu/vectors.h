@@ -152,15 +152,18 @@ inline Vec times(Vec sum, Pair a, UVec b) {
 #endif
 inline Pair pair(BF16 a, BF16 b) { return a.bits | (Pair)b.bits << 16; }
 
-// C[r][c] (+)= sum_i A[r * ar + i * ai] * B[i * ldb + c] for r < R, c < V * W.
-template <int R, int V, typename E>
-inline void block(int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc, bool add) {
+// C[r][c] (+)= sum_i A[r * ar + i * ai] * B[i * ldb + c] for r < R, c < V * W. Meanwhile the vectors ahead[i * ldb + v * W],
+// v < AHEAD, are fetched from memory to the L2 cache.
+template <int R, int V, int AHEAD = 0, typename E>
+inline void block(int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc, bool add,
+                  const E* ahead = nullptr) {
     Vec acc[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = add ? load(c + r * ldc + v * W) : Vec{};
     for (int i = 0; i < inner; ++i) {
         decltype(right(b)) row[V];
         for (int v = 0; v < V; ++v) row[v] = right(b + i * ldb + v * W);
+        for (int v = 0; v < AHEAD; ++v) __builtin_prefetch(ahead + i * ldb + v * W, 0, 2);
         for (int r = 0; r < R; ++r) {
             const E x = a[r * ar + i * ai];
             for (int v = 0; v < V; ++v) acc[r][v] = times(acc[r][v], x, row[v]);
@@ -170,11 +173,15 @@ inline void block(int inner, const E* a, long ar, long ai, const E* b, long ldb,
         for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
 }
 
+// The same for `rows` rows, fewer than R: all in one block, as one of few rows takes as long as one of many.
 template <int R, int V, typename E>
-inline int rows_of(int at, int rows, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
-                   bool add) {
-    for (; at + R <= rows; at += R) block<R, V>(inner, a + at * ar, ar, ai, b, ldb, c + at * ldc, ldc, add);
-    return at;
+inline void rest(int rows, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc, bool add) {
+    if constexpr (R > 1) {
+        if (rows == R - 1)
+            block<R - 1, V>(inner, a, ar, ai, b, ldb, c, ldc, add);
+        else
+            rest<R - 1, V>(rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+    }
 }
 
 // How many rows a block has, so that its sums, the row of B and a number of A stay in registers.
@@ -188,9 +195,10 @@ constexpr int rows_at_once() {
 template <int V, typename E>
 inline void columns(int rows, int inner, const E* a, long ar, long ai, const E* b, long ldb, float* c, long ldc,
                     bool add) {
-    int at = rows_of<rows_at_once<V, E>(), V>(0, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
-    at = rows_of<4, V>(at, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
-    rows_of<1, V>(at, rows, inner, a, ar, ai, b, ldb, c, ldc, add);
+    constexpr int R = rows_at_once<V, E>();
+    int at = 0;
+    for (; at + R <= rows; at += R) block<R, V>(inner, a + at * ar, ar, ai, b, ldb, c + at * ldc, ldc, add);
+    rest<R, V>(rows - at, inner, a + at * ar, ar, ai, b, ldb, c + at * ldc, ldc, add);
 }
 
 // The same for any number of columns that is a multiple of W: C [rows, cols] (+)= A [rows, inner] B [inner, cols].

@@ -311,7 +311,10 @@ def test_a_chunk_of_logits_gives_what_pytorch_makes_of_it(dtype, softcap, width)
 
 @needed
 @pytest.mark.parametrize("dtype", [FULL, HALF])
-@pytest.mark.parametrize("m, n, k", [(1, 48, 16), (3, 5, 2), (8, 96, 64), (21, 100, 34), (64, 49, 576)])
+@pytest.mark.parametrize(
+    "m, n, k",
+    [(1, 48, 16), (3, 5, 2), (8, 96, 64), (21, 100, 34), (64, 49, 576), *((m, 97, 64) for m in range(2, 34))],
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_laid_out_weights_multiply_as_linear_layers(dtype, m, n, k, bias):
     g = torch.Generator().manual_seed(0)
