@@ -63,12 +63,15 @@ def _served(operation: str, *tensors: Tensor) -> bool:
 
 
 def _norm(m: nn.Module, eps: float, offset: float, widens: bool, in_layer: bool, x: Tensor) -> Tensor:
-    """Compute a norm. In layers of a model under autocast on CUDA results have the dtype to which the next matrix
-    product would round them."""
-    on_cpu = x.device.type == "cpu"
-    if not _forwards_of_ours or (on_cpu and x.dtype != m.weight.dtype) or not _served("norm", x, m.weight):
+    """Compute a norm. In layers of a model under autocast results have the dtype to which the next matrix product would
+    round them: one tensor for all that follow, where autocast makes a copy for each."""
+    if (
+        not _forwards_of_ours
+        or (x.device.type == "cpu" and x.dtype != m.weight.dtype)
+        or not _served("norm", x, m.weight)
+    ):
         return type(m).forward(m, x)
-    return rms_norm(x, m.weight, eps, offset, _norm_dtype(x.dtype, m.weight, widens, in_layer and not on_cpu))
+    return rms_norm(x, m.weight, eps, offset, _norm_dtype(x.dtype, m.weight, widens, in_layer))
 
 
 def _norm_dtype(given: torch.dtype, weight: Tensor, widens: bool, autocast: bool) -> torch.dtype:
