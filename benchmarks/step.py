@@ -59,7 +59,7 @@ class Case:
 
 CASES = {
     "SmolLM2-135M, fp32, short prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 2400, 4),
-    "SmolLM2-135M, bf16, short prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1200, 9),
+    "SmolLM2-135M, bf16, short prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 2400, 9),
     "SmolLM2-135M, fp32, 512-token prompts": Case(SMOLLM2, "fp32", 4, 8, 64, 1100, 3, context=17, rows=8),
     "SmolLM2-135M, bf16, 512-token prompts": Case(SMOLLM2, "bf16", 4, 8, 64, 1100, 3, context=17, rows=8),
     "0.6 M parameters, fp32": Case(MODEL_DIR, "fp32", 64, 4, 14, 16384, 40),
