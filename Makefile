@@ -105,7 +105,7 @@ test: dev ## every module's tests, under 4 minutes on two cores (how to run fewe
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: dev ## what `make test` has no time for: every architecture, kills, random shapes, instruction sets
-	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "slow and not hour and not gpu"
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -vv -m "slow and not hour and not gpu"
 
 test-all: test test-slow ## everything that needs no GPU and no hour
 
