@@ -209,7 +209,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="default: all")
-    parser.add_argument("--steps", type=int, help="steps a contestant (default: 3 to 40, by the case); the first is not counted")
+    parser.add_argument("--steps", type=int, help="steps a contestant (default: 3 to 40); the first is not counted")
     parser.add_argument("--peers", default=sys.executable, help="a Python that has trl installed (default: this one)")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 2:
