@@ -14,12 +14,15 @@ from gspo.read_config import keys_of, require_known
 SAMPLING = (
     r"rollout\.(temperature|top_p|top_k|min_p|max_new_tokens|stop|skip_special_tokens|engine|max_slots|kv_memory_gib)"
 )
+SAMPLED_WITH = ("temperature", "top_p", "top_k")
 DOTTED = re.compile(r"\+*[A-Za-z_]\w*(\.\w+)+=")
 INSTEAD = {
     "rollout.n": "the number of responses is eval.n (--n)",
     "model.path": "the model is the first argument",
     "data.train_files": "the prompts are data.test_files (--data)",
     "data.val_files": "the prompts are data.test_files (--data)",
+    **{f"actor_rollout_ref.rollout.val_kwargs.{name}": f"it samples with rollout.{name}" for name in SAMPLED_WITH},
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": "greedy answers are always counted too, beside sampled ones",
 }
 
 

@@ -128,6 +128,14 @@ def test_a_chat_template_is_the_files_or_the_runs_for_both_models(monkeypatch, t
     ("given", "says"),
     [
         (["rollout.n=4"], "rollout.n has no effect on an evaluation; the number of responses is eval.n"),
+        (
+            ["actor_rollout_ref.rollout.val_kwargs.top_p=0.5"],
+            "no effect on an evaluation; it samples with rollout.top_p",
+        ),
+        (
+            ["actor_rollout_ref.rollout.val_kwargs.do_sample=true"],
+            "no effect on an evaluation; greedy answers are always",
+        ),
         (["optim.lr=4"], "optim.learning_rate has no effect on an evaluation; leave it out"),
         (["data.train_files=[a]"], r"data.train_files has no effect on an evaluation; the prompts are data.test_files"),
         (["data.sistem_prompt=x"], "unknown key 'data.sistem_prompt'; did you mean 'data.system_prompt'"),
