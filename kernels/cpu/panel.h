@@ -10,7 +10,8 @@ namespace gspo {
 
 constexpr int PANEL = 48;  // three vectors of AVX-512; kernels/panel_linear_cpu.py has the same
 
-// Multiply x [m, k] by panel p -> sums [m, PANEL].
+// Multiply x [m, k] by panel p -> sums [m, PANEL]. Meanwhile the next panel is fetched: a panel's row is three cache lines, which
+// the first blocks of rows share, so that reading memory and multiplying go on at the same time.
 template <typename T>
 inline void through(const T* x, const void* laid_out, long p, long m, long k, float* sums) {
     typedef typename Element<T>::Type E;
