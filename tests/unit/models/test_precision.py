@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import tiny_model
 
 from gspo.models import precision
+from gspo.models.kernel_layers import install_layer_kernels, layer_kernels_enabled
 from gspo.models.precision import allow_tf32, bf16_speedup, choose_precision
 
 CPU = torch.device("cpu")
@@ -65,3 +67,15 @@ def test_a_run_keeps_its_first_measurement(run_program, tmp_path):
     assert done.returncode == 0 and "model.precision" not in done.stdout
     before, after = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("quick", "more"))
     assert before["mismatch"] < 1e-5 < 5e-5 < after["mismatch"]  # bf16 shows
+
+
+def test_under_autocast_a_layers_norm_is_rounded_once_and_the_last_norm_is_not():
+    """What follows in a layer are products, which would each round a copy."""
+    model, x = install_layer_kernels(tiny_model("llama")), torch.randn(3, 7, tiny_model("llama").config.hidden_size)
+    inner, last = model.model.layers[0].input_layernorm, model.model.norm
+    exact = [norm(x) for norm in (inner, last)]
+    with torch.autocast("cpu", torch.bfloat16), layer_kernels_enabled():
+        found = [norm(x) for norm in (inner, last)]
+    assert [y.dtype for y in found] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(found[0].float(), exact[0], rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(found[1], exact[1])
